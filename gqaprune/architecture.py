@@ -1,0 +1,272 @@
+"""The only file that knows Hugging Face attribute names: finds decoder layers, blocks, units and their shapes.
+
+A family is data: where its decoder layers are, which projections feed a block, which parts are stacked in the rows of
+each, and through which projection the block's units leave. A fused projection (Phi-3's `qkv_proj`) is one entry with
+several parts.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+from transformers import MistralConfig, PretrainedConfig, PreTrainedModel
+
+from gqaprune.plan import Geometry
+
+BlockKind = Literal["attention", "mlp"]
+
+
+class BlockKey(NamedTuple):
+    """Names one block: decoder layer and kind."""
+
+    layer: int
+    kind: BlockKind
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.kind}"
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where a block's weights are.
+
+    Args:
+        module: the block's attribute in the decoder layer.
+        inputs: projection -> parts stacked in its rows, each one of `query`, `key`, `value`, `gate`, `up`.
+        output: projection whose columns carry the units into the residual stream.
+    """
+
+    module: str
+    inputs: Mapping[str, tuple[str, ...]]
+    output: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: path of its decoder layers and the layout of their two blocks."""
+
+    layers: str
+    attention: BlockLayout
+    mlp: BlockLayout
+
+
+_LLAMA = Family(
+    layers="model.layers",
+    attention=BlockLayout(
+        module="self_attn",
+        inputs={"q_proj": ("query",), "k_proj": ("key",), "v_proj": ("value",)},
+        output="o_proj",
+    ),
+    mlp=BlockLayout(module="mlp", inputs={"gate_proj": ("gate",), "up_proj": ("up",)}, output="down_proj"),
+)
+
+FAMILIES: Mapping[str, Family] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+"""Supported `model_type`s."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer that feeds a block, and how many of its rows belong to one unit, part by part."""
+
+    linear: nn.Linear
+    rows_per_unit: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The attention or MLP of one decoder layer, seen as units that can be removed whole.
+
+    Args:
+        key: decoder layer and kind.
+        units: GQA groups or MLP channels in it.
+        inputs: projections whose rows belong to units.
+        output: projection whose columns belong to units.
+        columns_per_unit: columns of `output` that one unit feeds.
+    """
+
+    key: BlockKey
+    units: int
+    inputs: tuple[Projection, ...]
+    output: nn.Linear
+    columns_per_unit: int
+
+    @property
+    def unit_parameters(self) -> int:
+        """Parameters, biases included, that go when one unit goes."""
+        rows = sum(
+            sum(projection.rows_per_unit) * (projection.linear.in_features + (projection.linear.bias is not None))
+            for projection in self.inputs
+        )
+        return rows + self.columns_per_unit * self.output.out_features
+
+
+def get_family(config: PretrainedConfig) -> Family:
+    """Find the family of a model.
+
+    Raises:
+        ValueError: if the family is not supported, with those that are.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ValueError(
+            f"models of type {config.model_type!r} cannot be pruned yet; supported types: {', '.join(sorted(FAMILIES))}"
+        )
+    return family
+
+
+def get_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a model of a supported family."""
+    layers = _get(model, get_family(model.config).layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def read_geometry(config: PretrainedConfig) -> Geometry:
+    """Read the shapes of a model from its config, layer by layer."""
+    get_family(config)
+    layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
+    first = layers[0]
+    return Geometry(
+        family=config.model_type,
+        hidden_size=config.hidden_size,
+        head_dim=getattr(first, "head_dim", None) or config.hidden_size // first.num_attention_heads,
+        query_heads=tuple(layer.num_attention_heads for layer in layers),
+        kv_heads=tuple(layer.num_key_value_heads for layer in layers),
+        channels=tuple(layer.intermediate_size for layer in layers),
+    )
+
+
+def write_geometry(config: PretrainedConfig, geometry: Geometry) -> None:
+    """Make a config describe new shapes: by its global values where the config class allows it, else layer by layer.
+
+    `head_dim` becomes explicit, for it no longer follows from the number of heads.
+    """
+    shapes = [
+        {"num_attention_heads": query, "num_key_value_heads": kv, "intermediate_size": channels}
+        for query, kv, channels in zip(geometry.query_heads, geometry.kv_heads, geometry.channels, strict=True)
+    ]
+    config.per_layer_config = None
+    config.__dict__.pop("allow_global_per_layer_attribute_access", None)
+    config.head_dim = geometry.head_dim
+    dense = {name: getattr(config, name) for name in shapes[0]}
+    if geometry.is_uniform:
+        _set_all(config, shapes[0])
+        if _is_valid(config):
+            return
+        _set_all(config, dense)
+    config.per_layer_config = dict(enumerate(shapes))
+    # transformers' own validation reads the global values on saving and would refuse otherwise.
+    config.allow_global_per_layer_attribute_access = True
+
+
+def make_stock_config(config: PretrainedConfig) -> PretrainedConfig | None:
+    """A config of a stock class for the shapes that a config describes; None where there is no such class.
+
+    `LlamaConfig` refuses head counts that do not divide the hidden size. Without biases a Llama is arithmetically a
+    Mistral without sliding window, whose config has no such check.
+    """
+    geometry = read_geometry(config)
+    if not geometry.is_uniform:
+        return None
+    if not config.is_heterogeneous:
+        return copy.deepcopy(config)
+    if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
+        return None
+    known = {field.name for field in dataclasses.fields(MistralConfig)}
+    values = {name: value for name, value in config.to_dict().items() if name in known}
+    stock = MistralConfig(**{**values, "sliding_window": None, "architectures": ["MistralForCausalLM"]})
+    write_geometry(stock, dataclasses.replace(geometry, family="mistral"))
+    return stock
+
+
+def find_blocks(model: PreTrainedModel) -> list[Block]:
+    """All blocks of a model, attention before MLP, layer by layer.
+
+    Raises:
+        ValueError: if the family is unknown, or the weights are not the linear layers that the config promises.
+    """
+    family, geometry = get_family(model.config), read_geometry(model.config)
+    blocks = []
+    for index, layer in enumerate(get_layers(model)):
+        group_rows = geometry.ratios[index] * geometry.head_dim
+        parts = {"query": group_rows, "key": geometry.head_dim, "value": geometry.head_dim, "gate": 1, "up": 1}
+        attention, mlp = BlockKey(index, "attention"), BlockKey(index, "mlp")
+        blocks.append(_find_block(layer, family.attention, attention, geometry.kv_heads[index], parts, group_rows))
+        blocks.append(_find_block(layer, family.mlp, mlp, geometry.channels[index], parts, 1))
+    return blocks
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """All parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_layer_parameters(model: PreTrainedModel) -> list[int]:
+    """Parameters of each decoder layer, norms and biases included."""
+    return [sum(parameter.numel() for parameter in layer.parameters()) for layer in get_layers(model)]
+
+
+def name_parameter_place(name: str) -> str:
+    """`model.layers.12.mlp.up_proj.weight` -> `layer 12 (model.layers.12.mlp.up_proj.weight)`, for error messages."""
+    pieces = name.split(".")
+    for before, index in pairwise(pieces):
+        if before == "layers" and index.isdigit():
+            return f"layer {index} ({name})"
+    return name
+
+
+def named_floating_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that can hold NaN or inf, with their names."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            yield name, parameter
+
+
+def _find_block(
+    layer: nn.Module, layout: BlockLayout, key: BlockKey, units: int, parts: Mapping[str, int], columns_per_unit: int
+) -> Block:
+    module = getattr(layer, layout.module, None)
+    inputs = []
+    for name, stacked in layout.inputs.items():
+        rows_per_unit = tuple(parts[part] for part in stacked)
+        linear = _check_linear(getattr(module, name, None), f"{key} {name}", rows=units * sum(rows_per_unit))
+        inputs.append(Projection(linear, rows_per_unit))
+    output = getattr(module, layout.output, None)
+    output = _check_linear(output, f"{key} {layout.output}", columns=units * columns_per_unit)
+    return Block(key, units, tuple(inputs), output, columns_per_unit)
+
+
+def _check_linear(linear: Any, name: str, rows: int | None = None, columns: int | None = None) -> nn.Linear:
+    if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+        raise ValueError(
+            f"{name} is {type(linear).__name__}, not a plain floating-point linear layer: "
+            "load the model unquantised and without adapters"
+        )
+    for found, expected, what in ((linear.out_features, rows, "rows"), (linear.in_features, columns, "columns")):
+        if expected is not None and found != expected:
+            raise ValueError(
+                f"{name} has {found} {what}, the config promises {expected}: the checkpoint is inconsistent"
+            )
+    return linear
+
+
+def _set_all(config: PretrainedConfig, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(config, name, value)
+
+
+def _is_valid(config: PretrainedConfig) -> bool:
+    try:
+        config.validate_architecture()
+    except ValueError:
+        return False
+    return True
+
+
+def _get(module: nn.Module, path: str) -> Any:
+    return reduce(getattr, path.split("."), module)

@@ -1,0 +1,49 @@
+"""Write the model as a Hugging Face checkpoint once training, or pruning alone, is done."""
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from gqaprune.callbacks.pruning import get_parts
+from gqaprune.checkpoint import check_output_folder, save
+
+
+class CheckpointExport(Callback):
+    """Saves the pruned and recovered model with tokenizer and plan.
+
+    Args:
+        folder: where to; null means `checkpoint` in the run's folder.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
+        self.written: Path | None = None
+        self.format = ""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse an unusable folder before hours of work, not after."""
+        self.written = None
+        if stage == "fit":
+            check_output_folder(self._get_folder(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export after training, while the strategy still holds the weights."""
+        self._export(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export where there was nothing to train."""
+        if self.written is None:
+            self._export(trainer, pl_module)
+
+    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module, data = get_parts(trainer, pl_module)
+        folder = self._get_folder(trainer)
+        if trainer.is_global_zero:
+            self.format = save(module.model, data.tokenizer, folder, module.plan)
+        self.written = folder
+        trainer.strategy.barrier("export")
+
+    def _get_folder(self, trainer: Trainer) -> Path:
+        if self.folder is not None:
+            return Path(self.folder)
+        return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoint"

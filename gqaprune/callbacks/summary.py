@@ -1,0 +1,148 @@
+"""Measure what recovery reached, and tell the run's story: console, TensorBoard, files in the run's folder."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from gqaprune.callbacks.export import CheckpointExport
+from gqaprune.callbacks.pruning import TaylorPruning, get_parts
+from gqaprune.perplexity import measure_perplexity
+from gqaprune.plan import PLAN_FILE, PruningPlan
+from gqaprune.progress import console
+from gqaprune.report import Report, Stage, build_table, describe_model, draw_plan
+
+REPORT_FILE = "report.json"
+FIGURE_FILE = "pruning.png"
+
+
+class RunSummary(Callback):
+    """Writes `plan.json`, `pruning.png` and `report.json`, logs them to TensorBoard, prints the table and the paths."""
+
+    def __init__(self) -> None:
+        self._finished = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the plan and the perplexity before and after surgery."""
+        self._finished = False
+        report = _get_report(trainer)
+        plan = get_parts(trainer, pl_module)[0].plan
+        if report is None or plan is None or not trainer.is_global_zero:
+            return
+        for layer in range(plan.geometry.num_layers):
+            console.print(plan.describe_layer(layer))
+        console.print(plan.describe_ratio())
+        folder = _get_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        plan.save(folder / PLAN_FILE)
+        _save_figure(plan, folder / FIGURE_FILE)
+        report.save(folder / REPORT_FILE)
+        for stage in report.stages:
+            _log_perplexity(trainer, stage)
+        for logger in _get_tensorboards(trainer):
+            logger.experiment.add_text("plan", _describe_plan(plan))
+            logger.experiment.add_figure("pruning", draw_plan(plan))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the recovered model and finish."""
+        report = _get_report(trainer)
+        if report is not None:
+            module, data = get_parts(trainer, pl_module)
+            perplexity = measure_perplexity(module.model, data.evaluation_batches(), "recovered")
+            report.stages.append(describe_model("recovered", module.model, perplexity))
+        self._finish(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish where there was nothing to train."""
+        if not self._finished:
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finished = True
+        report = _get_report(trainer)
+        plan = get_parts(trainer, pl_module)[0].plan
+        if report is None or plan is None or not trainer.is_global_zero:
+            return
+        folder = _get_folder(trainer)
+        report.save(folder / REPORT_FILE)
+        _log_perplexity(trainer, report.stages[-1])
+        hparams = _flatten(report.settings | dict(pl_module.hparams))
+        for logger in _get_tensorboards(trainer):
+            if report.stages[-1].perplexity:
+                # The first validation corpus if there is one: what settings may be chosen by.
+                metric = next(iter(report.stages[-1].perplexity.values()))
+                logger.log_hyperparams(hparams, metrics={"hp_metric": metric})
+            logger.save()
+        console.print(build_table(report))
+        console.print(plan.describe_ratio())
+        _print_paths(trainer, folder)
+
+
+def _print_paths(trainer: Trainer, folder: Path) -> None:
+    written = {
+        "TensorBoard": f"tensorboard --logdir {_shorten(folder)}",
+        "configuration": _shorten(folder / "config.yaml"),
+        "plan": _shorten(folder / PLAN_FILE),
+        "figure": _shorten(folder / FIGURE_FILE),
+        "report": _shorten(folder / REPORT_FILE),
+    }
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, CheckpointExport) and callback.written is not None:
+            needs = " (load with trust_remote_code=True)" if callback.format == "per-layer" else ""
+            written["checkpoint"] = f"{_shorten(callback.written)}  {callback.format} format{needs}"
+    for what, path in written.items():
+        console.print(f"{what:<14} {path}")
+
+
+def _get_report(trainer: Trainer) -> Report | None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, TaylorPruning):
+            return callback.report
+    return None
+
+
+def _get_folder(trainer: Trainer) -> Path:
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def _get_tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _log_perplexity(trainer: Trainer, stage: Stage) -> None:
+    """`ppl/<corpus>/<stage>` on validation text, `ppl_test/<corpus>/<stage>` on test text."""
+    metrics = {}
+    for name, value in stage.perplexity.items():
+        stream, corpus = name.split("/", 1)
+        tag = f"{'ppl' if stream == 'val' else 'ppl_test'}/{corpus}"
+        metrics[f"{tag}/{stage.name}"] = value
+        if stage.name == "pruned" and stream == "val":  # where the validation curve starts
+            metrics[tag] = value
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _describe_plan(plan: PruningPlan) -> str:
+    lines = [plan.describe_layer(layer) for layer in range(plan.geometry.num_layers)]
+    return "\n".join(f"    {line}" for line in [*lines, plan.describe_ratio()])
+
+
+def _save_figure(plan: PruningPlan, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draw_plan(plan).savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)
+
+
+def _flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """TensorBoard's hparams take numbers, strings and booleans only."""
+    simple = (bool, int, float, str)
+    return {
+        name: value if isinstance(value, simple) else json.dumps(value, default=str) for name, value in values.items()
+    }
+
+
+def _shorten(path: Path) -> str:
+    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,91 @@
+"""The `gqaprune` command: LightningCLI with `fit`, `validate`, `test`, `predict` and `prune`."""
+
+import logging
+import sys
+import warnings
+from typing import Any
+
+import transformers
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from gqaprune.callbacks import CheckpointExport, RunSummary, TaylorPruning
+from gqaprune.datamodules import TextDataModule
+from gqaprune.module import CausalLMModule
+from gqaprune.progress import console
+
+DESCRIPTION = "Prune GQA groups and MLP channels of causal language models, recover, measure, save."
+
+
+class PruningTrainer(Trainer):
+    """Lightning's Trainer, which can also prune without training."""
+
+    def prune(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Calibrate, prune and save a model, without training."""
+        # A fit without steps: the callbacks do the work on any strategy, in the same order.
+        self.limit_train_batches = 0
+        self.limit_val_batches = 0
+        self.fit(model, datamodule=datamodule)
+
+
+class PruningCLI(LightningCLI):
+    """`gqaprune <command>`; the settings of pruning and export stand beside `model`, `data` and `trainer`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": ".", "default_hp_metric": False}}
+        super().__init__(
+            CausalLMModule,
+            TextDataModule,
+            trainer_class=PruningTrainer,
+            trainer_defaults={
+                "logger": logger,
+                "log_every_n_steps": 1,
+                "enable_model_summary": False,
+                "callbacks": RunSummary(),
+            },
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # would hold the dense parameters: it is built before pruning
+            parser_kwargs={"description": DESCRIPTION},
+            **kwargs,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """LightningCLI's commands and `prune`, with the arguments that are not settings."""
+        return {**LightningCLI.subcommands(), "prune": {"model", "datamodule"}}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Settings in the order of the work, Lightning's own last; the tokenizer follows the model."""
+        parser.add_lightning_class_args(CausalLMModule, "model")
+        parser.add_lightning_class_args(TextDataModule, "data")
+        parser.add_lightning_class_args(TaylorPruning, "pruning")
+        parser.add_lightning_class_args(CheckpointExport, "export")
+        parser.link_arguments("model.pretrained", "data.tokenizer")
+        parser.add_lightning_class_args(PruningTrainer, "trainer")
+        parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"})
+
+    def predict(self, **kwargs: Any) -> None:
+        """Print the prompts with their continuations."""
+        for ids in self.trainer.predict(**kwargs) or []:
+            console.print(self.datamodule.tokenizer.decode(ids[0], skip_special_tokens=True), markup=False)
+            console.rule()
+
+
+def main() -> int:
+    """Run the command line. Returns the exit code: 1 after an error that the user can mend, said in one sentence."""
+    _quiet()
+    try:
+        PruningCLI()
+    except ValueError as error:
+        print(f"gqaprune: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _quiet() -> None:
+    """Leave the console to the stages, the table and what needs attention."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")

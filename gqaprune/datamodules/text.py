@@ -1,0 +1,220 @@
+"""Corpora as streams: calibration and train windows, validation and test perplexity, prompts."""
+
+from collections.abc import Mapping
+from itertools import product
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from gqaprune.checkpoint import load_tokenizer
+from gqaprune.corpora import HUB, Corpus, parse_corpus, read_corpus
+from gqaprune.perplexity import IGNORED
+from gqaprune.windows import Batch, cut_windows, make_batches, read_windows, tokenize_corpus
+
+_DEFAULT_SPLITS = {"calibration": "train", "train": "train", "val": "validation", "test": "test"}
+
+
+class TextDataModule(LightningDataModule):
+    """Text streams for pruning, fine-tuning and perplexity.
+
+    A corpus is `wikitext2`, `ptb` or `c4` (from the hub), `embedded` (needs no hub), or a path or glob of txt, jsonl
+    (field `text`) or parquet (column `text`) files; `@train`, `@validation` or `@test` after it names a split. Named
+    corpora have default splits by stream; local files are read whole unless a split is named. Windows are packed:
+    no padding.
+
+    Args:
+        tokenizer: whose tokenizer to use, as `model.pretrained`; the command line sets it from there.
+        calibration: corpora to score units on.
+        train: corpora to fine-tune on.
+        val: corpora for perplexity during training, logged as `ppl/<corpus>`.
+        test: corpora for reported perplexity.
+        calibration_windows: windows to calibrate on, sampled over all calibration corpora; null takes all.
+        calibration_window: tokens per calibration window.
+        calibration_batch_size: windows per calibration micro-batch.
+        train_window: tokens per training window.
+        train_tokens: tokens to read from each training corpus at most; null reads all.
+        batch_size: windows per training micro-batch and device.
+        eval_window: tokens per evaluation window (2048 is the usual protocol, 128 LLM-Pruner's).
+        eval_stride: tokens between the starts of evaluation windows; null means no overlap.
+        eval_tokens: tokens to evaluate of each corpus at most, from its beginning; null evaluates all.
+        eval_batch_size: windows per evaluation batch and device.
+        prompts: what `predict` continues.
+        seed: seed of the choice and order of windows.
+
+    Raises:
+        ValueError: if calibration or training text overlaps with text that is evaluated, or a setting is out of bounds.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        calibration: list[str] = ["embedded"],  # noqa: B006  (a literal default reads best in --help; never changed)
+        train: list[str] = ["embedded"],  # noqa: B006
+        val: list[str] = ["embedded"],  # noqa: B006
+        test: list[str] = ["embedded"],  # noqa: B006
+        calibration_windows: int | None = 128,
+        calibration_window: int = 512,
+        calibration_batch_size: int = 4,
+        train_window: int = 512,
+        train_tokens: int | None = None,
+        batch_size: int = 4,
+        eval_window: int = 2048,
+        eval_stride: int | None = None,
+        eval_tokens: int | None = None,
+        eval_batch_size: int = 1,
+        prompts: list[str] = ["The capital of France is", "Once upon a time"],  # noqa: B006
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "calibration_windows": calibration_windows,
+            "calibration_batch_size": calibration_batch_size,
+            "train_tokens": train_tokens,
+            "batch_size": batch_size,
+            "eval_tokens": eval_tokens,
+            "eval_batch_size": eval_batch_size,
+        }
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {size}")
+        self.tokenizer_source = tokenizer
+        self.calibration_windows = calibration_windows
+        self.calibration_window = calibration_window
+        self.calibration_batch_size = calibration_batch_size
+        self.train_window = train_window
+        self.train_tokens = train_tokens
+        self.batch_size = batch_size
+        self.eval_window = eval_window
+        self.eval_stride = eval_stride
+        self.eval_tokens = eval_tokens
+        self.eval_batch_size = eval_batch_size
+        self.prompts = prompts
+        self.seed = seed
+        self.corpora = {
+            stream: [parse_corpus(text, _DEFAULT_SPLITS[stream]) for text in texts]
+            for stream, texts in (("calibration", calibration), ("train", train), ("val", val), ("test", test))
+        }
+        self._check_streams()
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._windows: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded on first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer_source)
+        return self._tokenizer
+
+    @property
+    def protocol(self) -> str:
+        """How perplexity is measured, in words."""
+        stride = self.eval_stride or self.eval_window
+        overlap = "non-overlapping windows" if stride == self.eval_window else f"windows with stride {stride}"
+        limit = "whole split" if self.eval_tokens is None else f"first {self.eval_tokens:,} tokens"
+        return f"perplexity: token-weighted, {overlap} of {self.eval_window} tokens, {limit}"
+
+    def prepare_data(self) -> None:
+        """Fill the hub's cache from one process."""
+        for corpus in {corpus for corpora in self.corpora.values() for corpus in corpora}:
+            if corpus.name in HUB:
+                read_corpus(corpus)
+
+    def get_labels(self, stream: str) -> list[str]:
+        """Names of a stream's corpora in logs, in the order of its dataloaders."""
+        labels = [corpus.label for corpus in self.corpora[stream]]
+        return [str(c) if labels.count(c.label) > 1 else c.label for c in self.corpora[stream]]
+
+    def calibration_batches(self) -> list[Tensor]:
+        """Calibration token ids, each `[calibration_batch_size, calibration_window]`, the same on every rank."""
+        corpora = self.corpora["calibration"]
+        limit = None
+        if self.calibration_windows is not None:  # so much of each corpus, at most, that the choice stays a choice
+            limit = 16 * self.calibration_windows * self.calibration_window
+        windows = read_windows(
+            self.tokenizer, corpora, self.calibration_window, self.calibration_windows, self.seed, limit
+        )
+        return list(windows.split(self.calibration_batch_size))
+
+    def evaluation_batches(self) -> dict[str, list[Batch]]:
+        """Batches of all evaluation corpora, as `val/<corpus>` and `test/<corpus>`."""
+        return {
+            f"{stream}/{label}": make_batches(*windows, self.eval_batch_size)
+            for stream in ("val", "test")
+            for label, windows in self._evaluation_windows(stream).items()
+        }
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled training windows."""
+        windows = read_windows(
+            self.tokenizer, self.corpora["train"], self.train_window, None, self.seed, self.train_tokens
+        )
+        return DataLoader(_Windows(windows, windows), self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> list[DataLoader[Batch]]:
+        """One loader per validation corpus."""
+        return self._evaluation_loaders("val")
+
+    def test_dataloader(self) -> list[DataLoader[Batch]]:
+        """One loader per test corpus."""
+        return self._evaluation_loaders("test")
+
+    def predict_dataloader(self) -> "DataLoader[Mapping[str, Tensor]]":
+        """Prompts, one per batch."""
+        encoded = [dict(self.tokenizer(prompt, return_tensors="pt")) for prompt in self.prompts]
+        for one in encoded:
+            one.pop("token_type_ids", None)
+        return DataLoader(encoded, batch_size=None)  # type: ignore[arg-type]
+
+    def _check_streams(self) -> None:
+        for used, evaluated in product(("calibration", "train"), ("val", "test")):
+            for mine, theirs in product(self.corpora[used], self.corpora[evaluated]):
+                if mine.overlaps(theirs):
+                    raise ValueError(
+                        f"data.{used} {mine} overlaps with data.{evaluated} {theirs}: perplexity on text that the model "
+                        "has seen in calibration or training means nothing; use another split or file, for example "
+                        "name@train and name@test"
+                    )
+
+    def _evaluation_windows(self, stream: str) -> dict[str, tuple[Tensor, Tensor]]:
+        if stream not in self._windows:
+            self._windows[stream] = {
+                label: self._cut(corpus)
+                for label, corpus in zip(self.get_labels(stream), self.corpora[stream], strict=True)
+            }
+        return self._windows[stream]
+
+    def _cut(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
+        tokens = tokenize_corpus(self.tokenizer, corpus, self.eval_tokens)
+        try:
+            return cut_windows(tokens, self.eval_window, self.eval_stride)
+        except ValueError as error:
+            raise ValueError(f"corpus {corpus}: {error} (data.eval_window)") from None
+
+    def _evaluation_loaders(self, stream: str) -> list[DataLoader[Batch]]:
+        world_size = self.trainer.world_size if self.trainer is not None else 1
+        return [
+            DataLoader(_Windows(*_fill_up(*windows, world_size)), self.eval_batch_size)
+            for windows in self._evaluation_windows(stream).values()
+        ]
+
+
+class _Windows(Dataset[Batch]):
+    def __init__(self, input_ids: Tensor, labels: Tensor) -> None:
+        self.input_ids = input_ids
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+
+
+def _fill_up(input_ids: Tensor, labels: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
+    """Add windows without labels until every rank gets the same number, so that none is counted twice."""
+    missing = -len(input_ids) % world_size
+    blank = torch.full_like(labels[:1], IGNORED).expand(missing, -1)
+    return torch.cat([input_ids, input_ids[:1].expand(missing, -1)]), torch.cat([labels, blank])

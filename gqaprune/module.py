@@ -1,0 +1,187 @@
+"""The LightningModule around a causal LM: fine-tuning, perplexity, generation."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+
+from gqaprune.architecture import get_layers
+from gqaprune.checkpoint import load_model
+from gqaprune.perplexity import Perplexity
+from gqaprune.plan import PruningPlan
+from gqaprune.surgery import apply_plan
+from gqaprune.windows import Batch
+
+
+class CausalLMModule(LightningModule):
+    """A causal LM to prune, fine-tune, measure and prompt.
+
+    Args:
+        pretrained: the model: a folder, a `.gguf` file, a hub name, or `smollm2-135m` (embedded, needs no hub).
+        dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
+        attn_implementation: attention kernel, `sdpa` or `eager`; transformers' choice by default.
+        trust_remote_code: run code that comes with the checkpoint. Pruned checkpoints do not need it here.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        optimizer: optimizer class and its arguments; built on the parameters that pruning left.
+        schedule: course of the learning rate after the warm-up, down to 0 (`cosine`, `linear`) or `constant`.
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        max_new_tokens: tokens that `predict` adds to each prompt.
+        plan: a pruning plan as plain data, applied on loading; checkpoints of pruned models carry it.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.01),
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        warmup_steps: int = 0,
+        max_new_tokens: int = 40,
+        plan: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer", "plan"])
+        self.pretrained = pretrained
+        self.dtype_name = dtype
+        self.attn_implementation = attn_implementation
+        self.trust_remote_code = trust_remote_code
+        self.gradient_checkpointing = gradient_checkpointing
+        self.optimizer_factory = optimizer
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.max_new_tokens = max_new_tokens
+        self.plan = PruningPlan.from_dict(plan) if plan is not None else None
+        self._model: PreTrainedModel | None = None
+        self._perplexity: dict[str, Perplexity] = {}
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The causal LM; `load` it first."""
+        assert self._model is not None, "load() comes before the model is used"
+        return self._model
+
+    def load(self) -> None:
+        """Load the model, pruned if there is a plan. Does nothing the second time."""
+        if self._model is None:
+            self._model = load_model(self.pretrained, self.dtype_name, self.attn_implementation, self.trust_remote_code)
+            if self.plan is not None:
+                apply_plan(self._model, self.plan)
+            if self.gradient_checkpointing:
+                self._model.gradient_checkpointing_enable()
+            self._model.train()  # transformers loads in eval mode, where gradient checkpointing does nothing
+
+    def configure_model(self) -> None:
+        """Load what the pruning callback has not; shard it where the strategy asks for it (FSDP2)."""
+        self.load()
+        if self.device_mesh is not None:
+            from torch.distributed.fsdp import FSDPModule, fully_shard
+
+            if not isinstance(self.model, FSDPModule):
+                mesh = self.device_mesh["data_parallel"]
+                for layer in get_layers(self.model):
+                    fully_shard(layer, mesh=mesh)
+                fully_shard(self.model, mesh=mesh)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits `[batch, tokens, vocabulary]` of token ids `[batch, tokens]`."""
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of a batch in nats per token."""
+        loss: Tensor = self.model(**batch, use_cache=False).loss
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the training loss is {loss.item()} at step {self.global_step}, batch {batch_idx}: "
+                "lower the learning rate, clip gradients, or train in bfloat16 or float32"
+            )
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start a perplexity for every validation corpus."""
+        self._start_perplexity("val")
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to its corpus's perplexity."""
+        self._update_perplexity(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `ppl/<corpus>` over all ranks."""
+        self._log_perplexity("ppl")
+
+    def on_test_epoch_start(self) -> None:
+        """Start a perplexity for every test corpus."""
+        self._start_perplexity("test")
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to its corpus's perplexity."""
+        self._update_perplexity(batch, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log `ppl/<corpus>` over all ranks."""
+        self._log_perplexity("ppl")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Continue a prompt greedily; returns prompt and continuation as token ids `[1, tokens]`."""
+        output = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False)
+        assert isinstance(output, Tensor)
+        return output
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build optimizer and schedule on the live parameters, after pruning."""
+        optimizer = self.optimizer_factory(self.trainable_parameters())
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        scheduler = get_scheduler(name, optimizer, self.warmup_steps, self._count_optimizer_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def trainable_parameters(self) -> Iterable[torch.nn.Parameter]:
+        """Parameters that fine-tuning moves."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the plan with the hyperparameters, so that a resumed run builds the pruned shapes."""
+        if self.plan is not None:
+            checkpoint["hyper_parameters"]["plan"] = self.plan.to_dict()
+
+    def _count_optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run, whatever the accumulation factor of each epoch.
+
+        Lightning's own estimate takes the factor of the moment, which a scheduler sets only once training starts.
+        """
+        trainer = self.trainer
+        if trainer.limit_train_batches == 0:
+            return 1
+        if trainer.max_epochs == -1:
+            return max(trainer.max_steps, 1)
+        trainer.fit_loop.setup_data()
+        schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+        factors = [
+            schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
+            for epoch in range(trainer.max_epochs or 1)
+        ]
+        steps = sum(math.ceil(trainer.num_training_batches / factor) for factor in factors)
+        return max(steps if trainer.max_steps == -1 else min(steps, trainer.max_steps), 1)
+
+    def _start_perplexity(self, stream: str) -> None:
+        labels = self.trainer.datamodule.get_labels(stream)  # type: ignore[attr-defined]
+        self._perplexity = {label: Perplexity().to(self.device) for label in labels}
+
+    def _update_perplexity(self, batch: Batch, dataloader_idx: int) -> None:
+        list(self._perplexity.values())[dataloader_idx].update(self(batch["input_ids"]), batch["labels"])
+
+    def _log_perplexity(self, prefix: str) -> None:
+        for label, metric in self._perplexity.items():
+            # The metric has already added up the ranks' sums.
+            self.log(f"{prefix}/{label}", metric.compute().float(), prog_bar=True)

@@ -1,0 +1,269 @@
+"""The pruning plan: which units of which layer stay, as plain data.
+
+Everything after a plan is mechanical: surgery cuts what it says, a checkpoint carries it, a second run re-applies it.
+This file imports no sibling, so that a plan can be read and checked without a model.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+PLAN_FILE = "plan.json"
+FORMAT = "gqaprune-plan/1"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shapes of a decoder-only model that pruning changes or depends on.
+
+    Args:
+        family: Hugging Face `model_type`.
+        hidden_size: width of the residual stream.
+        head_dim: features per attention head.
+        query_heads: query heads of each layer.
+        kv_heads: KV heads of each layer (one per GQA group).
+        channels: MLP channels of each layer.
+    """
+
+    family: str
+    hidden_size: int
+    head_dim: int
+    query_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    channels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.query_heads), len(self.kv_heads), len(self.channels)}
+        if len(lengths) != 1 or lengths == {0}:
+            raise ValueError(
+                f"a geometry needs one count per layer of each kind, got lists of {sorted(lengths)} layers"
+            )
+        for layer, (query, kv) in enumerate(zip(self.query_heads, self.kv_heads, strict=True)):
+            if kv < 1 or query < kv or query % kv:
+                raise ValueError(f"layer {layer} has {query} query heads on {kv} KV heads: not a whole ratio")
+        if min(self.channels) < 1 or self.head_dim < 1 or self.hidden_size < 1:
+            raise ValueError("MLP channels, head_dim and hidden_size of a geometry must be at least 1")
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.kv_heads)
+
+    @property
+    def ratios(self) -> tuple[int, ...]:
+        """Query heads per KV head, layer by layer."""
+        return tuple(query // kv for query, kv in zip(self.query_heads, self.kv_heads, strict=True))
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every layer has the same shapes, so that a stock config describes the model."""
+        return len(set(zip(self.query_heads, self.kv_heads, self.channels, strict=True))) == 1
+
+    def kv_cache_bytes_per_token(self, bytes_per_value: int) -> int:
+        """Bytes of keys and values that one token adds to the cache, over all layers."""
+        return 2 * sum(self.kv_heads) * self.head_dim * bytes_per_value
+
+    def difference(self, other: "Geometry") -> str | None:
+        """Say in words where two geometries differ first; None where they are equal."""
+        for name in ("family", "hidden_size", "head_dim", "num_layers"):
+            if getattr(self, name) != getattr(other, name):
+                return f"{name} {getattr(self, name)} against {getattr(other, name)}"
+        for name in ("query_heads", "kv_heads", "channels"):
+            for layer, (mine, theirs) in enumerate(zip(getattr(self, name), getattr(other, name), strict=True)):
+                if mine != theirs:
+                    return f"layer {layer} {name} {mine} against {theirs}"
+        return None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Geometry":
+        """Build a geometry from `asdict`'s output as JSON gives it back."""
+        try:
+            return cls(
+                family=str(data["family"]),
+                hidden_size=int(data["hidden_size"]),
+                head_dim=int(data["head_dim"]),
+                query_heads=tuple(int(n) for n in data["query_heads"]),
+                kv_heads=tuple(int(n) for n in data["kv_heads"]),
+                channels=tuple(int(n) for n in data["channels"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the plan's geometry is incomplete or of the wrong type ({error})") from None
+
+
+@dataclass(frozen=True)
+class KeptUnits:
+    """The units that stay in one layer, as ascending indexes into the dense layer.
+
+    Args:
+        groups: kept GQA groups (KV heads).
+        channels: kept MLP channels.
+    """
+
+    groups: tuple[int, ...]
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which units of every layer stay, and where that choice came from.
+
+    Args:
+        geometry: shapes of the model that the plan was made for.
+        layers: kept units of each layer.
+        model: name or folder of that model.
+        criterion: criterion that scored the units.
+        allocation: allocation that chose the counts.
+        rate: share of parameters asked to be removed, 0 to 1.
+        rate_base: what the rate is a share of, `decoder` (parameters of all decoder layers) or `all`.
+        seed: seed of the calibration windows.
+        corpora: calibration corpora.
+
+    Raises:
+        ValueError: if the kept units do not fit the geometry.
+    """
+
+    geometry: Geometry
+    layers: tuple[KeptUnits, ...]
+    model: str = ""
+    criterion: str = ""
+    allocation: str = ""
+    rate: float = 0.0
+    rate_base: str = "decoder"
+    seed: int = 0
+    corpora: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != self.geometry.num_layers:
+            raise ValueError(f"the plan has {len(self.layers)} layers, its geometry {self.geometry.num_layers}")
+        for layer, kept in enumerate(self.layers):
+            _check_indexes(kept.groups, self.geometry.kv_heads[layer], f"layer {layer} GQA groups")
+            _check_indexes(kept.channels, self.geometry.channels[layer], f"layer {layer} MLP channels")
+
+    @property
+    def pruned_geometry(self) -> Geometry:
+        """Shapes of the model after surgery: every kept KV head keeps exactly its own query heads."""
+        dense = self.geometry
+        return Geometry(
+            family=dense.family,
+            hidden_size=dense.hidden_size,
+            head_dim=dense.head_dim,
+            query_heads=tuple(len(kept.groups) * r for kept, r in zip(self.layers, dense.ratios, strict=True)),
+            kv_heads=tuple(len(kept.groups) for kept in self.layers),
+            channels=tuple(len(kept.channels) for kept in self.layers),
+        )
+
+    @property
+    def removes_nothing(self) -> bool:
+        """Whether every unit stays."""
+        return self.pruned_geometry == self.geometry
+
+    def check_fits(self, geometry: Geometry) -> None:
+        """Refuse a model other than the one the plan was made for.
+
+        Raises:
+            ValueError: naming the first difference.
+        """
+        if difference := self.geometry.difference(geometry):
+            raise ValueError(
+                f"the plan was made for another model ({self.model or 'unnamed'}): plan against this model: "
+                f"{difference}; apply it to the dense model it names, or calibrate a new plan"
+            )
+
+    def describe_layer(self, layer: int) -> str:
+        """One layer in words: `layer 12  9Q:3KV → 6Q:2KV  MLP 1536 → 1024`."""
+        before, after = self.geometry, self.pruned_geometry
+        width = len(str(before.num_layers - 1))
+        attention = f"{before.query_heads[layer]}Q:{before.kv_heads[layer]}KV"
+        attention += f" → {after.query_heads[layer]}Q:{after.kv_heads[layer]}KV"
+        return f"layer {layer:>{width}}  {attention}  MLP {before.channels[layer]} → {after.channels[layer]}"
+
+    def describe_ratio(self) -> str:
+        """Whether every layer kept its ratio of query heads to KV heads, in words."""
+        before, after = self.geometry.ratios, self.pruned_geometry.ratios
+        broken = [layer for layer, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+        if broken:
+            return f"GQA ratio: ❌ changed in layers {broken}"
+        ratios = " and ".join(f"{ratio}:1" for ratio in sorted(set(before), reverse=True))
+        return f"GQA ratio: ✅ every layer keeps {ratios}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, as `plan.json` holds them."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "PruningPlan":
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: if it is not a plan, or not one that this version reads.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"not a pruning plan of format {FORMAT!r}: found {found!r}")
+        try:
+            layers = tuple(KeptUnits(_indexes(kept["groups"]), _indexes(kept["channels"])) for kept in data["layers"])
+            return cls(
+                geometry=Geometry.from_dict(data["geometry"]),
+                layers=layers,
+                model=str(data["model"]),
+                criterion=str(data["criterion"]),
+                allocation=str(data["allocation"]),
+                rate=float(data["rate"]),
+                rate_base=str(data["rate_base"]),
+                seed=int(data["seed"]),
+                corpora=tuple(str(name) for name in data["corpora"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the pruning plan is incomplete or of the wrong type ({error})") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        write_text_atomically(Path(path), json.dumps(self.to_dict(), separators=(",", ":")) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PruningPlan":
+        """Read a plan that `save` wrote.
+
+        Raises:
+            ValueError: if the file is missing, is not JSON or is not a plan.
+        """
+        path = Path(path)
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ValueError(f"no pruning plan at {path}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a pruning plan: not JSON ({error})") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write to a temporary name beside `path`, then rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _indexes(values: Sequence[Any]) -> tuple[int, ...]:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"kept units must be whole numbers, got {value!r}")
+    return tuple(values)
+
+
+def _check_indexes(kept: tuple[int, ...], count: int, what: str) -> None:
+    if not kept:
+        raise ValueError(f"{what}: at least 1 of {count} must stay, got none")
+    if any(a >= b for a, b in pairwise(kept)):
+        raise ValueError(f"{what}: kept indexes must ascend without repeats")
+    if kept[0] < 0 or kept[-1] >= count:
+        outside = kept[0] if kept[0] < 0 else kept[-1]
+        raise ValueError(f"{what}: index {outside} is outside 0 … {count - 1}")

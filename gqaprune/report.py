@@ -1,0 +1,144 @@
+"""What a run did: measured stages as data, as a table, and the figure of what each layer kept."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from gqaprune.architecture import count_layer_parameters, count_parameters, read_geometry
+from gqaprune.plan import PruningPlan, write_text_atomically
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model as measured at one point of a run.
+
+    Args:
+        name: `dense`, `pruned` or `recovered`.
+        parameters: all parameters, tied ones once.
+        decoder_parameters: parameters of the decoder layers.
+        kv_cache_bytes_per_token: keys and values of one token, in the model's own type.
+        perplexity: by corpus.
+    """
+
+    name: str
+    parameters: int
+    decoder_parameters: int
+    kv_cache_bytes_per_token: int
+    perplexity: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """The stages of a run, and what was asked of it.
+
+    Args:
+        settings: the pruning settings, as plain data.
+        protocol: how the perplexities were measured, in words.
+        stages: in the order they were measured.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    protocol: str = ""
+    stages: list[Stage] = field(default_factory=list)
+
+    @property
+    def rate_reached(self) -> float:
+        """Share of the rate's base that is gone in the last stage."""
+        base = "parameters" if self.settings.get("rate_base") == "all" else "decoder_parameters"
+        before, after = getattr(self.stages[0], base), getattr(self.stages[-1], base)
+        return float(1 - after / before)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, as `report.json` holds them."""
+        stages = [asdict(stage) for stage in self.stages]
+        return {
+            "settings": self.settings,
+            "protocol": self.protocol,
+            "rate_reached": self.rate_reached,
+            "stages": stages,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write `report.json`, whole or not at all."""
+        write_text_atomically(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def describe_model(name: str, model: PreTrainedModel, perplexity: Mapping[str, float]) -> Stage:
+    """Count what a model holds."""
+    return Stage(
+        name=name,
+        parameters=count_parameters(model),
+        decoder_parameters=sum(count_layer_parameters(model)),
+        kv_cache_bytes_per_token=read_geometry(model.config).kv_cache_bytes_per_token(model.dtype.itemsize),
+        perplexity=dict(perplexity),
+    )
+
+
+def build_table(report: Report) -> Table:
+    """One row per quantity, one column per stage."""
+    table = Table(title=_title(report), caption=report.protocol or None, caption_style="dim", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for stage in report.stages:
+        table.add_column(stage.name, justify="right", no_wrap=True)
+    dense = report.stages[0]
+    for label, name, divisor, pattern in (
+        ("parameters", "parameters", 1e6, "{:,.2f} M"),
+        ("decoder parameters", "decoder_parameters", 1e6, "{:,.2f} M"),
+        ("KV-cache bytes/token", "kv_cache_bytes_per_token", 1, "{:,.0f}"),
+    ):
+        counts = [getattr(stage, name) for stage in report.stages]
+        table.add_row(label, *(pattern.format(n / divisor) + _change(n, counts[0]) for n in counts))
+    for corpus in dense.perplexity:
+        values = (stage.perplexity.get(corpus) for stage in report.stages)
+        table.add_row(f"ppl {corpus}", *("–" if v is None else f"{v:.2f}" for v in values))
+    return table
+
+
+def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
+    """Draw what each layer kept: a bar per layer, attention above, MLP below."""
+    before, after = plan.geometry, plan.pruned_geometry
+    layers = range(before.num_layers)
+    # A figure of its own, outside pyplot, so that no window system or global state is touched.
+    figure = matplotlib.figure.Figure(figsize=(max(7.0, 0.3 * before.num_layers + 1.5), 6.0), layout="constrained")
+    panels = (
+        ("Attention: KV heads (one GQA group each)", before.kv_heads, after.kv_heads, "#3b6fb6"),
+        ("MLP: channels", before.channels, after.channels, "#d9822b"),
+    )
+    for axes, (title, dense, kept, color) in zip(figure.subplots(2, 1, sharex=True), panels, strict=True):
+        axes.bar(layers, dense, color="#e4e4e4", label="removed", width=0.85)
+        axes.bar(layers, kept, color=color, label="kept", width=0.85)
+        axes.set_title(f"{title} – {sum(kept) / sum(dense):.1%} kept", loc="left", fontsize=11)
+        axes.set_ylim(0, max(dense) * 1.22)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="upper right", ncols=2, fontsize=9, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        share = axes.twinx()
+        share.set_ylim(0, 1.22)
+        share.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+        share.yaxis.set_major_formatter(PercentFormatter(1.0))
+        share.spines["top"].set_visible(False)
+    axes.set_xlabel("decoder layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(
+        f"{plan.model}: {plan.rate:.0%} asked, {plan.criterion} scores, {plan.allocation} allocation", fontsize=12
+    )
+    return figure
+
+
+def _title(report: Report) -> str:
+    rate = report.settings.get("rate")
+    if rate is None:
+        return "measured"
+    base = "all parameters" if report.settings.get("rate_base") == "all" else "decoder-layer parameters"
+    return f"asked to remove {rate:.2%} of {base}, removed {report.rate_reached:.2%}"
+
+
+def _change(value: int, dense: int) -> str:
+    return "" if value == dense else f" ({value / dense - 1:+.1%})"
