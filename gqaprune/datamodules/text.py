@@ -173,9 +173,9 @@ class TextDataModule(LightningDataModule):
             for mine, theirs in product(self.corpora[used], self.corpora[evaluated]):
                 if mine.overlaps(theirs):
                     raise ValueError(
-                        f"data.{used} {mine} overlaps with data.{evaluated} {theirs}: perplexity on text that the model "
-                        "has seen in calibration or training means nothing; use another split or file, for example "
-                        "name@train and name@test"
+                        f"data.{used} {mine} overlaps with data.{evaluated} {theirs}: perplexity on text "
+                        "the model has seen in calibration or training means nothing; use another split or file, "
+                        "for example name@train and name@test"
                     )
 
     def _evaluation_windows(self, stream: str) -> dict[str, tuple[Tensor, Tensor]]:

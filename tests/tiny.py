@@ -1,0 +1,84 @@
+"""Tiny random models of every supported family, and a byte tokenizer."""
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCABULARY = 260
+CONFIGS: dict[str, type[Any]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {},
+    "mistral-sliding": {"sliding_window": 5},
+    "qwen2": {},
+    "qwen2-sliding": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen2-tied": {"tie_word_embeddings": True},
+    "qwen3": {},
+}
+"""Every supported family with its variations: biases, q/k norms, tied embeddings, sliding windows."""
+
+
+def make_model(
+    variant: str = "llama",
+    *,
+    kv_heads: int = 2,
+    ratio: int = 3,
+    head_dim: int = 8,
+    channels: int = 20,
+    layers: int = 3,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A tiny random model in float32; biases and norms are random too, so that a wrong row shows."""
+    heads = kv_heads * ratio
+    config = CONFIGS[variant.split("-")[0]](
+        vocab_size=VOCABULARY,
+        hidden_size=4 * heads,
+        head_dim=head_dim,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=channels,
+        num_hidden_layers=layers,
+        max_position_embeddings=256,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=257,
+        **VARIANTS[variant],
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2)
+            if "norm" in name:
+                parameter.add_(1.0)
+    return model
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and two special ones: 258 tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def make_tokens(batch: int = 2, length: int = 16, seed: int = 0) -> torch.Tensor:
+    """Random token ids `[batch, length]`."""
+    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
