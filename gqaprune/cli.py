@@ -3,13 +3,16 @@
 import logging
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import transformers
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from gqaprune.callbacks import CheckpointExport, RunSummary, TaylorPruning
+from gqaprune.checkpoint import check_can_be_folder
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.progress import console
@@ -32,13 +35,11 @@ class PruningCLI(LightningCLI):
     """`gqaprune <command>`; the settings of pruning and export stand beside `model`, `data` and `trainer`."""
 
     def __init__(self, **kwargs: Any) -> None:
-        logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": ".", "default_hp_metric": False}}
         super().__init__(
             CausalLMModule,
             TextDataModule,
             trainer_class=PruningTrainer,
             trainer_defaults={
-                "logger": logger,
                 "log_every_n_steps": 1,
                 "enable_model_summary": False,
                 "callbacks": RunSummary(),
@@ -58,11 +59,24 @@ class PruningCLI(LightningCLI):
         """Settings in the order of the work, Lightning's own last; the tokenizer follows the model."""
         parser.add_lightning_class_args(CausalLMModule, "model")
         parser.add_lightning_class_args(TextDataModule, "data")
+        parser.add_lightning_class_args(CheckpointExport, "export")  # before pruning: it checks its folder first
         parser.add_lightning_class_args(TaylorPruning, "pruning")
-        parser.add_lightning_class_args(CheckpointExport, "export")
         parser.link_arguments("model.pretrained", "data.tokenizer")
         parser.add_lightning_class_args(PruningTrainer, "trainer")
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"})
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Log to TensorBoard, without Lightning's placeholder metric: the summary logs the real one."""
+        settings = self._get(self.config_init, "trainer")
+        if settings.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(settings.default_root_dir or ".", default_hp_metric=False)
+        return super().instantiate_trainer(**kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse an unusable folder for logs before any work."""
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                check_can_be_folder(Path(logger.log_dir))
 
     def predict(self, **kwargs: Any) -> None:
         """Print the prompts with their continuations."""
@@ -88,4 +102,4 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")

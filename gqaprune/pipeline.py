@@ -104,6 +104,11 @@ def prune(
     """
     check_finite_weights(model)
     blocks = select_blocks(model, config)
+    if config.rate > 0:
+        if not batches:
+            raise ValueError("pruning at a rate above 0 needs at least one calibration batch, got none")
+        # An unreachable budget shows on any scores: refuse it before the long work.
+        make_plan(model, blocks, {block.key: torch.zeros(block.units) for block in blocks}, config)
     report = Report(settings=asdict(config))
     perplexity = measure_perplexity(model, evaluation or {}, "dense")
     report.stages.append(describe_model("dense", model, perplexity))
@@ -111,8 +116,6 @@ def prune(
     if config.rate == 0:
         plan = replace(keep_everything(model), model=source)
     else:
-        if not batches:
-            raise ValueError("pruning at a rate above 0 needs at least one calibration batch, got none")
         scores = score_units(model, blocks, batches, config.criterion, accumulate)
         plan = make_plan(model, blocks, scores, config)
         plan = replace(plan, model=source, seed=seed, corpora=tuple(corpora))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class RunSummary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the recovered model and finish."""
+        _stop_progress_bar(trainer, pl_module)
         report = _get_report(trainer)
         if report is not None:
             module, data = get_parts(trainer, pl_module)
@@ -59,6 +61,13 @@ class RunSummary(Callback):
         """Finish where there was nothing to train."""
         if not self._finished:
             self._finish(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the run's folder if nothing but Lightning's empty event file is in it yet."""
+        folder = _get_folder(trainer)
+        files = list(folder.iterdir()) if trainer.is_global_zero and folder.is_dir() else []
+        if files and all(file.name.startswith("events.out.tfevents") for file in files):
+            shutil.rmtree(folder)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finished = True
@@ -79,6 +88,14 @@ class RunSummary(Callback):
         console.print(build_table(report))
         console.print(plan.describe_ratio())
         _print_paths(trainer, folder)
+
+
+def _stop_progress_bar(trainer: Trainer, pl_module: LightningModule) -> None:
+    """End Lightning's display, which would else run to the end of the program and over what is printed next."""
+    bar = trainer.progress_bar_callback
+    if bar is not None:
+        bar.on_train_end(trainer, pl_module)
+        bar.teardown(trainer, pl_module, "fit")
 
 
 def _print_paths(trainer: Trainer, folder: Path) -> None:
