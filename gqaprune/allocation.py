@@ -4,6 +4,7 @@ Which units a block keeps follows from its scores (the highest stay); here only 
 steps: one unit, or as many channels as bring the width to the next multiple of `channel_multiple`.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,11 +65,22 @@ class Budget:
         """Parameters to remove."""
         return self.rate * self.base_parameters
 
-    def unreachable(self, parameters: int, reason: str) -> ValueError:
-        """The error for a budget that the limits cannot meet; `parameters` is the nearest reachable removal."""
+    def unreachable(self, reason: str, nearest: int | None = None) -> ValueError:
+        """The error for a budget that the limits cannot meet.
+
+        Args:
+            reason: why, in words.
+            nearest: the nearest reachable removal in parameters, if there is one.
+        """
+        way_out = "loosen"
+        if nearest is not None:
+            # Rounded away from the target asked, so that the rate named is itself reachable.
+            scale = 10 ** max(4, len(str(self.base_parameters)))
+            rounded = math.floor if nearest < self.target else math.ceil
+            rate = rounded(nearest / self.base_parameters * scale) / scale
+            way_out = f"the nearest reachable rate is {rate}; change `rate` to it, or loosen"
         return ValueError(
-            f"cannot remove {self.rate:.2%} of {self.base_parameters:,} parameters: {reason}; the nearest reachable "
-            f"rate is {parameters / self.base_parameters:.4f}; change `rate` to it, or loosen min_groups, "
+            f"cannot remove {self.rate:.2%} of {self.base_parameters:,} parameters: {reason}; {way_out} min_groups, "
             "min_channels, min_rate, max_rate, attention_layers, mlp_layers or channel_multiple"
         )
 
@@ -102,15 +114,13 @@ def allocate_uniform(blocks: Sequence[BlockBudget], budget: Budget) -> Removed:
             parameters = groups * group_step + channels * channel_step
             options.append(_Option(groups, channels, parameters, abs(parameters - budget.target)))
     if not options:
-        raise budget.unreachable(
-            0, f"no equal counts keep every layer's rate within {budget.min_rate} … {budget.max_rate}"
-        )
-    counts = _common_counts(mlp or attention)
-    step = max((b - a for a, b in pairwise(counts)), default=0)
-    met = [option for option in options if option.miss <= step * (channel_step or group_step) / 2]
+        raise budget.unreachable(f"no equal counts keep all layers' rates in {budget.min_rate} … {budget.max_rate}")
+    finest, finest_step = (mlp, channel_step) if len(_common_counts(mlp)) > 1 else (attention, group_step)
+    step = max((b - a for a, b in pairwise(_common_counts(finest))), default=0) * finest_step
+    met = [option for option in options if option.miss <= step / 2]
     if not met:
         nearest = min(options, key=lambda option: option.miss)
-        raise budget.unreachable(nearest.parameters, "equal counts in every layer do not come nearer")
+        raise budget.unreachable("equal counts in every layer do not come nearer", nearest.parameters)
     share = budget.target / sum(block.units * block.unit_parameters for block in blocks)
     units = attention[0].units if attention else 1
     best = min(met, key=lambda option: (abs(option.groups / units - share), option.miss))
@@ -148,20 +158,20 @@ def allocate_global(blocks: Sequence[BlockBudget], budget: Budget) -> Removed:
         least = budget.min_rate * budget.layer_parameters[step.key.layer]
         if removed_of_layer[step.key.layer] < least and is_next(step) and fits_layer(step):
             take(step)
-    for layer in {block.key.layer for block in blocks}:
+    for layer in sorted({step.key.layer for step in steps}):
         if removed_of_layer[layer] < budget.min_rate * budget.layer_parameters[layer]:
             reached = removed_of_layer[layer] / budget.layer_parameters[layer]
             raise budget.unreachable(
-                total, f"layer {layer} reaches {reached:.2%} at most, min_rate asks {budget.min_rate:.2%}"
+                f"layer {layer} reaches {reached:.2%} at most, min_rate asks {budget.min_rate:.2%}"
             )
     if total > budget.target:
-        raise budget.unreachable(total, f"min_rate {budget.min_rate:.2%} already takes more")
+        raise budget.unreachable(f"min_rate {budget.min_rate:.2%} already takes more", total)
     for step in steps:
         if is_next(step) and fits_layer(step) and total + step.parameters <= budget.target:
             take(step)
     still_possible = any(is_next(step) and fits_layer(step) for step in steps)
     if not still_possible and budget.target - total >= min(block.unit_parameters for block in blocks):
-        raise budget.unreachable(total, "the limits leave too few units to remove")
+        raise budget.unreachable("the limits leave too few units to remove", total)
     return removed
 
 

@@ -133,7 +133,7 @@ def _read_hub(corpus: Corpus) -> Iterable[str]:
     try:
         rows = load_dataset(source.path, **{key: value for key, value in arguments.items() if value is not None})
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"corpus {corpus.name!r} could not be read from the hub or its cache ({reason}); connect once to fill "
             f"the cache, or give a local file, or {EMBEDDED!r}"
@@ -169,17 +169,17 @@ def _read_text(path: Path) -> list[str]:
 
 def _read_jsonl(path: Path) -> list[str]:
     documents = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error.msg})") from None
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise ValueError(f"{path}, line {number} has no string field `text`")
-            documents.append(row["text"])
+    (text,) = _read_text(path)
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error.msg})") from None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise ValueError(f"{path}, line {number} has no string field `text`")
+        documents.append(row["text"])
     return documents
 
 
@@ -189,11 +189,14 @@ def _read_parquet(path: Path) -> list[str]:
 
     try:
         table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a parquet file ({error})") from None
     if "text" not in table.column_names:
         raise ValueError(f"{path} has no column `text`, it has {', '.join(table.column_names)}")
-    return [document for document in table.column("text").to_pylist() if document is not None]
+    column = table.column("text")
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise ValueError(f"{path}: its column `text` holds {column.type}, not strings")
+    return [document for document in column.to_pylist() if document is not None]
 
 
 _READERS: Mapping[str, Callable[[Path], list[str]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}

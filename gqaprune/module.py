@@ -77,7 +77,7 @@ class CausalLMModule(LightningModule):
             if self.plan is not None:
                 apply_plan(self._model, self.plan)
             if self.gradient_checkpointing:
-                self._model.gradient_checkpointing_enable()
+                self._model.activation_checkpointing_enable()
             self._model.train()  # transformers loads in eval mode, where gradient checkpointing does nothing
 
     def configure_model(self) -> None:

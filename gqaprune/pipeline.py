@@ -33,7 +33,7 @@ class PruningConfig:
         mlp_layers: decoder layers whose MLP may lose channels, likewise.
         min_groups: GQA groups that stay in every layer, at least 1.
         min_channels: MLP channels that stay in every layer, at least 1.
-        min_rate: least share of its parameters that each layer in the ranges loses, 0 to 1.
+        min_rate: least share of its parameters that each layer loses that has a removable unit, 0 to 1.
         max_rate: largest share of its parameters that any layer loses, 0 to 1.
         channel_multiple: kept MLP widths are multiples of it (64 or 128 runs fast on GPUs).
 
@@ -160,7 +160,7 @@ def make_plan(model: PreTrainedModel, blocks: Sequence[Block], scores: Scores, c
         max_rate=config.max_rate,
     )
     if not blocks:
-        raise budget.unreachable(0, "attention_layers and mlp_layers leave no block to prune")
+        raise budget.unreachable("attention_layers and mlp_layers leave no block to prune")
     budgets = [
         BlockBudget(
             key=block.key,

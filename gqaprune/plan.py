@@ -84,11 +84,11 @@ class Geometry:
         try:
             return cls(
                 family=str(data["family"]),
-                hidden_size=int(data["hidden_size"]),
-                head_dim=int(data["head_dim"]),
-                query_heads=tuple(int(n) for n in data["query_heads"]),
-                kv_heads=tuple(int(n) for n in data["kv_heads"]),
-                channels=tuple(int(n) for n in data["channels"]),
+                hidden_size=_whole_numbers([data["hidden_size"]])[0],
+                head_dim=_whole_numbers([data["head_dim"]])[0],
+                query_heads=_whole_numbers(data["query_heads"]),
+                kv_heads=_whole_numbers(data["kv_heads"]),
+                channels=_whole_numbers(data["channels"]),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"the plan's geometry is incomplete or of the wrong type ({error})") from None
@@ -205,7 +205,9 @@ class PruningPlan:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"not a pruning plan of format {FORMAT!r}: found {found!r}")
         try:
-            layers = tuple(KeptUnits(_indexes(kept["groups"]), _indexes(kept["channels"])) for kept in data["layers"])
+            layers = tuple(
+                KeptUnits(_whole_numbers(kept["groups"]), _whole_numbers(kept["channels"])) for kept in data["layers"]
+            )
             return cls(
                 geometry=Geometry.from_dict(data["geometry"]),
                 layers=layers,
@@ -236,6 +238,8 @@ class PruningPlan:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise ValueError(f"no pruning plan at {path}") from None
+        except OSError as error:
+            raise ValueError(f"cannot read a pruning plan from {path} ({error.strerror})") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a pruning plan: not JSON ({error})") from None
         except ValueError as error:
@@ -252,10 +256,10 @@ def write_text_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _indexes(values: Sequence[Any]) -> tuple[int, ...]:
+def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...]:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"kept units must be whole numbers, got {value!r}")
+            raise ValueError(f"units and shapes must be whole numbers, got {value!r}")
     return tuple(values)
 
 

@@ -61,7 +61,7 @@ def cut_windows(tokens: Tensor, window: int, stride: int | None = None) -> tuple
     Raises:
         ValueError: if the tokens do not fill one window, or the sizes make no sense.
     """
-    stride = stride or window
+    stride = window if stride is None else stride
     if window < 2 or not 1 <= stride <= window:
         raise ValueError(f"windows need window >= 2 and 1 <= stride <= window, got window {window}, stride {stride}")
     if len(tokens) < window:

@@ -94,7 +94,7 @@ class TextDataModule(LightningDataModule):
         self.prompts = prompts
         self.seed = seed
         self.corpora = {
-            stream: [parse_corpus(text, _DEFAULT_SPLITS[stream]) for text in texts]
+            stream: list(dict.fromkeys(parse_corpus(text, _DEFAULT_SPLITS[stream]) for text in texts))
             for stream, texts in (("calibration", calibration), ("train", train), ("val", val), ("test", test))
         }
         self._check_streams()

@@ -1,0 +1,225 @@
+"""Invariant 5: save, load, same logits; with gqaprune, with plain transformers, and where gqaprune is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_surgery import make_plan
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import gqaprune
+from gqaprune.architecture import read_geometry
+from gqaprune.checkpoint import check_tokenizer, load_model, load_tokenizer, save
+from gqaprune.plan import PruningPlan
+from gqaprune.surgery import apply_plan
+
+from tiny import make_model, make_tokenizer, make_tokens
+
+UNEVEN = ([[0], [0, 1, 2], [1, 2]], [[1, 5], list(range(20)), list(range(0, 20, 3))])
+EVEN = ([[0, 2], [0, 1], [1, 2]], [list(range(7)), list(range(3, 10)), list(range(13, 20))])
+
+
+def make_pruned(variant: str, kept: tuple[list[list[int]], list[list[int]]], ratio: int = 2) -> PreTrainedModel:
+    model = make_model(variant, kv_heads=3, ratio=ratio)
+    apply_plan(model, make_plan(model, *kept))
+    return model
+
+
+def get_logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(make_tokens()).logits
+
+
+def test_uneven_counts_load_in_gqaprune_and_in_plain_transformers(variant: str, tmp_path: Path) -> None:
+    model = make_pruned(variant, UNEVEN)
+    assert save(model, None, tmp_path / "out") == "per-layer"
+    assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(model))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert torch.equal(get_logits(plain), get_logits(model))
+    assert read_geometry(plain.config) == read_geometry(model.config)
+
+
+def test_even_counts_give_a_stock_checkpoint(variant: str, tmp_path: Path) -> None:
+    model = make_pruned(variant, EVEN)
+    assert save(model, None, tmp_path / "out") == "stock"
+    assert not list((tmp_path / "out").glob("*.py"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(get_logits(plain), get_logits(model))
+    assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(model))
+
+
+def test_llama_whose_heads_no_longer_divide_its_width_is_saved_as_a_stock_mistral(tmp_path: Path) -> None:
+    model = make_model("llama", kv_heads=4, ratio=4)  # width 64, 16 heads
+    apply_plan(model, make_plan(model, [[0, 1, 3]] * 3, [list(range(20))] * 3))
+    assert save(model, None, tmp_path / "out") == "stock"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(plain).__name__ == "MistralForCausalLM"
+    assert torch.equal(get_logits(plain), get_logits(model))
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["MistralForCausalLM"]
+
+
+def test_llama_with_biases_whose_heads_no_longer_divide_its_width_is_saved_per_layer(tmp_path: Path) -> None:
+    model = make_model("llama-biases", kv_heads=4, ratio=4)
+    apply_plan(model, make_plan(model, [[0, 1, 3]] * 3, [list(range(20))] * 3))
+    assert save(model, None, tmp_path / "out") == "per-layer"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert torch.equal(get_logits(plain), get_logits(model))
+
+
+def test_per_layer_checkpoint_loads_where_gqaprune_is_not_installed(tmp_path: Path) -> None:
+    model = make_pruned("qwen2", UNEVEN, ratio=7)
+    save(model, make_tokenizer(), tmp_path / "out")
+    script = (
+        "import sys; sys.modules['gqaprune'] = None\n"  # any import of it fails
+        "import torch\n"
+        "from safetensors.torch import save_file\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"folder = {str(tmp_path / 'out')!r}\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+        "ids = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))\n"
+        "logits = model(ids).logits.detach()\n"
+        "text = model.generate(ids[:1], max_new_tokens=8, do_sample=False)\n"
+        "same = model.generate(ids[:1], max_new_tokens=8, do_sample=False, use_cache=False)\n"
+        "assert torch.equal(text, same)\n"
+        "assert AutoTokenizer.from_pretrained(folder)('abc')['input_ids']\n"
+        f"save_file({{'logits': logits}}, {str(tmp_path / 'logits.safetensors')!r})\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=tmp_path)
+    torch.testing.assert_close(
+        load_file(tmp_path / "logits.safetensors")["logits"], get_logits(model), atol=1e-5, rtol=0
+    )
+
+
+def test_eager_attention_and_bfloat16_reach_every_layer(tmp_path: Path) -> None:
+    save(make_pruned("mistral-sliding", UNEVEN), None, tmp_path / "out")
+    model = load_model(tmp_path / "out", dtype="bfloat16", attn_implementation="eager")
+    assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"eager"}
+    assert model.dtype == torch.bfloat16
+
+
+def test_plan_reapplied_to_the_dense_model_gives_the_saved_weights(tmp_path: Path) -> None:
+    dense = make_model("qwen3", kv_heads=3, ratio=2)
+    plan = make_plan(dense, *UNEVEN)
+    save(make_pruned("qwen3", UNEVEN), None, tmp_path / "out", plan)
+    apply_plan(dense, PruningPlan.load(tmp_path / "out/plan.json"))
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert saved and all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in saved.items())
+
+
+def test_loaded_pruned_model_can_be_pruned_and_saved_again(tmp_path: Path) -> None:
+    save(make_pruned("llama", UNEVEN), None, tmp_path / "first")
+    model = load_model(tmp_path / "first")
+    apply_plan(model, make_plan(model, [[0], [1, 2], [0]], [[0], [4], [1, 2]]))
+    save(model, None, tmp_path / "second")
+    assert torch.equal(get_logits(load_model(tmp_path / "second")), get_logits(model))
+
+
+def test_embedded_model_is_the_real_one_in_the_type_asked_for() -> None:
+    model = load_model("smollm2-135m", dtype="bfloat16")
+    assert (model.dtype, sum(p.numel() for p in model.parameters())) == (torch.bfloat16, 134_515_008)
+
+
+def test_saving_replaces_an_older_checkpoint_and_leaves_nothing_else(tmp_path: Path) -> None:
+    save(make_pruned("llama", UNEVEN), make_tokenizer(), tmp_path / "out")
+    even = make_pruned("llama", EVEN)
+    save(even, make_tokenizer(), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(even))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_save_that_breaks_off_keeps_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = make_pruned("llama", UNEVEN), make_pruned("llama", EVEN)
+    save(old, None, tmp_path / "out")
+
+    def break_off(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        save(new, make_tokenizer(), tmp_path / "out")
+    assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(old))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    for folder in (tmp_path / "out", tmp_path / "out/below"):
+        with pytest.raises(ValueError, match="out is a file; choose another folder"):
+            save(make_pruned("llama", EVEN), None, folder)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_folder_with_other_files_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds other files"):
+        save(make_pruned("llama", EVEN), None, tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("/no/such/model", "the folder does not exist"),
+        ("./here", "the folder does not exist"),
+        ("gone.gguf", "no GGUF file at gone.gguf"),
+        ("nobody/nothing", "cannot load a model from 'nobody/nothing'"),
+    ],
+)
+def test_missing_model_is_said_in_a_sentence(source: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        load_model(source)
+
+
+def test_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no Hugging Face checkpoint: it has no config.json"):
+        load_model(tmp_path)
+
+
+def test_truncated_weights_are_refused(tmp_path: Path) -> None:
+    save(make_pruned("llama", EVEN), None, tmp_path / "out")
+    weights = tmp_path / "out/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="cannot load a model from"):
+        load_model(tmp_path / "out")
+
+
+def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
+    model = make_model("llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot load a model from"):
+        load_model(tmp_path)
+
+
+def test_tokenizer_that_makes_unknown_ids_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_model("llama")
+    check_tokenizer(tokenizer, model)
+    model.resize_token_embeddings(200)
+    with pytest.raises(ValueError, match="the tokenizer has 258 tokens but the model embeds 200"):
+        check_tokenizer(tokenizer, model)
+
+
+def test_missing_tokenizer_is_said_in_a_sentence(tmp_path: Path) -> None:
+    save(make_pruned("llama", EVEN), None, tmp_path / "out")
+    with pytest.raises(ValueError, match="cannot load a tokenizer from"):
+        load_tokenizer(tmp_path / "out")
+
+
+def test_unknown_dtype_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, auto, got 'int7'"):
+        gqaprune.load(tiny_folder, dtype="int7")
+
+
+def test_unsupported_family_is_refused_on_loading(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="type 'gpt2' cannot be pruned yet; supported types: llama, mistral"):
+        load_model(tmp_path)

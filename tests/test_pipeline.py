@@ -1,0 +1,152 @@
+"""The whole path without Lightning: what prune does to a model, and what it refuses."""
+
+import pytest
+import torch
+
+from gqaprune import PruningConfig, apply_plan, prune
+from gqaprune.architecture import count_layer_parameters, count_parameters, find_blocks, read_geometry
+from gqaprune.plan import PruningPlan
+from gqaprune.windows import make_batches
+
+from tiny import make_model, make_tokens
+
+BATCHES = [make_tokens(2, seed=seed) for seed in range(3)]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("rate_base", ["decoder", "all"])
+def test_budget_is_met_within_one_unit(variant: str, allocation: str, rate_base: str) -> None:
+    model = make_model(variant, kv_heads=4, ratio=2)
+    count = count_parameters if rate_base == "all" else lambda m: sum(count_layer_parameters(m))
+    before, step = count(model), max(block.unit_parameters for block in find_blocks(model))
+    if allocation == "uniform":  # its step is a channel in every layer
+        step = sum(block.unit_parameters for block in find_blocks(model) if block.key.kind == "mlp")
+    plan, report = prune(model, BATCHES, PruningConfig(rate=0.25, allocation=allocation, rate_base=rate_base))
+    assert abs((before - count(model)) - 0.25 * before) <= step
+    assert report.rate_reached == pytest.approx(1 - count(model) / before)
+    assert read_geometry(model.config) == plan.pruned_geometry
+
+
+def test_every_layer_keeps_its_ratio() -> None:
+    model = make_model("qwen2", kv_heads=4, ratio=7)
+    plan, _ = prune(model, BATCHES, PruningConfig(rate=0.4, allocation="global"))
+    assert not plan.removes_nothing
+    assert plan.pruned_geometry.ratios == (7, 7, 7)
+    assert "✅ every layer keeps 7:1" in plan.describe_ratio()
+
+
+def test_weakest_units_go() -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        for layer, channel in ((0, 3), (1, 11), (2, 0)):
+            model.model.layers[layer].mlp.down_proj.weight[:, channel] *= 1e-3
+    plan, _ = prune(model, BATCHES, PruningConfig(rate=0.012, attention_layers=(0, 0)))
+    removed = [set(range(20)) - set(kept.channels) for kept in plan.layers]
+    assert removed == [{3}, {11}, {0}]
+
+
+def test_same_data_gives_the_same_plan_and_the_plan_gives_the_same_weights() -> None:
+    first, second, dense = make_model("qwen3"), make_model("qwen3"), make_model("qwen3")
+    config = PruningConfig(rate=0.3, allocation="global")
+    plan, _ = prune(first, BATCHES, config)
+    again, _ = prune(second, BATCHES, config)
+    assert plan == again
+    apply_plan(dense, PruningPlan.from_dict(plan.to_dict()))
+    for one, other in zip(first.state_dict().values(), dense.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_rate_zero_changes_no_bit_and_needs_no_text(variant: str) -> None:
+    model = make_model(variant)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan, report = prune(model, [], PruningConfig(rate=0.0))
+    assert plan.removes_nothing and report.rate_reached == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_layers_outside_the_ranges_stay_whole() -> None:
+    model = make_model("llama", kv_heads=4, layers=5)
+    plan, _ = prune(model, BATCHES, PruningConfig(rate=0.2, attention_layers=(1, 3), mlp_layers=(2, 4)))
+    assert [len(kept.groups) == 4 for kept in plan.layers] == [True, False, False, True, True]
+    assert [len(kept.channels) == 20 for kept in plan.layers] == [True, True, False, False, True]
+
+
+def test_limits_hold() -> None:
+    model = make_model("llama", kv_heads=4, channels=32)
+    config = PruningConfig(
+        rate=0.4, allocation="global", min_groups=2, min_channels=8, channel_multiple=8, max_rate=0.6
+    )
+    whole = count_layer_parameters(model)
+    plan, _ = prune(model, BATCHES, config)
+    for kept, before, after in zip(plan.layers, whole, count_layer_parameters(model), strict=True):
+        assert len(kept.groups) >= 2 and len(kept.channels) >= 8 and len(kept.channels) % 8 == 0
+        assert 1 - after / before <= 0.6
+
+
+def test_report_measures_before_and_after_on_the_evaluation_text() -> None:
+    model = make_model("llama")
+    evaluation = {"test/text": make_batches(make_tokens(4, seed=9), make_tokens(4, seed=9), 2)}
+    _, report = prune(model, BATCHES, PruningConfig(rate=0.3), evaluation=evaluation)
+    dense, pruned = report.stages
+    tokens = make_tokens(4, seed=9)
+    assert dense.perplexity["test/text"] == pytest.approx(float(make_model("llama")(tokens, labels=tokens).loss.exp()))
+    assert pruned.perplexity["test/text"] == pytest.approx(float(model(tokens, labels=tokens).loss.exp()))
+    assert pruned.decoder_parameters == sum(count_layer_parameters(model)) < dense.decoder_parameters
+
+
+def test_plan_says_where_it_came_from() -> None:
+    config = PruningConfig(rate=0.3, criterion="taylor")
+    plan, _ = prune(make_model("llama"), BATCHES, config, source="tiny", seed=7, corpora=["embedded@train"])
+    assert (plan.model, plan.criterion, plan.allocation, plan.seed) == ("tiny", "taylor", "uniform", 7)
+    assert (plan.corpora, plan.rate, plan.rate_base) == (("embedded@train",), 0.3, "decoder")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"rate": 1.0}, r"rate must be in \[0, 1\).* got 1.0"),
+        ({"rate": -0.1}, r"rate must be in \[0, 1\).* got -0.1"),
+        ({"criterion": "magic"}, "criterion must be one of fisher, taylor, got 'magic'"),
+        ({"allocation": "magic"}, "allocation must be one of uniform, global, got 'magic'"),
+        ({"rate_base": "magic"}, "rate_base must be one of decoder, all, got 'magic'"),
+        ({"min_rate": 0.6, "max_rate": 0.5}, "min_rate <= max_rate"),
+        ({"min_groups": 0}, "min_groups must be at least 1, got 0"),
+        ({"channel_multiple": 0}, "channel_multiple must be at least 1, got 0"),
+    ],
+)
+def test_setting_out_of_bounds_is_refused(settings: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        PruningConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"mlp_layers": (1, 4)}, r"mlp_layers must satisfy 0 <= first <= end <= 3.*got \[1, 4\]"),
+        ({"attention_layers": (2, 1)}, r"attention_layers must satisfy.*got \[2, 1\]"),
+        ({"rate": 0.95}, "nearest reachable rate is 0"),
+        ({"rate": 0.95, "allocation": "global"}, "nearest reachable rate is 0"),
+        ({"attention_layers": (0, 0), "mlp_layers": (2, 2)}, "leave no block to prune"),
+    ],
+)
+def test_budget_that_cannot_be_met_is_refused_before_anything_is_cut(
+    settings: dict[str, object], sentence: str
+) -> None:
+    model = make_model("llama")
+    parameters = count_parameters(model)
+    with pytest.raises(ValueError, match=sentence):
+        prune(model, BATCHES, PruningConfig(**settings))  # type: ignore[arg-type]
+    assert count_parameters(model) == parameters
+
+
+def test_pruning_without_calibration_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one calibration batch"):
+        prune(make_model("llama"), [], PruningConfig(rate=0.1))
+
+
+def test_nan_weights_stop_before_anything_is_cut() -> None:
+    model = make_model("llama")
+    model.model.layers[0].self_attn.v_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="weights of layer 0"):
+        prune(model, BATCHES, PruningConfig(rate=0.1))
+    assert read_geometry(model.config).kv_heads == (2, 2, 2)

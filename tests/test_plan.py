@@ -1,0 +1,292 @@
+"""A plan survives JSON, refuses what does not fit with a sentence that says why, and describes itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gqaprune.plan import FORMAT, Geometry, KeptUnits, PruningPlan, write_text_atomically
+
+DENSE = Geometry("llama", hidden_size=64, head_dim=8, query_heads=(6, 6), kv_heads=(2, 2), channels=(20, 20))
+
+
+def make_plan(**changes: Any) -> PruningPlan:
+    fields = {
+        "geometry": DENSE,
+        "layers": (KeptUnits((1,), (0, 3, 19)), KeptUnits((0, 1), tuple(range(20)))),
+        "model": "größe/modell",
+        "criterion": "fisher",
+        "allocation": "global",
+        "rate": 0.25,
+        "rate_base": "all",
+        "seed": 7,
+        "corpora": ("embedded@train", "wikitext2@train"),
+    }
+    return PruningPlan(**(fields | changes))
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> PruningPlan:
+    layers = draw(st.integers(1, 4))
+    kv_heads = draw(st.lists(st.integers(1, 6), min_size=layers, max_size=layers))
+    ratios = draw(st.lists(st.integers(1, 8), min_size=layers, max_size=layers))
+    channels = draw(st.lists(st.integers(1, 12), min_size=layers, max_size=layers))
+
+    def units(count: int) -> tuple[int, ...]:
+        return tuple(sorted(draw(st.sets(st.integers(0, count - 1), min_size=1))))
+
+    geometry = Geometry(
+        family=draw(st.sampled_from(["llama", "qwen2"])),
+        hidden_size=draw(st.integers(1, 4096)),
+        head_dim=draw(st.integers(1, 256)),
+        query_heads=tuple(kv * ratio for kv, ratio in zip(kv_heads, ratios, strict=True)),
+        kv_heads=tuple(kv_heads),
+        channels=tuple(channels),
+    )
+    return PruningPlan(
+        geometry=geometry,
+        layers=tuple(KeptUnits(units(kv), units(width)) for kv, width in zip(kv_heads, channels, strict=True)),
+        model=draw(st.text()),
+        rate=draw(st.floats(0, 1)),
+        corpora=tuple(draw(st.lists(st.text(), max_size=3))),
+    )
+
+
+def to_json(plan: PruningPlan) -> dict[str, Any]:
+    """The plan as JSON gives it back: lists, no tuples."""
+    return json.loads(json.dumps(plan.to_dict()))
+
+
+@given(plans())
+def test_plan_survives_json(plan: PruningPlan) -> None:
+    assert PruningPlan.from_dict(to_json(plan)) == plan
+
+
+def test_plan_survives_save_and_load(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    make_plan().save(path)
+    assert PruningPlan.load(path) == make_plan()
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_failed_save_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text_atomically(path, "cannot be encoded: \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_save_to_a_place_that_cannot_be_replaced_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "plan.json"
+    folder.mkdir()
+    with pytest.raises(OSError):
+        make_plan().save(folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("content", "trouble"),
+    [
+        (b"not json", "not JSON"),
+        (b"", "not JSON"),
+        (b"\xff\xfe{}", "not JSON"),
+        (b"[1, 2]", "found 'list'"),
+        (b"{}", "found None"),
+        (b'{"format": "other/2"}', "found 'other/2'"),
+    ],
+    ids=["text", "empty", "not UTF-8", "a list", "no format", "wrong format"],
+)
+def test_load_refuses_a_file_that_is_no_plan_and_names_it(tmp_path: Path, content: bytes, trouble: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=trouble) as caught:
+        PruningPlan.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_load_refuses_a_missing_file_and_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no pruning plan at .*gone\.json"):
+        PruningPlan.load(tmp_path / "gone.json")
+
+
+def test_load_refuses_a_folder_and_names_it(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="checkpoint"):
+        PruningPlan.load(folder)
+
+
+@pytest.mark.parametrize("key", sorted(set(make_plan().to_dict()) - {"format"}))
+def test_missing_key_is_refused_by_name(key: str) -> None:
+    data = to_json(make_plan())
+    del data[key]
+    with pytest.raises(ValueError, match=f"incomplete.*{key}"):
+        PruningPlan.from_dict(data)
+
+
+@pytest.mark.parametrize("key", ["family", "hidden_size", "head_dim", "query_heads", "kv_heads", "channels"])
+def test_missing_key_of_the_geometry_is_refused_by_name(key: str) -> None:
+    data = to_json(make_plan())
+    del data["geometry"][key]
+    with pytest.raises(ValueError, match=f"geometry is incomplete.*{key}"):
+        PruningPlan.from_dict(data)
+
+
+@pytest.mark.parametrize("key", ["groups", "channels"])
+def test_missing_key_of_a_layer_is_refused_by_name(key: str) -> None:
+    data = to_json(make_plan())
+    del data["layers"][1][key]
+    with pytest.raises(ValueError, match=f"incomplete.*{key}"):
+        PruningPlan.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("groups", "trouble"),
+    [
+        ([-1, 0], "index -1 is outside 0 … 1"),
+        ([0, 2], "index 2 is outside 0 … 1"),
+        ([0, 0], "ascend without repeats"),
+        ([1, 0], "ascend without repeats"),
+        ([], "at least 1 of 2 must stay"),
+    ],
+    ids=["negative", "out of range", "repeated", "descending", "empty"],
+)
+def test_wrong_group_indexes_are_refused_with_their_layer(groups: list[int], trouble: str) -> None:
+    data = to_json(make_plan())
+    data["layers"][1]["groups"] = groups
+    with pytest.raises(ValueError, match=f"layer 1 GQA groups: .*{trouble}"):
+        PruningPlan.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("channels", "trouble"),
+    [
+        ([-2, 3], "index -2 is outside 0 … 19"),
+        ([3, 20], "index 20 is outside 0 … 19"),
+        ([3, 3, 4], "ascend without repeats"),
+        ([4, 3], "ascend without repeats"),
+        ([], "at least 1 of 20 must stay"),
+    ],
+    ids=["negative", "out of range", "repeated", "descending", "empty"],
+)
+def test_wrong_channel_indexes_are_refused_with_their_layer(channels: list[int], trouble: str) -> None:
+    data = to_json(make_plan())
+    data["layers"][0]["channels"] = channels
+    with pytest.raises(ValueError, match=f"layer 0 MLP channels: .*{trouble}"):
+        PruningPlan.from_dict(data)
+
+
+@pytest.mark.parametrize("index", [0.0, "0", True, None, [0]], ids=repr)
+def test_index_that_is_no_whole_number_is_refused(index: Any) -> None:
+    data = to_json(make_plan())
+    data["layers"][0]["channels"] = [index]
+    with pytest.raises(ValueError, match="whole numbers"):
+        PruningPlan.from_dict(data)
+
+
+@pytest.mark.parametrize("groups", [0, None], ids=repr)
+def test_kept_units_that_are_no_list_are_refused(groups: Any) -> None:
+    data = to_json(make_plan())
+    data["layers"][0]["groups"] = groups
+    with pytest.raises(ValueError, match="wrong type"):
+        PruningPlan.from_dict(data)
+
+
+def test_wrong_number_of_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="the plan has 1 layers, its geometry 2"):
+        make_plan(layers=(KeptUnits((0,), (0,)),))
+
+
+@pytest.mark.parametrize(("query", "kv"), [(7, 2), (2, 4), (0, 1), (4, 0)])
+def test_geometry_without_a_whole_ratio_is_refused_with_its_layer(query: int, kv: int) -> None:
+    with pytest.raises(ValueError, match=f"layer 1 has {query} query heads on {kv} KV heads"):
+        Geometry("llama", 64, 8, query_heads=(6, query), kv_heads=(2, kv), channels=(20, 20))
+
+
+def test_geometry_with_lists_of_different_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="one count per layer"):
+        Geometry("llama", 64, 8, query_heads=(6, 6), kv_heads=(2, 2), channels=(20,))
+
+
+@pytest.mark.parametrize("key", ["query_heads", "channels"])
+def test_count_of_the_geometry_that_is_no_whole_number_is_refused(key: str) -> None:
+    data = to_json(make_plan())
+    data["geometry"][key][1] += 0.5
+    with pytest.raises(ValueError, match=r"whole number|wrong type"):
+        PruningPlan.from_dict(data)
+
+
+def test_plan_fits_the_model_it_was_made_for() -> None:
+    make_plan().check_fits(DENSE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"family": "qwen2"}, "family llama against qwen2"),
+        ({"hidden_size": 65, "head_dim": 4}, "hidden_size 64 against 65"),
+        ({"head_dim": 4}, "head_dim 8 against 4"),
+        ({"query_heads": (6,), "kv_heads": (2,), "channels": (20,)}, "num_layers 2 against 1"),
+        ({"query_heads": (6, 4), "channels": (19, 20)}, "layer 1 query_heads 6 against 4"),
+        ({"kv_heads": (2, 3)}, "layer 1 kv_heads 2 against 3"),
+        ({"channels": (20, 19)}, "layer 1 channels 20 against 19"),
+    ],
+    ids=["family", "hidden_size", "head_dim", "num_layers", "query_heads", "kv_heads", "channels"],
+)
+def test_model_that_does_not_fit_is_refused_with_the_first_difference(changes: dict[str, Any], difference: str) -> None:
+    fields = {name: getattr(DENSE, name) for name in DENSE.__dataclass_fields__}
+    with pytest.raises(ValueError, match=f"größe/modell.*: {difference};"):
+        make_plan().check_fits(Geometry(**(fields | changes)))
+
+
+@given(plans())
+def test_pruned_geometry_keeps_every_ratio(plan: PruningPlan) -> None:
+    pruned = plan.pruned_geometry
+    assert pruned.ratios == plan.geometry.ratios
+    assert pruned.kv_heads == tuple(len(kept.groups) for kept in plan.layers)
+    assert pruned.channels == tuple(len(kept.channels) for kept in plan.layers)
+    assert (pruned.family, pruned.hidden_size, pruned.head_dim) == (
+        plan.geometry.family,
+        plan.geometry.hidden_size,
+        plan.geometry.head_dim,
+    )
+
+
+def test_plan_removes_nothing_only_if_every_unit_stays() -> None:
+    whole = KeptUnits((0, 1), tuple(range(20)))
+    assert make_plan(layers=(whole, whole)).removes_nothing
+    assert not make_plan(layers=(whole, KeptUnits((0, 1), tuple(range(19))))).removes_nothing
+
+
+def test_geometry_is_uniform_only_if_all_layers_are_alike() -> None:
+    assert DENSE.is_uniform
+    assert not make_plan().pruned_geometry.is_uniform
+
+
+def test_layer_is_described_with_its_shapes_before_and_after() -> None:
+    layers = 30
+    geometry = Geometry("llama", 576, 64, (9,) * layers, (3,) * layers, (1536,) * layers)
+    kept = KeptUnits((0, 2), tuple(range(1024)))
+    plan = PruningPlan(geometry, (kept,) * layers)
+    assert plan.describe_layer(12) == "layer 12  9Q:3KV → 6Q:2KV  MLP 1536 → 1024"
+    assert plan.describe_layer(3) == "layer  3  9Q:3KV → 6Q:2KV  MLP 1536 → 1024"
+
+
+def test_ratio_is_described_once_for_each_that_occurs() -> None:
+    assert make_plan().describe_ratio() == "GQA ratio: ✅ every layer keeps 3:1"
+    mixed = Geometry("llama", 64, 8, query_heads=(6, 8), kv_heads=(2, 2), channels=(20, 20))
+    assert make_plan(geometry=mixed).describe_ratio() == "GQA ratio: ✅ every layer keeps 4:1 and 3:1"
+
+
+def test_kv_cache_counts_keys_and_values_of_all_layers() -> None:
+    geometry = Geometry("llama", 64, head_dim=8, query_heads=(6, 3), kv_heads=(2, 1), channels=(20, 20))
+    assert geometry.kv_cache_bytes_per_token(bytes_per_value=2) == 2 * (2 + 1) * 8 * 2
+
+
+def test_plan_states_its_format() -> None:
+    assert make_plan().to_dict()["format"] == FORMAT == "gqaprune-plan/1"
