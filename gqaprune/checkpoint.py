@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -122,6 +123,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     plan: PruningPlan | None = None,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> str:
     """Save a model as a Hugging Face checkpoint, whole or not at all.
 
@@ -130,6 +132,7 @@ def save(
         tokenizer: saved beside it, if given.
         folder: where to; an earlier checkpoint there is replaced once the new one is complete.
         plan: saved as `plan.json`, if given.
+        state_dict: whole weights to save instead of the model's own, which may be sharded.
 
     Returns:
         The format written: `stock` or `per-layer`.
@@ -142,7 +145,7 @@ def save(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        layout = _write_checkpoint(model, temporary)
+        layout = _write_checkpoint(model, temporary, state_dict)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if plan is not None:
@@ -175,24 +178,26 @@ def check_can_be_folder(folder: Path) -> None:
             raise ValueError(f"cannot write to {folder}: {place} is a file; choose another folder or move it away")
 
 
-def _write_checkpoint(model: PreTrainedModel, folder: Path) -> str:
+def _write_checkpoint(model: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor] | None) -> str:
     stock = make_stock_config(model.config)
     if stock is not None:
-        _save_pretrained(model, stock, folder)
+        _save_pretrained(model, stock, folder, state_dict)
         return "stock"
     base = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
     config = copy.deepcopy(model.config)
     point_to_modeling_file(config, base)
-    _save_pretrained(model, config, folder)
+    _save_pretrained(model, config, folder, state_dict)
     (folder / MODELING_FILE).write_text(write_modeling_source(base), encoding="utf-8")
     return "per-layer"
 
 
-def _save_pretrained(model: PreTrainedModel, config: PretrainedConfig, folder: Path) -> None:
+def _save_pretrained(
+    model: PreTrainedModel, config: PretrainedConfig, folder: Path, state_dict: dict[str, Tensor] | None
+) -> None:
     architectures = config.architectures
     own_config, model.config = model.config, config
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state_dict)
     finally:
         model.config = own_config
     # save_pretrained writes the class in memory; the checkpoint may be for another one.

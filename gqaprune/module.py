@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel, get_scheduler
 
 from gqaprune.architecture import get_layers
@@ -83,14 +85,18 @@ class CausalLMModule(LightningModule):
     def configure_model(self) -> None:
         """Load what the pruning callback has not; shard it where the strategy asks for it (FSDP2)."""
         self.load()
-        if self.device_mesh is not None:
-            from torch.distributed.fsdp import FSDPModule, fully_shard
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            for layer in get_layers(self.model):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
 
-            if not isinstance(self.model, FSDPModule):
-                mesh = self.device_mesh["data_parallel"]
-                for layer in get_layers(self.model):
-                    fully_shard(layer, mesh=mesh)
-                fully_shard(self.model, mesh=mesh)
+    def gather_state_dict(self) -> dict[str, Tensor] | None:
+        """The causal LM's whole weights on rank 0 if they are sharded, else None. Every rank has to call it."""
+        if not isinstance(self.model, FSDPModule):
+            return None
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return cast(dict[str, Tensor], get_model_state_dict(cast(torch.nn.Module, self.model), options=options))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits `[batch, tokens, vocabulary]` of token ids `[batch, tokens]`."""

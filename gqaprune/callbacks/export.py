@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gqaprune.callbacks.pruning import get_parts
+from gqaprune.callbacks.pruning import get_parts, get_run_folder
 from gqaprune.checkpoint import check_output_folder, save
 
 
@@ -38,12 +38,13 @@ class CheckpointExport(Callback):
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, data = get_parts(trainer, pl_module)
         folder = self._get_folder(trainer)
+        state_dict = module.gather_state_dict()
         if trainer.is_global_zero:
-            self.format = save(module.model, data.tokenizer, folder, module.plan)
+            self.format = save(module.model, data.tokenizer, folder, module.plan, state_dict)
         self.written = folder
         trainer.strategy.barrier("export")
 
     def _get_folder(self, trainer: Trainer) -> Path:
         if self.folder is not None:
             return Path(self.folder)
-        return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoint"
+        return get_run_folder(trainer) / "checkpoint"

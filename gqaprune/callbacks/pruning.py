@@ -1,5 +1,6 @@
 """Prune before fit, while Lightning has not built the optimizer yet; accumulate gradients during fit."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -73,3 +74,9 @@ def get_parts(trainer: Trainer, pl_module: LightningModule) -> tuple[CausalLMMod
             f"{type(pl_module).__name__} and {type(data).__name__}"
         )
     return pl_module, data
+
+
+def get_run_folder(trainer: Trainer) -> Path:
+    """Where a run writes. Unlike `trainer.log_dir` this does not broadcast, so that one rank alone may ask."""
+    folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
+    return Path(next((folder for folder in folders if folder), trainer.default_root_dir))

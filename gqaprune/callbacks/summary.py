@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gqaprune.callbacks.export import CheckpointExport
-from gqaprune.callbacks.pruning import TaylorPruning, get_parts
+from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.plan import PLAN_FILE, PruningPlan
 from gqaprune.progress import console
@@ -36,7 +36,7 @@ class RunSummary(Callback):
         for layer in range(plan.geometry.num_layers):
             console.print(plan.describe_layer(layer))
         console.print(plan.describe_ratio())
-        folder = _get_folder(trainer)
+        folder = get_run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         plan.save(folder / PLAN_FILE)
         _save_figure(plan, folder / FIGURE_FILE)
@@ -64,7 +64,7 @@ class RunSummary(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the run's folder if nothing but Lightning's empty event file is in it yet."""
-        folder = _get_folder(trainer)
+        folder = get_run_folder(trainer)
         files = list(folder.iterdir()) if trainer.is_global_zero and folder.is_dir() else []
         if files and all(file.name.startswith("events.out.tfevents") for file in files):
             shutil.rmtree(folder)
@@ -75,7 +75,7 @@ class RunSummary(Callback):
         plan = get_parts(trainer, pl_module)[0].plan
         if report is None or plan is None or not trainer.is_global_zero:
             return
-        folder = _get_folder(trainer)
+        folder = get_run_folder(trainer)
         report.save(folder / REPORT_FILE)
         _log_perplexity(trainer, report.stages[-1])
         hparams = _flatten(report.settings | dict(pl_module.hparams))
@@ -119,10 +119,6 @@ def _get_report(trainer: Trainer) -> Report | None:
         if isinstance(callback, TaylorPruning):
             return callback.report
     return None
-
-
-def _get_folder(trainer: Trainer) -> Path:
-    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def _get_tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

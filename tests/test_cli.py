@@ -1,0 +1,296 @@
+"""The command line on a tiny model: what each command writes and prints, and a sentence for what the user can mend."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from gqaprune.cli import PruningCLI, main
+from gqaprune.importance import compute_gate_gradients
+from gqaprune.plan import PruningPlan
+from gqaprune.progress import console
+from gqaprune.surgery import apply_plan
+
+from tiny import make_model, make_tokenizer
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+MODEL_CONFIGS = [path for path in CONFIGS if path.parent.name == "configs"]
+ADDED_CONFIGS = [path for path in CONFIGS if path.parent.name != "configs"]
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Run a command in an empty folder on the tiny model; returns the exit code."""
+    config = {
+        "model": {"pretrained": str(tiny_folder), "dtype": "float32"},
+        "data": {
+            "calibration_windows": 8,
+            "calibration_window": 32,
+            "calibration_batch_size": 2,
+            "train_window": 32,
+            "train_tokens": 1024,
+            "eval_window": 32,
+            "eval_tokens": 512,
+            "eval_batch_size": 4,
+        },
+        "pruning": {"scheduling": {0: 2}, "rate": 0.3, "allocation": "global"},
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False, "enable_progress_bar": False},
+    }
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(folder)
+
+    def run_command(command: str, *arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["gqaprune", command, "--config", str(tmp_path / "tiny.yaml"), *arguments])
+        try:
+            return main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    yield run_command
+    signal.signal(signal.SIGINT, on_interrupt)  # Lightning ignores it after an interrupt
+
+
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_fit_prunes_recovers_and_writes_everything(run: Run, tiny_folder: Path) -> None:
+    assert run("fit") == 0
+    folder = Path("lightning_logs/version_0")
+    names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out")}
+    assert names == {"checkpoint", "config.yaml", "hparams.yaml", "plan.json", "pruning.png", "report.json"}
+
+    report = json.loads((folder / "report.json").read_text())
+    assert [stage["name"] for stage in report["stages"]] == ["dense", "pruned", "recovered"]
+    assert report["rate_reached"] == pytest.approx(0.3, abs=0.02)
+    assert set(report["stages"][0]["perplexity"]) == {"val/embedded", "test/embedded"}
+    assert (folder / "pruning.png").read_bytes().startswith(b"\x89PNG")
+
+    plan = PruningPlan.load(folder / "plan.json")
+    assert (plan.model, plan.corpora) == (str(tiny_folder), ("embedded@train",))
+    model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint", trust_remote_code=True)
+    assert sum(p.numel() for p in model.parameters()) == report["stages"][2]["parameters"]
+
+
+def test_fit_logs_loss_learning_rate_perplexity_plan_and_hparams_to_tensorboard(run: Run) -> None:
+    assert run("fit", "--trainer.val_check_interval", "4") == 0
+    folder = Path("lightning_logs/version_0")
+    scalars = read_scalars(folder)
+    dense, pruned, recovered = json.loads((folder / "report.json").read_text())["stages"]
+    assert len(scalars["train/loss"]) == len(scalars["train/learning_rate"]) == 4  # 32 windows / 4 / accumulation 2
+    for name, stage in (("dense", dense), ("pruned", pruned), ("recovered", recovered)):
+        assert scalars[f"ppl/embedded/{name}"][0][1] == pytest.approx(stage["perplexity"]["val/embedded"], rel=1e-5)
+        assert scalars[f"ppl_test/embedded/{name}"][0][1] == pytest.approx(
+            stage["perplexity"]["test/embedded"], rel=1e-5
+        )
+    curve = scalars["ppl/embedded"]  # pruned, then every validation
+    assert curve[0] == (0, pytest.approx(pruned["perplexity"]["val/embedded"], rel=1e-5))
+    assert len(curve) == 3 and curve[-1][1] == pytest.approx(recovered["perplexity"]["val/embedded"], rel=1e-5)
+    assert scalars["hp_metric"][-1][1] == pytest.approx(recovered["perplexity"]["val/embedded"], rel=1e-5)
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert "pruning" in events.Tags()["images"]
+    (text,) = events.Tensors("plan/text_summary")
+    assert "layer 2  6Q:2KV →" in text.tensor_proto.string_val[0].decode()
+
+
+def test_written_config_repeats_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("fit") == 0
+    monkeypatch.setattr("sys.argv", ["gqaprune", "fit", "--config", "lightning_logs/version_0/config.yaml"])
+    assert main() == 0
+    first, second = (Path(f"lightning_logs/version_{n}") for n in (0, 1))
+    assert (first / "plan.json").read_text() == (second / "plan.json").read_text()
+    assert json.loads((first / "report.json").read_text()) == json.loads((second / "report.json").read_text())
+
+
+def test_prune_cuts_and_saves_without_training(run: Run, tiny_folder: Path) -> None:
+    assert run("prune", "--export.folder", "out/pruned") == 0
+    dense = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    apply_plan(dense, PruningPlan.load("out/pruned/plan.json"))
+    pruned = AutoModelForCausalLM.from_pretrained("out/pruned", trust_remote_code=True)
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(pruned.state_dict()[name], tensor)
+    assert not torch.equal(dense.model.layers[0].mlp.up_proj.weight, torch.zeros(1))
+    report = json.loads(Path("lightning_logs/version_0/report.json").read_text())
+    assert [stage["name"] for stage in report["stages"]] == ["dense", "pruned"]
+
+
+@pytest.mark.parametrize(("command", "stream"), [("validate", "val"), ("test", "test")])
+def test_validate_and_test_report_perplexity_of_a_pruned_checkpoint(run: Run, command: str, stream: str) -> None:
+    assert run("fit", "--export.folder", "pruned") == 0
+    report = json.loads(Path("lightning_logs/version_0/report.json").read_text())
+    assert run(command, "--model.pretrained", "pruned") == 0
+    ((_, value),) = read_scalars(Path("lightning_logs/version_1"))["ppl/embedded"]
+    assert value == pytest.approx(report["stages"][-1]["perplexity"][f"{stream}/embedded"], rel=1e-5)
+
+
+def test_validate_does_not_prune(run: Run) -> None:
+    assert run("validate") == 0
+    (dense,) = read_scalars(Path("lightning_logs/version_0"))["ppl/embedded"]
+    assert run("fit") == 0
+    report = json.loads(Path("lightning_logs/version_1/report.json").read_text())
+    assert dense[1] == pytest.approx(report["stages"][0]["perplexity"]["val/embedded"], rel=1e-5)
+
+
+def test_predict_prints_prompts_and_what_the_model_adds(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    console.quiet = False
+    assert run("predict", "--data.prompts", "[Hello there]", "--model.max_new_tokens", "5") == 0
+    assert "Hello there" in capsys.readouterr().out
+
+
+def test_rate_zero_trains_the_dense_model(run: Run, tiny_folder: Path) -> None:
+    assert run("fit", "--pruning.rate", "0", "--data.calibration", "[]", "--export.folder", "tuned") == 0
+    tuned = AutoModelForCausalLM.from_pretrained("tuned")
+    dense = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert {n: t.shape for n, t in tuned.state_dict().items()} == {n: t.shape for n, t in dense.state_dict().items()}
+    assert not torch.equal(tuned.lm_head.weight, dense.lm_head.weight)
+
+
+def test_fit_output_shows_each_layer_the_ratio_the_table_and_the_paths(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.quiet = False
+    assert run("fit", "--pruning.allocation", "uniform") == 0
+    shown = capsys.readouterr().out
+    assert "layer 2  6Q:2KV → 3Q:1KV  MLP 32 → " in shown
+    assert "GQA ratio: ✅ every layer keeps 3:1" in shown
+    assert "asked to remove 30.00% of decoder-layer parameters, removed" in shown
+    for word in ("dense", "pruned", "recovered", "KV-cache bytes/token", "ppl test/embedded"):
+        assert word in shown
+    for name in ("config.yaml", "plan.json", "pruning.png", "report.json", "checkpoint"):
+        assert f"lightning_logs/version_0/{name}" in shown
+
+
+BAD_INPUT = {
+    "rate of 1": (["--pruning.rate", "1.0"], "rate must be in [0, 1)"),
+    "rate out of reach": (["--pruning.rate", "0.97"], "the nearest reachable rate is 0."),
+    "layers outside the model": (["--pruning.mlp_layers", "[0, 9]"], "mlp_layers must satisfy 0 <= first <= end <= 3"),
+    "missing corpus": (["--data.calibration", "[nowhere.txt]"], "no corpus or file 'nowhere.txt'"),
+    "empty corpus": (["--data.calibration", "[empty.txt]"], "'empty.txt' holds no text"),
+    "short corpus": (["--data.calibration", "[short.txt]"], "5 tokens do not fill one window of 32"),
+    "short test corpus": (["--data.test", "[short.txt]"], "5 tokens do not fill one window of 32"),
+    "evaluated calibration text": (["--data.calibration", "[embedded@test]"], "overlaps with data.test embedded@test"),
+    "missing model": (["--model.pretrained", "/no/such/model"], "no model at /no/such/model"),
+    "folder without a model": (["--model.pretrained", "."], "it has no config.json"),
+    "unknown dtype": (["--model.dtype", "int3"], "dtype must be one of"),
+    "foreign tokenizer": (["--model.pretrained", "foreign"], "the tokenizer has 258 tokens but the model embeds 100"),
+    "NaN weights": (["--model.pretrained", "broken"], "weights of layer 1 (model.layers.1.mlp.up_proj.weight) hold"),
+    "export to a file": (["--export.folder", "short.txt"], "short.txt is a file"),
+    "logs below a file": (["--trainer.default_root_dir", "short.txt"], "short.txt is a file"),
+    "unknown criterion": (["--pruning.criterion", "magic"], "criterion must be one of fisher, taylor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_one_sentence_and_exit_code_1_and_leaves_nothing(
+    run: Run, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, sentence = BAD_INPUT[case]
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("short")
+    make_tokenizer().save_pretrained("foreign")
+    model = make_model("llama")
+    model.resize_token_embeddings(100)
+    model.config.pad_token_id = None
+    model.save_pretrained("foreign")
+    make_tokenizer().save_pretrained("broken")
+    model = make_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained("broken")
+    before = sorted(Path().rglob("*"))
+    capsys.readouterr()
+
+    assert run("fit", *arguments) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("Seed set")]
+    assert len(error) == 1 and error[0].startswith("gqaprune: error: ") and sentence in error[0]
+    logs = Path("lightning_logs")
+    assert [path for path in sorted(Path().rglob("*")) if path != logs] == before
+    assert not logs.exists() or not list(logs.iterdir())
+
+
+def test_nan_scores_stop_with_the_block(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(*arguments: Any) -> Any:
+        gradients, losses = compute_gate_gradients(*arguments)
+        gradients[1, "attention"][0, 1] = float("inf")
+        return gradients, losses
+
+    monkeypatch.setattr("gqaprune.importance.compute_gate_gradients", spoil)
+    assert run("fit") == 1
+    assert "layer 1 attention: 1 of 2 scores are NaN or infinite (first: unit 1)" in capsys.readouterr().err
+    assert not list(Path("lightning_logs").iterdir())
+
+
+def test_interrupt_during_calibration_leaves_nothing_half_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def interrupt(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compute_gate_gradients(*arguments)
+
+    monkeypatch.setattr("gqaprune.importance.compute_gate_gradients", interrupt)
+    assert run("fit", "--export.folder", "out") == 1
+    assert len(calls) == 3
+    assert [path for path in Path().rglob("*") if path.is_file()] == []
+
+
+def test_unknown_setting_is_refused_by_the_parser(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", "--pruning.no_such_setting", "3") == 2
+    assert "no_such_setting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", MODEL_CONFIGS, ids=lambda path: path.stem)
+def test_every_model_config_parses_and_instantiates(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["gqaprune"])
+    cli = PruningCLI(run=False, args=["--config", str(path), "--trainer.accelerator", "cpu"])
+    assert cli.model.pretrained and cli.datamodule.tokenizer_source == cli.model.pretrained
+
+
+@pytest.mark.parametrize("path", ADDED_CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recovery_and_strategy_config_composes_with_a_model_config(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["gqaprune"])
+    base = next(config for config in MODEL_CONFIGS if config.stem == "llama3_8b")
+    arguments = ["--config", str(base), "--config", str(path), "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    cli = PruningCLI(run=False, args=arguments)
+    assert cli.model.pretrained == "meta-llama/Meta-Llama-3-8B"
+    if path.parent.name == "strategy":
+        expected = {"ddp": "DDPStrategy", "fsdp2": "ModelParallelStrategy", "single_gpu": "DDPStrategy"}[path.stem]
+        assert type(cli.trainer.strategy).__name__ == expected
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "prune"])
+def test_every_own_setting_has_its_meaning_in_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["gqaprune"])
+    cli = PruningCLI.__new__(PruningCLI)
+    with pytest.raises(SystemExit):
+        cli.__init__(args=[command, "--help"])  # type: ignore[misc]
+    parser = cli._subcommand_parsers[command]
+    own = [
+        a for a in parser._actions if a.dest.split(".")[0] in {"model", "data", "pruning", "export"} and "." in a.dest
+    ]
+    assert len(own) > 30
+    assert [action.dest for action in own if not action.help] == []

@@ -1,0 +1,89 @@
+"""Invariant 4: one process or several, same plan, same weights, same perplexity (gloo, CPU)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from gqaprune.plan import PruningPlan
+
+
+def run(folder: Path, command: str, config: Path, *arguments: str) -> dict[str, object]:
+    """Run a command in a folder; returns its report."""
+    folder.mkdir()
+    script = "from gqaprune.cli import main; raise SystemExit(main())"
+    (folder / "run.py").write_text(script)  # Lightning starts the other ranks from a file
+    line = [sys.executable, "run.py", command, "--config", str(config), *arguments]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "lightning_logs/version_0/report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def config(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = {
+        "model": {"pretrained": str(tiny_folder), "dtype": "float32"},
+        "data": {
+            "calibration_windows": 10,  # 5 micro-batches, 3 accumulation windows: no even share for two ranks
+            "calibration_window": 32,
+            "calibration_batch_size": 2,
+            "train_window": 32,
+            "train_tokens": 1024,
+            "eval_window": 32,
+            "eval_tokens": 32 * 7,
+            "eval_batch_size": 2,
+        },
+        "pruning": {"scheduling": {0: 2}, "rate": 0.3, "allocation": "global", "criterion": "taylor"},
+        "export": {"folder": "out"},
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False, "enable_progress_bar": False},
+    }
+    path = tmp_path_factory.mktemp("configs") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+DDP = ("--trainer.strategy", "ddp", "--trainer.devices", "2")
+FSDP2 = (
+    "--trainer.strategy", "ModelParallelStrategy", "--trainer.strategy.data_parallel_size", "2",
+    "--trainer.strategy.tensor_parallel_size", "1", "--trainer.devices", "2",
+)  # fmt: skip
+
+
+def test_two_processes_prune_as_one(config: Path, tmp_path: Path) -> None:
+    one = run(tmp_path / "one", "prune", config)
+    two = run(tmp_path / "two", "prune", config, *DDP)
+    assert PruningPlan.load(tmp_path / "one/out/plan.json") == PruningPlan.load(tmp_path / "two/out/plan.json")
+    weights = [load_file(tmp_path / name / "out/model.safetensors") for name in ("one", "two")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for mine, theirs in zip(one["stages"], two["stages"], strict=True):  # type: ignore[call-overload]
+        assert theirs["perplexity"] == pytest.approx(mine["perplexity"], rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_recover_and_export_what_they_measured(config: Path, tmp_path: Path, strategy: list[str]) -> None:
+    report = run(tmp_path / "fit", "fit", config, *strategy)
+    dense, pruned, recovered = report["stages"]  # type: ignore[misc]
+    assert recovered["parameters"] == pruned["parameters"] < dense["parameters"]
+    assert recovered["perplexity"]["val/embedded"] != pruned["perplexity"]["val/embedded"]
+
+    events = run_validation(tmp_path / "validate", config, tmp_path / "fit/out")
+    assert events == pytest.approx(recovered["perplexity"]["val/embedded"], rel=1e-5)
+
+
+def run_validation(folder: Path, config: Path, checkpoint: Path) -> float:
+    """Perplexity of a checkpoint by two processes on 7 windows: none may count twice."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder.mkdir()
+    (folder / "run.py").write_text("from gqaprune.cli import main; raise SystemExit(main())")
+    line = [sys.executable, "run.py", "validate", "--config", str(config), "--model.pretrained", str(checkpoint), *DDP]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    events = EventAccumulator(str(folder / "lightning_logs/version_0"))
+    events.Reload()
+    return float(events.Scalars("ppl/embedded")[0].value)

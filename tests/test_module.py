@@ -1,0 +1,133 @@
+"""The module in Lightning's loop: pruned before the optimizer, accumulated, scheduled, resumed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from gqaprune.architecture import count_parameters
+from gqaprune.callbacks import TaylorPruning
+from gqaprune.datamodules import TextDataModule
+from gqaprune.module import CausalLMModule
+
+
+def make_data(folder: Path, **settings: Any) -> TextDataModule:
+    sizes = {"calibration_windows": 4, "calibration_window": 32, "train_window": 32, "train_tokens": 1024}
+    return TextDataModule(str(folder), eval_window=32, eval_tokens=256, **{**sizes, **settings})
+
+
+def make_trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **{"max_epochs": 1, "enable_checkpointing": False, "limit_val_batches": 0, **settings},
+    )
+
+
+def fast_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+class Probe(Callback):
+    """Keeps what the optimizer holds and the learning rates it uses."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, torch.Tensor] = {}
+        self.rates: list[float] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        self.held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def test_optimizer_holds_exactly_the_live_parameters_and_moves_every_one(tiny_folder: Path, tmp_path: Path) -> None:
+    module, probe = CausalLMModule(str(tiny_folder), optimizer=fast_optimizer), Probe()
+    pruning = TaylorPruning(scheduling={0: 2}, rate=0.3, allocation="global")
+    make_trainer(tmp_path, pruning, probe).fit(module, datamodule=make_data(tiny_folder))
+    live = dict(module.named_parameters())
+    assert {id(p) for p in probe.held} == {id(p) for p in live.values()}
+    assert count_parameters(module.model) < 40_000
+    assert [name for name, p in live.items() if torch.equal(p, probe.before[name])] == []
+
+
+def test_callback_accumulates_gradients_by_epoch_as_its_scheduling_says(tiny_folder: Path, tmp_path: Path) -> None:
+    probe = Probe()
+    pruning = TaylorPruning(scheduling={0: 4, 1: 2}, rate=0.0)
+    trainer = make_trainer(tmp_path, pruning, probe, max_epochs=2)
+    trainer.fit(CausalLMModule(str(tiny_folder)), datamodule=make_data(tiny_folder, batch_size=4))
+    assert trainer.global_step == len(probe.rates) == 2 + 4  # 8 micro-batches an epoch
+
+
+def test_calibration_windows_follow_the_first_epochs_accumulation(tiny_folder: Path, tmp_path: Path) -> None:
+    """Taylor scores depend on the window; those of the callback are those of the pipeline with that window."""
+    from gqaprune import PruningConfig, load_model, prune
+
+    data = make_data(tiny_folder, calibration_windows=12, calibration_batch_size=1)
+    plans = {}
+    for factor in (1, 6):
+        settings = {"rate": 0.3, "criterion": "taylor", "allocation": "global"}
+        module = CausalLMModule(str(tiny_folder))
+        pruning = TaylorPruning(scheduling={0: factor, 1: 3}, **settings)
+        make_trainer(tmp_path, pruning, limit_train_batches=0).fit(module, datamodule=data)
+        plan, _ = prune(
+            load_model(tiny_folder), data.calibration_batches(), PruningConfig(**settings), accumulate=factor
+        )  # type: ignore[arg-type]
+        assert module.plan is not None and module.plan.layers == plan.layers
+        plans[factor] = plan.layers
+    assert plans[1] != plans[6]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rate_warms_up_and_ends_with_the_run(tiny_folder: Path, tmp_path: Path, schedule: Any) -> None:
+    probe = Probe()
+    module = CausalLMModule(str(tiny_folder), optimizer=fast_optimizer, schedule=schedule, warmup_steps=2)
+    trainer = make_trainer(tmp_path, TaylorPruning(scheduling={0: 2, 1: 1}, rate=0.0), probe, max_epochs=2)
+    trainer.fit(module, datamodule=make_data(tiny_folder, batch_size=4))
+    assert len(probe.rates) == 12  # 4 + 8 steps
+    assert probe.rates[:3] == pytest.approx([0, 0.005, 0.01])
+    assert probe.rates[-1] == pytest.approx({"cosine": 2.4e-4, "linear": 1e-3, "constant": 1e-2}[schedule], rel=0.05)
+
+
+def test_lightning_checkpoint_carries_the_plan_and_resumes_pruned(tiny_folder: Path, tmp_path: Path) -> None:
+    pruning = TaylorPruning(rate=0.3, allocation="global")
+    trainer = make_trainer(tmp_path, pruning, enable_checkpointing=True)
+    module = CausalLMModule(str(tiny_folder), optimizer=fast_optimizer)
+    trainer.fit(module, datamodule=make_data(tiny_folder))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+
+    loaded = CausalLMModule.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+    loaded.load()
+    assert loaded.plan == module.plan
+    again = TaylorPruning(rate=0.3, allocation="global")
+    trainer = make_trainer(tmp_path, again, max_epochs=2)
+    resumed = CausalLMModule(str(tiny_folder), plan=module.plan.to_dict())  # type: ignore[union-attr]
+    trainer.fit(resumed, datamodule=make_data(tiny_folder), ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True)
+    assert trainer.current_epoch == 2 and again.report is None  # pruned shapes from the plan, nothing scored again
+
+
+def test_loss_that_is_not_finite_stops_with_the_step(tiny_folder: Path, tmp_path: Path) -> None:
+    module = CausalLMModule(str(tiny_folder), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e30))
+    with pytest.raises(ValueError, match=r"the training loss is (nan|inf) at step \d+, batch \d+: lower the learning"):
+        make_trainer(tmp_path, TaylorPruning(rate=0.0)).fit(module, datamodule=make_data(tiny_folder))
+
+
+def test_gradient_checkpointing_is_on_in_training(tiny_folder: Path, tmp_path: Path) -> None:
+    module = CausalLMModule(str(tiny_folder), gradient_checkpointing=True)
+    module.load()
+    assert module.model.training and module.model.is_activation_checkpointing
+
+
+def test_other_modules_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    with pytest.raises(ValueError, match="need trainer.fit.CausalLMModule.*got BoringModel"):
+        make_trainer(tmp_path, TaylorPruning(rate=0.1)).fit(BoringModel(), datamodule=make_data(tiny_folder))
