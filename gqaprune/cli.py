@@ -17,7 +17,13 @@ from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.progress import console
 
-DESCRIPTION = "Prune GQA groups and MLP channels of causal language models, recover, measure, save."
+DESCRIPTIONS = {
+    "fit": "Calibrate, prune, fine-tune, measure and save a model. Settings come from YAML files and the command line.",
+    "validate": "Measure perplexity on the validation corpora of any model, dense or pruned.",
+    "test": "Measure perplexity on the test corpora of any model, dense or pruned.",
+    "predict": "Continue prompts with any model, dense or pruned.",
+    "prune": "Calibrate, prune and save a model, without training.",
+}
 
 
 class PruningTrainer(Trainer):
@@ -46,7 +52,7 @@ class PruningCLI(LightningCLI):
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,  # would hold the dense parameters: it is built before pruning
-            parser_kwargs={"description": DESCRIPTION},
+            parser_kwargs={"description": "Prune GQA groups and MLP channels of causal LMs, recover, measure, save."},
             **kwargs,
         )
 
@@ -54,6 +60,16 @@ class PruningCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """LightningCLI's commands and `prune`, with the arguments that are not settings."""
         return {**LightningCLI.subcommands(), "prune": {"model", "datamodule"}}
+
+    def setup_parser(self, add_subcommands: bool, *arguments: Any) -> None:
+        """Describe the commands as they are here, not as Lightning's own docstrings have them."""
+        super().setup_parser(add_subcommands, *arguments)
+        if add_subcommands:
+            for name, parser in self._subcommand_parsers.items():
+                parser.description = DESCRIPTIONS[name]
+            assert self.parser._subcommands_action is not None
+            for choice in self.parser._subcommands_action._choices_actions:
+                choice.help = DESCRIPTIONS[choice.dest]
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings in the order of the work, Lightning's own last; the tokenizer follows the model."""

@@ -35,7 +35,7 @@ class CausalLMModule(LightningModule):
         schedule: course of the learning rate after the warm-up, down to 0 (`cosine`, `linear`) or `constant`.
         warmup_steps: optimizer steps over which the learning rate rises from 0.
         max_new_tokens: tokens that `predict` adds to each prompt.
-        plan: a pruning plan as plain data, applied on loading; checkpoints of pruned models carry it.
+        plan: a pruning plan to apply on loading, instead of calibrating: the path of a `plan.json`, or its content.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class CausalLMModule(LightningModule):
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         warmup_steps: int = 0,
         max_new_tokens: int = 40,
-        plan: dict[str, Any] | None = None,
+        plan: str | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "plan"])
@@ -62,7 +62,7 @@ class CausalLMModule(LightningModule):
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.max_new_tokens = max_new_tokens
-        self.plan = PruningPlan.from_dict(plan) if plan is not None else None
+        self.plan = _read_plan(plan)
         self._model: PreTrainedModel | None = None
         self._perplexity: dict[str, Perplexity] = {}
 
@@ -191,3 +191,9 @@ class CausalLMModule(LightningModule):
         for label, metric in self._perplexity.items():
             # The metric has already added up the ranks' sums.
             self.log(f"{prefix}/{label}", metric.compute().float(), prog_bar=True)
+
+
+def _read_plan(plan: str | dict[str, Any] | None) -> PruningPlan | None:
+    if plan is None:
+        return None
+    return PruningPlan.load(plan) if isinstance(plan, str) else PruningPlan.from_dict(plan)

@@ -49,8 +49,10 @@ class Report:
     stages: list[Stage] = field(default_factory=list)
 
     @property
-    def rate_reached(self) -> float:
-        """Share of the rate's base that is gone in the last stage."""
+    def rate_reached(self) -> float | None:
+        """Share of the rate's base that is gone in the last stage; None where the dense model was not measured."""
+        if self.stages[0].name != "dense":
+            return None
         base = "parameters" if self.settings.get("rate_base") == "all" else "decoder_parameters"
         before, after = getattr(self.stages[0], base), getattr(self.stages[-1], base)
         return float(1 - after / before)
@@ -133,11 +135,12 @@ def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
 
 
 def _title(report: Report) -> str:
-    rate = report.settings.get("rate")
-    if rate is None:
+    if report.rate_reached is None:
+        return "pruned by a given plan"
+    if "rate" not in report.settings:
         return "measured"
     base = "all parameters" if report.settings.get("rate_base") == "all" else "decoder-layer parameters"
-    return f"asked to remove {rate:.2%} of {base}, removed {report.rate_reached:.2%}"
+    return f"asked to remove {report.settings['rate']:.2%} of {base}, removed {report.rate_reached:.2%}"
 
 
 def _change(value: int, dense: int) -> str:

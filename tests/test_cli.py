@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from gqaprune.cli import PruningCLI, main
 from gqaprune.importance import compute_gate_gradients
+from gqaprune.pipeline import keep_everything
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import console
 from gqaprune.surgery import apply_plan
@@ -130,6 +132,17 @@ def test_prune_cuts_and_saves_without_training(run: Run, tiny_folder: Path) -> N
     assert [stage["name"] for stage in report["stages"]] == ["dense", "pruned"]
 
 
+def test_plan_of_one_run_is_reapplied_by_the_next_without_calibration(run: Run) -> None:
+    assert run("prune", "--export.folder", "first") == 0
+    assert run("prune", "--export.folder", "second", "--model.plan", "first/plan.json", "--data.calibration", "[]") == 0
+    weights = [
+        AutoModelForCausalLM.from_pretrained(f, trust_remote_code=True).state_dict() for f in ("first", "second")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    stages = [json.loads(Path(f"lightning_logs/version_{n}/report.json").read_text())["stages"] for n in (0, 1)]
+    assert stages[1] == stages[0][1:]
+
+
 @pytest.mark.parametrize(("command", "stream"), [("validate", "val"), ("test", "test")])
 def test_validate_and_test_report_perplexity_of_a_pruned_checkpoint(run: Run, command: str, stream: str) -> None:
     assert run("fit", "--export.folder", "pruned") == 0
@@ -190,6 +203,8 @@ BAD_INPUT = {
     "unknown dtype": (["--model.dtype", "int3"], "dtype must be one of"),
     "foreign tokenizer": (["--model.pretrained", "foreign"], "the tokenizer has 258 tokens but the model embeds 100"),
     "NaN weights": (["--model.pretrained", "broken"], "weights of layer 1 (model.layers.1.mlp.up_proj.weight) hold"),
+    "no plan": (["--model.plan", "short.txt"], "short.txt is not a pruning plan"),
+    "plan of another model": (["--model.plan", "other.json"], "the plan was made for another model (other)"),
     "export to a file": (["--export.folder", "short.txt"], "short.txt is a file"),
     "logs below a file": (["--trainer.default_root_dir", "short.txt"], "short.txt is a file"),
     "unknown criterion": (["--pruning.criterion", "magic"], "criterion must be one of fisher, taylor"),
@@ -212,6 +227,8 @@ def test_bad_input_gets_one_sentence_and_exit_code_1_and_leaves_nothing(
     model = make_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained("broken")
+    other = make_model("llama", channels=5)
+    replace(keep_everything(other), model="other").save("other.json")
     before = sorted(Path().rglob("*"))
     capsys.readouterr()
 

@@ -9,8 +9,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from gqaprune.checkpoint import check_tokenizer
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
+from gqaprune.perplexity import measure_perplexity
 from gqaprune.pipeline import PruningConfig, prune
-from gqaprune.report import Report
+from gqaprune.report import Report, describe_model
 
 
 class TaylorPruning(GradientAccumulationScheduler):
@@ -38,15 +39,17 @@ class TaylorPruning(GradientAccumulationScheduler):
         self.report: Report | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prune, unless the module came pruned from a checkpoint. See the class."""
+        """Prune, unless the module already is: by a plan that it was given, or that its checkpoint carries."""
         if stage != "fit":
             return
         module, data = get_parts(trainer, pl_module)
         module.load()
-        if module.plan is not None:
-            return
         model = module.model.to(trainer.strategy.root_device)
         check_tokenizer(data.tokenizer, model)
+        if module.plan is not None:
+            perplexity = measure_perplexity(model, data.evaluation_batches(), "pruned")
+            self.report = Report(stages=[describe_model("pruned", model, perplexity)], protocol=data.protocol)
+            return
         plan, self.report = prune(
             model,
             data.calibration_batches() if self.config.rate > 0 else [],
