@@ -121,7 +121,7 @@ def test_written_config_repeats_the_run(run: Run, monkeypatch: pytest.MonkeyPatc
 
 
 def test_prune_cuts_and_saves_without_training(run: Run, tiny_folder: Path) -> None:
-    assert run("prune", "--export.folder", "out/pruned") == 0
+    assert run("prune", "--export.folder", "out/pruned", "--data.train", "[wikitext2]") == 0  # train text is not needed
     dense = AutoModelForCausalLM.from_pretrained(tiny_folder)
     apply_plan(dense, PruningPlan.load("out/pruned/plan.json"))
     pruned = AutoModelForCausalLM.from_pretrained("out/pruned", trust_remote_code=True)
@@ -195,6 +195,7 @@ BAD_INPUT = {
     "layers outside the model": (["--pruning.mlp_layers", "[0, 9]"], "mlp_layers must satisfy 0 <= first <= end <= 3"),
     "missing corpus": (["--data.calibration", "[nowhere.txt]"], "no corpus or file 'nowhere.txt'"),
     "empty corpus": (["--data.calibration", "[empty.txt]"], "'empty.txt' holds no text"),
+    "missing training corpus": (["--data.train", "[nowhere.txt]"], "no corpus or file 'nowhere.txt'"),
     "short corpus": (["--data.calibration", "[short.txt]"], "5 tokens do not fill one window of 32"),
     "short test corpus": (["--data.test", "[short.txt]"], "5 tokens do not fill one window of 32"),
     "evaluated calibration text": (["--data.calibration", "[embedded@test]"], "overlaps with data.test embedded@test"),

@@ -43,6 +43,8 @@ class TaylorPruning(GradientAccumulationScheduler):
         if stage != "fit":
             return
         module, data = get_parts(trainer, pl_module)
+        calibrates = module.plan is None and self.config.rate > 0
+        batches = data.calibration_batches() if calibrates else []
         module.load()
         model = module.model.to(trainer.strategy.root_device)
         check_tokenizer(data.tokenizer, model)
@@ -52,7 +54,7 @@ class TaylorPruning(GradientAccumulationScheduler):
             return
         plan, self.report = prune(
             model,
-            data.calibration_batches() if self.config.rate > 0 else [],
+            batches,
             self.config,
             accumulate=self.get_accumulate_grad_batches(0),
             evaluation=data.evaluation_batches(),

@@ -99,6 +99,7 @@ class TextDataModule(LightningDataModule):
         }
         self._check_streams()
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._train_windows: Tensor | None = None
         self._windows: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
 
     @property
@@ -117,10 +118,20 @@ class TextDataModule(LightningDataModule):
         return f"perplexity: token-weighted, {overlap} of {self.eval_window} tokens, {limit}"
 
     def prepare_data(self) -> None:
-        """Fill the hub's cache from one process."""
-        for corpus in {corpus for corpora in self.corpora.values() for corpus in corpora}:
-            if corpus.name in HUB:
-                read_corpus(corpus)
+        """Fill the hub's cache from one process, with what the command needs."""
+        assert self.trainer is not None and self.trainer.state.fn is not None
+        for stream in self._get_streams(self.trainer.state.fn.value):
+            for corpus in self.corpora[stream]:
+                if corpus.name in HUB:
+                    read_corpus(corpus)
+
+    def setup(self, stage: str) -> None:
+        """Read what the stage needs, so that missing text is said before a model is loaded."""
+        for stream in self._get_streams(stage):
+            if stream == "train":
+                self._read_train_windows()
+            elif stream in ("val", "test"):
+                self._evaluation_windows(stream)
 
     def get_labels(self, stream: str) -> list[str]:
         """Names of a stream's corpora in logs, in the order of its dataloaders."""
@@ -148,9 +159,7 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled training windows."""
-        windows = read_windows(
-            self.tokenizer, self.corpora["train"], self.train_window, None, self.seed, self.train_tokens
-        )
+        windows = self._read_train_windows()
         return DataLoader(_Windows(windows, windows), self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
@@ -167,6 +176,20 @@ class TextDataModule(LightningDataModule):
         for one in encoded:
             one.pop("token_type_ids", None)
         return DataLoader(encoded, batch_size=None)  # type: ignore[arg-type]
+
+    def _read_train_windows(self) -> Tensor:
+        if self._train_windows is None:
+            corpora = self.corpora["train"]
+            self._train_windows = read_windows(
+                self.tokenizer, corpora, self.train_window, None, self.seed, self.train_tokens
+            )
+        return self._train_windows
+
+    def _get_streams(self, stage: str) -> tuple[str, ...]:
+        if stage == "fit":
+            trains = self.trainer is None or self.trainer.limit_train_batches != 0
+            return ("calibration", *(("train",) if trains else ()), "val", "test")
+        return {"validate": ("val",), "test": ("test",)}.get(stage, ())
 
     def _check_streams(self) -> None:
         for used, evaluated in product(("calibration", "train"), ("val", "test")):

@@ -1,0 +1,45 @@
+"""What the README shows is there and runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def read_code(heading: str) -> list[str]:
+    section = README.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+
+
+def test_library_in_five_lines_prunes_and_saves(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = read_code("The library in five lines")[0].replace("smollm2-135m", str(tiny_folder))
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["report"].rate_reached == pytest.approx(0.2, abs=0.01)  # type: ignore[attr-defined]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
+
+
+def test_lightning_example_prunes_recovers_and_exports(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = read_code("The library in five lines")[1].replace("smollm2-135m", str(tiny_folder))
+    code = code.replace("Trainer(", "Trainer(accelerator='cpu', limit_train_batches=4, limit_val_batches=2, ")
+    exec(code.replace("eval_window=512", "calibration_windows=4, eval_window=128, eval_tokens=512"), {})
+    AutoModelForCausalLM.from_pretrained(tmp_path / "lightning_logs/version_0/checkpoint", trust_remote_code=True)
+
+
+def test_files_and_configs_that_the_readme_names_exist() -> None:
+    tree = README.split("```\ngqaprune/\n", 1)[1].split("```", 1)[0]
+    named = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
+    there = {path.name + ("/" if path.is_dir() else "") for path in (ROOT / "gqaprune").iterdir()}
+    assert named == {name for name in there if not name.startswith("__") and name != "py.typed"}
+    for path in set(re.findall(r"(?:configs|docs|benchmarks)/[\w./]+\.\w+", README)):
+        assert (ROOT / path).exists(), path
