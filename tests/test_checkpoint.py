@@ -96,11 +96,25 @@ def test_per_layer_checkpoint_loads_where_gqaprune_is_not_installed(tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize("kept", [EVEN, UNEVEN], ids=["stock", "per-layer"])
+def test_head_dim_that_followed_from_the_number_of_heads_becomes_explicit(
+    kept: tuple[list[list[int]], list[list[int]]], tmp_path: Path
+) -> None:
+    model = make_model("qwen2", kv_heads=3, ratio=2, head_dim=None)
+    apply_plan(model, make_plan(model, *kept))
+    save(model, None, tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert torch.equal(get_logits(plain), get_logits(model))
+    assert plain.config.head_dim == 4
+
+
 def test_eager_attention_and_bfloat16_reach_every_layer(tmp_path: Path) -> None:
     save(make_pruned("mistral-sliding", UNEVEN), None, tmp_path / "out")
     model = load_model(tmp_path / "out", dtype="bfloat16", attn_implementation="eager")
     assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"eager"}
     assert model.dtype == torch.bfloat16
+    model.set_attn_implementation("sdpa")
+    assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"sdpa"}
 
 
 def test_plan_reapplied_to_the_dense_model_gives_the_saved_weights(tmp_path: Path) -> None:
@@ -144,6 +158,25 @@ def test_save_that_breaks_off_keeps_the_older_checkpoint(tmp_path: Path, monkeyp
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", break_off)
     with pytest.raises(KeyboardInterrupt):
         save(new, make_tokenizer(), tmp_path / "out")
+    assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(old))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_save_whose_last_rename_fails_puts_the_older_checkpoint_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = make_pruned("llama", UNEVEN)
+    save(old, None, tmp_path / "out")
+    rename = Path.rename
+
+    def fail_for_new(path: Path, target: Path) -> Path:
+        if path.suffix == ".tmp":
+            raise OSError("disk on fire")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(OSError, match="disk on fire"):
+        save(make_pruned("llama", EVEN), None, tmp_path / "out")
     assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(old))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -10,7 +10,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from gqaprune.architecture import find_blocks
+from gqaprune.importance import CRITERIA, score_units
+from gqaprune.perplexity import measure_perplexity
 from gqaprune.plan import PruningPlan
+from gqaprune.windows import make_batches
+
+from tiny import make_model, make_tokens
 
 
 def run(folder: Path, command: str, config: Path, *arguments: str) -> dict[str, object]:
@@ -36,7 +42,7 @@ def config(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "train_tokens": 1024,
             "eval_window": 32,
             "eval_tokens": 32 * 7,
-            "eval_batch_size": 2,
+            "eval_batch_size": 1,  # 7 batches
         },
         "pruning": {"scheduling": {0: 2}, "rate": 0.3, "allocation": "global", "criterion": "taylor"},
         "export": {"folder": "out"},
@@ -45,6 +51,31 @@ def config(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("configs") / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+def score_and_measure(rank: int, world_size: int, folder: Path) -> None:
+    """Scores of both criteria and a perplexity, written by each rank."""
+    if world_size > 1:
+        address = f"file://{folder / 'rendezvous'}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    model = make_model("qwen2")
+    batches = [make_tokens(2, seed=seed) for seed in range(5)]  # windows of 2: 2 + 2 + 1 micro-batches
+    result = {}
+    for criterion in CRITERIA:
+        scores = score_units(model, find_blocks(model), batches, criterion, accumulate=2)
+        result |= {f"{criterion} {key}": score for key, score in scores.items()}
+    evaluation = {"text": make_batches(make_tokens(5), make_tokens(5), 1)}
+    result["perplexity"] = torch.tensor(measure_perplexity(model, evaluation)["text"])
+    torch.save(result, folder / f"{world_size}-{rank}.pt")
+
+
+def test_scores_and_perplexity_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    score_and_measure(0, 1, tmp_path)
+    torch.multiprocessing.spawn(score_and_measure, (2, tmp_path), nprocs=2)
+    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    for name, value in one.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-6, atol=0)
+        assert torch.equal(first[name], second[name])
 
 
 DDP = ("--trainer.strategy", "ddp", "--trainer.devices", "2")

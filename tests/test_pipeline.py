@@ -139,6 +139,12 @@ def test_budget_that_cannot_be_met_is_refused_before_anything_is_cut(
     assert count_parameters(model) == parameters
 
 
+def test_budget_that_cannot_be_met_is_refused_before_scoring() -> None:
+    impossible = [torch.full((1, 8), 10_000)]  # ids that no model has: scoring them would fail otherwise
+    with pytest.raises(ValueError, match="nearest reachable rate"):
+        prune(make_model("llama"), impossible, PruningConfig(rate=0.95))
+
+
 def test_pruning_without_calibration_text_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one calibration batch"):
         prune(make_model("llama"), [], PruningConfig(rate=0.1))

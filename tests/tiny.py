@@ -39,17 +39,19 @@ def make_model(
     *,
     kv_heads: int = 2,
     ratio: int = 3,
-    head_dim: int = 8,
+    head_dim: int | None = 8,
     channels: int = 20,
     layers: int = 3,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A tiny random model in float32; biases and norms are random too, so that a wrong row shows."""
+    """A tiny random model in float32; biases and norms are random too, so that a wrong row shows.
+
+    Without `head_dim` it follows from width and heads (4), as in configs that do not name it.
+    """
     heads = kv_heads * ratio
     config = CONFIGS[variant.split("-")[0]](
         vocab_size=VOCABULARY,
         hidden_size=4 * heads,
-        head_dim=head_dim,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         intermediate_size=channels,
@@ -58,6 +60,7 @@ def make_model(
         bos_token_id=256,
         eos_token_id=257,
         pad_token_id=257,
+        **({} if head_dim is None else {"head_dim": head_dim}),
         **VARIANTS[variant],
     )
     torch.manual_seed(seed)
