@@ -4,9 +4,10 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -24,6 +25,16 @@ DESCRIPTIONS = {
     "predict": "Continue prompts with any model, dense or pruned.",
     "prune": "Calibrate, prune and save a model, without training.",
 }
+
+
+class PruningArgumentParser(LightningArgumentParser):
+    """Says what is wrong with an argument in the one sentence that every other error gets."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing the usage of some hundred arguments."""
+        command = self.prog.replace(" [options]", "")
+        reason = " ".join(message.split()).rstrip(".")
+        raise ValueError(f"{reason}; `{command} --help` lists the settings") from ex
 
 
 class PruningTrainer(Trainer):
@@ -45,6 +56,7 @@ class PruningCLI(LightningCLI):
             CausalLMModule,
             TextDataModule,
             trainer_class=PruningTrainer,
+            parser_class=PruningArgumentParser,
             trainer_defaults={
                 "log_every_n_steps": 1,
                 "enable_model_summary": False,
@@ -106,7 +118,7 @@ def main() -> int:
     _quiet()
     try:
         PruningCLI()
-    except ValueError as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         print(f"gqaprune: error: {error}", file=sys.stderr)
         return 1
     return 0

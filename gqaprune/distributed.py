@@ -30,3 +30,8 @@ def sum_across_ranks(tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
     dist.broadcast(flat, src=0)
     pieces = flat.split([tensor.numel() for tensor in tensors.values()])
     return {key: piece.view_as(tensor) for (key, tensor), piece in zip(tensors.items(), pieces, strict=True)}
+
+
+def is_true_anywhere(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set on any rank, so that all of them stop together instead of waiting for one another."""
+    return bool(sum_across_ranks({"flag": torch.tensor(float(flag), device=device)})["flag"] > 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.architecture import Block, BlockKey, name_parameter_place, named_floating_parameters
-from gqaprune.distributed import get_rank_and_world_size, sum_across_ranks
+from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
 from gqaprune.gates import Gates, compute_gate_gradients, freeze_parameters
 from gqaprune.progress import track
 
@@ -107,17 +107,21 @@ def score_units(
         for window in range(rank, windows, world_size)
         for index in range(window * accumulate, min((window + 1) * accumulate, len(batches)))
     ]
+    overflow = ""
     with freeze_parameters(model):
         for index in track(own, f"calibration: {criterion}", "batches"):
             gradients_BU, losses_B = compute_gate_gradients(model, blocks, batches[index].to(device))
             if not torch.isfinite(losses_B).all():
-                raise ValueError(
-                    f"the loss of calibration batch {index} is not finite: the model's activations overflow "
-                    f"(it computes in {model.dtype}); load it with dtype bfloat16 or float32"
-                )
+                overflow = f"batch {index}"
+                break
             totals.add(gradients_BU)
             if (index + 1) % accumulate == 0 or index + 1 == len(batches):
                 totals.end_window()
+    if is_true_anywhere(bool(overflow), device):
+        raise ValueError(
+            f"the loss of calibration {overflow or 'text on another rank'} is not finite: the model's activations "
+            f"overflow (it computes in {model.dtype}); load it with dtype bfloat16 or float32"
+        )
     scores = {key: total.cpu() for key, total in sum_across_ranks(totals.sums_U).items()}
     check_finite_scores(scores)
     return scores

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from gqaprune.distributed import get_rank_and_world_size
+from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere
 from gqaprune.progress import track
 
 IGNORED = -100
@@ -94,6 +94,7 @@ def measure_perplexity(
     try:
         for name, batches in corpora.items():
             metric = Perplexity().to(device)
+            overflow = ""
             # Every rank makes the same number of passes, as sharded models need; surplus ones are not counted.
             for start in track(range(0, len(batches), world_size), f"{description}: {name}", "batches"):
                 index = min(start + rank, len(batches) - 1)
@@ -101,11 +102,13 @@ def measure_perplexity(
                 logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
                 if start + rank < len(batches):
                     metric.update(logits, batch["labels"].to(device))
-                if not torch.isfinite(metric.loss_sum):
-                    raise ValueError(
-                        f"the loss on {name}, batch {index} is not finite: the model's activations overflow or its "
-                        "weights hold NaN; load it in bfloat16 or float32"
-                    )
+                if not overflow and not torch.isfinite(metric.loss_sum):
+                    overflow = f"batch {index}"
+            if is_true_anywhere(bool(overflow), device):
+                raise ValueError(
+                    f"the loss on {name}, {overflow or 'text of another rank'} is not finite: the model's activations "
+                    "overflow or its weights hold NaN; load it in bfloat16 or float32"
+                )
             result[name] = float(metric.compute())
     finally:
         model.train(was_training)

@@ -109,7 +109,7 @@ def prune(
             raise ValueError("pruning at a rate above 0 needs at least one calibration batch, got none")
         # An unreachable budget shows on any scores: refuse it before the long work.
         make_plan(model, blocks, {block.key: torch.zeros(block.units) for block in blocks}, config)
-    report = Report(settings=asdict(config))
+    report = Report(source, asdict(config))
     perplexity = measure_perplexity(model, evaluation or {}, "dense")
     report.stages.append(describe_model("dense", model, perplexity))
 

@@ -39,11 +39,13 @@ class Report:
     """The stages of a run, and what was asked of it.
 
     Args:
+        model: name or folder of the dense model.
         settings: the pruning settings, as plain data.
         protocol: how the perplexities were measured, in words.
         stages: in the order they were measured.
     """
 
+    model: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     protocol: str = ""
     stages: list[Stage] = field(default_factory=list)
@@ -61,6 +63,7 @@ class Report:
         """Plain types, as `report.json` holds them."""
         stages = [asdict(stage) for stage in self.stages]
         return {
+            "model": self.model,
             "settings": self.settings,
             "protocol": self.protocol,
             "rate_reached": self.rate_reached,

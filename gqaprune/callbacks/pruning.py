@@ -50,7 +50,8 @@ class TaylorPruning(GradientAccumulationScheduler):
         check_tokenizer(data.tokenizer, model)
         if module.plan is not None:
             perplexity = measure_perplexity(model, data.evaluation_batches(), "pruned")
-            self.report = Report(stages=[describe_model("pruned", model, perplexity)], protocol=data.protocol)
+            stages = [describe_model("pruned", model, perplexity)]
+            self.report = Report(module.pretrained, protocol=data.protocol, stages=stages)
             return
         plan, self.report = prune(
             model,

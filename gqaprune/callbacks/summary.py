@@ -153,7 +153,9 @@ def _flatten(values: dict[str, Any]) -> dict[str, Any]:
     """TensorBoard's hparams take numbers, strings and booleans only."""
     simple = (bool, int, float, str)
     return {
-        name: value if isinstance(value, simple) else json.dumps(value, default=str) for name, value in values.items()
+        name: value if isinstance(value, simple) else json.dumps(value, default=str)
+        for name, value in values.items()
+        if not name.startswith("_")  # Lightning's own notes
     }
 
 
