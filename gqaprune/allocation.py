@@ -105,17 +105,17 @@ def allocate_uniform(blocks: Sequence[BlockBudget], budget: Budget) -> Removed:
     def remove(groups: int, channels: int) -> Removed:
         return {**{block.key: groups for block in attention}, **{block.key: channels for block in mlp}}
 
-    options = []
+    options, channel_counts = [], _common_counts(mlp)
     for groups in _common_counts(attention):
         channel_target = (budget.target - groups * group_step) / max(channel_step, 1)
-        nearest_first = sorted(_common_counts(mlp), key=lambda channels: abs(channels - channel_target))
+        nearest_first = sorted(channel_counts, key=lambda channels: abs(channels - channel_target))
         allowed = (n for n in nearest_first if not _breaks_layer_rates(blocks, remove(groups, n), budget))
         if (channels := next(allowed, None)) is not None:
             parameters = groups * group_step + channels * channel_step
             options.append(_Option(groups, channels, parameters, abs(parameters - budget.target)))
     if not options:
         raise budget.unreachable(f"no equal counts keep all layers' rates in {budget.min_rate} … {budget.max_rate}")
-    finest, finest_step = (mlp, channel_step) if len(_common_counts(mlp)) > 1 else (attention, group_step)
+    finest, finest_step = (mlp, channel_step) if len(channel_counts) > 1 else (attention, group_step)
     step = max((b - a for a, b in pairwise(_common_counts(finest))), default=0) * finest_step
     met = [option for option in options if option.miss <= step / 2]
     if not met:

@@ -29,6 +29,7 @@ class HubDataset:
         config: name of the dataset's configuration.
         data_files: split -> file, where the repository is not read whole.
         revision: branch to read.
+        streaming: whether documents come one by one, for what is too large to download.
     """
 
     path: str
@@ -36,13 +37,17 @@ class HubDataset:
     config: str | None = None
     data_files: Mapping[str, str] | None = None
     revision: str | None = None
+    streaming: bool = False
 
 
 HUB: Mapping[str, HubDataset] = {
     "wikitext2": HubDataset("Salesforce/wikitext", "text", config="wikitext-2-raw-v1"),
     # The repository itself is a loading script, which `datasets` no longer runs; this is its converted branch.
     "ptb": HubDataset(
-        "ptb-text-only/ptb_text_only", "sentence", config="penn_treebank", revision="refs/convert/parquet"
+        "ptb-text-only/ptb_text_only",
+        "sentence",
+        data_files={split: f"penn_treebank/{split}/0000.parquet" for split in SPLITS},
+        revision="refs/convert/parquet",
     ),
     "c4": HubDataset(
         "allenai/c4",
@@ -51,6 +56,7 @@ HUB: Mapping[str, HubDataset] = {
             "train": "en/c4-train.00000-of-01024.json.gz",
             "validation": "en/c4-validation.00000-of-00008.json.gz",
         },
+        streaming=True,
     ),
 }
 """Corpora read through `datasets`, from the hub or its cache."""
@@ -128,8 +134,10 @@ def _read_hub(corpus: Corpus) -> Iterable[str]:
 
     source = HUB[corpus.name]
     arguments: dict[str, Any] = {"name": source.config, "revision": source.revision, "split": corpus.split}
-    if source.data_files:  # large: read as a stream
-        arguments |= {"data_files": {corpus.split: source.data_files[corpus.split]}, "streaming": True}
+    if source.data_files:
+        arguments["data_files"] = {corpus.split: source.data_files[corpus.split]}
+    if source.streaming:
+        arguments["streaming"] = True
     try:
         rows = load_dataset(source.path, **{key: value for key, value in arguments.items() if value is not None})
     except (OSError, RuntimeError, ValueError) as error:

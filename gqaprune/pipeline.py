@@ -100,7 +100,8 @@ def prune(
         The plan that was applied and the report of the dense and the pruned model.
 
     Raises:
-        ValueError: if the model, the batches or the budget do not allow it; the model is untouched then.
+        ValueError: if the model, the batches or the budget do not allow it, the model being untouched then; or if the
+            pruned model's perplexity is not finite.
     """
     check_finite_weights(model)
     blocks = select_blocks(model, config)
