@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +245,12 @@ def test_bad_input_gets_one_sentence_and_exit_code_1_and_leaves_nothing(
     logs = Path("lightning_logs")
     assert [path for path in sorted(Path().rglob("*")) if path != logs] == before
     assert not logs.exists() or not list(logs.iterdir())
+
+
+def test_checkout_runs_the_same_commands_by_cli_py() -> None:
+    root = Path(__file__).parent.parent
+    shown = subprocess.run([sys.executable, "cli.py", "--help"], cwd=root, capture_output=True, text=True, check=True)
+    assert all(f"    {command} " in shown.stdout for command in ("fit", "validate", "test", "predict", "prune"))
 
 
 def test_nan_scores_stop_with_the_block(
