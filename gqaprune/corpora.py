@@ -12,6 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+from gqaprune.errors import first_line
+
 SPLITS = ("train", "validation", "test")
 SEPARATOR = "\n\n"
 """Joins the documents of a corpus, as published perplexities have it."""
@@ -141,10 +143,9 @@ def _read_hub(corpus: Corpus) -> Iterable[str]:
     try:
         rows = load_dataset(source.path, **{key: value for key, value in arguments.items() if value is not None})
     except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"corpus {corpus.name!r} could not be read from the hub or its cache ({reason}); connect once to fill "
-            f"the cache, or give a local file, or {EMBEDDED!r}"
+            f"corpus {corpus.name!r} could not be read from the hub or its cache ({first_line(error)}); connect once "
+            f"to fill the cache, or give a local file, or {EMBEDDED!r}"
         ) from None
     return (cast(Mapping[str, str], row)[source.column] for row in rows)
 

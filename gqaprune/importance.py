@@ -42,8 +42,8 @@ class GateCriterion(ABC):
 class GateFisher(GateCriterion):
     """`Σ_n g_n²` over samples n: the diagonal Fisher information of the gate.
 
-    Unit: (nats per token)², summed over samples. Its half is the second-order estimate of the loss added by closing
-    the gate. Source: Kwon et al. 2022, arXiv 2204.09656, equation 6.
+    Unit: (nats per token)², summed over samples. Source: the masks' Fisher information of Kwon et al. 2022,
+    arXiv 2204.09656.
     """
 
     def add(self, gradients_BU: Gates) -> None:

@@ -1,7 +1,6 @@
 """The LightningModule around a causal LM: fine-tuning, perplexity, generation."""
 
 import math
-from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 import torch
@@ -30,7 +29,7 @@ class CausalLMModule(LightningModule):
         dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
         attn_implementation: attention kernel, `sdpa` or `eager`; transformers' choice by default.
         trust_remote_code: run code that comes with the checkpoint. Pruned checkpoints do not need it here.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, one more forward pass.
         optimizer: optimizer class and its arguments; built on the parameters that pruning left.
         schedule: course of the learning rate after the warm-up, down to 0 (`cosine`, `linear`) or `constant`.
         warmup_steps: optimizer steps over which the learning rate rises from 0.
@@ -125,7 +124,7 @@ class CausalLMModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log `ppl/<corpus>` over all ranks."""
-        self._log_perplexity("ppl")
+        self._log_perplexity()
 
     def on_test_epoch_start(self) -> None:
         """Start a perplexity for every test corpus."""
@@ -137,7 +136,7 @@ class CausalLMModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log `ppl/<corpus>` over all ranks."""
-        self._log_perplexity("ppl")
+        self._log_perplexity()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Continue a prompt greedily; returns prompt and continuation as token ids `[1, tokens]`."""
@@ -147,14 +146,10 @@ class CausalLMModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule on the live parameters, after pruning."""
-        optimizer = self.optimizer_factory(self.trainable_parameters())
+        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         scheduler = get_scheduler(name, optimizer, self.warmup_steps, self._count_optimizer_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def trainable_parameters(self) -> Iterable[torch.nn.Parameter]:
-        """Parameters that fine-tuning moves."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the plan with the hyperparameters, so that a resumed run builds the pruned shapes."""
@@ -187,10 +182,10 @@ class CausalLMModule(LightningModule):
     def _update_perplexity(self, batch: Batch, dataloader_idx: int) -> None:
         list(self._perplexity.values())[dataloader_idx].update(self(batch["input_ids"]), batch["labels"])
 
-    def _log_perplexity(self, prefix: str) -> None:
+    def _log_perplexity(self) -> None:
         for label, metric in self._perplexity.items():
             # The metric has already added up the ranks' sums.
-            self.log(f"{prefix}/{label}", metric.compute().float(), prog_bar=True)
+            self.log(f"ppl/{label}", metric.compute().float(), prog_bar=True)
 
 
 def _read_plan(plan: str | dict[str, Any] | None) -> PruningPlan | None:

@@ -224,7 +224,7 @@ class PruningPlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
-        write_text_atomically(Path(path), json.dumps(self.to_dict(), separators=(",", ":")) + "\n")
+        write_atomically(Path(path), (json.dumps(self.to_dict(), separators=(",", ":")) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> "PruningPlan":
@@ -246,11 +246,11 @@ class PruningPlan:
             raise ValueError(f"{path}: {error}") from None
 
 
-def write_text_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary name beside `path`, then rename: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from gqaprune.architecture import count_layer_parameters, count_parameters, read_geometry
-from gqaprune.plan import PruningPlan, write_text_atomically
+from gqaprune.plan import PruningPlan, write_atomically
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write `report.json`, whole or not at all."""
-        write_text_atomically(path, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_atomically(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
 
 def describe_model(name: str, model: PreTrainedModel, perplexity: Mapping[str, float]) -> Stage:
@@ -140,8 +140,6 @@ def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
 def _title(report: Report) -> str:
     if report.rate_reached is None:
         return "pruned by a given plan"
-    if "rate" not in report.settings:
-        return "measured"
     base = "all parameters" if report.settings.get("rate_base") == "all" else "decoder-layer parameters"
     return f"asked to remove {report.settings['rate']:.2%} of {base}, removed {report.rate_reached:.2%}"
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import gqaprune
 from gqaprune.architecture import read_geometry
 from gqaprune.checkpoint import check_tokenizer, load_model, load_tokenizer, save
+from gqaprune.pipeline import keep_everything
 from gqaprune.plan import PruningPlan
 from gqaprune.surgery import apply_plan
 
@@ -22,6 +23,8 @@ from tiny import make_model, make_tokenizer, make_tokens
 
 UNEVEN = ([[0], [0, 1, 2], [1, 2]], [[1, 5], list(range(20)), list(range(0, 20, 3))])
 EVEN = ([[0, 2], [0, 1], [1, 2]], [list(range(7)), list(range(3, 10)), list(range(13, 20))])
+PLAN = keep_everything(make_model("llama"))
+"""Marks a checkpoint as one of ours, which may be replaced."""
 
 
 def make_pruned(variant: str, kept: tuple[list[list[int]], list[list[int]]], ratio: int = 2) -> PreTrainedModel:
@@ -140,9 +143,9 @@ def test_embedded_model_is_the_real_one_in_the_type_asked_for() -> None:
 
 
 def test_saving_replaces_an_older_checkpoint_and_leaves_nothing_else(tmp_path: Path) -> None:
-    save(make_pruned("llama", UNEVEN), make_tokenizer(), tmp_path / "out")
+    save(make_pruned("llama", UNEVEN), make_tokenizer(), tmp_path / "out", PLAN)
     even = make_pruned("llama", EVEN)
-    save(even, make_tokenizer(), tmp_path / "out")
+    save(even, make_tokenizer(), tmp_path / "out", PLAN)
     assert not list((tmp_path / "out").glob("*.py"))
     assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(even))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -150,14 +153,14 @@ def test_saving_replaces_an_older_checkpoint_and_leaves_nothing_else(tmp_path: P
 
 def test_save_that_breaks_off_keeps_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = make_pruned("llama", UNEVEN), make_pruned("llama", EVEN)
-    save(old, None, tmp_path / "out")
+    save(old, None, tmp_path / "out", PLAN)
 
     def break_off(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", break_off)
     with pytest.raises(KeyboardInterrupt):
-        save(new, make_tokenizer(), tmp_path / "out")
+        save(new, make_tokenizer(), tmp_path / "out", PLAN)
     assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(old))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -166,7 +169,7 @@ def test_save_whose_last_rename_fails_puts_the_older_checkpoint_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = make_pruned("llama", UNEVEN)
-    save(old, None, tmp_path / "out")
+    save(old, None, tmp_path / "out", PLAN)
     rename = Path.rename
 
     def fail_for_new(path: Path, target: Path) -> Path:
@@ -176,7 +179,7 @@ def test_save_whose_last_rename_fails_puts_the_older_checkpoint_back(
 
     monkeypatch.setattr(Path, "rename", fail_for_new)
     with pytest.raises(OSError, match="disk on fire"):
-        save(make_pruned("llama", EVEN), None, tmp_path / "out")
+        save(make_pruned("llama", EVEN), None, tmp_path / "out", PLAN)
     assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(old))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -189,9 +192,25 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def test_model_that_is_not_ours_is_not_overwritten(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="not from an earlier run .no plan.json.; choose an empty or new folder"):
+        save(make_pruned("llama", EVEN), None, tmp_path, PLAN)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "no-such-type"}', '{"hidden_size": 3}'])
+def test_broken_config_is_said_in_a_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="cannot load a model from") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_folder_with_other_files_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="holds other files"):
+    with pytest.raises(ValueError, match="holds files that are not from an earlier run"):
         save(make_pruned("llama", EVEN), None, tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 

@@ -129,9 +129,9 @@ def test_prune_cuts_and_saves_without_training(run: Run, tiny_folder: Path) -> N
     pruned = AutoModelForCausalLM.from_pretrained("out/pruned", trust_remote_code=True)
     for name, tensor in dense.state_dict().items():
         assert torch.equal(pruned.state_dict()[name], tensor)
-    assert not torch.equal(dense.model.layers[0].mlp.up_proj.weight, torch.zeros(1))
     report = json.loads(Path("lightning_logs/version_0/report.json").read_text())
     assert [stage["name"] for stage in report["stages"]] == ["dense", "pruned"]
+    assert len(read_scalars(Path("lightning_logs/version_0"))["ppl/embedded/pruned"]) == 1
 
 
 def test_plan_of_one_run_is_reapplied_by_the_next_without_calibration(run: Run) -> None:
@@ -208,6 +208,7 @@ BAD_INPUT = {
     "NaN weights": (["--model.pretrained", "broken"], "weights of layer 1 (model.layers.1.mlp.up_proj.weight) hold"),
     "no plan": (["--model.plan", "short.txt"], "short.txt is not a pruning plan"),
     "plan of another model": (["--model.plan", "other.json"], "the plan was made for another model (other)"),
+    "export over the dense model": (["--export.folder", "foreign"], "holds files that are not from an earlier run"),
     "export to a file": (["--export.folder", "short.txt"], "short.txt is a file"),
     "logs below a file": (["--trainer.default_root_dir", "short.txt"], "short.txt is a file"),
     "unknown setting": (["--pruning.no_such", "3"], "arguments: --pruning.no_such 3; `gqaprune fit --help`"),
@@ -245,6 +246,22 @@ def test_bad_input_gets_one_sentence_and_exit_code_1_and_leaves_nothing(
     logs = Path("lightning_logs")
     assert [path for path in sorted(Path().rglob("*")) if path != logs] == before
     assert not logs.exists() or not list(logs.iterdir())
+
+
+def test_error_leaves_the_events_of_an_earlier_run_in_a_reused_folder(run: Run) -> None:
+    earlier = Path("lightning_logs/version_0/events.out.tfevents.1.earlier.0")
+    earlier.parent.mkdir(parents=True)
+    earlier.write_bytes(b"an earlier run")
+    logger = (
+        "--trainer.logger",
+        "TensorBoardLogger",
+        "--trainer.logger.save_dir",
+        ".",
+        "--trainer.logger.version",
+        "0",
+    )
+    assert run("fit", "--pruning.rate", "0.97", *logger) == 1
+    assert earlier.read_bytes() == b"an earlier run"
 
 
 def test_checkout_runs_the_same_commands_by_cli_py() -> None:

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gqaprune.architecture import find_blocks
 from gqaprune.importance import CRITERIA, score_units
@@ -19,15 +21,19 @@ from gqaprune.windows import make_batches
 from tiny import make_model, make_tokens
 
 
-def run(folder: Path, command: str, config: Path, *arguments: str) -> dict[str, object]:
-    """Run a command in a folder; returns its report."""
+def run(folder: Path, command: str, config: Path, *arguments: str) -> Path:
+    """Run a command in a folder; returns the folder of its logs."""
     folder.mkdir()
-    script = "from gqaprune.cli import main; raise SystemExit(main())"
-    (folder / "run.py").write_text(script)  # Lightning starts the other ranks from a file
+    # Lightning starts the other ranks from a file.
+    (folder / "run.py").write_text("from gqaprune.cli import main; raise SystemExit(main())")
     line = [sys.executable, "run.py", command, "--config", str(config), *arguments]
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "lightning_logs/version_0/report.json").read_text())
+    return folder / "lightning_logs/version_0"
+
+
+def read_stages(logs: Path) -> list[dict[str, Any]]:
+    return json.loads((logs / "report.json").read_text())["stages"]
 
 
 @pytest.fixture(scope="module")
@@ -86,35 +92,24 @@ FSDP2 = (
 
 
 def test_two_processes_prune_as_one(config: Path, tmp_path: Path) -> None:
-    one = run(tmp_path / "one", "prune", config)
-    two = run(tmp_path / "two", "prune", config, *DDP)
+    one = read_stages(run(tmp_path / "one", "prune", config))
+    two = read_stages(run(tmp_path / "two", "prune", config, *DDP))
     assert PruningPlan.load(tmp_path / "one/out/plan.json") == PruningPlan.load(tmp_path / "two/out/plan.json")
     weights = [load_file(tmp_path / name / "out/model.safetensors") for name in ("one", "two")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    for mine, theirs in zip(one["stages"], two["stages"], strict=True):  # type: ignore[call-overload]
+    for mine, theirs in zip(one, two, strict=True):
         assert theirs["perplexity"] == pytest.approx(mine["perplexity"], rel=1e-6)
 
 
 @pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
 def test_two_processes_recover_and_export_what_they_measured(config: Path, tmp_path: Path, strategy: list[str]) -> None:
-    report = run(tmp_path / "fit", "fit", config, *strategy)
-    dense, pruned, recovered = report["stages"]  # type: ignore[misc]
+    dense, pruned, recovered = read_stages(run(tmp_path / "fit", "fit", config, *strategy))
     assert recovered["parameters"] == pruned["parameters"] < dense["parameters"]
     assert recovered["perplexity"]["val/embedded"] != pruned["perplexity"]["val/embedded"]
 
-    events = run_validation(tmp_path / "validate", config, tmp_path / "fit/out")
-    assert events == pytest.approx(recovered["perplexity"]["val/embedded"], rel=1e-5)
-
-
-def run_validation(folder: Path, config: Path, checkpoint: Path) -> float:
-    """Perplexity of a checkpoint by two processes on 7 windows: none may count twice."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder.mkdir()
-    (folder / "run.py").write_text("from gqaprune.cli import main; raise SystemExit(main())")
-    line = [sys.executable, "run.py", "validate", "--config", str(config), "--model.pretrained", str(checkpoint), *DDP]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    events = EventAccumulator(str(folder / "lightning_logs/version_0"))
+    # 7 windows on two processes: none may count twice.
+    logs = run(tmp_path / "validate", "validate", config, "--model.pretrained", str(tmp_path / "fit/out"), *DDP)
+    events = EventAccumulator(str(logs))
     events.Reload()
-    return float(events.Scalars("ppl/embedded")[0].value)
+    (measured,) = events.Scalars("ppl/embedded")
+    assert measured.value == pytest.approx(recovered["perplexity"]["val/embedded"], rel=1e-5)

@@ -111,12 +111,12 @@ def test_table_says_what_was_asked_what_was_reached_and_how_it_was_measured() ->
     assert "25.00% of all parameters, removed 15.79%" in "\n".join(render(make_report(rate=0.25, rate_base="all")))
 
 
-def test_table_of_a_measurement_alone_claims_no_rate() -> None:
+def test_table_of_a_model_pruned_by_a_given_plan_claims_no_rate() -> None:
     report = make_report()
-    report.settings, report.stages = {}, report.stages[:1]
+    report.settings, report.stages = {}, report.stages[1:]
     lines = render(report)
-    assert "measured" in lines[0]
-    assert "%" not in "\n".join(lines)
+    assert "pruned by a given plan" in lines[0]
+    assert report.rate_reached is None and "%" not in lines[0]
 
 
 def draw_pixels(figure: Figure) -> np.ndarray:

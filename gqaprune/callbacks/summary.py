@@ -1,5 +1,6 @@
 """Measure what recovery reached, and tell the run's story: console, TensorBoard, files in the run's folder."""
 
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from gqaprune.callbacks.export import CheckpointExport
 from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
 from gqaprune.perplexity import measure_perplexity
-from gqaprune.plan import PLAN_FILE, PruningPlan
+from gqaprune.plan import PLAN_FILE, PruningPlan, write_atomically
 from gqaprune.progress import console
 from gqaprune.report import Report, Stage, build_table, describe_model, draw_plan
 
@@ -55,6 +56,8 @@ class RunSummary(Callback):
             module, data = get_parts(trainer, pl_module)
             perplexity = measure_perplexity(module.model, data.evaluation_batches(), "recovered")
             report.stages.append(describe_model("recovered", module.model, perplexity))
+            if trainer.is_global_zero:
+                _log_perplexity(trainer, report.stages[-1])
         self._finish(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,10 +66,10 @@ class RunSummary(Callback):
             self._finish(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the run's folder if nothing but Lightning's empty event file is in it yet."""
+        """Remove the run's folder if nothing but the empty event file that Lightning opened is in it yet."""
         folder = get_run_folder(trainer)
         files = list(folder.iterdir()) if trainer.is_global_zero and folder.is_dir() else []
-        if files and all(file.name.startswith("events.out.tfevents") for file in files):
+        if len(files) == 1 and files[0].name.startswith("events.out.tfevents"):  # more are those of earlier runs
             shutil.rmtree(folder)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,7 +80,6 @@ class RunSummary(Callback):
             return
         folder = get_run_folder(trainer)
         report.save(folder / REPORT_FILE)
-        _log_perplexity(trainer, report.stages[-1])
         hparams = _flatten(report.settings | dict(pl_module.hparams))
         for logger in _get_tensorboards(trainer):
             if report.stages[-1].perplexity:
@@ -144,9 +146,9 @@ def _describe_plan(plan: PruningPlan) -> str:
 
 
 def _save_figure(plan: PruningPlan, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draw_plan(plan).savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    picture = io.BytesIO()
+    draw_plan(plan).savefig(picture, format="png", dpi=120)
+    write_atomically(path, picture.getvalue())
 
 
 def _flatten(values: dict[str, Any]) -> dict[str, Any]:
