@@ -1,0 +1,71 @@
+"""Runs the decoder layer by layer over many batches, so that only one layer's inputs are held at a time.
+
+Reconstruction and the criteria that look at activations walk a model this way: `embed_batches` once, then for every
+layer `run_layer` on each stream, whose output is the next layer's input. A consumer hooks or changes the layer between
+two runs. Axes in tensor names: B samples, T tokens, D hidden width.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gqaprune.architecture import get_layers
+
+
+@dataclass
+class Stream:
+    """One batch on its way through the decoder.
+
+    Args:
+        hidden_BTD: input of the next layer.
+        arguments: keyword arguments of every layer's call (mask, position embeddings), as the model makes them.
+    """
+
+    hidden_BTD: Tensor
+    arguments: list[dict[str, Any]]
+
+
+@torch.no_grad()
+def embed_batches(model: PreTrainedModel, batches: Sequence[Tensor]) -> list[Stream]:
+    """The input of the first decoder layer for every batch, and what each layer is called with.
+
+    Args:
+        model: the causal LM.
+        batches: token ids, each `[batch, tokens]`.
+    """
+    device = next(model.parameters()).device
+    streams = []
+    for batch_BT in batches:
+        with _record_calls(get_layers(model)) as calls:
+            model.base_model(input_ids=batch_BT.to(device), use_cache=False)
+        hidden_BTD = calls[0][0]
+        streams.append(Stream(hidden_BTD, [arguments for _, arguments in calls]))
+    return streams
+
+
+@torch.no_grad()
+def run_layer(model: PreTrainedModel, index: int, stream: Stream) -> Tensor:
+    """Output of decoder layer `index` on a stream's hidden states, `[batch, tokens, width]`; the stream stays."""
+    output = get_layers(model)[index](stream.hidden_BTD, **stream.arguments[index])
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _record_calls(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+    """Make every layer pass its input through and note its arguments: a forward of the model then computes nothing."""
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def pass_through(hidden_BTD: Tensor, **arguments: Any) -> Tensor:
+        calls.append((hidden_BTD, arguments))
+        return hidden_BTD
+
+    with ExitStack() as restored:
+        for layer in layers:
+            layer.forward = pass_through
+            restored.callback(layer.__dict__.pop, "forward")
+        yield calls

@@ -1,0 +1,24 @@
+import pytest
+import torch
+from tiny import VARIANTS, make_model, make_tokens
+
+from gqaprune.architecture import get_layers
+from gqaprune.layerwise import embed_batches, run_layer
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_walking_the_layers_gives_the_models_own_logits(variant: str) -> None:
+    model, batches = make_model(variant), [make_tokens(2, 16), make_tokens(1, 12, seed=1)]
+    for stream, batch in zip(embed_batches(model, batches), batches, strict=True):
+        for index in range(len(get_layers(model))):
+            stream.hidden_BTD = run_layer(model, index, stream)
+        logits = model.lm_head(model.model.norm(stream.hidden_BTD))
+        torch.testing.assert_close(logits, model(batch).logits)
+
+
+def test_embedding_leaves_the_layers_as_they_were() -> None:
+    model, batch = make_model(), make_tokens(1, 8)
+    before = model(batch).logits
+    embed_batches(model, [batch])
+    assert all("forward" not in vars(layer) for layer in get_layers(model))
+    torch.testing.assert_close(model(batch).logits, before)
