@@ -2,19 +2,21 @@
 
 Reconstruction and the criteria that look at activations walk a model this way: `embed_batches` once, then for every
 layer `run_layer` on each stream, whose output is the next layer's input. A consumer hooks or changes the layer between
-two runs. Axes in tensor names: B samples, T tokens, D hidden width.
+two runs. Axes in tensor names: B samples, T tokens, D hidden width, N tokens of all samples, C columns.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gqaprune.architecture import get_layers
+
+K = TypeVar("K")
 
 
 @dataclass
@@ -52,7 +54,26 @@ def embed_batches(model: PreTrainedModel, batches: Sequence[Tensor]) -> list[Str
 def run_layer(model: PreTrainedModel, index: int, stream: Stream) -> Tensor:
     """Output of decoder layer `index` on a stream's hidden states, `[batch, tokens, width]`; the stream stays."""
     output = get_layers(model)[index](stream.hidden_BTD, **stream.arguments[index])
-    return output[0] if isinstance(output, tuple) else output
+    hidden_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden_BTD
+
+
+@contextmanager
+def watch_inputs(linears: Mapping[K, nn.Linear], receive: Callable[[K, Tensor], None]) -> Iterator[None]:
+    """Hand each linear layer's every input, `[tokens of all samples, columns]`, to a function while the context lasts.
+
+    Args:
+        linears: the layers by what names them.
+        receive: called with name and input.
+    """
+
+    def make_hook(name: K) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: receive(name, inputs[0].flatten(0, -2))
+
+    with ExitStack() as hooks:
+        for name, linear in linears.items():
+            hooks.callback(linear.register_forward_pre_hook(make_hook(name)).remove)
+        yield
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from tiny import VARIANTS, make_model, make_tokens
 
 from gqaprune.architecture import get_layers
-from gqaprune.layerwise import embed_batches, run_layer
+from gqaprune.layerwise import embed_batches, run_layer, watch_inputs
+
+from tiny import VARIANTS, make_model, make_tokens
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -14,6 +15,21 @@ def test_walking_the_layers_gives_the_models_own_logits(variant: str) -> None:
             stream.hidden_BTD = run_layer(model, index, stream)
         logits = model.lm_head(model.model.norm(stream.hidden_BTD))
         torch.testing.assert_close(logits, model(batch).logits)
+
+
+def test_watched_inputs_are_those_of_the_whole_model_and_end_with_the_context() -> None:
+    model, batch = make_model(), make_tokens(2, 8)
+    projection = model.model.layers[1].mlp.down_proj
+    seen: list[tuple[str, torch.Tensor]] = []
+    (stream,) = embed_batches(model, [batch])
+    stream.hidden_BTD = run_layer(model, 0, stream)
+    with watch_inputs({"down": projection}, lambda name, x_NC: seen.append((name, x_NC))):
+        run_layer(model, 1, stream)
+        model(batch)
+    model(batch)
+    (first, walked_NC), (second, whole_NC) = seen
+    assert first == second == "down" and walked_NC.shape == (16, 20)
+    torch.testing.assert_close(walked_NC, whole_NC)
 
 
 def test_embedding_leaves_the_layers_as_they_were() -> None:
