@@ -1,87 +1,59 @@
-"""Importance: criteria turn gate gradients of calibration batches into one score per unit.
+"""Importance: one score per unit, from the criterion of the caller's choice.
 
-Every criterion is a member of `CRITERIA`. Scores are non-negative, higher is more important, and comparable across
-blocks of one model. Axes in tensor names: B samples, U units.
+`CRITERIA` names every criterion; each is a class in `gqaprune/criteria/`. Scores are non-negative, higher is more
+important. Whether blocks compare as they are or relative to their own mean, and whether two criteria are combined, are
+options of any criterion.
 """
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import Block, BlockKey, name_parameter_place, named_floating_parameters
-from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
-from gqaprune.gates import Gates, compute_gate_gradients, freeze_parameters
-from gqaprune.progress import track
+from gqaprune.architecture import Block, name_parameter_place, named_floating_parameters
+from gqaprune.criteria.activations import BrainSurgeon, Wanda, WeightedVariance
+from gqaprune.criteria.base import NORMALIZATIONS, REDUCTIONS, Calibration, Criterion, Scores, ScoringOptions
+from gqaprune.criteria.gates import GateFisher, GateTaylor
+from gqaprune.criteria.gradients import ParamFirst, ParamMix, ParamSecond, Vectorize
+from gqaprune.criteria.weights import MagnitudeL1, MagnitudeL2, Random
 
-Scores = dict[BlockKey, Tensor]
-"""Score of every unit of every block, float64 `[units]` on the CPU."""
+__all__ = [
+    "CRITERIA",
+    "NORMALIZATIONS",
+    "REDUCTIONS",
+    "Scores",
+    "ScoringOptions",
+    "check_finite_scores",
+    "check_finite_weights",
+    "needs_data",
+    "score_units",
+]
 
-
-class GateCriterion(ABC):
-    """Accumulates gate gradients into scores, in float64.
-
-    Micro-batches arrive through `add`; `end_window` closes an accumulation window, the micro-batches whose gradients
-    an optimizer step would have seen together.
-    """
-
-    def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
-        self.sums_U = {block.key: torch.zeros(block.units, dtype=torch.float64, device=device) for block in blocks}
-
-    @abstractmethod
-    def add(self, gradients_BU: Gates) -> None:
-        """Take the gate gradients of one micro-batch."""
-
-    def end_window(self) -> None:  # noqa: B027  (most criteria have nothing to do here)
-        """Close an accumulation window."""
-
-
-class GateFisher(GateCriterion):
-    """`Σ_n g_n²` over samples n: the diagonal Fisher information of the gate.
-
-    Unit: (nats per token)², summed over samples. Source: the masks' Fisher information of Kwon et al. 2022,
-    arXiv 2204.09656.
-    """
-
-    def add(self, gradients_BU: Gates) -> None:
-        """Add every sample's squared gradient."""
-        for key, gradient_BU in gradients_BU.items():
-            self.sums_U[key] += gradient_BU.double().square().sum(0)
-
-
-class GateTaylor(GateCriterion):
-    """`Σ_w |Σ_{n∈w} g_n|` over accumulation windows w of samples n: the first-order Taylor term.
-
-    Unit: nats per token, summed over samples. The absolute value is taken per window, so a longer window lets samples
-    cancel, as they do in a training step. Source: Molchanov et al. 2019, arXiv 1906.10771; for LLMs, LLM-Pruner's
-    "vectorized" Taylor, arXiv 2305.11627.
-    """
-
-    def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
-        super().__init__(blocks, device)
-        self.window_U = {key: torch.zeros_like(total) for key, total in self.sums_U.items()}
-
-    def add(self, gradients_BU: Gates) -> None:
-        """Add the micro-batch to the window."""
-        for key, gradient_BU in gradients_BU.items():
-            self.window_U[key] += gradient_BU.double().sum(0)
-
-    def end_window(self) -> None:
-        """Add the window's absolute gradient and start a new window."""
-        for key, window_U in self.window_U.items():
-            self.sums_U[key] += window_U.abs()
-            window_U.zero_()
-
-
-CRITERIA: Mapping[str, type[GateCriterion]] = {"fisher": GateFisher, "taylor": GateTaylor}
+CRITERIA: Mapping[str, type[Criterion]] = {
+    "fisher": GateFisher,
+    "taylor": GateTaylor,
+    "param_first": ParamFirst,
+    "param_second": ParamSecond,
+    "param_mix": ParamMix,
+    "vectorize": Vectorize,
+    "l1": MagnitudeL1,
+    "l2": MagnitudeL2,
+    "wanda": Wanda,
+    "wifv": WeightedVariance,
+    "obs": BrainSurgeon,
+    "random": Random,
+}
 """Name -> criterion."""
 
 
 def score_units(
-    model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor], criterion: str, accumulate: int = 1
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    batches: Sequence[Tensor],
+    criterion: str,
+    accumulate: int = 1,
+    options: ScoringOptions | None = None,
 ) -> Scores:
     """Score the units of blocks on calibration batches.
 
@@ -89,42 +61,48 @@ def score_units(
     those of one process on the same batches.
 
     Args:
-        model: the dense causal LM.
+        model: the dense causal LM; it is left as it was.
         blocks: blocks to score.
-        batches: token ids, each `[batch, tokens]`, the same list on every rank.
+        batches: token ids, each `[batch, tokens]`, the same list on every rank; criteria that read no text ignore them.
         criterion: a name in `CRITERIA`.
         accumulate: micro-batches per accumulation window.
+        options: what shapes the scores; the defaults leave the criterion as it is.
 
     Raises:
-        ValueError: if a loss or a score is NaN or infinite, with its place.
+        ValueError: if a criterion is unknown or has no text to read; if a loss, an activation or a score is NaN or
+            infinite, with its place.
     """
-    device = next(model.parameters()).device
-    totals = CRITERIA[criterion](blocks, device)
-    rank, world_size = get_rank_and_world_size()
-    windows = math.ceil(len(batches) / accumulate)
-    own = [
-        index
-        for window in range(rank, windows, world_size)
-        for index in range(window * accumulate, min((window + 1) * accumulate, len(batches)))
-    ]
-    overflow = ""
-    with freeze_parameters(model):
-        for index in track(own, f"calibration: {criterion}", "batches"):
-            gradients_BU, losses_B = compute_gate_gradients(model, blocks, batches[index].to(device))
-            if not torch.isfinite(losses_B).all():
-                overflow = f"batch {index}"
-                break
-            totals.add(gradients_BU)
-            if (index + 1) % accumulate == 0 or index + 1 == len(batches):
-                totals.end_window()
-    if is_true_anywhere(bool(overflow), device):
-        raise ValueError(
-            f"the loss of calibration {overflow or 'text on another rank'} is not finite: the model's activations "
-            f"overflow (it computes in {model.dtype}); load it with dtype bfloat16 or float32"
-        )
-    scores = {key: total.cpu() for key, total in sum_across_ranks(totals.sums_U).items()}
-    check_finite_scores(scores)
-    return scores
+    options = options or ScoringOptions()
+    names = [criterion] if options.combine_with is None else [criterion, options.combine_with]
+    scored = []
+    for name in names:
+        if name not in CRITERIA:
+            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {name!r}")
+        if CRITERIA[name].needs_data and not batches:
+            free = ", ".join(other for other, member in CRITERIA.items() if not member.needs_data)
+            raise ValueError(f"criterion {name} needs at least one calibration batch, got none; {free} need no text")
+        calibration = Calibration(model, blocks, batches, accumulate, f"calibration: {name}")
+        scores = CRITERIA[name](calibration, options).score()
+        check_finite_scores(scores)
+        scored.append(normalize_scores(scores, options.normalization))
+    return scored[0] if len(scored) == 1 else combine_scores(*scored)
+
+
+def needs_data(criterion: str, options: ScoringOptions) -> bool:
+    """Whether a scoring reads calibration batches."""
+    return any(CRITERIA[name].needs_data for name in (criterion, options.combine_with) if name is not None)
+
+
+def normalize_scores(scores: Scores, normalization: str) -> Scores:
+    """Divide each block's scores by their own mean, sum or max, so that blocks compare by shares; all zeros stay so."""
+    smallest = torch.finfo(torch.float64).tiny
+    divisor = NORMALIZATIONS[normalization]
+    return {key: score_U / divisor(score_U).clamp_min(smallest) for key, score_U in scores.items()}
+
+
+def combine_scores(first: Scores, second: Scores) -> Scores:
+    """Geometric mean of two criteria, unit by unit: important is what both say is."""
+    return {key: first[key].sqrt() * second[key].sqrt() for key in first}
 
 
 def check_finite_scores(scores: Scores) -> None:

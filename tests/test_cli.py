@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from gqaprune.cli import PruningCLI, main
-from gqaprune.importance import compute_gate_gradients
+from gqaprune.gates import compute_gate_gradients
 from gqaprune.pipeline import keep_everything
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import console
@@ -278,7 +278,7 @@ def test_nan_scores_stop_with_the_block(
         gradients[1, "attention"][0, 1] = float("inf")
         return gradients, losses
 
-    monkeypatch.setattr("gqaprune.importance.compute_gate_gradients", spoil)
+    monkeypatch.setattr("gqaprune.criteria.gates.compute_gate_gradients", spoil)
     assert run("fit") == 1
     assert "layer 1 attention: 1 of 2 scores are NaN or infinite (first: unit 1)" in capsys.readouterr().err
     assert not list(Path("lightning_logs").iterdir())
@@ -293,7 +293,7 @@ def test_interrupt_during_calibration_leaves_nothing_half_written(run: Run, monk
             raise KeyboardInterrupt
         return compute_gate_gradients(*arguments)
 
-    monkeypatch.setattr("gqaprune.importance.compute_gate_gradients", interrupt)
+    monkeypatch.setattr("gqaprune.criteria.gates.compute_gate_gradients", interrupt)
     assert run("fit", "--export.folder", "out") == 1
     assert len(calls) == 3
     assert [path for path in Path().rglob("*") if path.is_file()] == []

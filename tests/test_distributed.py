@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,16 @@ def config(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score_and_measure(rank: int, world_size: int, folder: Path) -> None:
-    """Scores of both criteria and a perplexity, written by each rank."""
+    """Scores of every criterion and a perplexity, written by each rank."""
     if world_size > 1:
         address = f"file://{folder / 'rendezvous'}"
         torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     model = make_model("qwen2")
-    batches = [make_tokens(2, seed=seed) for seed in range(5)]  # windows of 2: 2 + 2 + 1 micro-batches
+    batches = [make_tokens(2, seed=seed) for seed in range(5)]
     result = {}
-    for criterion in CRITERIA:
-        scores = score_units(model, find_blocks(model), batches, criterion, accumulate=2)
-        result |= {f"{criterion} {key}": score for key, score in scores.items()}
+    for criterion, accumulate in product(CRITERIA, (2, 5)):  # windows of 2 + 2 + 1 micro-batches; one, none for rank 1
+        scores = score_units(model, find_blocks(model), batches, criterion, accumulate)
+        result |= {f"{criterion} {accumulate} {key}": score for key, score in scores.items()}
     evaluation = {"text": make_batches(make_tokens(5), make_tokens(5), 1)}
     result["perplexity"] = torch.tensor(measure_perplexity(model, evaluation)["text"])
     torch.save(result, folder / f"{world_size}-{rank}.pt")

@@ -1,0 +1,1 @@
+"""Criteria by what they look at: gates, weight gradients, activations, weights alone."""

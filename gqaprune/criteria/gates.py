@@ -1,0 +1,78 @@
+"""Criteria from unit gates: one backward pass, no weight gradient. Axes in tensor names: B samples, U units."""
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from gqaprune.criteria.backward import BackwardCriterion
+from gqaprune.criteria.base import Calibration, ScoringOptions
+from gqaprune.gates import Gates, compute_gate_gradients
+
+
+class GateCriterion(BackwardCriterion):
+    """Adds up gate gradients."""
+
+    def __init__(self, calibration: Calibration, options: ScoringOptions) -> None:
+        super().__init__(calibration, options)
+        self.sums = {
+            block.key: torch.zeros(block.units, dtype=torch.float64, device=calibration.device)
+            for block in calibration.blocks
+        }
+
+    @abstractmethod
+    def add_gradients(self, gradients_BU: Gates) -> None:
+        """Take the gate gradients of one micro-batch."""
+
+    def end_window(self) -> None:
+        """Close an accumulation window."""
+
+    def prepare(self) -> AbstractContextManager[object]:
+        """Gates come and go with each batch."""
+        return nullcontext()
+
+    def add(self, input_ids: Tensor, ends_window: bool) -> Tensor:
+        """Take the gate gradients of one micro-batch."""
+        gradients_BU, losses_B = compute_gate_gradients(self.calibration.model, self.calibration.blocks, input_ids)
+        self.add_gradients(gradients_BU)
+        if ends_window:
+            self.end_window()
+        return losses_B
+
+
+class GateFisher(GateCriterion):
+    """`Σ_n g_n²` over samples n: the diagonal Fisher information of the gate.
+
+    Unit: (nats per token)², summed over samples. Source: the masks' Fisher information of Kwon et al. 2022,
+    arXiv 2204.09656.
+    """
+
+    def add_gradients(self, gradients_BU: Gates) -> None:
+        """Add every sample's squared gradient."""
+        for key, gradient_BU in gradients_BU.items():
+            self.sums[key] += gradient_BU.double().square().sum(0)
+
+
+class GateTaylor(GateCriterion):
+    """`Σ_w |Σ_{n∈w} g_n|` over accumulation windows w of samples n: the first-order Taylor term.
+
+    Unit: nats per token, summed over samples. The absolute value is taken per window, so a longer window lets samples
+    cancel, as they do in a training step. Source: Molchanov et al. 2019, arXiv 1906.10771; for LLMs, LLM-Pruner's
+    "vectorized" Taylor, arXiv 2305.11627.
+    """
+
+    def __init__(self, calibration: Calibration, options: ScoringOptions) -> None:
+        super().__init__(calibration, options)
+        self.window_U = {key: torch.zeros_like(total) for key, total in self.sums.items()}
+
+    def add_gradients(self, gradients_BU: Gates) -> None:
+        """Add the micro-batch to the window."""
+        for key, gradient_BU in gradients_BU.items():
+            self.window_U[key] += gradient_BU.double().sum(0)
+
+    def end_window(self) -> None:
+        """Add the window's absolute gradient and start a new window."""
+        for key, window_U in self.window_U.items():
+            self.sums[key] += window_U.abs()
+            window_U.zero_()
