@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,30 @@ class PruningPlan:
                 f"{difference}; apply it to the dense model it names, or calibrate a new plan"
             )
 
+    def then(self, later: "PruningPlan") -> "PruningPlan":
+        """The plan that does to the dense model what this plan and then a later one do.
+
+        Where the choice came from (criterion, allocation, seed, corpora) is as in the later plan; rates compound, for
+        each is a share of what its plan found.
+
+        Args:
+            later: a plan made for the model that this plan leaves.
+
+        Raises:
+            ValueError: if the later plan was made for another model.
+        """
+        later.check_fits(self.pruned_geometry)
+        layers = []
+        for layer, (first, second) in enumerate(zip(self.layers, later.layers, strict=True)):
+            queries = None
+            if first.queries is not None or second.queries is not None:
+                queries = _pick(self.list_queries(layer), later.list_queries(layer))
+            layers.append(
+                KeptUnits(_pick(first.groups, second.groups), _pick(first.channels, second.channels), queries)
+            )
+        rate = 1 - (1 - self.rate) * (1 - later.rate)
+        return replace(later, geometry=self.geometry, layers=tuple(layers), model=self.model, rate=rate)
+
     def describe_layer(self, layer: int) -> str:
         """One layer in words: `layer 12  9Q:3KV → 6Q:2KV  MLP 1536 → 1024`."""
         before, after = self.geometry, self.pruned_geometry
@@ -312,3 +336,7 @@ def _check_same_number(queries: tuple[int, ...], groups: tuple[int, ...], ratio:
             f"{what}: every GQA group has to keep the same number, got {heads[few]} of group {few} and {heads[many]} "
             f"of group {many}"
         )
+
+
+def _pick(units: tuple[int, ...], positions: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(units[position] for position in positions)

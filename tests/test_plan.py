@@ -308,6 +308,42 @@ def test_every_kept_kv_head_has_the_same_whole_number_of_query_heads(plan: Pruni
     assert pruned.kv_heads == tuple(len(kept.groups) for kept in plan.layers)
 
 
+@given(st.data())
+def test_then_does_to_names_of_units_what_both_plans_do_in_turn(data: st.DataObject) -> None:
+    first = data.draw(plans(), "first")
+    second = data.draw(plans(first.pruned_geometry), "second")
+    both = first.then(second)
+    assert both.geometry == first.geometry and both.pruned_geometry == second.pruned_geometry
+    assert both.model == first.model and both.corpora == second.corpora
+    assert 1 - both.rate == pytest.approx((1 - first.rate) * (1 - second.rate))
+    for layer in range(first.geometry.num_layers):
+        assert take_names(both, layer, name_units(first.geometry, layer)) == take_names(
+            second, layer, take_names(first, layer, name_units(first.geometry, layer))
+        )
+
+
+Names = dict[str, list[str]]
+
+
+def name_units(geometry: Geometry, layer: int) -> Names:
+    counts = {"kv": geometry.kv_heads, "query": geometry.query_heads, "channel": geometry.channels}
+    return {kind: [f"{kind} {unit}" for unit in range(count[layer])] for kind, count in counts.items()}
+
+
+def take_names(plan: PruningPlan, layer: int, names: Names) -> Names:
+    """Which of a layer's named units stay, as surgery cuts them: KV heads, query heads, channels."""
+    kept, ratio = plan.layers[layer], plan.geometry.ratios[layer]
+    heads = [head for group in kept.groups for head in range(group * ratio, (group + 1) * ratio)]
+    stays = heads if kept.queries is None else [head for head in heads if head in kept.queries]
+    indexes = {"kv": kept.groups, "query": stays, "channel": kept.channels}
+    return {kind: [names[kind][index] for index in indexes[kind]] for kind in names}
+
+
+def test_plan_after_a_plan_for_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="layer 0 query_heads 6 against 3"):
+        make_plan().then(make_plan())
+
+
 def test_query_heads_of_a_kv_head_are_consecutive() -> None:
     assert list_query_heads([0, 2], 3) == (0, 1, 2, 6, 7, 8)
 

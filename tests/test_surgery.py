@@ -104,6 +104,24 @@ def test_surgery_equals_gating_for_random_geometries_and_plans(
     check_surgery_equals_gating(model, data.draw(plans(read_geometry(model.config)), "plan"), make_tokens())
 
 
+@given(models(), st.data())
+@settings(max_examples=40, deadline=None)
+def test_two_plans_in_turn_give_the_weights_of_their_composition(
+    make: Callable[[], PreTrainedModel], data: st.DataObject
+) -> None:
+    twice, once = make(), make()
+    first = data.draw(plans(read_geometry(twice.config)), "first")
+    second = data.draw(plans(first.pruned_geometry), "second")
+    apply_plan(twice, first)
+    apply_plan(twice, second)
+    apply_plan(once, first.then(second))
+    assert read_geometry(once.config) == read_geometry(twice.config)
+    for one, other in zip(once.state_dict().values(), twice.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    with torch.no_grad():
+        assert torch.equal(once(make_tokens()).logits, twice(make_tokens()).logits)
+
+
 def test_kept_kv_head_keeps_exactly_its_own_query_heads_in_order() -> None:
     model = make_model("qwen2", kv_heads=3, ratio=2, head_dim=4, layers=1)
     attention = model.model.layers[0].self_attn
