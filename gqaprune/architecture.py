@@ -19,6 +19,8 @@ from transformers import MistralConfig, PretrainedConfig, PreTrainedModel
 from gqaprune.plan import Geometry
 
 BlockKind = Literal["attention", "mlp"]
+GRANULARITIES = ("group", "query")
+"""What the units of an attention block can be: GQA groups, or query heads."""
 
 
 class BlockKey(NamedTuple):
@@ -37,7 +39,8 @@ class BlockLayout:
 
     Args:
         module: the block's attribute in the decoder layer.
-        inputs: projection -> parts stacked in its rows, each one of `query`, `key`, `value`, `gate`, `up`.
+        inputs: projection -> parts stacked in its rows, each one of `query` (always first), `key`, `value`, `gate`,
+            `up`.
         output: projection whose columns carry the units into the residual stream.
     """
 
@@ -71,7 +74,10 @@ FAMILIES: Mapping[str, Family] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer that feeds a block, and how many of its rows belong to one unit, part by part."""
+    """A linear layer that feeds a block, and how many of its rows belong to one unit, part by part.
+
+    Rows after those parts belong to no unit: keys and values in a fused projection whose units are query heads.
+    """
 
     linear: nn.Linear
     rows_per_unit: tuple[int, ...]
@@ -83,10 +89,12 @@ class Block:
 
     Args:
         key: decoder layer and kind.
-        units: GQA groups or MLP channels in it.
+        units: GQA groups, query heads or MLP channels in it.
         inputs: projections whose rows belong to units.
         output: projection whose columns belong to units.
         columns_per_unit: columns of `output` that one unit feeds.
+        groups: runs of `units / groups` consecutive units, each of which has to lose as many as the others: the GQA
+            groups where units are query heads, else 1.
     """
 
     key: BlockKey
@@ -94,6 +102,7 @@ class Block:
     inputs: tuple[Projection, ...]
     output: nn.Linear
     columns_per_unit: int
+    groups: int = 1
 
     @property
     def unit_parameters(self) -> int:
@@ -184,8 +193,20 @@ def make_stock_config(config: PretrainedConfig) -> PretrainedConfig | None:
     return stock
 
 
-def find_blocks(model: PreTrainedModel) -> list[Block]:
+def write_ratios(model: PreTrainedModel, geometry: Geometry) -> None:
+    """Tell every attention module how many query heads read a KV head; transformers reads that off no shape."""
+    attention = get_family(model.config).attention.module
+    for layer, ratio in zip(get_layers(model), geometry.ratios, strict=True):
+        getattr(layer, attention).num_key_value_groups = ratio
+
+
+def find_blocks(model: PreTrainedModel, granularity: str = "group") -> list[Block]:
     """All blocks of a model, attention before MLP, layer by layer.
+
+    Args:
+        model: a model of a supported family.
+        granularity: units of the attention blocks, one of `GRANULARITIES`: whole GQA groups, or query heads, whose
+            keys and values stay.
 
     Raises:
         ValueError: if the family is unknown, or the weights are not the linear layers that the config promises.
@@ -195,9 +216,12 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     for index, layer in enumerate(get_layers(model)):
         group_rows = geometry.ratios[index] * geometry.head_dim
         parts = {"query": group_rows, "key": geometry.head_dim, "value": geometry.head_dim, "gate": 1, "up": 1}
-        attention, mlp = BlockKey(index, "attention"), BlockKey(index, "mlp")
-        blocks.append(_find_block(layer, family.attention, attention, geometry.kv_heads[index], parts, group_rows))
-        blocks.append(_find_block(layer, family.mlp, mlp, geometry.channels[index], parts, 1))
+        key = BlockKey(index, "attention")
+        attention = _find_block(layer, family.attention, key, geometry.kv_heads[index], parts, group_rows)
+        if granularity == "query":
+            attention = _split_groups(attention, family.attention, geometry.ratios[index])
+        mlp = _find_block(layer, family.mlp, BlockKey(index, "mlp"), geometry.channels[index], parts, 1)
+        blocks += [attention, mlp]
     return blocks
 
 
@@ -239,6 +263,17 @@ def _find_block(
     output = getattr(module, layout.output, None)
     output = _check_linear(output, f"{key} {layout.output}", columns=units * columns_per_unit)
     return Block(key, units, tuple(inputs), output, columns_per_unit)
+
+
+def _split_groups(block: Block, layout: BlockLayout, ratio: int) -> Block:
+    """See a block of GQA groups as one of query heads, `ratio` in each group."""
+    head_dim = block.columns_per_unit // ratio
+    inputs = tuple(
+        Projection(projection.linear, (head_dim,))
+        for projection, stacked in zip(block.inputs, layout.inputs.values(), strict=True)
+        if stacked[0] == "query"
+    )
+    return Block(block.key, block.units * ratio, inputs, block.output, head_dim, groups=block.units)
 
 
 def _check_linear(linear: Any, name: str, rows: int | None = None, columns: int | None = None) -> nn.Linear:

@@ -6,8 +6,9 @@ This file imports no sibling, so that a plan can be read and checked without a m
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,12 @@ class KeptUnits:
     Args:
         groups: kept GQA groups (KV heads).
         channels: kept MLP channels.
+        queries: kept query heads, the same number in every kept group; None means all that the kept groups have.
     """
 
     groups: tuple[int, ...]
     channels: tuple[int, ...]
+    queries: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,16 +145,24 @@ class PruningPlan:
         for layer, kept in enumerate(self.layers):
             _check_indexes(kept.groups, self.geometry.kv_heads[layer], f"layer {layer} GQA groups")
             _check_indexes(kept.channels, self.geometry.channels[layer], f"layer {layer} MLP channels")
+            if kept.queries is not None:
+                _check_indexes(kept.queries, self.geometry.query_heads[layer], f"layer {layer} query heads")
+                _check_same_number(kept.queries, kept.groups, self.geometry.ratios[layer], f"layer {layer} query heads")
+
+    def list_queries(self, layer: int) -> tuple[int, ...]:
+        """The query heads that stay in a layer, as ascending indexes into the dense layer."""
+        kept = self.layers[layer]
+        return list_query_heads(kept.groups, self.geometry.ratios[layer]) if kept.queries is None else kept.queries
 
     @property
     def pruned_geometry(self) -> Geometry:
-        """Shapes of the model after surgery: every kept KV head keeps exactly its own query heads."""
+        """Shapes of the model after surgery: every kept KV head keeps its own query heads, or as many as the others."""
         dense = self.geometry
         return Geometry(
             family=dense.family,
             hidden_size=dense.hidden_size,
             head_dim=dense.head_dim,
-            query_heads=tuple(len(kept.groups) * r for kept, r in zip(self.layers, dense.ratios, strict=True)),
+            query_heads=tuple(len(self.list_queries(layer)) for layer in range(dense.num_layers)),
             kv_heads=tuple(len(kept.groups) for kept in self.layers),
             channels=tuple(len(kept.channels) for kept in self.layers),
         )
@@ -173,6 +184,30 @@ class PruningPlan:
                 f"{difference}; apply it to the dense model it names, or calibrate a new plan"
             )
 
+    def then(self, later: "PruningPlan") -> "PruningPlan":
+        """The plan that does to the dense model what this plan and then a later one do.
+
+        Where the choice came from (criterion, allocation, seed, corpora) is as in the later plan; rates compound, for
+        each is a share of what its plan found.
+
+        Args:
+            later: a plan made for the model that this plan leaves.
+
+        Raises:
+            ValueError: if the later plan was made for another model.
+        """
+        later.check_fits(self.pruned_geometry)
+        layers = []
+        for layer, (first, second) in enumerate(zip(self.layers, later.layers, strict=True)):
+            queries = None
+            if first.queries is not None or second.queries is not None:
+                queries = _pick(self.list_queries(layer), later.list_queries(layer))
+            layers.append(
+                KeptUnits(_pick(first.groups, second.groups), _pick(first.channels, second.channels), queries)
+            )
+        rate = 1 - (1 - self.rate) * (1 - later.rate)
+        return replace(later, geometry=self.geometry, layers=tuple(layers), model=self.model, rate=rate)
+
     def describe_layer(self, layer: int) -> str:
         """One layer in words: `layer 12  9Q:3KV → 6Q:2KV  MLP 1536 → 1024`."""
         before, after = self.geometry, self.pruned_geometry
@@ -182,17 +217,25 @@ class PruningPlan:
         return f"layer {layer:>{width}}  {attention}  MLP {before.channels[layer]} → {after.channels[layer]}"
 
     def describe_ratio(self) -> str:
-        """Whether every layer kept its ratio of query heads to KV heads, in words."""
+        """What became of the ratio of query heads to KV heads, in words; it is a whole number in every layer."""
         before, after = self.geometry.ratios, self.pruned_geometry.ratios
-        broken = [layer for layer, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
-        if broken:
-            return f"GQA ratio: ❌ changed in layers {broken}"
-        ratios = " and ".join(f"{ratio}:1" for ratio in sorted(set(before), reverse=True))
-        return f"GQA ratio: ✅ every layer keeps {ratios}"
+        if before == after:
+            ratios = " and ".join(f"{ratio}:1" for ratio in sorted(set(before), reverse=True))
+            return f"GQA ratio: ✅ every layer keeps {ratios}"
+        changes = Counter(zip(before, after, strict=True))
+        words = {(a, b): f"{a}:1 → {b}:1" if a != b else f"{a}:1 kept" for a, b in changes}
+        if len(changes) == 1:
+            return f"GQA ratio: ✅ {next(iter(words.values()))} in every layer"
+        parts = (f"{words[change]} in {changes[change]} of {len(before)} layers" for change in sorted(changes))
+        return f"GQA ratio: ✅ {', '.join(parts)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, as `plan.json` holds them."""
-        return {"format": FORMAT, **asdict(self)}
+        """Plain types only, as `plan.json` holds them: `queries` where a layer lost query heads of its own."""
+        data = {"format": FORMAT, **asdict(self)}
+        for kept in data["layers"]:
+            if kept["queries"] is None:
+                del kept["queries"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Any) -> "PruningPlan":
@@ -206,7 +249,12 @@ class PruningPlan:
             raise ValueError(f"not a pruning plan of format {FORMAT!r}: found {found!r}")
         try:
             layers = tuple(
-                KeptUnits(_whole_numbers(kept["groups"]), _whole_numbers(kept["channels"])) for kept in data["layers"]
+                KeptUnits(
+                    groups=_whole_numbers(kept["groups"]),
+                    channels=_whole_numbers(kept["channels"]),
+                    queries=_whole_numbers(kept["queries"]) if "queries" in kept else None,
+                )
+                for kept in data["layers"]
             )
             return cls(
                 geometry=Geometry.from_dict(data["geometry"]),
@@ -246,6 +294,11 @@ class PruningPlan:
             raise ValueError(f"{path}: {error}") from None
 
 
+def list_query_heads(groups: Sequence[int], ratio: int) -> tuple[int, ...]:
+    """All query heads of KV heads, in order: KV head k is read by the consecutive heads `k * ratio … + ratio - 1`."""
+    return tuple(group * ratio + head for group in groups for head in range(ratio))
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary name beside `path`, then rename: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -271,3 +324,19 @@ def _check_indexes(kept: tuple[int, ...], count: int, what: str) -> None:
     if kept[0] < 0 or kept[-1] >= count:
         outside = kept[0] if kept[0] < 0 else kept[-1]
         raise ValueError(f"{what}: index {outside} is outside 0 … {count - 1}")
+
+
+def _check_same_number(queries: tuple[int, ...], groups: tuple[int, ...], ratio: int, what: str) -> None:
+    heads = Counter(query // ratio for query in queries)
+    if strangers := sorted(set(heads) - set(groups)):
+        raise ValueError(f"{what}: some are of GQA group {strangers[0]}, which does not stay")
+    if len({heads[group] for group in groups}) != 1:
+        few, many = (choose(groups, key=heads.__getitem__) for choose in (min, max))
+        raise ValueError(
+            f"{what}: every GQA group has to keep the same number, got {heads[few]} of group {few} and {heads[many]} "
+            f"of group {many}"
+        )
+
+
+def _pick(units: tuple[int, ...], positions: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(units[position] for position in positions)

@@ -107,13 +107,16 @@ def build_table(report: Report) -> Table:
 
 
 def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
-    """Draw what each layer kept: a bar per layer, attention above, MLP below."""
+    """Draw what each layer kept: a bar per layer, attention above (query heads where ratios changed), MLP below."""
     before, after = plan.geometry, plan.pruned_geometry
     layers = range(before.num_layers)
     # A figure of its own, outside pyplot, so that no window system or global state is touched.
     figure = matplotlib.figure.Figure(figsize=(max(7.0, 0.3 * before.num_layers + 1.5), 6.0), layout="constrained")
+    attention = ("Attention: KV heads (one GQA group each)", before.kv_heads, after.kv_heads, "#3b6fb6")
+    if before.ratios != after.ratios:
+        attention = ("Attention: query heads", before.query_heads, after.query_heads, "#3b6fb6")
     panels = (
-        ("Attention: KV heads (one GQA group each)", before.kv_heads, after.kv_heads, "#3b6fb6"),
+        attention,
         ("MLP: channels", before.channels, after.channels, "#d9822b"),
     )
     for axes, (title, dense, kept, color) in zip(figure.subplots(2, 1, sharex=True), panels, strict=True):

@@ -1,18 +1,21 @@
 """Surgery: cut the weights as the plan says."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import Block, find_blocks, read_geometry, write_geometry
-from gqaprune.plan import PruningPlan
+from gqaprune.architecture import Block, find_blocks, read_geometry, write_geometry, write_ratios
+from gqaprune.plan import PruningPlan, list_query_heads
 
 
 def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     """Cut a dense model to a plan, in place, weights and config.
 
     Rows of the input projections and columns of the output projection go together, with biases; a GQA group goes as one
-    KV head with exactly its query heads. A plan that removes nothing changes no bit.
+    KV head with exactly its query heads, and query heads of groups that stay go without their KV head. A plan that
+    removes nothing changes no bit.
 
     Args:
         model: the model that the plan was made for.
@@ -22,12 +25,15 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
         ValueError: if the plan was made for other shapes; the model is untouched then.
     """
     plan.check_fits(read_geometry(model.config))
-    blocks = find_blocks(model)
-    for block in blocks:
+    for block, heads in zip(find_blocks(model), find_blocks(model, "query"), strict=True):
         kept = plan.layers[block.key.layer]
         _cut_block(block, kept.groups if block.key.kind == "attention" else kept.channels)
+        if block.key.kind == "attention" and kept.queries is not None:
+            left = list_query_heads(kept.groups, heads.units // heads.groups)
+            _cut_block(replace(heads, units=len(left)), tuple(left.index(head) for head in kept.queries))
     if not plan.removes_nothing:
         write_geometry(model.config, plan.pruned_geometry)
+        write_ratios(model, plan.pruned_geometry)
 
 
 def expand_units(units: Tensor, size: int) -> Tensor:
@@ -44,6 +50,7 @@ def _cut_block(block: Block, kept: tuple[int, ...]) -> None:
         for size in projection.rows_per_unit:
             rows.append(offset + expand_units(units, size))
             offset += block.units * size
+        rows.append(torch.arange(offset, projection.linear.out_features, device=units.device))
         _keep_rows(projection.linear, torch.cat(rows))
     _keep_columns(block.output, expand_units(units, block.columns_per_unit))
 

@@ -36,6 +36,19 @@ def test_unit_parameters_are_what_surgery_removes(variant: str) -> None:
     assert sum(count_layer_parameters(dense)) - sum(count_layer_parameters(pruned)) == removed
 
 
+def test_parameters_of_query_heads_are_what_surgery_removes(variant: str) -> None:
+    from test_surgery import make_plan
+
+    dense, pruned = make_model(variant), make_model(variant)  # 6 query heads on 2 KV heads
+    blocks = {block.key: block for block in find_blocks(dense, "query")}
+    attention = blocks[1, "attention"]
+    assert (attention.units, attention.groups, attention.columns_per_unit) == (6, 2, 8)
+    assert blocks[1, "mlp"] == {block.key: block for block in find_blocks(dense)}[1, "mlp"]
+    queries = [None, [0, 2, 3, 4], None]
+    apply_plan(pruned, make_plan(pruned, [[0, 1]] * 3, [list(range(20))] * 3, queries))
+    assert count_parameters(dense) - count_parameters(pruned) == 2 * attention.unit_parameters
+
+
 def test_layer_parameters_leave_out_embeddings_head_and_final_norm() -> None:
     model = make_model("llama")
     outside = model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel() + model.model.norm.weight.numel()
@@ -112,6 +125,21 @@ def test_parts_stacked_in_one_projection_are_cut_part_by_part() -> None:
     rows = [0, 1, 2, 3, 8, 9, 10, 11, 12, 13, 16, 17, 18, 19, 22, 23]
     assert torch.equal(fused.weight, weight[rows])
     assert output.in_features == 8
+
+
+def test_query_heads_of_a_fused_projection_go_without_its_keys_and_values() -> None:
+    from gqaprune.architecture import Block, BlockKey, BlockLayout, Projection, _split_groups
+    from gqaprune.surgery import _cut_block
+
+    fused, output = torch.nn.Linear(4, 2 * (3 * 2 + 2 + 2)), torch.nn.Linear(12, 4)  # 6 query heads of 2 rows, 2 KV
+    weight = fused.weight.detach().clone()
+    groups = Block(BlockKey(0, "attention"), 2, (Projection(fused, (6, 2, 2)),), output, 6)
+    layout = BlockLayout("attention", {"qkv": ("query", "key", "value")}, "out")
+    queries = _split_groups(groups, layout, 3)
+    assert (queries.units, queries.groups, queries.unit_parameters) == (6, 2, 2 * 5 + 2 * 4)
+    _cut_block(queries, (0, 2, 3, 5))
+    assert torch.equal(fused.weight, weight[[0, 1, 4, 5, 6, 7, 10, 11, *range(12, 20)]])
+    assert (fused.out_features, output.in_features) == (16, 8)
 
 
 def test_expanded_units_are_consecutive() -> None:

@@ -66,6 +66,41 @@ def test_llama_whose_heads_no_longer_divide_its_width_is_saved_as_a_stock_mistra
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["MistralForCausalLM"]
 
 
+def drop_query_heads(variant: str, queries: list[list[int] | None]) -> PreTrainedModel:
+    """A model of 14 query heads on 2 KV heads with all but its attention whole."""
+    model = make_model(variant, kv_heads=2, ratio=7)
+    apply_plan(model, make_plan(model, [[0, 1]] * 3, [list(range(20))] * 3, queries))
+    return model
+
+
+WITHOUT_2_AND_13 = [0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_one_query_head_less_in_every_group_gives_a_stock_checkpoint(variant: str, tmp_path: Path) -> None:
+    model = drop_query_heads(variant, [WITHOUT_2_AND_13] * 3)
+    if variant == "llama-biases":  # its 12 heads do not divide its width of 56, and no other stock class has biases
+        assert save(model, None, tmp_path / "out") == "per-layer"
+    else:
+        assert save(model, None, tmp_path / "out") == "stock"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=variant == "llama-biases")
+    assert torch.equal(get_logits(plain), get_logits(model))
+    assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(model))
+    assert read_geometry(plain.config).ratios == (6, 6, 6)
+    assert read_geometry(plain.config).kv_heads == (2, 2, 2)
+
+
+def test_ratios_that_differ_by_layer_load_and_generate_in_plain_transformers(variant: str, tmp_path: Path) -> None:
+    model = drop_query_heads(variant, [WITHOUT_2_AND_13, None, [6, 7]])
+    assert save(model, None, tmp_path / "out") == "per-layer"
+    assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(model))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert torch.equal(get_logits(plain), get_logits(model))
+    assert read_geometry(plain.config).ratios == (6, 7, 1)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(make_tokens(1), use_cache=False, **options)
+    assert torch.equal(plain.generate(make_tokens(1), use_cache=True, **options), expected)
+
+
 def test_llama_with_biases_whose_heads_no_longer_divide_its_width_is_saved_per_layer(tmp_path: Path) -> None:
     model = make_model("llama-biases", kv_heads=4, ratio=4)
     apply_plan(model, make_plan(model, [[0, 1, 3]] * 3, [list(range(20))] * 3))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gqaprune.architecture import find_blocks
+from gqaprune.gates import compute_gate_gradients, freeze_parameters
 from gqaprune.importance import (
     CRITERIA,
     ScoringOptions,
@@ -156,3 +157,26 @@ def test_float16_overflow_stops_with_the_calibration_batch_and_the_way_out(crite
     model.half()
     with pytest.raises(ValueError, match="calibration batch 0 is not finite.*float16.*bfloat16 or float32"):
         score_units(model, find_blocks(model), BATCHES, criterion)
+
+
+def test_query_heads_are_scored_by_the_derivative_of_each_ones_output(variant: str) -> None:
+    """Fisher of query heads against weight gradients, sample by sample, and the groups' gradients as their sums."""
+    model = make_model(variant, kv_heads=2, ratio=3)
+    blocks = [block for block in find_blocks(model, "query") if block.key.kind == "attention"]
+    scores = score_units(model, blocks, BATCHES, "fisher")
+    expected = {block.key: torch.zeros(6, dtype=torch.float64) for block in blocks}
+    for sample in torch.cat(BATCHES):
+        model.zero_grad()
+        model(sample[None], labels=sample[None]).loss.backward()
+        for block in blocks:
+            taylor = block.output.weight * block.output.weight.grad
+            for head in range(6):
+                expected[block.key][head] += taylor[:, head * 8 : head * 8 + 8].sum().double() ** 2
+    for key, score in scores.items():
+        torch.testing.assert_close(score, expected[key], rtol=1e-3, atol=1e-9)
+
+    with freeze_parameters(model):
+        of_heads, _ = compute_gate_gradients(model, blocks, BATCHES[0])
+        of_groups, _ = compute_gate_gradients(model, find_blocks(model), BATCHES[0])
+    for key, gradient_BU in of_heads.items():
+        torch.testing.assert_close(gradient_BU.view(2, 2, 3).sum(2), of_groups[key], rtol=1e-4, atol=1e-6)

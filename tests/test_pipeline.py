@@ -1,11 +1,18 @@
 """The whole path without Lightning: what prune does to a model, and what it refuses."""
 
+import copy
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from gqaprune import PruningConfig, apply_plan, prune
 from gqaprune.architecture import count_layer_parameters, count_parameters, find_blocks, read_geometry
-from gqaprune.plan import PruningPlan
+from gqaprune.importance import score_units
+from gqaprune.pipeline import budget_blocks
+from gqaprune.plan import KeptUnits, PruningPlan
 from gqaprune.windows import make_batches
 
 from tiny import make_model, make_tokens
@@ -83,6 +90,137 @@ def test_limits_hold() -> None:
         assert 1 - after / before <= 0.6
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_query_heads_go_alike_from_every_group_and_the_budget_is_met(variant: str, allocation: str) -> None:
+    model = make_model(variant, kv_heads=2, ratio=7)
+    before, blocks = sum(count_layer_parameters(model)), find_blocks(model, "query")
+    step = max(block.unit_parameters * block.groups for block in blocks)
+    if allocation == "uniform":
+        step = sum(block.unit_parameters for block in blocks if block.key.kind == "mlp")
+    plan, _ = prune(model, BATCHES, PruningConfig(rate=0.25, allocation=allocation, granularity="query"))
+    assert abs(before - sum(count_layer_parameters(model)) - 0.25 * before) <= step
+    pruned = read_geometry(model.config)
+    assert pruned == plan.pruned_geometry
+    assert pruned.kv_heads == (2, 2, 2)
+    assert min(pruned.ratios) < 7
+
+
+def test_seven_query_heads_on_a_kv_head_become_six() -> None:
+    model = make_model("qwen2", kv_heads=2, ratio=7)
+    with torch.no_grad():
+        for layer, weak in enumerate([(2, 13), (0, 7), (6, 10)]):  # one of each group: columns of 8 per head
+            for head in weak:
+                model.model.layers[layer].self_attn.o_proj.weight[:, head * 8 : head * 8 + 8] *= 1e-3
+    attention = [block for block in find_blocks(model, "query") if block.key.kind == "attention"]
+    rate = sum(2 * block.unit_parameters for block in attention) / sum(count_layer_parameters(model))
+    plan, report = prune(model, BATCHES, PruningConfig(rate=rate, granularity="query", mlp_layers=(0, 0)))
+    removed = [set(range(14)) - set(plan.list_queries(layer)) for layer in range(3)]
+    assert removed == [{2, 13}, {0, 7}, {6, 10}]
+    assert plan.describe_ratio() == "GQA ratio: ✅ 7:1 → 6:1 in every layer"
+    dense, pruned = report.stages
+    assert dense.kv_cache_bytes_per_token == pruned.kv_cache_bytes_per_token
+
+
+def test_a_group_with_two_weak_heads_does_not_give_both() -> None:
+    model = make_model("llama", kv_heads=2, ratio=3, layers=1)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[:, :16] *= 1e-3  # query heads 0 and 1, both of KV head 0
+    cost = find_blocks(model, "query")[0].unit_parameters * 2
+    config = PruningConfig(rate=cost / sum(count_layer_parameters(model)), granularity="query", mlp_layers=(0, 0))
+    plan, _ = prune(model, BATCHES, config)
+    assert len({0, 1} - set(plan.list_queries(0))) == 1
+    assert len({3, 4, 5} - set(plan.list_queries(0))) == 1
+
+
+def test_what_goes_from_all_groups_at_once_scores_the_sum_weakest_first() -> None:
+    blocks = find_blocks(make_model("llama", kv_heads=2, ratio=3, layers=1), "query")
+    scores = {blocks[0].key: torch.tensor([5.0, 1.0, 3.0, 20.0, 30.0, 10.0]), blocks[1].key: torch.arange(17.0)}
+    attention, mlp = budget_blocks(blocks, scores, PruningConfig(granularity="query"))
+    assert attention.scores == [11.0, 23.0, 35.0]
+    assert mlp.scores == [0.0, 0.0, 0.0, *range(17)]  # 3 of 20 channels are gone
+
+
+def test_one_query_head_of_a_group_always_stays() -> None:
+    model = make_model("llama", kv_heads=1, ratio=4)
+    with pytest.raises(ValueError, match="nearest reachable rate is 0"):
+        prune(model, BATCHES, PruningConfig(rate=0.45, allocation="global", granularity="query", mlp_layers=(0, 0)))
+    heads = [block for block in find_blocks(model, "query") if block.key.kind == "attention"]
+    rate = sum(3 * block.unit_parameters for block in heads) / sum(count_layer_parameters(model))
+    config = PruningConfig(rate=rate, allocation="global", granularity="query", mlp_layers=(0, 0), min_groups=9)
+    prune(model, BATCHES, config)  # min_groups has nothing to say here: KV heads stay
+    assert read_geometry(model.config).query_heads == (1, 1, 1)
+
+
+@pytest.mark.parametrize("granularity", ["group", "query"])
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_several_steps_meet_the_budget_and_their_plan_leads_from_the_dense_model(
+    allocation: str, granularity: str
+) -> None:
+    model, dense = (make_model("qwen2", kv_heads=4, ratio=3, channels=40) for _ in range(2))
+    config = PruningConfig(rate=0.3, allocation=allocation, granularity=granularity, steps=3)
+    before, blocks = sum(count_layer_parameters(model)), find_blocks(model, granularity)
+    step = max(block.unit_parameters * block.groups for block in blocks)
+    if allocation == "uniform":
+        step = sum(block.unit_parameters for block in blocks if block.key.kind == "mlp")
+    plan, _ = prune(model, BATCHES, config, source="tiny", seed=7, corpora=["text"])
+    assert abs(before - sum(count_layer_parameters(model)) - 0.3 * before) <= step
+    assert (plan.model, plan.seed, plan.corpora, plan.rate) == ("tiny", 7, ("text",), 0.3)
+    assert plan.geometry == read_geometry(dense.config)
+    apply_plan(dense, PruningPlan.from_dict(plan.to_dict()))
+    for one, other in zip(model.state_dict().values(), dense.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    if allocation == "uniform":
+        assert read_geometry(model.config).is_uniform and not model.config.is_heterogeneous
+
+
+def test_every_step_scores_what_the_one_before_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def score(model: PreTrainedModel, *arguments: Any) -> Any:
+        seen.append(sum(count_layer_parameters(model)))
+        return score_units(model, *arguments)
+
+    monkeypatch.setattr("gqaprune.pipeline.score_units", score)
+    model = make_model("llama", kv_heads=4, channels=60)
+    dense = sum(count_layer_parameters(model))
+    prune(model, BATCHES, PruningConfig(rate=0.3, allocation="global", steps=3))
+    channel = find_blocks(model)[1].unit_parameters
+    assert seen[0] == dense
+    for parameters, share in zip(seen, (0, 0.1, 0.2), strict=True):
+        assert 0 <= parameters - (1 - share) * dense <= 2 * channel
+
+
+def test_two_steps_remove_the_weakest_and_then_the_weakest_of_what_is_left() -> None:
+    model = make_model("llama", layers=1)
+    mlp = find_blocks(model)[1]
+    config = PruningConfig(rate=6 * mlp.unit_parameters / sum(count_layer_parameters(model)), attention_layers=(0, 0))
+    stages = copy.deepcopy(model)
+    left = list(range(20))
+    for _ in range(2):
+        block = find_blocks(stages)[1]
+        weakest_first = score_units(stages, [block], BATCHES, "fisher")[block.key].argsort().tolist()
+        kept = sorted(weakest_first[3:])
+        apply_plan(stages, PruningPlan(read_geometry(stages.config), (KeptUnits((0, 1), tuple(kept)),)))
+        left = [left[position] for position in kept]
+
+    one_cut, _ = prune(copy.deepcopy(model), BATCHES, config)
+    two_cuts, _ = prune(model, BATCHES, replace(config, steps=2))
+    assert two_cuts.layers[0].channels == tuple(left)
+    assert len(one_cut.layers[0].channels) == 14 and one_cut.layers != two_cuts.layers
+
+
+def test_limits_of_several_steps_are_those_of_the_dense_layers() -> None:
+    model = make_model("llama", kv_heads=4, channels=32)
+    whole = count_layer_parameters(model)
+    config = PruningConfig(
+        rate=0.4, allocation="global", steps=4, min_groups=2, min_channels=8, channel_multiple=8, max_rate=0.6
+    )
+    plan, _ = prune(model, BATCHES, config)
+    for kept, before, after in zip(plan.layers, whole, count_layer_parameters(model), strict=True):
+        assert len(kept.groups) >= 2 and len(kept.channels) >= 8 and len(kept.channels) % 8 == 0
+        assert 1 - after / before <= 0.6
+
+
 def test_report_measures_before_and_after_on_the_evaluation_text() -> None:
     model = make_model("llama")
     evaluation = {"test/text": make_batches(make_tokens(4, seed=9), make_tokens(4, seed=9), 2)}
@@ -109,6 +247,8 @@ def test_plan_says_where_it_came_from() -> None:
         ({"criterion": "magic"}, "criterion must be one of fisher, taylor, .*, got 'magic'"),
         ({"allocation": "magic"}, "allocation must be one of uniform, global, got 'magic'"),
         ({"rate_base": "magic"}, "rate_base must be one of decoder, all, got 'magic'"),
+        ({"granularity": "head"}, "granularity must be one of group, query, got 'head'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"min_rate": 0.6, "max_rate": 0.5}, "min_rate <= max_rate"),
         ({"min_groups": 0}, "min_groups must be at least 1, got 0"),
         ({"channel_multiple": 0}, "channel_multiple must be at least 1, got 0"),

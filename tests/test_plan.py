@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gqaprune.plan import FORMAT, Geometry, KeptUnits, PruningPlan, write_atomically
+from gqaprune.plan import FORMAT, Geometry, KeptUnits, PruningPlan, list_query_heads, write_atomically
 
 DENSE = Geometry("llama", hidden_size=64, head_dim=8, query_heads=(6, 6), kv_heads=(2, 2), channels=(20, 20))
 
@@ -29,16 +29,12 @@ def make_plan(**changes: Any) -> PruningPlan:
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> PruningPlan:
+def geometries(draw: st.DrawFn) -> Geometry:
     layers = draw(st.integers(1, 4))
     kv_heads = draw(st.lists(st.integers(1, 6), min_size=layers, max_size=layers))
     ratios = draw(st.lists(st.integers(1, 8), min_size=layers, max_size=layers))
     channels = draw(st.lists(st.integers(1, 12), min_size=layers, max_size=layers))
-
-    def units(count: int) -> tuple[int, ...]:
-        return tuple(sorted(draw(st.sets(st.integers(0, count - 1), min_size=1))))
-
-    geometry = Geometry(
+    return Geometry(
         family=draw(st.sampled_from(["llama", "qwen2"])),
         hidden_size=draw(st.integers(1, 4096)),
         head_dim=draw(st.integers(1, 256)),
@@ -46,9 +42,27 @@ def plans(draw: st.DrawFn) -> PruningPlan:
         kv_heads=tuple(kv_heads),
         channels=tuple(channels),
     )
+
+
+@st.composite
+def kept_units(draw: st.DrawFn, kv_heads: int, ratio: int, channels: int, queries: bool) -> KeptUnits:
+    def choose(count: int, least: int = 1, most: int | None = None) -> tuple[int, ...]:
+        return tuple(sorted(draw(st.sets(st.integers(0, count - 1), min_size=least, max_size=most))))
+
+    groups, heads = choose(kv_heads), None
+    if queries and draw(st.booleans()):
+        number = draw(st.integers(1, ratio))
+        heads = tuple(group * ratio + head for group in groups for head in choose(ratio, number, number))
+    return KeptUnits(groups, choose(channels), heads)
+
+
+@st.composite
+def plans(draw: st.DrawFn, geometry: Geometry | None = None, queries: bool = True) -> PruningPlan:
+    geometry = geometry or draw(geometries())
+    shapes = zip(geometry.kv_heads, geometry.ratios, geometry.channels, strict=True)
     return PruningPlan(
         geometry=geometry,
-        layers=tuple(KeptUnits(units(kv), units(width)) for kv, width in zip(kv_heads, channels, strict=True)),
+        layers=tuple(draw(kept_units(*shape, queries)) for shape in shapes),
         model=draw(st.text()),
         rate=draw(st.floats(0, 1)),
         corpora=tuple(draw(st.lists(st.text(), max_size=3))),
@@ -244,7 +258,7 @@ def test_model_that_does_not_fit_is_refused_with_the_first_difference(changes: d
         make_plan().check_fits(Geometry(**(fields | changes)))
 
 
-@given(plans())
+@given(plans(queries=False))
 def test_pruned_geometry_keeps_every_ratio(plan: PruningPlan) -> None:
     pruned = plan.pruned_geometry
     assert pruned.ratios == plan.geometry.ratios
@@ -281,6 +295,103 @@ def test_ratio_is_described_once_for_each_that_occurs() -> None:
     assert make_plan().describe_ratio() == "GQA ratio: ✅ every layer keeps 3:1"
     mixed = Geometry("llama", 64, 8, query_heads=(6, 8), kv_heads=(2, 2), channels=(20, 20))
     assert make_plan(geometry=mixed).describe_ratio() == "GQA ratio: ✅ every layer keeps 4:1 and 3:1"
+
+
+@given(plans())
+def test_every_kept_kv_head_has_the_same_whole_number_of_query_heads(plan: PruningPlan) -> None:
+    pruned = plan.pruned_geometry
+    for layer, kept in enumerate(plan.layers):
+        ratio = plan.geometry.ratios[layer]
+        for group in kept.groups:
+            own = [head for head in plan.list_queries(layer) if head // ratio == group]
+            assert len(own) == pruned.ratios[layer] >= 1
+    assert pruned.kv_heads == tuple(len(kept.groups) for kept in plan.layers)
+
+
+@given(st.data())
+def test_then_does_to_names_of_units_what_both_plans_do_in_turn(data: st.DataObject) -> None:
+    first = data.draw(plans(), "first")
+    second = data.draw(plans(first.pruned_geometry), "second")
+    both = first.then(second)
+    assert both.geometry == first.geometry and both.pruned_geometry == second.pruned_geometry
+    assert both.model == first.model and both.corpora == second.corpora
+    assert 1 - both.rate == pytest.approx((1 - first.rate) * (1 - second.rate))
+    for layer in range(first.geometry.num_layers):
+        assert take_names(both, layer, name_units(first.geometry, layer)) == take_names(
+            second, layer, take_names(first, layer, name_units(first.geometry, layer))
+        )
+
+
+Names = dict[str, list[str]]
+
+
+def name_units(geometry: Geometry, layer: int) -> Names:
+    counts = {"kv": geometry.kv_heads, "query": geometry.query_heads, "channel": geometry.channels}
+    return {kind: [f"{kind} {unit}" for unit in range(count[layer])] for kind, count in counts.items()}
+
+
+def take_names(plan: PruningPlan, layer: int, names: Names) -> Names:
+    """Which of a layer's named units stay, as surgery cuts them: KV heads, query heads, channels."""
+    kept, ratio = plan.layers[layer], plan.geometry.ratios[layer]
+    heads = [head for group in kept.groups for head in range(group * ratio, (group + 1) * ratio)]
+    stays = heads if kept.queries is None else [head for head in heads if head in kept.queries]
+    indexes = {"kv": kept.groups, "query": stays, "channel": kept.channels}
+    return {kind: [names[kind][index] for index in indexes[kind]] for kind in names}
+
+
+def test_plan_after_a_plan_for_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="layer 0 query_heads 6 against 3"):
+        make_plan().then(make_plan())
+
+
+def test_query_heads_of_a_kv_head_are_consecutive() -> None:
+    assert list_query_heads([0, 2], 3) == (0, 1, 2, 6, 7, 8)
+
+
+def test_plan_of_whole_groups_is_written_as_ever_and_query_heads_only_where_a_layer_lost_some() -> None:
+    assert {key for kept in make_plan().to_dict()["layers"] for key in kept} == {"groups", "channels"}
+    whole, shrunk = make_plan().layers[1], KeptUnits((0, 1), (0,), (0, 2, 3, 4))
+    written = make_plan(layers=(whole, shrunk)).to_dict()["layers"]
+    assert "queries" not in written[0] and written[1]["queries"] == (0, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("queries", "trouble"),
+    [
+        ([-1, 3], "index -1 is outside 0 … 5"),
+        ([0, 6], "index 6 is outside 0 … 5"),
+        ([0, 0, 3, 3], "ascend without repeats"),
+        ([3, 0], "ascend without repeats"),
+        ([], "at least 1 of 6 must stay"),
+        ([0, 1, 3], "every GQA group has to keep the same number, got 1 of group 1 and 2 of group 0"),
+        ([0, 1, 2], "every GQA group has to keep the same number, got 0 of group 1 and 3 of group 0"),
+    ],
+    ids=["negative", "out of range", "repeated", "descending", "empty", "uneven", "group without heads"],
+)
+def test_wrong_query_heads_are_refused_with_their_layer(queries: list[int], trouble: str) -> None:
+    data = to_json(make_plan())
+    data["layers"][1]["queries"] = queries
+    with pytest.raises(ValueError, match=f"layer 1 query heads: .*{trouble}"):
+        PruningPlan.from_dict(data)
+
+
+def test_query_heads_of_a_removed_group_are_refused() -> None:
+    with pytest.raises(ValueError, match="layer 0 query heads: some are of GQA group 0, which does not stay"):
+        make_plan(layers=(KeptUnits((1,), (0,), (2, 3)), make_plan().layers[1]))
+
+
+@pytest.mark.parametrize(
+    ("queries", "words"),
+    [
+        ([(0, 2, 3, 4), (0, 1, 4, 5)], "3:1 → 2:1 in every layer"),
+        ([None, (0, 1, 4, 5)], "3:1 → 2:1 in 1 of 2 layers, 3:1 kept in 1 of 2 layers"),
+        ([(2, 3), (0, 1, 4, 5)], "3:1 → 1:1 in 1 of 2 layers, 3:1 → 2:1 in 1 of 2 layers"),
+    ],
+)
+def test_changed_ratio_is_described(queries: list[tuple[int, ...] | None], words: str) -> None:
+    plan = make_plan(layers=tuple(KeptUnits((0, 1), (0,), heads) for heads in queries))
+    assert plan.describe_ratio() == f"GQA ratio: ✅ {words}"
+    assert plan.describe_layer(1) == "layer 1  6Q:2KV → 4Q:2KV  MLP 20 → 1"
 
 
 def test_kv_cache_counts_keys_and_values_of_all_layers() -> None:

@@ -149,6 +149,14 @@ def test_figure_has_one_bar_of_kept_units_for_every_layer_in_each_panel(layers: 
         assert [round(bar.get_x() + bar.get_width() / 2) for bar in kept_bars] == list(range(layers))
 
 
+def test_figure_counts_query_heads_where_only_they_went() -> None:
+    geometry = Geometry("llama", 48, 8, (6, 6), (2, 2), (20, 20))
+    layers = (KeptUnits((0, 1), (0, 1), (0, 1, 3, 5)), KeptUnits((0, 1), (0,)))
+    attention = draw_plan(PruningPlan(geometry, layers)).axes[0]
+    assert [bar.get_height() for bar in attention.containers[1]] == [4, 6]
+    assert attention.get_title(loc="left") == "Attention: query heads – 83.3% kept"
+
+
 def test_figure_says_which_panel_is_which_and_what_was_asked() -> None:
     figure = draw_plan(make_plan())
     attention, mlp = figure.axes[:2]

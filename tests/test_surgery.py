@@ -1,9 +1,12 @@
-"""Invariants 1, 2 and 6: whole groups with their own query heads; surgery equals gating; rate 0 changes no bit."""
+"""Invariants 1, 2 and 6: groups and query heads as planned; surgery equals gating; rate 0 changes no bit."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_plan import plans
 from transformers import PreTrainedModel
 
 from gqaprune.architecture import find_blocks, read_geometry
@@ -14,19 +17,27 @@ from gqaprune.surgery import apply_plan
 from tiny import make_model, make_tokens
 
 
-def make_plan(model: PreTrainedModel, groups: list[list[int]], channels: list[list[int]]) -> PruningPlan:
-    layers = tuple(KeptUnits(tuple(g), tuple(c)) for g, c in zip(groups, channels, strict=True))
+def make_plan(
+    model: PreTrainedModel,
+    groups: list[list[int]],
+    channels: list[list[int]],
+    queries: list[list[int] | None] | None = None,
+) -> PruningPlan:
+    heads = [None if q is None else tuple(q) for q in queries or [None] * len(groups)]
+    layers = tuple(KeptUnits(tuple(g), tuple(c), q) for g, c, q in zip(groups, channels, heads, strict=True))
     return PruningPlan(read_geometry(model.config), layers)
 
 
 def gate_logits(model: PreTrainedModel, plan: PruningPlan, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of the dense model with the removed units' gates at 0."""
-    blocks = find_blocks(model)
+    """Logits of the dense model with the removed units' gates at 0; query heads are gated if the plan names any."""
+    granularity = "group" if all(kept.queries is None for kept in plan.layers) else "query"
+    blocks = find_blocks(model, granularity)
     gates = {}
     for block in blocks:
         kept = plan.layers[block.key.layer]
+        attention = kept.groups if granularity == "group" else plan.list_queries(block.key.layer)
         gates[block.key] = torch.zeros(1, block.units)
-        gates[block.key][:, list(kept.groups if block.key.kind == "attention" else kept.channels)] = 1
+        gates[block.key][:, list(attention if block.key.kind == "attention" else kept.channels)] = 1
     with torch.no_grad(), apply_gates(blocks, gates):
         return model(tokens).logits
 
@@ -49,27 +60,66 @@ def test_surgery_equals_gating_for_every_family_and_ratio(variant: str, kv_heads
     check_surgery_equals_gating(model, plan, make_tokens())
 
 
-@given(data=st.data())
-@settings(max_examples=25, deadline=None)
-def test_surgery_equals_gating_for_random_geometries_and_plans(data: st.DataObject) -> None:
-    kv_heads = data.draw(st.integers(1, 4), "kv_heads")
-    channels = data.draw(st.integers(1, 12), "channels")
-    layers = data.draw(st.integers(1, 3), "layers")
-    model = make_model(
-        data.draw(st.sampled_from(["llama-biases", "qwen2", "qwen3", "mistral-sliding"]), "variant"),
-        kv_heads=kv_heads,
-        ratio=data.draw(st.integers(1, 7), "ratio"),
-        head_dim=2 * data.draw(st.integers(1, 5), "half head_dim"),
-        channels=channels,
-        layers=layers,
-    )
-
-    def units(count: int) -> st.SearchStrategy[list[int]]:
-        return st.sets(st.integers(0, count - 1), min_size=1).map(sorted)
-
-    groups = [data.draw(units(kv_heads)) for _ in range(layers)]
-    plan = make_plan(model, groups, [data.draw(units(channels)) for _ in range(layers)])
+@pytest.mark.parametrize(("kv_heads", "ratio", "kept"), [(2, 7, 6), (3, 3, 1), (1, 4, 2)], ids=["7:1", "3:1", "MQA"])
+def test_surgery_of_query_heads_equals_gating_for_every_family(
+    variant: str, kv_heads: int, ratio: int, kept: int
+) -> None:
+    model = make_model(variant, kv_heads=kv_heads, ratio=ratio)
+    last = kv_heads - 1
+    queries = [
+        [
+            group * ratio + head
+            for group in range(kv_heads)
+            for head in sorted((head + group) % ratio for head in range(kept))
+        ],
+        None,
+        [last * ratio + head for head in range(ratio - kept, ratio)],
+    ]
+    groups = [list(range(kv_heads)), list(range(kv_heads)), [last]]
+    plan = make_plan(model, groups, [list(range(20)), [2, 3, 5], [0, 19]], queries)
+    assert plan.pruned_geometry.ratios == (kept, ratio, kept)
     check_surgery_equals_gating(model, plan, make_tokens())
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Callable[[], PreTrainedModel]:
+    """A random tiny model, made anew at each call."""
+    variant = draw(st.sampled_from(["llama-biases", "qwen2", "qwen3", "mistral-sliding"]))
+    shapes = {
+        "kv_heads": draw(st.integers(1, 4)),
+        "ratio": draw(st.integers(1, 7)),
+        "head_dim": 2 * draw(st.integers(1, 5)),
+        "channels": draw(st.integers(1, 12)),
+        "layers": draw(st.integers(1, 3)),
+    }
+    return lambda: make_model(variant, **shapes)
+
+
+@given(models(), st.data())
+@settings(max_examples=40, deadline=None)
+def test_surgery_equals_gating_for_random_geometries_and_plans(
+    make: Callable[[], PreTrainedModel], data: st.DataObject
+) -> None:
+    model = make()
+    check_surgery_equals_gating(model, data.draw(plans(read_geometry(model.config)), "plan"), make_tokens())
+
+
+@given(models(), st.data())
+@settings(max_examples=40, deadline=None)
+def test_two_plans_in_turn_give_the_weights_of_their_composition(
+    make: Callable[[], PreTrainedModel], data: st.DataObject
+) -> None:
+    twice, once = make(), make()
+    first = data.draw(plans(read_geometry(twice.config)), "first")
+    second = data.draw(plans(first.pruned_geometry), "second")
+    apply_plan(twice, first)
+    apply_plan(twice, second)
+    apply_plan(once, first.then(second))
+    assert read_geometry(once.config) == read_geometry(twice.config)
+    for one, other in zip(once.state_dict().values(), twice.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    with torch.no_grad():
+        assert torch.equal(once(make_tokens()).logits, twice(make_tokens()).logits)
 
 
 def test_kept_kv_head_keeps_exactly_its_own_query_heads_in_order() -> None:
@@ -88,6 +138,22 @@ def test_kept_kv_head_keeps_exactly_its_own_query_heads_in_order() -> None:
     assert torch.equal(attention.k_proj.weight, heads["k_proj"][kv_rows])
     assert torch.equal(attention.v_proj.bias, biases["v_proj"][kv_rows])
     assert torch.equal(attention.o_proj.weight, output[:, query_rows])
+
+
+def test_query_heads_go_without_their_kv_heads() -> None:
+    model = make_model("qwen2", kv_heads=2, ratio=3, head_dim=4, layers=1)
+    attention = model.model.layers[0].self_attn
+    before = {name: tensor.clone() for name, tensor in attention.state_dict().items()}
+
+    apply_plan(model, make_plan(model, [[0, 1]], [list(range(20))], [[0, 2, 3, 4]]))
+
+    rows = [*range(0, 4), *range(8, 20)]  # query heads 0, 2 of KV head 0 and 3, 4 of KV head 1
+    after = attention.state_dict()
+    assert torch.equal(after["q_proj.weight"], before["q_proj.weight"][rows])
+    assert torch.equal(after["q_proj.bias"], before["q_proj.bias"][rows])
+    assert torch.equal(after["o_proj.weight"], before["o_proj.weight"][:, rows])
+    for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"):
+        assert torch.equal(after[name], before[name])
 
 
 def test_plan_that_removes_nothing_changes_no_bit(variant: str) -> None:
@@ -109,6 +175,16 @@ def test_pruned_model_can_be_pruned_again() -> None:
 def test_pruned_model_generates_with_cache_as_without() -> None:
     model = make_model("qwen2-sliding", kv_heads=4, ratio=2)
     apply_plan(model, make_plan(model, [[0, 3], [1], [0, 1, 2]], [[0], [1, 2], list(range(20))]))
+    options = {"max_new_tokens": 12, "do_sample": False}
+    cached = model.generate(make_tokens(1), use_cache=True, **options)
+    assert torch.equal(cached, model.generate(make_tokens(1), use_cache=False, **options))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_model_with_fewer_query_heads_generates_with_cache_as_without(attention: str) -> None:
+    model = make_model("qwen2", kv_heads=2, ratio=3)
+    model.set_attn_implementation(attention)
+    apply_plan(model, make_plan(model, [[0, 1]] * 3, [[0, 1]] * 3, [[0, 1, 4, 5], None, [2, 3]]))
     options = {"max_new_tokens": 12, "do_sample": False}
     cached = model.generate(make_tokens(1), use_cache=True, **options)
     assert torch.equal(cached, model.generate(make_tokens(1), use_cache=False, **options))
