@@ -107,7 +107,10 @@ def test_plan_says_where_it_came_from() -> None:
         ({"rate": 1.0}, r"rate must be in \[0, 1\).* got 1.0"),
         ({"rate": -0.1}, r"rate must be in \[0, 1\).* got -0.1"),
         ({"criterion": "magic"}, "criterion must be one of fisher, taylor, got 'magic'"),
-        ({"allocation": "magic"}, "allocation must be one of uniform, global, got 'magic'"),
+        (
+            {"allocation": "magic"},
+            "allocation must be one of uniform, global, inverse, proportional, optimal, got 'magic'",
+        ),
         ({"rate_base": "magic"}, "rate_base must be one of decoder, all, got 'magic'"),
         ({"min_rate": 0.6, "max_rate": 0.5}, "min_rate <= max_rate"),
         ({"min_groups": 0}, "min_groups must be at least 1, got 0"),
