@@ -1,5 +1,8 @@
 """Runs the decoder layer by layer over many batches, so that only one layer's inputs are held at a time.
 
+Or enters a forward of the model in its middle, so that what comes before a changed layer is not computed again:
+`record_layer_inputs` once, then `resume_at`.
+
 Reconstruction and the criteria that look at activations walk a model this way: `embed_batches` once, then for every
 layer `run_layer` on each stream, whose output is the next layer's input. A consumer hooks or changes the layer between
 two runs. Axes in tensor names: B samples, T tokens, D hidden width, N tokens of all samples, C columns.
@@ -53,9 +56,7 @@ def embed_batches(model: PreTrainedModel, batches: Sequence[Tensor]) -> list[Str
 @torch.no_grad()
 def run_layer(model: PreTrainedModel, index: int, stream: Stream) -> Tensor:
     """Output of decoder layer `index` on a stream's hidden states, `[batch, tokens, width]`; the stream stays."""
-    output = get_layers(model)[index](stream.hidden_BTD, **stream.arguments[index])
-    hidden_BTD: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden_BTD
+    return _get_hidden(get_layers(model)[index](stream.hidden_BTD, **stream.arguments[index]))
 
 
 @contextmanager
@@ -90,3 +91,41 @@ def _record_calls(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str
             layer.forward = pass_through
             restored.callback(layer.__dict__.pop, "forward")
         yield calls
+
+
+@torch.no_grad()
+def record_layer_inputs(model: PreTrainedModel, batch_BT: Tensor) -> list[Tensor]:
+    """The input of every decoder layer and the output of the last, each `[batch, tokens, width]`."""
+    inputs_BTD: list[Tensor] = []
+    layers = get_layers(model)
+
+    def record(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        inputs_BTD.append(arguments[0])
+
+    def record_last(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        inputs_BTD.append(_get_hidden(output))
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(record).remove)
+        hooks.callback(layers[-1].register_forward_hook(record_last).remove)
+        model.base_model(input_ids=batch_BT, use_cache=False)
+    return inputs_BTD
+
+
+@contextmanager
+def resume_at(model: PreTrainedModel, index: int, hidden_BTD: Tensor) -> Iterator[None]:
+    """Forwards of the model enter decoder layer `index` with these hidden states; the layers before it do nothing.
+
+    With `index` the number of layers, only the model's head runs.
+    """
+    with ExitStack() as restored:
+        for layer in get_layers(model)[:index]:
+            layer.forward = lambda *_, **__: hidden_BTD
+            restored.callback(layer.__dict__.pop, "forward")
+        yield
+
+
+def _get_hidden(output: Any) -> Tensor:
+    hidden_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden_BTD

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gqaprune.architecture import get_layers
-from gqaprune.layerwise import embed_batches, run_layer, watch_inputs
+from gqaprune.layerwise import embed_batches, record_layer_inputs, resume_at, run_layer, watch_inputs
 
 from tiny import VARIANTS, make_model, make_tokens
 
@@ -38,3 +38,15 @@ def test_embedding_leaves_the_layers_as_they_were() -> None:
     embed_batches(model, [batch])
     assert all("forward" not in vars(layer) for layer in get_layers(model))
     torch.testing.assert_close(model(batch).logits, before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resuming_at_any_layer_with_its_input_gives_the_models_own_logits(variant: str) -> None:
+    model, batch = make_model(variant), make_tokens(2, 16)
+    expected = model(batch).logits
+    inputs = record_layer_inputs(model, batch)
+    assert len(inputs) == len(get_layers(model)) + 1
+    for index, hidden in enumerate(inputs):
+        with resume_at(model, index, hidden):
+            torch.testing.assert_close(model(batch).logits, expected)
+    torch.testing.assert_close(model(batch).logits, expected)

@@ -245,7 +245,10 @@ def test_plan_says_where_it_came_from() -> None:
         ({"rate": 1.0}, r"rate must be in \[0, 1\).* got 1.0"),
         ({"rate": -0.1}, r"rate must be in \[0, 1\).* got -0.1"),
         ({"criterion": "magic"}, "criterion must be one of fisher, taylor, .*, got 'magic'"),
-        ({"allocation": "magic"}, "allocation must be one of uniform, global, got 'magic'"),
+        (
+            {"allocation": "magic"},
+            "allocation must be one of uniform, global, inverse, proportional, optimal, got 'magic'",
+        ),
         ({"rate_base": "magic"}, "rate_base must be one of decoder, all, got 'magic'"),
         ({"granularity": "head"}, "granularity must be one of group, query, got 'head'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),

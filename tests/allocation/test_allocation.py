@@ -1,7 +1,5 @@
 """Invariant 3: the budget is met within one step and every limit holds, or an error says what is reachable."""
 
-import re
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -10,73 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gqaprune.allocation import ALLOCATIONS, BlockBudget, Budget, Removed, allocate_global, allocate_uniform
+from gqaprune.allocation import BlockBudget, Budget, Removed, allocate_global, allocate_uniform
 from gqaprune.architecture import BlockKey, BlockKind
 
-Allocate = Callable[[Sequence[BlockBudget], Budget], Removed]
-both = pytest.mark.parametrize("allocate", list(ALLOCATIONS.values()), ids=list(ALLOCATIONS))
-
-
-def make_block(
-    layer: int, kind: BlockKind, scores: Sequence[float], parameters: int, min_kept: int = 1, multiple: int = 1
-) -> BlockBudget:
-    return BlockBudget(BlockKey(layer, kind), sorted(scores), parameters, min_kept, multiple)
-
-
-def make_budget(
-    blocks: Sequence[BlockBudget], rate: float, min_rate: float = 0.0, max_rate: float = 1.0, base: int | None = None
-) -> Budget:
-    """A budget over the blocks' own parameters."""
-    layers = 1 + max(block.key.layer for block in blocks)
-    of_layer = [0] * layers
-    for block in blocks:
-        of_layer[block.key.layer] += block.units * block.unit_parameters
-    return Budget(rate, base or sum(of_layer), of_layer, min_rate, max_rate)
-
-
-def count_removed(blocks: Sequence[BlockBudget], removed: Removed) -> int:
-    return sum(removed[block.key] * block.unit_parameters for block in blocks)
-
-
-def sum_all(blocks: Sequence[BlockBudget]) -> int:
-    return sum(block.units * block.unit_parameters for block in blocks)
-
-
-def measure_half_step(blocks: Sequence[BlockBudget]) -> float:
-    """Half of what one step of channels in every layer removes."""
-    return sum(block.multiple * block.unit_parameters for block in blocks if block.key.kind == "mlp") / 2
-
-
-def measure_layers(blocks: Sequence[BlockBudget], removed: Removed, budget: Budget) -> dict[int, float]:
-    """Share of each layer that goes."""
-    gone: dict[int, int] = defaultdict(int)
-    for block in blocks:
-        gone[block.key.layer] += removed[block.key] * block.unit_parameters
-    return {layer: parameters / budget.layer_parameters[layer] for layer, parameters in gone.items()}
-
-
-def read_nearest_rate(error: ValueError) -> float:
-    found = re.search(r"nearest reachable rate is (\d\.\d+)", str(error))
-    assert found, f"no rate in: {error}"
-    return float(found[1])
-
-
-def check_limits(blocks: Sequence[BlockBudget], removed: Removed, budget: Budget) -> None:
-    assert removed.keys() == {block.key for block in blocks}
-    for block in blocks:
-        kept = block.units - removed[block.key]
-        assert block.min_kept <= kept <= block.units
-        assert kept == block.units or kept % block.multiple == 0
-    can_shrink = {block.key.layer for block in blocks if len(block.removable_counts()) > 1}
-    for layer, share in measure_layers(blocks, removed, budget).items():
-        assert (budget.min_rate if layer in can_shrink else 0.0) <= share <= budget.max_rate
-
-
-scores_of = st.one_of(
-    st.floats(0, 1e6, allow_subnormal=False),
-    st.sampled_from([0.0, 1.0, 2.0]),
-    st.just(0.0),
+from budgets import (
+    ALLOCATE,
+    check_limits,
+    count_removed,
+    make_block,
+    make_budget,
+    measure_half_step,
+    measure_layers,
+    read_nearest_rate,
+    scores_of,
+    sum_all,
 )
+
+Allocate = Callable[[Sequence[BlockBudget], Budget], Removed]
+every = pytest.mark.parametrize("allocate", list(ALLOCATE.values()), ids=list(ALLOCATE))
 
 
 @st.composite
@@ -300,7 +249,7 @@ def test_global_does_not_depend_on_the_order_of_blocks() -> None:
     assert allocate_global(blocks, budget) == allocate_global(blocks[::-1], budget)
 
 
-@both
+@every
 def test_same_numbers_give_the_same_allocation(allocate: Allocate) -> None:
     blocks = [make_block(i, "attention", [0.0] * 3, 30) for i in range(3)]
     blocks += [make_block(i, "mlp", [0.0, 1.0] * 10, 10) for i in range(3)]
@@ -308,13 +257,13 @@ def test_same_numbers_give_the_same_allocation(allocate: Allocate) -> None:
     assert allocate(blocks, budget) == allocate(blocks, budget)
 
 
-@both
+@every
 def test_rate_zero_removes_nothing(allocate: Allocate) -> None:
     blocks = [make_block(0, "attention", [0.0] * 3, 30), make_block(0, "mlp", [0.0] * 20, 10)]
     assert set(allocate(blocks, make_budget(blocks, 0.0)).values()) == {0}
 
 
-@both
+@every
 def test_unreachable_budget_is_refused_with_the_nearest_rate_which_is_then_accepted(allocate: Allocate) -> None:
     blocks = [make_block(i, "mlp", [1.0] * 10, 7, min_kept=4) for i in range(3)]
     budget = make_budget(blocks, 0.8)
@@ -325,7 +274,7 @@ def test_unreachable_budget_is_refused_with_the_nearest_rate_which_is_then_accep
     assert set(allocate(blocks, replace(budget, rate=rate)).values()) == {6}
 
 
-@both
+@every
 def test_nearest_rate_is_exact_enough_for_models_of_many_units(allocate: Allocate) -> None:
     blocks = [make_block(i, "mlp", [1.0] * 20_000, 1, min_kept=6_333) for i in range(3)]
     budget = make_budget(blocks, 0.9)
@@ -351,7 +300,7 @@ def test_global_that_min_rate_takes_too_much_for_names_a_rate_that_is_not_rounde
     assert set(allocate_global(blocks, replace(budget, rate=read_nearest_rate(caught.value))).values()) == {1}
 
 
-@both
+@every
 def test_no_rate_is_offered_where_min_rate_rules_out_every_rate(allocate: Allocate) -> None:
     blocks = [make_block(0, "mlp", [1.0] * 10, 10, min_kept=9), make_block(1, "mlp", [1.0] * 10, 10)]
     with pytest.raises(ValueError, match=r"min_rate|rate within") as caught:
