@@ -44,7 +44,8 @@ class TaylorPruning(GradientAccumulationScheduler):
             return
         module, data = get_parts(trainer, pl_module)
         calibrates = module.plan is None and self.config.rate > 0
-        batches = data.calibration_batches() if calibrates else []
+        if calibrates:
+            data.read_calibration_windows()  # missing text is said before a model is loaded
         module.load()
         model = module.model.to(trainer.strategy.root_device)
         check_tokenizer(data.tokenizer, model)
@@ -55,7 +56,7 @@ class TaylorPruning(GradientAccumulationScheduler):
             return
         plan, self.report = prune(
             model,
-            batches,
+            data.calibration_batches(model) if calibrates else [],
             self.config,
             accumulate=self.get_accumulate_grad_batches(0),
             evaluation=data.evaluation_batches(),

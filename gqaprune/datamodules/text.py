@@ -7,11 +7,12 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.checkpoint import load_tokenizer
 from gqaprune.corpora import HUB, Corpus, parse_corpus, read_corpus
 from gqaprune.perplexity import IGNORED
+from gqaprune.sampling import sample_from_model
 from gqaprune.windows import Batch, cut_windows, make_batches, read_windows, tokenize_corpus
 
 _DEFAULT_SPLITS = {"calibration": "train", "train": "train", "val": "validation", "test": "test"}
@@ -27,13 +28,18 @@ class TextDataModule(LightningDataModule):
 
     Args:
         tokenizer: whose tokenizer to use, as `model.pretrained`; the command line sets it from there.
-        calibration: corpora to score units on.
+        calibration: corpora to score units on; none with `sampled_windows` alone.
         train: corpora to fine-tune on.
         val: corpora for perplexity during training, logged as `ppl/<corpus>`.
         test: corpora for reported perplexity.
         calibration_windows: windows to calibrate on, sampled over all calibration corpora; null takes all.
         calibration_window: tokens per calibration window.
         calibration_batch_size: windows per calibration micro-batch.
+        sampled_windows: windows that the dense model writes itself, to calibrate on besides those of the corpora: they
+            make up for what the corpora are not like. Kept in the user's cache folder.
+        sampled_prompts: beginnings of those windows, used in turn; null means the beginning-of-text token.
+        temperature: of that sampling, above 0.
+        top_p: probability that the tokens sampled from have together, above 0 to 1.
         train_window: tokens per training window.
         train_tokens: tokens to read from each training corpus at most; null reads all.
         batch_size: windows per training micro-batch and device.
@@ -58,6 +64,10 @@ class TextDataModule(LightningDataModule):
         calibration_windows: int | None = 128,
         calibration_window: int = 512,
         calibration_batch_size: int = 4,
+        sampled_windows: int = 0,
+        sampled_prompts: list[str] | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
         train_window: int = 512,
         train_tokens: int | None = None,
         batch_size: int = 4,
@@ -80,10 +90,16 @@ class TextDataModule(LightningDataModule):
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {size}")
+        if sampled_windows < 0:
+            raise ValueError(f"data.sampled_windows must be at least 0, got {sampled_windows}")
         self.tokenizer_source = tokenizer
         self.calibration_windows = calibration_windows
         self.calibration_window = calibration_window
         self.calibration_batch_size = calibration_batch_size
+        self.sampled_windows = sampled_windows
+        self.sampled_prompts = sampled_prompts or []
+        self.temperature = temperature
+        self.top_p = top_p
         self.train_window = train_window
         self.train_tokens = train_tokens
         self.batch_size = batch_size
@@ -99,6 +115,7 @@ class TextDataModule(LightningDataModule):
         }
         self._check_streams()
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._calibration_windows: Tensor | None = None
         self._train_windows: Tensor | None = None
         self._windows: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
 
@@ -138,15 +155,47 @@ class TextDataModule(LightningDataModule):
         labels = [corpus.label for corpus in self.corpora[stream]]
         return [str(c) if labels.count(c.label) > 1 else c.label for c in self.corpora[stream]]
 
-    def calibration_batches(self) -> list[Tensor]:
-        """Calibration token ids, each `[calibration_batch_size, calibration_window]`, the same on every rank."""
+    def read_calibration_windows(self) -> Tensor:
+        """Windows of the calibration corpora, `[windows, calibration_window]`; none without corpora."""
         corpora = self.corpora["calibration"]
-        limit = None
-        if self.calibration_windows is not None:  # so much of each corpus, at most, that the choice stays a choice
-            limit = 16 * self.calibration_windows * self.calibration_window
-        windows = read_windows(
-            self.tokenizer, corpora, self.calibration_window, self.calibration_windows, self.seed, limit
-        )
+        if self._calibration_windows is None and not corpora:
+            self._calibration_windows = torch.empty(0, self.calibration_window, dtype=torch.long)
+        if self._calibration_windows is None:
+            limit = None
+            if self.calibration_windows is not None:  # so much of each corpus, at most, that the choice stays a choice
+                limit = 16 * self.calibration_windows * self.calibration_window
+            self._calibration_windows = read_windows(
+                self.tokenizer, corpora, self.calibration_window, self.calibration_windows, self.seed, limit
+            )
+        return self._calibration_windows
+
+    def calibration_batches(self, model: PreTrainedModel | None = None) -> list[Tensor]:
+        """Calibration token ids, each `[calibration_batch_size, calibration_window]`, the same on every rank.
+
+        Args:
+            model: the dense causal LM, which writes the sampled windows, if any are wanted.
+
+        Raises:
+            ValueError: if there is no text to calibrate on, or no model to write it.
+        """
+        windows = self.read_calibration_windows()
+        if self.sampled_windows:
+            if model is None:
+                raise ValueError(f"data.sampled_windows is {self.sampled_windows}: give the model that writes them")
+            sampled = sample_from_model(
+                model,
+                self.tokenizer,
+                self.sampled_windows,
+                self.calibration_window,
+                prompts=self.sampled_prompts,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                seed=self.seed,
+            )
+            windows = torch.cat([windows, sampled])
+            windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.seed))]
+        if not len(windows):
+            raise ValueError("data.calibration names no corpus and data.sampled_windows is 0: give one of them")
         return list(windows.split(self.calibration_batch_size))
 
     def evaluation_batches(self) -> dict[str, list[Batch]]:

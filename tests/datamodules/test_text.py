@@ -1,5 +1,6 @@
 """Text streams: what each loader yields, that evaluated text is never trained on, and that no window counts twice."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from gqaprune.checkpoint import load_model
 from gqaprune.datamodules import TextDataModule
 from gqaprune.perplexity import IGNORED
+from gqaprune.sampling import sample_from_model
 
 LINES = [f"Line {number} of the book, as it was written.\n" for number in range(200)]
 
@@ -79,6 +82,34 @@ def test_calibration_windows_are_pieces_of_the_train_split(make_data: Any, book:
 def test_calibration_reads_the_embedded_text_by_default(tiny_folder: Path) -> None:
     batches = TextDataModule(str(tiny_folder)).calibration_batches()
     assert [tuple(batch.shape) for batch in batches] == [(4, 512)] * 32
+
+
+def test_sampled_windows_are_mixed_with_those_of_the_corpora(
+    make_data: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqaprune.datamodules.text.sample_from_model", partial(sample_from_model, cache=tmp_path))
+    model = load_model(tiny_folder)
+    data = make_data(sampled_windows=6, calibration_batch_size=16)
+    (mixed,) = data.calibration_batches(model)
+    sampled = sample_from_model(model, data.tokenizer, 6, 32, cache=tmp_path)
+    (corpus,) = make_data(calibration_batch_size=16).calibration_batches()
+    assert sorted(mixed.tolist()) == sorted(corpus.tolist() + sampled.tolist())
+    assert mixed[:10].tolist() != corpus.tolist()
+    (alone,) = make_data(calibration=[], sampled_windows=6, calibration_batch_size=16).calibration_batches(model)
+    assert sorted(alone.tolist()) == sorted(sampled.tolist())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampled_windows": -1}, "sampled_windows must be at least 0, got -1"),
+        ({"sampled_windows": 2}, "give the model"),
+        ({"calibration": []}, "names no corpus and data.sampled_windows is 0"),
+    ],
+)
+def test_calibration_without_text_is_refused(make_data: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_data(**settings).calibration_batches()
 
 
 def test_evaluation_batches_are_named_by_stream_and_corpus(make_data: Any) -> None:
