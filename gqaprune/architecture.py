@@ -7,12 +7,13 @@ several parts.
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import reduce
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import nn
 from transformers import MistralConfig, PretrainedConfig, PreTrainedModel
 
@@ -51,11 +52,19 @@ class BlockLayout:
 
 @dataclass(frozen=True)
 class Family:
-    """One model family: path of its decoder layers and the layout of their two blocks."""
+    """One model family: path of its decoder layers and the layout of their two blocks.
+
+    Args:
+        layers: path of the decoder layers in the model.
+        attention: layout of the attention blocks.
+        mlp: layout of the MLPs.
+        biases: kind of block -> flag of the config that gives all its projections biases, the output's among them.
+    """
 
     layers: str
     attention: BlockLayout
     mlp: BlockLayout
+    biases: Mapping[BlockKind, str] = field(default_factory=dict)
 
 
 _LLAMA = Family(
@@ -68,7 +77,12 @@ _LLAMA = Family(
     mlp=BlockLayout(module="mlp", inputs={"gate_proj": ("gate",), "up_proj": ("up",)}, output="down_proj"),
 )
 
-FAMILIES: Mapping[str, Family] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+FAMILIES: Mapping[str, Family] = {
+    "llama": dataclasses.replace(_LLAMA, biases={"attention": "attention_bias", "mlp": "mlp_bias"}),
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": dataclasses.replace(_LLAMA, biases={"attention": "attention_bias"}),
+}
 """Supported `model_type`s."""
 
 
@@ -193,11 +207,42 @@ def make_stock_config(config: PretrainedConfig) -> PretrainedConfig | None:
     return stock
 
 
+def write_ratio(model: PreTrainedModel, layer: int, ratio: int) -> None:
+    """Tell a layer's attention module how many query heads read a KV head; transformers reads that off no shape."""
+    getattr(get_layers(model)[layer], get_family(model.config).attention.module).num_key_value_groups = ratio
+
+
 def write_ratios(model: PreTrainedModel, geometry: Geometry) -> None:
-    """Tell every attention module how many query heads read a KV head; transformers reads that off no shape."""
-    attention = get_family(model.config).attention.module
-    for layer, ratio in zip(get_layers(model), geometry.ratios, strict=True):
-        getattr(layer, attention).num_key_value_groups = ratio
+    """Tell every attention module its ratio."""
+    for layer, ratio in enumerate(geometry.ratios):
+        write_ratio(model, layer, ratio)
+
+
+def add_biases(model: PreTrainedModel, kinds: Collection[BlockKind]) -> None:
+    """Give all projections of all blocks of some kinds a bias, of zeros where there was none, in weights and config.
+
+    Raises:
+        ValueError: if the family's checkpoints have no place for a bias of those blocks' output projection; the model
+            is untouched then.
+    """
+    flags = get_family(model.config).biases
+    for kind in kinds:
+        if kind not in flags:
+            able = ", ".join(
+                f"{name} ({' and '.join(family.biases)})" for name, family in FAMILIES.items() if family.biases
+            )
+            raise ValueError(
+                f"{model.config.model_type} checkpoints have no place for a bias of {kind} output projections, "
+                f"only those of {able} have; repair without bias"
+            )
+    for block in find_blocks(model):
+        if block.key.kind in kinds:
+            for linear in (*(projection.linear for projection in block.inputs), block.output):
+                if linear.bias is None:
+                    zeros = torch.zeros_like(linear.weight[:, 0], memory_format=torch.contiguous_format)
+                    linear.bias = nn.Parameter(zeros, requires_grad=linear.weight.requires_grad)
+    for kind in kinds:
+        setattr(model.config, flags[kind], True)
 
 
 def find_blocks(model: PreTrainedModel, granularity: str = "group") -> list[Block]:

@@ -68,8 +68,8 @@ def compute_gate_gradients(
 
 @contextmanager
 def freeze_parameters(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients while the context lasts; restores both."""
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    """Eval mode and no parameter gradients while the context lasts; restores both, also on parameters cut meanwhile."""
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     was_training = model.training
     model.eval()
     model.requires_grad_(False)
@@ -77,8 +77,8 @@ def freeze_parameters(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-        for parameter, value in required.items():
-            parameter.requires_grad_(value)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
 
 
 def _multiply_gate(gate_BU: Tensor, columns_per_unit: int) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import Block, find_blocks, read_geometry, write_geometry, write_ratios
+from gqaprune.architecture import Block, find_blocks, read_geometry, write_geometry, write_ratio, write_ratios
 from gqaprune.plan import PruningPlan, list_query_heads
 
 
@@ -26,14 +26,45 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     """
     plan.check_fits(read_geometry(model.config))
     for block, heads in zip(find_blocks(model), find_blocks(model, "query"), strict=True):
-        kept = plan.layers[block.key.layer]
-        _cut_block(block, kept.groups if block.key.kind == "attention" else kept.channels)
-        if block.key.kind == "attention" and kept.queries is not None:
-            left = list_query_heads(kept.groups, heads.units // heads.groups)
-            _cut_block(replace(heads, units=len(left)), tuple(left.index(head) for head in kept.queries))
+        cut_block(model, plan, block, heads)
+    write_shapes(model, plan)
+
+
+def cut_block(model: PreTrainedModel, plan: PruningPlan, block: Block, heads: Block) -> None:
+    """Cut one block of a dense model to a plan: its weights, and the ratio that its attention works with.
+
+    The config stays dense until `write_shapes`, so blocks have to be found before the first cut.
+
+    Args:
+        model: the model.
+        plan: which units stay.
+        block: the dense block.
+        heads: the same block with query heads for units.
+    """
+    kept = plan.layers[block.key.layer]
+    if block.key.kind == "mlp":
+        keep_units(block, kept.channels)
+        return
+    keep_units(block, kept.groups)
+    if kept.queries is not None:
+        left = list_query_heads(kept.groups, heads.units // heads.groups)
+        keep_units(replace(heads, units=len(left)), tuple(left.index(head) for head in kept.queries))
+        write_ratio(model, block.key.layer, len(kept.queries) // len(kept.groups))
+
+
+def write_shapes(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Make config and attention modules describe a model whose every block has been cut to a plan."""
     if not plan.removes_nothing:
         write_geometry(model.config, plan.pruned_geometry)
         write_ratios(model, plan.pruned_geometry)
+
+
+def list_kept_columns(plan: PruningPlan, block: Block) -> Tensor:
+    """Ascending indexes of the columns of a dense block's output projection that stay with a plan. Shape `[kept]`."""
+    layer, device = block.key.layer, block.output.weight.device
+    if block.key.kind == "mlp":
+        return torch.tensor(plan.layers[layer].channels, device=device)
+    return expand_units(torch.tensor(plan.list_queries(layer), device=device), plan.geometry.head_dim)
 
 
 def expand_units(units: Tensor, size: int) -> Tensor:
@@ -41,7 +72,8 @@ def expand_units(units: Tensor, size: int) -> Tensor:
     return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
 
 
-def _cut_block(block: Block, kept: tuple[int, ...]) -> None:
+def keep_units(block: Block, kept: tuple[int, ...]) -> None:
+    """Cut the units of a block down to some, by ascending index."""
     if len(kept) == block.units:
         return
     units = torch.tensor(kept, device=block.output.weight.device)

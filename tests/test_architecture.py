@@ -116,12 +116,12 @@ def test_projection_that_is_no_plain_linear_layer_is_refused() -> None:
 def test_parts_stacked_in_one_projection_are_cut_part_by_part() -> None:
     """Fused projections (Phi-3's `qkv_proj`) are data: rows of several parts in one linear layer."""
     from gqaprune.architecture import Block, BlockKey, Projection
-    from gqaprune.surgery import _cut_block
+    from gqaprune.surgery import keep_units
 
     fused, output = torch.nn.Linear(4, 3 * (4 + 2 + 2)), torch.nn.Linear(12, 4)
     weight = fused.weight.detach().clone()
     block = Block(BlockKey(0, "attention"), 3, (Projection(fused, (4, 2, 2)),), output, 4)
-    _cut_block(block, (0, 2))
+    keep_units(block, (0, 2))
     rows = [0, 1, 2, 3, 8, 9, 10, 11, 12, 13, 16, 17, 18, 19, 22, 23]
     assert torch.equal(fused.weight, weight[rows])
     assert output.in_features == 8
@@ -129,7 +129,7 @@ def test_parts_stacked_in_one_projection_are_cut_part_by_part() -> None:
 
 def test_query_heads_of_a_fused_projection_go_without_its_keys_and_values() -> None:
     from gqaprune.architecture import Block, BlockKey, BlockLayout, Projection, _split_groups
-    from gqaprune.surgery import _cut_block
+    from gqaprune.surgery import keep_units
 
     fused, output = torch.nn.Linear(4, 2 * (3 * 2 + 2 + 2)), torch.nn.Linear(12, 4)  # 6 query heads of 2 rows, 2 KV
     weight = fused.weight.detach().clone()
@@ -137,7 +137,7 @@ def test_query_heads_of_a_fused_projection_go_without_its_keys_and_values() -> N
     layout = BlockLayout("attention", {"qkv": ("query", "key", "value")}, "out")
     queries = _split_groups(groups, layout, 3)
     assert (queries.units, queries.groups, queries.unit_parameters) == (6, 2, 2 * 5 + 2 * 4)
-    _cut_block(queries, (0, 2, 3, 5))
+    keep_units(queries, (0, 2, 3, 5))
     assert torch.equal(fused.weight, weight[[0, 1, 4, 5, 6, 7, 10, 11, *range(12, 20)]])
     assert (fused.out_features, output.in_features) == (16, 8)
 
