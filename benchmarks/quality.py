@@ -191,9 +191,14 @@ def run_or_skip(
     if "error" in result:
         print(f"{name}: failed: {result['error']}", flush=True)
     row = {"name": name, "method": spec["method"], "rate": spec["rate"], "key": key, "code": hash_code(spec["method"])}
-    content = json.dumps(row | {"inputs": inputs} | result, indent=1)
-    write_atomically(file, (content + "\n").encode())
+    write_row(row | {"inputs": inputs} | result, file)
     return True
+
+
+def write_row(row: Row, file: Path) -> None:
+    """Write a row as JSON, an entry per line, whole or not at all."""
+    entries = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in row.items())
+    write_atomically(file, ("{\n" + ",\n".join(entries) + "\n}\n").encode())
 
 
 def describe_inputs(spec: Spec, texts: Mapping[str, str], versions: Mapping[str, str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Tables and figures of the quality rows, from their JSON alone."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,13 @@ def describe(rows: Sequence[Row]) -> str:
 
 def print_tables(rows: Sequence[Row], console: Console | None = None) -> None:
     """A table per rate on the console."""
-    console = console or Console()
+    console = console or (Console() if sys.stdout.isatty() else Console(width=160))
     for rate in list_rates(rows):
         header, lines = build_lines(rows, rate)
         table = Table(title=f"{rate:.0%} of decoder-layer parameters", title_justify="left")
         table.add_column(header[0], no_wrap=True)
         for name in header[1:]:
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=name != "removed")
         for line in lines:
             table.add_row(*line)
         console.print(table)
