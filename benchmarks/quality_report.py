@@ -130,7 +130,7 @@ def write_markdown(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_gaps(rows: Sequence[Row], path: Path) -> None:
-    """Mean gap by rate, a line per method; the label stands at each line's end."""
+    """Mean gap by share removed, a line per method; the legend has the best first."""
     dense = find_dense(rows)
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -144,7 +144,10 @@ def draw_gaps(rows: Sequence[Row], path: Path) -> None:
     for index, (name, points) in enumerate(ranked):
         axes.plot(*zip(*sorted(points), strict=True), f"C{index % 10}", marker="os^Dv"[index // 10 % 5], label=name)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlim(0, 1.15 * max(list_rates(rows)))
+    axes.set_xticks(list_rates(rows))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("decoder-layer parameters removed")
     axes.set_ylabel("mean log-perplexity gap (lower is better)")
