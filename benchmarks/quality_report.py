@@ -1,0 +1,192 @@
+"""Tables and figures of the quality rows, from their JSON alone."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+from rich.console import Console
+from rich.table import Table
+
+from gqaprune.plan import write_atomically
+
+Row = Mapping[str, Any]
+
+BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
+"""Markers in RESULTS.md; what is between them is written here."""
+
+STALE = "†"
+
+
+def compute_gaps(row: Row, dense: Row | None) -> dict[str, float]:
+    """Log gap `ln(perplexity / dense perplexity)` of every text; empty where the dense model read other texts."""
+    if dense is None or "perplexity" not in row or "perplexity" not in dense:
+        return {}
+    if any(row["inputs"][name] != dense["inputs"][name] for name in ("model", "tests", "samples", "protocol")):
+        return {}
+    return {name: math.log(value / dense["perplexity"][name]) for name, value in row["perplexity"].items()}
+
+
+def compute_mean_gap(row: Row, dense: Row | None) -> float:
+    """What rows are ranked by: the mean of the gaps; infinite for a row without."""
+    gaps = compute_gaps(row, dense)
+    return sum(gaps.values()) / len(gaps) if gaps else math.inf
+
+
+def rank_rows(rows: Sequence[Row], rate: float) -> list[Row]:
+    """The rows at a rate, lowest mean gap first, failed ones last."""
+    dense = find_dense(rows)
+    chosen = [row for row in rows if row["rate"] == rate and row is not dense]
+    return sorted(chosen, key=lambda row: (compute_mean_gap(row, dense), row["name"]))
+
+
+def find_dense(rows: Sequence[Row]) -> Row | None:
+    """The row of the dense model."""
+    return next((row for row in rows if row["rate"] == 0), None)
+
+
+def list_rates(rows: Sequence[Row]) -> list[float]:
+    """Rates above 0 that there are rows at."""
+    return sorted({row["rate"] for row in rows} - {0})
+
+
+def build_lines(rows: Sequence[Row], rate: float) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table of a rate, the dense model first."""
+    dense = find_dense(rows)
+    texts = list(dense["perplexity"]) if dense and "perplexity" in dense else []
+    header = ["method", "removed", *texts, "mean gap", "pruning", "peak RSS"]
+    lines = []
+    if texts:
+        lines.append(["dense", "", *(f"{dense['perplexity'][text]:,.2f}" for text in texts), "", "", ""])
+    for row in rank_rows(rows, rate):
+        name = row["method"] + (f" {STALE}" if row.get("stale") else "")
+        gaps = compute_gaps(row, dense)
+        if not gaps:
+            reason = row.get("error", "measured on other texts than the dense model: run it again")
+            lines.append([name, f"failed: {reason}".replace("|", "/"), *[""] * (len(header) - 2)])
+            continue
+        measured = [f"{row['perplexity'][text]:,.2f} ({gaps[text]:.3f})" for text in texts]
+        cost = [f"{row['seconds']:.0f} s", f"{row['peak_rss'] / 2**30:.1f} GiB"]
+        lines.append([name, f"{row['rate_reached']:.2%}", *measured, f"{compute_mean_gap(row, dense):.3f}", *cost])
+    return header, lines
+
+
+def describe(rows: Sequence[Row]) -> str:
+    """How the rows were measured, in words, from what the rows themselves say."""
+    dense = find_dense(rows)
+    if dense is None or "perplexity" not in dense:
+        return "The dense model has not been measured yet: run the row `dense`."
+    protocol, versions = dense["inputs"]["protocol"], dense["inputs"]["versions"]
+    texts = ", ".join(f"{name} ({count} windows)" for name, count in dense["windows"].items())
+    return (
+        f"{dense['inputs']['model']} in float32, non-overlapping windows of {protocol['window']:,} tokens, "
+        f"token-weighted: {texts}. In brackets the log gap ln(perplexity / dense perplexity); rows are ranked by its "
+        f"mean over the texts. Embedded text and sources are those of Python {versions['python']}. Calibration: "
+        f"windows of the calibration text, the same for all rows that need some. torch {versions['torch']}, "
+        f"transformers {versions['transformers']}; peers in their own environment (`benchmarks/requirements.txt`)."
+        + (f" {STALE}: measured with earlier sources or settings." if any(row.get("stale") for row in rows) else "")
+    )
+
+
+def print_tables(rows: Sequence[Row], console: Console | None = None) -> None:
+    """A table per rate on the console."""
+    console = console or (Console() if sys.stdout.isatty() else Console(width=160))
+    for rate in list_rates(rows):
+        header, lines = build_lines(rows, rate)
+        table = Table(title=f"{rate:.0%} of decoder-layer parameters", title_justify="left")
+        table.add_column(header[0], no_wrap=True)
+        for name in header[1:]:
+            table.add_column(name, justify="right", no_wrap=name != "removed")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    console.print(describe(rows), style="dim")
+
+
+def write_markdown(rows: Sequence[Row], path: Path) -> None:
+    """Write the tables between the markers of a Markdown file; at its end, with markers, if it has none yet.
+
+    Raises:
+        ValueError: if the file has one marker without the other.
+    """
+    parts = [BEGIN, "", describe(rows), ""]
+    for rate in list_rates(rows):
+        header, lines = build_lines(rows, rate)
+        parts += [f"### {rate:.0%} of decoder-layer parameters removed", ""]
+        parts += ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+        parts += ["| " + " | ".join(line) + " |" for line in lines] + [""]
+    section = "\n".join([*parts, END])
+    text = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
+    if (BEGIN in text) != (END in text) or text.find(BEGIN) > text.find(END):
+        raise ValueError(f"{path} needs both markers, {BEGIN} before {END}, or none")
+    if BEGIN in text:
+        before, after = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
+    else:
+        before, after = text.rstrip() + "\n\n## Quality, all methods\n\n", "\n"
+    write_atomically(path, (before + section + after).encode())
+
+
+def draw_gaps(rows: Sequence[Row], path: Path) -> None:
+    """Mean gap by share removed, a line per method; the legend has the best first."""
+    dense = find_dense(rows)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["rate"] > 0 and math.isfinite(gap := compute_mean_gap(row, dense)):
+            lines.setdefault(row["method"], []).append((row["rate_reached"], gap))
+    if not lines:
+        return
+    ranked = sorted(lines.items(), key=lambda item: max(item[1])[1] / max(item[1])[0])
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(ranked):
+        axes.plot(*zip(*sorted(points), strict=True), f"C{index % 10}", marker="os^Dv"[index // 10 % 5], label=name)
+    axes.set_yscale("log")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlim(0, 1.15 * max(list_rates(rows)))
+    axes.set_xticks(list_rates(rows))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("decoder-layer parameters removed")
+    axes.set_ylabel("mean log-perplexity gap (lower is better)")
+    axes.grid(True, which="both", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def draw_layers(rows: Sequence[Row], path: Path, rate: float = 0.2) -> None:
+    """Share of each layer's MLP channels and query heads that a method kept, one panel per method, best first."""
+    dense = find_dense(rows)
+    chosen = [row for row in rank_rows(rows, rate) if math.isfinite(compute_mean_gap(row, dense))]
+    if not chosen:
+        return
+    columns = min(3, len(chosen))
+    height = math.ceil(len(chosen) / columns)
+    figure = Figure(figsize=(4 * columns, 2.3 * height + 0.5), layout="constrained")
+    panels = figure.subplots(height, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    for axes, row in zip(panels, chosen, strict=False):
+        for kind, label, style in (("channels", "MLP channels", "C0o-"), ("query_heads", "query heads", "C1s-")):
+            shares = [kept / whole for kept, whole in zip(row["kept"][kind], dense["kept"][kind], strict=True)]
+            axes.plot(shares, style, markersize=3, linewidth=1, label=label)
+        width = row["kept"]["hidden_size"] / dense["kept"]["hidden_size"]
+        note = f", width {width:.0%}" if width < 1 else ""
+        axes.set_title(f"{row['method']} ({compute_mean_gap(row, dense):.2f}{note})", fontsize=10)
+        axes.set_ylim(0, 1.05)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.grid(True, alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(chosen) :]:
+        axes.set_visible(False)
+    panels[0].legend(fontsize=8, frameon=False, loc="lower left")
+    figure.supxlabel("decoder layer", fontsize=10)
+    figure.suptitle(f"Kept at {rate:.0%} (in brackets the mean gap)", fontsize=12)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)
