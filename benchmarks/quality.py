@@ -42,8 +42,17 @@ METHODS: dict[str, dict[str, Any]] = {
 The key `calibration` overrides entries of `CALIBRATION` for the row: `"calibration": {"windows": 128}`.
 """
 
-CALIBRATION = {"windows": 16, "window": 512, "seed": 0, "batch_size": 4, "accumulate": 1}
-"""What a row calibrates on unless it says otherwise; peers too."""
+CALIBRATION = {
+    "windows": 16,
+    "window": 512,
+    "sampled": 0,
+    "prompts": ["<|endoftext|>"],
+    "seed": 0,
+    "batch_size": 4,
+    "accumulate": 1,
+}
+"""What a row calibrates on unless it says otherwise; peers too. `sampled` windows come from the dense model itself, begun
+by the token that stands between the documents it was trained on."""
 
 PROTOCOL = {"window": 1024, "windows": 16}
 """Perplexity: non-overlapping windows of so many tokens, token-weighted; so many windows of each text."""

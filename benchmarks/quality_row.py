@@ -22,8 +22,9 @@ import gqaprune
 from gqaprune.architecture import count_layer_parameters, count_parameters, read_geometry
 from gqaprune.checkpoint import load_model
 from gqaprune.corpora import Corpus
+from gqaprune.datamodules import TextDataModule
 from gqaprune.perplexity import measure_perplexity
-from gqaprune.windows import Batch, cut_windows, make_batches, read_windows, sample_windows, tokenize_corpus
+from gqaprune.windows import Batch, cut_windows, make_batches, sample_windows, tokenize_corpus
 
 Result = dict[str, Any]
 
@@ -39,7 +40,7 @@ def run_row(spec: Mapping[str, Any]) -> Result:
     dense_parameters = sum(count_layer_parameters(model))
     result: Result = {}
     if spec["rate"] > 0:
-        windows = read_calibration(tokenizer, spec["calibration"])
+        windows = read_calibration(model, spec["model"], spec["calibration"])
         if spec["method"] in PEERS:
             model, result = prune_by_peer(model, windows, spec)
         else:
@@ -71,11 +72,18 @@ def read_test(tokenizer: PreTrainedTokenizerBase, test: Mapping[str, Any], proto
     return make_batches(windows, windows, 1)
 
 
-def read_calibration(tokenizer: PreTrainedTokenizerBase, calibration: Mapping[str, Any]) -> Tensor:
+def read_calibration(model: PreTrainedModel, source: str, calibration: Mapping[str, Any]) -> Tensor:
     """Calibration windows `[windows, window]`, those that `gqaprune prune` takes with the same settings."""
-    window, count = calibration["window"], calibration["windows"]
-    corpus = Corpus(calibration["corpus"], "all")
-    return read_windows(tokenizer, [corpus], window, count, calibration["seed"], 16 * count * window)
+    data = TextDataModule(
+        source,
+        calibration=[calibration["corpus"]],
+        calibration_windows=calibration["windows"],
+        calibration_window=calibration["window"],
+        sampled_windows=calibration["sampled"],
+        sampled_prompts=calibration["prompts"],
+        seed=calibration["seed"],
+    )
+    return torch.cat(data.calibration_batches(model))
 
 
 def prune_by_own(model: PreTrainedModel, windows: Tensor, spec: Mapping[str, Any]) -> Result:
