@@ -51,8 +51,10 @@ CALIBRATION = {
     "batch_size": 4,
     "accumulate": 1,
 }
-"""What a row calibrates on unless it says otherwise; peers too. `sampled` windows come from the dense model itself, begun
-by the token that stands between the documents it was trained on."""
+"""What a row calibrates on unless it says otherwise; peers too.
+
+`sampled` windows come from the dense model itself, begun by the token that stands between its training documents.
+"""
 
 PROTOCOL = {"window": 1024, "windows": 16}
 """Perplexity: non-overlapping windows of so many tokens, token-weighted; so many windows of each text."""
