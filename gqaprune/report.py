@@ -1,5 +1,6 @@
 """What a run did: measured stages as data, as a table, and the figure of what each layer kept."""
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -134,17 +135,33 @@ def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
         share.spines["top"].set_visible(False)
     axes.set_xlabel("decoder layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    asked = [f"{plan.rate:.0%}"] if plan.rate or not plan.kv_rate else []
+    asked += [f"{plan.kv_rate:.0%} of KV heads"] if plan.kv_rate else []
     figure.suptitle(
-        f"{plan.model}: {plan.rate:.0%} asked, {plan.criterion} scores, {plan.allocation} allocation", fontsize=12
+        f"{plan.model}: {' and '.join(asked)} asked, {plan.criterion} scores, {plan.allocation} allocation", fontsize=12
     )
     return figure
+
+
+def save_figure(figure: matplotlib.figure.Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomically(path, picture.getvalue())
 
 
 def _title(report: Report) -> str:
     if report.rate_reached is None:
         return "pruned by a given plan"
-    base = "all parameters" if report.settings.get("rate_base") == "all" else "decoder-layer parameters"
-    return f"asked to remove {report.settings['rate']:.2%} of {base}, removed {report.rate_reached:.2%}"
+    rate, kv_rate = report.settings["rate"], report.settings.get("kv_rate", 0.0)
+    parts = []
+    if rate or not kv_rate:
+        base = "all parameters" if report.settings.get("rate_base") == "all" else "decoder-layer parameters"
+        parts.append(f"{rate:.2%} of {base}, removed {report.rate_reached:.2%}")
+    if kv_rate:
+        before, after = (report.stages[i].kv_cache_bytes_per_token for i in (0, -1))
+        parts.append(f"{kv_rate:.2%} of the KV heads, removed {1 - after / before:.2%}")
+    return f"asked to remove {'; '.join(parts)}"
 
 
 def _change(value: int, dense: int) -> str:
