@@ -1,4 +1,4 @@
-"""The `gqaprune` command: LightningCLI with `fit`, `validate`, `test`, `predict` and `prune`."""
+"""The `gqaprune` command: LightningCLI with `fit`, `validate`, `test`, `predict`, `prune` and `search`."""
 
 import logging
 import sys
@@ -8,15 +8,16 @@ from typing import Any, NoReturn
 
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gqaprune.callbacks import CheckpointExport, RunSummary, TaylorPruning
+from gqaprune.callbacks import CheckpointExport, RunSummary, SplitSearch, TaylorPruning
 from gqaprune.checkpoint import check_can_be_folder
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.progress import console
+from gqaprune.tools.search import SearchSettings
 
 DESCRIPTIONS = {
     "fit": "Calibrate, prune, fine-tune, measure and save a model. Settings come from YAML files and the command line.",
@@ -24,6 +25,8 @@ DESCRIPTIONS = {
     "test": "Measure perplexity on the test corpora of any model, dense or pruned.",
     "predict": "Continue prompts with any model, dense or pruned.",
     "prune": "Calibrate, prune and save a model, without training.",
+    "search": "Find the split of attention and MLP (pruning.split) that costs the least perplexity on data.val. "
+    "Splits are tried by gates on the dense model, scored once: later steps, swaps, repair and training are not seen.",
 }
 
 
@@ -34,6 +37,8 @@ class PruningArgumentParser(LightningArgumentParser):
         """Raise instead of printing the usage of some hundred arguments."""
         command = self.prog.replace(" [options]", "")
         reason = " ".join(message.split()).rstrip(".")
+        if 'key "pruning.split"' in reason:
+            reason = 'pruning.split needs quotes in YAML, such as "2:8": without them YAML reads a number in base 60'
         raise ValueError(f"{reason}; `{command} --help` lists the settings") from ex
 
 
@@ -46,6 +51,15 @@ class PruningTrainer(Trainer):
         self.limit_train_batches = 0
         self.limit_val_batches = 0
         self.fit(model, datamodule=datamodule)
+
+    def search(self, model: LightningModule, datamodule: LightningDataModule, settings: SearchSettings) -> None:
+        """Find the split of attention and MLP at which pruning costs least."""
+        callbacks: list[Callback] = getattr(self, "callbacks", [])
+        pruning = next(callback for callback in callbacks if isinstance(callback, TaylorPruning))
+        others = [callback for callback in callbacks if not isinstance(callback, (TaylorPruning, CheckpointExport))]
+        self.callbacks = [SplitSearch(pruning, settings), *others]
+        self.limit_test_batches = 0  # test text chooses no settings
+        self.prune(model, datamodule)
 
 
 class PruningCLI(LightningCLI):
@@ -70,13 +84,18 @@ class PruningCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """LightningCLI's commands and `prune`, with the arguments that are not settings."""
-        return {**LightningCLI.subcommands(), "prune": {"model", "datamodule"}}
+        """LightningCLI's commands, `prune` and `search`, with the arguments that are not settings."""
+        own = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "prune": own, "search": own | {"settings"}}
 
     def setup_parser(self, add_subcommands: bool, *arguments: Any) -> None:
         """Describe the commands as they are here, not as Lightning's own docstrings have them."""
         super().setup_parser(add_subcommands, *arguments)
         if add_subcommands:
+            search = self._subcommand_parsers["search"]
+            assert search.groups is not None
+            search.groups.pop("search")  # the method's own, empty, which would keep the settings from that name
+            search.add_class_arguments(SearchSettings, "search")
             for name, parser in self._subcommand_parsers.items():
                 parser.description = DESCRIPTIONS[name]
             assert self.parser._subcommands_action is not None
@@ -105,6 +124,11 @@ class PruningCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 check_can_be_folder(Path(logger.log_dir))
+
+    def search(self, **kwargs: Any) -> None:
+        """Search with the settings under `search`."""
+        assert isinstance(self.trainer, PruningTrainer)
+        self.trainer.search(**kwargs, settings=self._get(self.config_init, "search"))
 
     def predict(self, **kwargs: Any) -> None:
         """Print the prompts with their continuations."""

@@ -44,7 +44,7 @@ def measure_damage_curves(
         model: the dense causal LM.
         blocks: blocks to measure.
         scores: score of every unit.
-        levels: numbers of units to remove from each block.
+        levels: numbers of units to remove from each block, from each of its groups if it has several.
         batches: token ids, each `[batch, tokens]`, the same list on every rank.
 
     Returns:
@@ -61,7 +61,7 @@ def measure_damage_curves(
         found = {}
         for point in points:
             layer = point.key.layer
-            gates_BU = make_gates(scores, {point.key: point.removed}, batch_BT.device)
+            gates_BU = make_gates(blocks, scores, {point.key: point.removed}, batch_BT.device)
             with resume_at(model, layer, inputs_BTD[layer]), apply_gates(blocks, gates_BU):
                 found[point] = _divergence(dense_BTV, _predict(model, batch_BT))
         return found
@@ -85,7 +85,7 @@ def measure_damage(
         model: the dense causal LM.
         blocks: blocks that `removed` names.
         scores: score of every unit.
-        removed: number of units to remove from each block.
+        removed: number of units to remove from each block, from each of its groups if it has several.
         batches: token ids, each `[batch, tokens]`, the same list on every rank.
 
     Raises:
@@ -94,20 +94,29 @@ def measure_damage(
 
     def measure(batch_BT: Tensor) -> dict[str, float]:
         dense_BTV = _predict(model, batch_BT)
-        with apply_gates(blocks, make_gates(scores, removed, batch_BT.device)):
+        with apply_gates(blocks, make_gates(blocks, scores, removed, batch_BT.device)):
             return {"the gated model": _divergence(dense_BTV, _predict(model, batch_BT))}
 
     return average_over_batches(model, batches, ["the gated model"], measure, "")["the gated model"]
 
 
-def make_gates(scores: Scores, removed: Mapping[BlockKey, int], device: torch.device) -> Gates:
-    """Gates of 0 for the weakest units of blocks and 1 for the others, `[1, units]`; of equals the last is weaker."""
+def make_gates(blocks: Sequence[Block], scores: Scores, removed: Mapping[BlockKey, int], device: torch.device) -> Gates:
+    """Gates of 0 for the weakest units of blocks and 1 for the others, `[1, units]`; of equals the last is weaker.
+
+    Args:
+        blocks: blocks that `removed` names.
+        scores: score of every unit.
+        removed: number of units to remove from each of a block's groups.
+        device: where the gates go.
+    """
     gates_BU = {}
-    for key, count in removed.items():
-        weakest = torch.argsort(scores[key], descending=True, stable=True)[len(scores[key]) - count :]
-        gate_U = torch.ones(len(scores[key]), device=device)
-        gate_U[weakest.to(device)] = 0.0
-        gates_BU[key] = gate_U[None]
+    for block in blocks:
+        if block.key in removed:
+            score_GU = scores[block.key].reshape(block.groups, -1)
+            order_GU = torch.argsort(score_GU, dim=1, descending=True, stable=True)
+            gate_GU = torch.ones_like(score_GU, dtype=torch.float32)
+            gate_GU.scatter_(1, order_GU[:, order_GU.shape[1] - removed[block.key] :], 0.0)
+            gates_BU[block.key] = gate_GU.reshape(1, -1).to(device)
     return gates_BU
 
 

@@ -122,6 +122,7 @@ class PruningPlan:
         allocation: allocation that chose the counts.
         rate: share of parameters asked to be removed, 0 to 1.
         rate_base: what the rate is a share of, `decoder` (parameters of all decoder layers) or `all`.
+        kv_rate: share of the KV heads asked to be removed, 0 to 1; 0 where it was not asked.
         seed: seed of the calibration windows.
         corpora: calibration corpora.
 
@@ -136,6 +137,7 @@ class PruningPlan:
     allocation: str = ""
     rate: float = 0.0
     rate_base: str = "decoder"
+    kv_rate: float = 0.0
     seed: int = 0
     corpora: tuple[str, ...] = field(default=())
 
@@ -205,8 +207,14 @@ class PruningPlan:
             layers.append(
                 KeptUnits(_pick(first.groups, second.groups), _pick(first.channels, second.channels), queries)
             )
-        rate = 1 - (1 - self.rate) * (1 - later.rate)
-        return replace(later, geometry=self.geometry, layers=tuple(layers), model=self.model, rate=rate)
+        return replace(
+            later,
+            geometry=self.geometry,
+            layers=tuple(layers),
+            model=self.model,
+            rate=1 - (1 - self.rate) * (1 - later.rate),
+            kv_rate=1 - (1 - self.kv_rate) * (1 - later.kv_rate),
+        )
 
     def describe_layer(self, layer: int) -> str:
         """One layer in words: `layer 12  9Q:3KV → 6Q:2KV  MLP 1536 → 1024`."""
@@ -264,6 +272,7 @@ class PruningPlan:
                 allocation=str(data["allocation"]),
                 rate=float(data["rate"]),
                 rate_base=str(data["rate_base"]),
+                kv_rate=float(data.get("kv_rate", 0.0)),  # plans before it had none
                 seed=int(data["seed"]),
                 corpora=tuple(str(name) for name in data["corpora"]),
             )

@@ -1,5 +1,6 @@
 """What a run did: measured stages as data, as a table, and the figure of what each layer kept."""
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.architecture import count_layer_parameters, count_parameters, read_geometry
 from gqaprune.plan import PruningPlan, write_atomically
+from gqaprune.reconstruction import BlockRepair
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class Report:
         settings: the pruning settings, as plain data.
         protocol: how the perplexities were measured, in words.
         stages: in the order they were measured.
+        repairs: what repair did to each block, in the last cut.
     """
 
     model: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     protocol: str = ""
     stages: list[Stage] = field(default_factory=list)
+    repairs: list[BlockRepair] = field(default_factory=list)
 
     @property
     def rate_reached(self) -> float | None:
@@ -68,7 +72,20 @@ class Report:
             "protocol": self.protocol,
             "rate_reached": self.rate_reached,
             "stages": stages,
+            "repairs": [asdict(repair) | {"key": str(repair.key)} for repair in self.repairs],
         }
+
+    def describe_repair(self) -> str:
+        """What repair did to the blocks, in a sentence."""
+        better = [repair for repair in self.repairs if repair.ridge is not None]
+        before, after = (
+            sum(getattr(repair, name) for repair in self.repairs) / len(self.repairs)
+            for name in ("error_before", "error_after")
+        )
+        return (
+            f"repair: {len(better)} of {len(self.repairs)} blocks refitted; their mean error on held-out calibration "
+            f"windows {before:.1%} → {after:.1%}"
+        )
 
     def save(self, path: Path) -> None:
         """Write `report.json`, whole or not at all."""
@@ -134,17 +151,33 @@ def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
         share.spines["top"].set_visible(False)
     axes.set_xlabel("decoder layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    asked = [f"{plan.rate:.0%}"] if plan.rate or not plan.kv_rate else []
+    asked += [f"{plan.kv_rate:.0%} of KV heads"] if plan.kv_rate else []
     figure.suptitle(
-        f"{plan.model}: {plan.rate:.0%} asked, {plan.criterion} scores, {plan.allocation} allocation", fontsize=12
+        f"{plan.model}: {' and '.join(asked)} asked, {plan.criterion} scores, {plan.allocation} allocation", fontsize=12
     )
     return figure
+
+
+def save_figure(figure: matplotlib.figure.Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomically(path, picture.getvalue())
 
 
 def _title(report: Report) -> str:
     if report.rate_reached is None:
         return "pruned by a given plan"
-    base = "all parameters" if report.settings.get("rate_base") == "all" else "decoder-layer parameters"
-    return f"asked to remove {report.settings['rate']:.2%} of {base}, removed {report.rate_reached:.2%}"
+    rate, kv_rate = report.settings["rate"], report.settings.get("kv_rate", 0.0)
+    parts = []
+    if rate or not kv_rate:
+        base = "all parameters" if report.settings.get("rate_base") == "all" else "decoder-layer parameters"
+        parts.append(f"{rate:.2%} of {base}, removed {report.rate_reached:.2%}")
+    if kv_rate:
+        before, after = (report.stages[i].kv_cache_bytes_per_token for i in (0, -1))
+        parts.append(f"{kv_rate:.2%} of the KV heads, removed {1 - after / before:.2%}")
+    return f"asked to remove {'; '.join(parts)}"
 
 
 def _change(value: int, dense: int) -> str:

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from gqaprune.cli import PruningCLI, main
 from gqaprune.gates import compute_gate_gradients
-from gqaprune.pipeline import keep_everything
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import console
+from gqaprune.selection import keep_everything
 from gqaprune.surgery import apply_plan
 
 from tiny import make_model, make_tokenizer
@@ -145,6 +145,67 @@ def test_plan_of_one_run_is_reapplied_by_the_next_without_calibration(run: Run) 
     assert stages[1] == stages[0][1:]
 
 
+def test_search_finds_a_split_and_pruning_by_it_gives_the_perplexity_it_promised(
+    run: Run, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.quiet = False
+    before = {path: path.read_bytes() for path in tiny_folder.iterdir()}
+    # Neither training nor test text is touched.
+    missing = ("--data.train", "[nowhere.txt]", "--data.test", "[gone.txt]")
+    assert run("search", "--search.coarse_step", "2", "--search.fine_step", "1", *missing) == 0
+    shown = capsys.readouterr().out
+    found = json.loads(Path("lightning_logs/search/search.json").read_text())
+    perplexity = {trial["split"]: trial["perplexity"] for trial in found["trials"]}
+    assert f"--pruning.split {found['best']}\n" in shown and f"{perplexity[found['best']]:.3f} best" in shown
+    assert all(f" {split} " in shown for split in perplexity)
+    assert Path("lightning_logs/search/search.png").read_bytes().startswith(b"\x89PNG")
+    assert {path: path.read_bytes() for path in tiny_folder.iterdir()} == before
+    assert not [path for path in Path("lightning_logs/version_0").iterdir() if path.name in ("checkpoint", "plan.json")]
+
+    assert len({value for value in perplexity.values() if value}) > 1
+    for split in (found["best"], "10:0", next((split for split in perplexity if not perplexity[split]), "4:6")):
+        value = perplexity[split]
+        assert run("prune", "--pruning.split", split, "--export.folder", f"out/{split}") == (value is None)
+        if value is not None:
+            newest = max(Path("lightning_logs").glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
+            pruned = json.loads((newest / "report.json").read_text())["stages"][1]
+            assert pruned["perplexity"]["val/embedded"] == pytest.approx(value, rel=1e-4)
+
+
+def test_search_goes_on_with_what_its_folder_holds_and_refuses_what_is_of_another(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--search.folder", "found", "--search.coarse_step", "5", "--search.fine_step", "5")
+    assert run("search", *arguments) == 0
+    first = Path("found/search.json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("gqaprune.tools.search.score_units", lambda *_: pytest.fail("scored again"))
+        assert run("search", *arguments) == 0
+    assert Path("found/search.json").read_text() == first
+    assert run("search", *arguments, "--data.seed", "3") == 1
+    assert "found/search.json is of another search" in capsys.readouterr().err
+    assert run("search", *arguments, "--search.patience", "0") == 1
+    assert "search.patience must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_split_and_kv_budget_survive_the_written_config(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("prune", "--pruning.split", "4:6", "--export.folder", "first") == 0
+    again = ["prune", "--config", "lightning_logs/version_0/config.yaml", "--export.folder", "second"]
+    monkeypatch.setattr("sys.argv", ["gqaprune", *again])
+    assert main() == 0
+    plan, repeated = (PruningPlan.load(Path(folder) / "plan.json") for folder in ("first", "second"))
+    assert repeated == plan
+    assert run("prune", "--pruning.rate", "0", "--pruning.kv_rate", "0.5", "--export.folder", "third") == 0
+    groups_only = PruningPlan.load("third/plan.json")
+    assert sum(groups_only.pruned_geometry.kv_heads) == 3 and groups_only.pruned_geometry.channels == (32, 32, 32)
+
+
+def test_criterion_without_text_needs_no_calibration_corpus(run: Run) -> None:
+    assert run("prune", "--pruning.criterion", "l1", "--data.calibration", "[]", "--export.folder", "out") == 0
+    plan = PruningPlan.load("out/plan.json")
+    assert (plan.criterion, plan.corpora) == ("l1", ()) and not plan.removes_nothing
+
+
 @pytest.mark.parametrize(("command", "stream"), [("validate", "val"), ("test", "test")])
 def test_validate_and_test_report_perplexity_of_a_pruned_checkpoint(run: Run, command: str, stream: str) -> None:
     assert run("fit", "--export.folder", "pruned") == 0
@@ -215,6 +276,11 @@ BAD_INPUT = {
     "not a number": (["--pruning.rate", "lots"], "\"pruning.rate\": Expected a <class 'float'>. Got value: lots"),
     "missing config": (["--config", "gone.yaml"], "File does not exist"),
     "unknown device": (["--trainer.accelerator", "quantum"], "invalid accelerator name"),
+    "unknown sensitivity": (["--pruning.sensitivity", "magic"], "sensitivity must be one of removal, block_removal"),
+    "no split": (["--pruning.split", "2-8"], "two numbers, none negative and not both 0, such as 2:8, got '2-8'"),
+    "split out of reach": (["--pruning.split", "10:0", "--pruning.rate", "0.9"], "or loosen split, min_groups"),
+    "split without quotes": (["--config", "split.yaml"], 'pruning.split needs quotes in YAML, such as "2:8"'),
+    "two budgets of attention": (["--pruning.split", "2:8", "--pruning.kv_rate", "0.5"], "set one of them"),
     "unknown criterion": (["--pruning.criterion", "magic"], "criterion must be one of fisher, taylor"),
 }  # fmt: skip
 
@@ -226,6 +292,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_1_and_leaves_nothing(
     arguments, sentence = BAD_INPUT[case]
     Path("empty.txt").touch()
     Path("short.txt").write_text("short")
+    Path("split.yaml").write_text("pruning: {split: 2:8}")
     make_tokenizer().save_pretrained("foreign")
     model = make_model("llama")
     model.resize_token_embeddings(100)
@@ -267,7 +334,9 @@ def test_error_leaves_the_events_of_an_earlier_run_in_a_reused_folder(run: Run) 
 def test_checkout_runs_the_same_commands_by_cli_py() -> None:
     root = Path(__file__).parent.parent
     shown = subprocess.run([sys.executable, "cli.py", "--help"], cwd=root, capture_output=True, text=True, check=True)
-    assert all(f"    {command} " in shown.stdout for command in ("fit", "validate", "test", "predict", "prune"))
+    assert all(
+        f"    {command} " in shown.stdout for command in ("fit", "validate", "test", "predict", "prune", "search")
+    )
 
 
 def test_nan_scores_stop_with_the_block(
@@ -324,15 +393,15 @@ def test_every_recovery_and_strategy_config_composes_with_a_model_config(
         assert type(cli.trainer.strategy).__name__ == expected
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "prune"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "prune", "search"])
 def test_every_own_setting_has_its_meaning_in_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["gqaprune"])
     cli = PruningCLI.__new__(PruningCLI)
     with pytest.raises(SystemExit):
         cli.__init__(args=[command, "--help"])  # type: ignore[misc]
     parser = cli._subcommand_parsers[command]
-    own = [
-        a for a in parser._actions if a.dest.split(".")[0] in {"model", "data", "pruning", "export"} and "." in a.dest
-    ]
+    groups = {"model", "data", "pruning", "export", "search"}
+    own = [a for a in parser._actions if a.dest.split(".")[0] in groups and "." in a.dest]
+    assert ("search.patience" in [a.dest for a in own]) == (command == "search")
     assert len(own) > 30
     assert [action.dest for action in own if not action.help] == []

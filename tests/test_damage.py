@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from gqaprune import PruningConfig
 from gqaprune.allocation import AllocationOptions, BlockBudget, Budget, allocate_optimal
 from gqaprune.architecture import Block, BlockKey, find_blocks, read_geometry
 from gqaprune.damage import measure_damage, measure_damage_curves
 from gqaprune.plan import KeptUnits, PruningPlan
+from gqaprune.selection import make_plan
 from gqaprune.sensitivity import SENSITIVITIES
 from gqaprune.surgery import apply_plan
 
@@ -68,6 +70,19 @@ def test_damage_is_the_divergence_of_the_model_cut_everywhere(variant: str) -> N
     found = measure_damage(model, blocks, scores, removed, BATCHES)
     assert found == pytest.approx(measure_cut(variant, scores, removed), rel=1e-3)
     assert measure_damage(model, blocks, scores, {}, BATCHES) == 0
+
+
+def test_damage_of_query_heads_is_the_divergence_of_the_model_without_the_weakest_of_every_group() -> None:
+    dense, cut = make_model(kv_heads=2, ratio=3), make_model(kv_heads=2, ratio=3)
+    blocks = find_blocks(dense, "query")
+    scores = make_scores(blocks, levels=3)
+    removed = {block.key: 1 if block.key.kind == "attention" else 4 for block in blocks}
+    apply_plan(cut, make_plan(cut, blocks, scores, removed, PruningConfig(granularity="query")))
+    assert read_geometry(cut.config).query_heads == (4, 4, 4) and read_geometry(cut.config).kv_heads == (2, 2, 2)
+    with torch.no_grad():
+        p, q = (functional.softmax(model(input_ids=BATCHES[0]).logits.double(), -1) for model in (dense, cut))
+    by_hand = float((p * (p / q).log()).sum()) / BATCHES[0].numel()
+    assert measure_damage(dense, blocks, scores, removed, BATCHES[:1]) == pytest.approx(by_hand, rel=1e-3)
 
 
 def test_divergence_that_is_not_finite_is_refused_with_its_place() -> None:

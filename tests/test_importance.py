@@ -106,8 +106,8 @@ def test_combination_is_the_geometric_mean_of_normalized_scores() -> None:
     [
         ({"reduction": "median"}, "reduction must be one of sum, mean, max, prod, got 'median'"),
         ({"normalization": "l2"}, "normalization must be one of none, mean, sum, max, got 'l2'"),
-        ({"ridge": 0.0}, "ridge must be above 0 and finite, got 0.0; 0.1 works"),
-        ({"ridge": float("nan")}, "ridge must be above 0 and finite, got nan"),
+        ({"obs_ridge": 0.0}, "obs_ridge must be above 0 and finite, got 0.0; 0.1 works"),
+        ({"obs_ridge": float("nan")}, "obs_ridge must be above 0 and finite, got nan"),
     ],
 )
 def test_options_out_of_bounds_name_value_and_bound(options: dict[str, Any], message: str) -> None:

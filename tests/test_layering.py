@@ -13,7 +13,9 @@ import {module}
 """
 
 
-@pytest.mark.parametrize("module", ["gqaprune", "gqaprune.pipeline", "gqaprune.report", "gqaprune.checkpoint"])
+@pytest.mark.parametrize(
+    "module", ["gqaprune", "gqaprune.pipeline", "gqaprune.report", "gqaprune.checkpoint", "gqaprune.tools.search"]
+)
 def test_core_imports_without_lightning(module: str) -> None:
     blocked = ["lightning", "lightning.pytorch", "pytorch_lightning"]
     subprocess.run([sys.executable, "-c", SCRIPT.format(blocked=blocked, module=module)], check=True)

@@ -1,6 +1,7 @@
 """A plan survives JSON, refuses what does not fit with a sentence that says why, and describes itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,15 @@ def test_load_refuses_a_folder_and_names_it(tmp_path: Path) -> None:
         PruningPlan.load(folder)
 
 
-@pytest.mark.parametrize("key", sorted(set(make_plan().to_dict()) - {"format"}))
+def test_plan_without_a_kv_rate_is_read_as_before_there_was_one() -> None:
+    plan = replace(make_plan(), kv_rate=0.25)
+    data = to_json(plan)
+    assert PruningPlan.from_dict(data) == plan
+    del data["kv_rate"]
+    assert PruningPlan.from_dict(data) == replace(plan, kv_rate=0.0)
+
+
+@pytest.mark.parametrize("key", sorted(set(make_plan().to_dict()) - {"format", "kv_rate"}))
 def test_missing_key_is_refused_by_name(key: str) -> None:
     data = to_json(make_plan())
     del data[key]

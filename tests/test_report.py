@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,24 @@ def test_figure_says_which_panel_is_which_and_what_was_asked() -> None:
     assert "channels" in mlp.get_title(loc="left")
     assert "62.5% kept" in mlp.get_title(loc="left")
     assert figure.get_suptitle() == "tiny: 25% asked, fisher scores, global allocation"
+
+
+@pytest.mark.parametrize(
+    ("settings", "title"),
+    [
+        ({"rate": 0.25}, "asked to remove 25.00% of decoder-layer parameters, removed 24.00%"),
+        ({"rate": 0.0, "kv_rate": 0.5}, "asked to remove 50.00% of the KV heads, removed 40.00%"),
+        (
+            {"rate": 0.25, "kv_rate": 0.5, "rate_base": "all"},
+            "asked to remove 25.00% of all parameters, removed 12.00%; 50.00% of the KV heads, removed 40.00%",
+        ),
+    ],
+)
+def test_table_says_what_was_asked_of_parameters_and_kv_heads(settings: dict[str, Any], title: str) -> None:
+    stages = [Stage("dense", 200, 100, 10), Stage("pruned", 176, 76, 6)]
+    assert build_table(Report("tiny", settings, stages=stages)).title == title
+
+
+def test_figure_of_a_kv_budget_alone_says_so() -> None:
+    figure = draw_plan(replace(make_plan(), rate=0.0, kv_rate=0.5))
+    assert figure.get_suptitle() == "tiny: 50% of KV heads asked, fisher scores, global allocation"

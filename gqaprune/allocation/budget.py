@@ -149,7 +149,7 @@ class UnreachableError(ValueError):
         way_out = "loosen"
         if nearest_rate is not None:
             way_out = f"the nearest reachable rate is {nearest_rate}; change `rate` to it, or loosen"
-        also = "attention_share, " if budget.attention_share is not None else "kv_rate, " if budget.kv_rate else ""
+        also = "split, " if budget.attention_share is not None else "kv_rate, " if budget.kv_rate else ""
         super().__init__(
             f"cannot remove {budget.rate:.2%} of {budget.base_parameters:,} parameters: {reason}; {way_out} {also}"
             "min_groups, min_channels, min_rate, max_rate, attention_layers, mlp_layers or channel_multiple"

@@ -1,7 +1,8 @@
-"""Lightning callbacks: pruning before fit, checkpoint export, the run's summary."""
+"""Lightning callbacks: pruning before fit, split search, checkpoint export, the run's summary."""
 
 from gqaprune.callbacks.export import CheckpointExport
 from gqaprune.callbacks.pruning import TaylorPruning
+from gqaprune.callbacks.search import SplitSearch
 from gqaprune.callbacks.summary import RunSummary
 
-__all__ = ["CheckpointExport", "RunSummary", "TaylorPruning"]
+__all__ = ["CheckpointExport", "RunSummary", "SplitSearch", "TaylorPruning"]

@@ -7,10 +7,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from gqaprune.checkpoint import check_tokenizer
+from gqaprune.config import PruningConfig
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.perplexity import measure_perplexity
-from gqaprune.pipeline import PruningConfig, prune
+from gqaprune.pipeline import prune
 from gqaprune.report import Report, describe_model
 
 
@@ -43,7 +44,7 @@ class TaylorPruning(GradientAccumulationScheduler):
         if stage != "fit":
             return
         module, data = get_parts(trainer, pl_module)
-        calibrates = module.plan is None and self.config.rate > 0
+        calibrates = module.plan is None and self.config.needs_text
         if calibrates:
             data.read_calibration_windows()  # missing text is said before a model is loaded
         module.load()
@@ -62,7 +63,7 @@ class TaylorPruning(GradientAccumulationScheduler):
             evaluation=data.evaluation_batches(),
             source=module.pretrained,
             seed=data.seed,
-            corpora=[str(corpus) for corpus in data.corpora["calibration"]],
+            corpora=[str(corpus) for corpus in data.corpora["calibration"]] if calibrates else [],
         )
         self.report.protocol = data.protocol
         module.plan = plan

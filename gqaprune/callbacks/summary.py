@@ -1,6 +1,5 @@
 """Measure what recovery reached, and tell the run's story: console, TensorBoard, files in the run's folder."""
 
-import io
 import json
 import os
 import shutil
@@ -13,9 +12,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from gqaprune.callbacks.export import CheckpointExport
 from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
 from gqaprune.perplexity import measure_perplexity
-from gqaprune.plan import PLAN_FILE, PruningPlan, write_atomically
+from gqaprune.plan import PLAN_FILE, PruningPlan
 from gqaprune.progress import console
-from gqaprune.report import Report, Stage, build_table, describe_model, draw_plan
+from gqaprune.report import Report, Stage, build_table, describe_model, draw_plan, save_figure
 
 REPORT_FILE = "report.json"
 FIGURE_FILE = "pruning.png"
@@ -37,10 +36,12 @@ class RunSummary(Callback):
         for layer in range(plan.geometry.num_layers):
             console.print(plan.describe_layer(layer))
         console.print(plan.describe_ratio())
+        if report.repairs:
+            console.print(report.describe_repair())
         folder = get_run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         plan.save(folder / PLAN_FILE)
-        _save_figure(plan, folder / FIGURE_FILE)
+        save_figure(draw_plan(plan), folder / FIGURE_FILE)
         report.save(folder / REPORT_FILE)
         for stage in report.stages:
             _log_perplexity(trainer, stage)
@@ -143,12 +144,6 @@ def _log_perplexity(trainer: Trainer, stage: Stage) -> None:
 def _describe_plan(plan: PruningPlan) -> str:
     lines = [plan.describe_layer(layer) for layer in range(plan.geometry.num_layers)]
     return "\n".join(f"    {line}" for line in [*lines, plan.describe_ratio()])
-
-
-def _save_figure(plan: PruningPlan, path: Path) -> None:
-    picture = io.BytesIO()
-    draw_plan(plan).savefig(picture, format="png", dpi=120)
-    write_atomically(path, picture.getvalue())
 
 
 def _flatten(values: dict[str, Any]) -> dict[str, Any]:

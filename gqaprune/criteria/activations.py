@@ -110,9 +110,9 @@ class WeightedVariance(ActivationCriterion):
 class BrainSurgeon(ActivationCriterion):
     """`½ tr(W_u [(H⁻¹)_uu]⁻¹ W_uᵀ)`: half the squared error that is left when unit u goes and the others are refitted.
 
-    `H = Σ x xᵀ / tokens + λI` with `λ = ridge · mean(diag)`; u stands for the unit's columns of the output projection
-    W. Unit: of the block's output, squared, per token. Source: Hassibi and Stork 1992, "Second order derivatives for
-    network pruning: optimal brain surgeon"; for structures of language models, ZipLM, arXiv 2302.04089.
+    `H = Σ x xᵀ / tokens + λI` with `λ = obs_ridge · mean(diag)`; u stands for the unit's columns of the output
+    projection W. Unit: of the block's output, squared, per token. Source: Hassibi and Stork 1992, "Second order
+    derivatives for network pruning: optimal brain surgeon"; for structures of language models, ZipLM, arXiv 2302.04089.
     """
 
     def measure(self, x_NC: Tensor) -> Statistics:
@@ -126,12 +126,12 @@ class BrainSurgeon(ActivationCriterion):
         diagonal_C = hessian_CC.diagonal()
         if not diagonal_C.any():  # no input ever: nothing is lost with any unit
             return diagonal_C.new_zeros(units)
-        diagonal_C += self.options.ridge * diagonal_C.mean()
+        diagonal_C += self.options.obs_ridge * diagonal_C.mean()
         factor_CC, failed = torch.linalg.cholesky_ex(hessian_CC)
         if failed:
             raise ValueError(
-                f"{block.key}: the least squares of obs have no solution with ridge {self.options.ridge}; "
-                "set ridge to 0.1 or calibrate on more text"
+                f"{block.key}: the least squares of obs have no solution with obs_ridge {self.options.obs_ridge}; "
+                "set obs_ridge to 0.1 or calibrate on more text"
             )
         inverse_CC = torch.cholesky_inverse(factor_CC)
         inverse_Ucc = inverse_CC.view(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)

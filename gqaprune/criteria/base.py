@@ -43,7 +43,7 @@ class ScoringOptions:
             `param_first`, `param_second`, `param_mix`, `vectorize`, `l1`, `l2`.
         normalization: what each block's scores are divided by: `none`, or their `mean`, `sum` or `max`.
         combine_with: a second criterion; the score is then the geometric mean of both, each normalised first.
-        ridge: of `obs`, as a multiple of the mean squared input; above 0.
+        obs_ridge: of `obs`, as a multiple of the mean squared input; above 0.
         seed: of `random`.
 
     Raises:
@@ -53,15 +53,15 @@ class ScoringOptions:
     reduction: str = "sum"
     normalization: str = "none"
     combine_with: str | None = None
-    ridge: float = 0.1
+    obs_ridge: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, members in (("reduction", REDUCTIONS), ("normalization", NORMALIZATIONS)):
             if getattr(self, name) not in members:
                 raise ValueError(f"{name} must be one of {', '.join(members)}, got {getattr(self, name)!r}")
-        if not 0 < self.ridge < math.inf:
-            raise ValueError(f"ridge must be above 0 and finite, got {self.ridge}; 0.1 works")
+        if not 0 < self.obs_ridge < math.inf:
+            raise ValueError(f"obs_ridge must be above 0 and finite, got {self.obs_ridge}; 0.1 works")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Corpora as streams: calibration and train windows, validation and test perplexity, prompts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 import torch
@@ -198,11 +198,11 @@ class TextDataModule(LightningDataModule):
             raise ValueError("data.calibration names no corpus and data.sampled_windows is 0: give one of them")
         return list(windows.split(self.calibration_batch_size))
 
-    def evaluation_batches(self) -> dict[str, list[Batch]]:
-        """Batches of all evaluation corpora, as `val/<corpus>` and `test/<corpus>`."""
+    def evaluation_batches(self, streams: Sequence[str] = ("val", "test")) -> dict[str, list[Batch]]:
+        """Batches of all evaluation corpora, as `val/<corpus>` and `test/<corpus>`, or of one of the two streams."""
         return {
             f"{stream}/{label}": make_batches(*windows, self.eval_batch_size)
-            for stream in ("val", "test")
+            for stream in streams
             for label, windows in self._evaluation_windows(stream).items()
         }
 
@@ -237,7 +237,8 @@ class TextDataModule(LightningDataModule):
     def _get_streams(self, stage: str) -> tuple[str, ...]:
         if stage == "fit":
             trains = self.trainer is None or self.trainer.limit_train_batches != 0
-            return ("calibration", *(("train",) if trains else ()), "val", "test")
+            tests = self.trainer is None or self.trainer.limit_test_batches != 0
+            return ("calibration", *(("train",) if trains else ()), "val", *(("test",) if tests else ()))
         return {"validate": ("val",), "test": ("test",)}.get(stage, ())
 
     def _check_streams(self) -> None:

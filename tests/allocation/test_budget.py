@@ -151,7 +151,7 @@ def test_kv_budget_beyond_the_groups_that_may_go_names_the_nearest_kv_rate(name:
 def test_split_that_channels_cannot_make_up_is_refused_with_a_rate_that_works() -> None:
     blocks = make_model()
     budget = replace(make_budget(blocks, 0.7), attention_share=0.0)  # channels: 760 of 1160 may go
-    with pytest.raises(ValueError, match="attention_share, min_groups") as caught:
+    with pytest.raises(ValueError, match="split, min_groups") as caught:
         ALLOCATE["global"](blocks, budget)
     rate = read_nearest_rate(caught.value)
     assert rate == pytest.approx(760 / 1160, abs=0.01)

@@ -1,0 +1,63 @@
+"""Search the best split where pruning would be, and show what was found."""
+
+import os
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from gqaprune.callbacks.pruning import TaylorPruning, get_parts
+from gqaprune.checkpoint import check_can_be_folder, check_tokenizer
+from gqaprune.progress import console
+from gqaprune.report import save_figure
+from gqaprune.tools.search import FIGURE_FILE, SEARCH_FILE, SearchSettings, find_best_split
+from gqaprune.tools.trials import Trials, build_trials_table, draw_trials
+
+
+class SplitSearch(Callback):
+    """Finds the best split of attention and MLP in `setup`, on the dense model. It only wires.
+
+    Args:
+        pruning: the pruning whose settings are searched for.
+        settings: steps, patience and folder of the search.
+    """
+
+    def __init__(self, pruning: TaylorPruning, settings: SearchSettings) -> None:
+        self.pruning = pruning
+        self.settings = settings
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Search on validation text; write the trials, their curve and the best split."""
+        module, data = get_parts(trainer, pl_module)
+        if module.plan is not None:
+            raise ValueError("search needs the dense model, got one with a plan: leave model.plan unset")
+        check_can_be_folder(Path(self.settings.folder))
+        config = self.pruning.config
+        if trainer.is_global_zero and (config.steps > 1 or config.swap_generations):
+            console.print("search tries single cuts: pruning.steps and pruning.swap_generations are ignored")
+        batches = data.calibration_batches() if config.needs_text else []
+        module.load()
+        model = module.model.to(trainer.strategy.root_device)
+        check_tokenizer(data.tokenizer, model)
+        trials = find_best_split(
+            model,
+            batches,
+            config,
+            self.settings,
+            data.evaluation_batches(("val",)),
+            accumulate=self.pruning.get_accumulate_grad_batches(0),
+            protocol=data.protocol,
+            source=module.pretrained,
+            seed=data.seed,
+            corpora=[str(corpus) for corpus in data.corpora["calibration"]] if config.needs_text else [],
+        )
+        if trainer.is_global_zero:
+            self._show(trials, data.protocol, f"{module.pretrained}: {config.rate:.0%} removed, by split")
+
+    def _show(self, trials: Trials, protocol: str, title: str) -> None:
+        folder = Path(self.settings.folder)
+        save_figure(draw_trials(trials, title), folder / FIGURE_FILE)
+        console.print(build_trials_table(trials, protocol))
+        for what, name in (("trials", SEARCH_FILE), ("figure", FIGURE_FILE)):
+            console.print(f"{what:<14} {os.path.join(folder, name)}")
+        assert trials.best is not None
+        console.print(f"best split     --pruning.split {trials.best.split}")

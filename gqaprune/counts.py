@@ -1,0 +1,132 @@
+"""How many units each block loses: measures what the config's allocation looks at, and runs it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gqaprune.allocation import ALLOCATIONS, AllocationOptions, BlockBudget, Budget, Removed, refine_by_swaps
+from gqaprune.allocation.budget import find_free_blocks
+from gqaprune.allocation.optimal import thin_counts
+from gqaprune.architecture import Block, find_blocks
+from gqaprune.config import PruningConfig
+from gqaprune.damage import measure_damage, measure_damage_curves
+from gqaprune.importance import CRITERIA, Scores
+from gqaprune.selection import budget_blocks
+from gqaprune.sensitivity import Importance, measure_sensitivity
+
+Allocation = Callable[[Sequence[BlockBudget], Budget], Removed]
+"""An allocation that has its options."""
+
+
+def bind_allocation(config: PruningConfig, options: AllocationOptions) -> Allocation:
+    """The config's allocation, as a function of blocks and budget alone."""
+    return lambda blocks, budget: ALLOCATIONS[config.allocation](blocks, budget, options)
+
+
+def check_text(batches: Sequence[Tensor], config: PruningConfig) -> None:
+    """Refuse to measure on no text.
+
+    Raises:
+        ValueError: if the config needs calibration text and there is none.
+    """
+    if config.needs_text and not batches:
+        free = ", ".join(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
+        raise ValueError(
+            f"criterion {config.criterion} with allocation {config.allocation} needs at least one calibration batch, "
+            f"got none; only {free} need no text, where nothing else is measured either"
+        )
+
+
+def check_reachable(
+    dense_blocks: Sequence[Block], budget: Budget, config: PruningConfig, importance: Importance | None = None
+) -> None:
+    """Refuse a budget that no scores can meet, before the long work.
+
+    With `frozen_layers` the blocks that may shrink follow from importance: nothing more is refused before it is known.
+
+    Raises:
+        ValueError: with the nearest reachable rate.
+    """
+    if not dense_blocks:
+        raise budget.unreachable("attention_layers and mlp_layers leave no block to prune")
+    if config.frozen_layers and importance is None:
+        return
+    scores = {block.key: torch.zeros(block.units) for block in dense_blocks}
+    options = _make_options(config, importance or dict.fromkeys(scores, 0.0))
+    bind_allocation(config, options)(budget_blocks(dense_blocks, scores, config), budget)
+
+
+def measure_options(
+    model: PreTrainedModel,
+    dense_blocks: Sequence[Block],
+    budget: Budget,
+    batches: Sequence[Tensor],
+    config: PruningConfig,
+    *,
+    source: str = "",
+    seed: int = 0,
+    corpora: Sequence[str] = (),
+) -> AllocationOptions:
+    """What the allocation looks at besides scores: importance, where something depends on it.
+
+    Importance is of all blocks of the dense model, so that a saved one fits whatever layers a later run prunes.
+
+    Raises:
+        ValueError: if a saved sensitivity does not fit; if the budget cannot be met with the layers that are then free.
+    """
+    if not config.uses_importance:
+        return _make_options(config, None)
+    blocks, path = find_blocks(model), config.sensitivity_path
+    sensitivity = measure_sensitivity(
+        model, blocks, batches, config.sensitivity, path, source=source, seed=seed, corpora=corpora
+    )
+    check_reachable(dense_blocks, budget, config, sensitivity.importance)
+    return _make_options(config, sensitivity.importance)
+
+
+def measure_curves(
+    model: PreTrainedModel,
+    dense_blocks: Sequence[Block],
+    scores: Scores,
+    batches: Sequence[Tensor],
+    config: PruningConfig,
+    options: AllocationOptions,
+) -> AllocationOptions:
+    """Add measured damage of each block to the options, where the config asks for it."""
+    if not config.uses_damage_curves:
+        return options
+    budgets = budget_blocks(dense_blocks, scores, config)
+    levels = {block.key: thin_counts(block.removable_counts(), config.damage_levels) for block in budgets}
+    return replace(options, curves=measure_damage_curves(model, dense_blocks, scores, levels, batches))
+
+
+def refine_counts(
+    model: PreTrainedModel,
+    dense_blocks: Sequence[Block],
+    scores: Scores,
+    batches: Sequence[Tensor],
+    config: PruningConfig,
+    options: AllocationOptions,
+    budget: Budget,
+    removed: Removed,
+    seed: int,
+) -> Removed:
+    """Move removals between blocks while the divergence from the dense model falls, where the config asks for it."""
+    if not config.swap_generations:
+        return removed
+    return refine_by_swaps(
+        removed,
+        find_free_blocks(budget_blocks(dense_blocks, scores, config), budget, options),
+        budget,
+        lambda counts: measure_damage(model, dense_blocks, scores, counts, batches),
+        config.swap_generations,
+        config.swap_offspring,
+        seed,
+    )
+
+
+def _make_options(config: PruningConfig, importance: Importance | None) -> AllocationOptions:
+    return AllocationOptions(importance, config.alpha, config.log_importance, config.frozen_layers)

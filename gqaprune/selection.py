@@ -1,0 +1,113 @@
+"""From scores to a plan: the blocks that may shrink, what allocations know of them, and the units that stay."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gqaprune.allocation import BlockBudget, Budget, Removed
+from gqaprune.architecture import Block, count_layer_parameters, count_parameters, find_blocks, read_geometry
+from gqaprune.config import PruningConfig
+from gqaprune.importance import Scores
+from gqaprune.plan import KeptUnits, PruningPlan
+
+
+def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
+    """The blocks that the config's layer ranges allow to shrink.
+
+    Raises:
+        ValueError: if a range leaves the model.
+    """
+    blocks = find_blocks(model, config.granularity)
+    layers = read_geometry(model.config).num_layers
+    ranges = {"attention": config.attention_layers, "mlp": config.mlp_layers}
+    for kind, bounds in ranges.items():
+        if bounds is not None and not 0 <= bounds[0] <= bounds[1] <= layers:
+            raise ValueError(
+                f"{kind}_layers must satisfy 0 <= first <= end <= {layers} on this model of {layers} layers, "
+                f"got {list(bounds)}; [0, {layers}] is the whole model"
+            )
+    middle = (layers // 7, layers - layers // 14)  # the ends cost most: 4 and 2 layers of 28 to 34
+    allowed = {kind: range(*(bounds or middle)) for kind, bounds in ranges.items()}
+    return [block for block in blocks if block.key.layer in allowed[block.key.kind]]
+
+
+def read_budget(model: PreTrainedModel, config: PruningConfig) -> Budget:
+    """What has to go from a dense model, and the limits of its layers."""
+    layer_parameters = count_layer_parameters(model)
+    return Budget(
+        rate=config.rate,
+        base_parameters=sum(layer_parameters) if config.rate_base == "decoder" else count_parameters(model),
+        layer_parameters=layer_parameters,
+        min_rate=config.min_rate,
+        max_rate=config.max_rate,
+        attention_share=config.attention_share,
+        kv_rate=config.kv_rate,
+        kv_heads=sum(read_geometry(model.config).kv_heads),
+    )
+
+
+def budget_blocks(dense_blocks: Sequence[Block], scores: Scores, config: PruningConfig) -> list[BlockBudget]:
+    """What allocation knows of each block; what goes at once from all its groups is one unit there.
+
+    Args:
+        dense_blocks: blocks as they were in the dense model.
+        scores: scores of the units that are left; units that are gone count as 0.
+        config: limits.
+    """
+    min_groups = 1 if config.granularity == "query" else config.min_groups
+    return [
+        BlockBudget(
+            key=block.key,
+            scores=_sum_scores(block, scores[block.key]),
+            unit_parameters=block.unit_parameters * block.groups,
+            min_kept=min_groups if block.key.kind == "attention" else config.min_channels,
+            multiple=1 if block.key.kind == "attention" else config.channel_multiple,
+            unit_kv_heads=1 if block.key.kind == "attention" and config.granularity == "group" else 0,
+        )
+        for block in dense_blocks
+    ]
+
+
+def make_plan(
+    model: PreTrainedModel, dense_blocks: Sequence[Block], scores: Scores, removed: Removed, config: PruningConfig
+) -> PruningPlan:
+    """Keep the units with the highest scores, so many that each block has lost as many as were counted.
+
+    Args:
+        model: the model that was scored, which the plan is for.
+        dense_blocks: blocks as they were in the dense model.
+        scores: scores of the units that are left.
+        removed: units that each dense block has lost then, from each of its groups.
+        config: what the units of attention are.
+    """
+    names = {"attention": {"group": "groups", "query": "queries"}[config.granularity], "mlp": "channels"}
+    whole = keep_everything(model)
+    layers = list(whole.layers)
+    for block in dense_blocks:
+        kept = _keep_highest(scores[block.key], block.units // block.groups - removed[block.key], block.groups)
+        if len(kept) < len(scores[block.key]):
+            layers[block.key.layer] = replace(layers[block.key.layer], **{names[block.key.kind]: kept})
+    return replace(whole, layers=tuple(layers))
+
+
+def keep_everything(model: PreTrainedModel) -> PruningPlan:
+    """The plan that removes nothing."""
+    geometry = read_geometry(model.config)
+    counts = zip(geometry.kv_heads, geometry.channels, strict=True)
+    return PruningPlan(geometry, tuple(KeptUnits(tuple(range(kv)), tuple(range(width))) for kv, width in counts))
+
+
+def _sum_scores(block: Block, score_U: Tensor) -> list[float]:
+    # Each group's weakest go together, then each group's next: ascending sums.
+    sums = score_U.reshape(block.groups, -1).sort().values.sum(0).tolist()
+    return [0.0] * (block.units // block.groups - len(sums)) + sums
+
+
+def _keep_highest(score_U: Tensor, count: int, groups: int) -> tuple[int, ...]:
+    # A stable sort makes ties go to the lower index on every machine.
+    order_GU = torch.argsort(score_U.reshape(groups, -1), dim=1, descending=True, stable=True)
+    first_G1 = torch.arange(groups)[:, None] * order_GU.shape[1]
+    return tuple(sorted((first_G1 + order_GU[:, :count]).flatten().tolist()))

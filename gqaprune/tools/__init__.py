@@ -1,0 +1,1 @@
+"""Tools around pruning, each a function and a subcommand."""
