@@ -33,9 +33,28 @@ from gqaprune.plan import write_atomically
 
 HERE = Path(__file__).parent
 
+UNREPAIRED = {"repair": "none", "split": "free"}
+"""A criterion and an allocation alone, over all layers, as others have them."""
+WHOLE = {"attention_layers": [0, 30], "mlp_layers": [0, 30]}  # of the 30 there are
+MIXED = {"windows": 64, "sampled": 64}
+"""As many windows of the calibration text as of the dense model's own."""
+
 METHODS: dict[str, dict[str, Any]] = {
-    "fisher-uniform": {"criterion": "fisher", "allocation": "uniform"},
-    "fisher-global": {"criterion": "fisher", "allocation": "global"},
+    "default": {"calibration": MIXED},
+    "default, 32 windows": {"calibration": {"windows": 32, "sampled": 32}},
+    "default, calibration text only": {"calibration": {"windows": 64}},
+    "default, sampled text only": {"calibration": {"windows": 0, "sampled": 64}},
+    "default, no repair": {"repair": "none", "calibration": MIXED},
+    "default, pull 0": {"repair_pull": 0.0, "calibration": MIXED},
+    "default, pull 1": {"repair_pull": 1.0, "calibration": MIXED},
+    "default, 2 steps": {"steps": 2, "calibration": MIXED},
+    "default, fisher alone": {"criterion": "fisher", "calibration": MIXED},
+    "default, obs alone": {"criterion": "obs", "calibration": MIXED},
+    "default, global": {"allocation": "global", **WHOLE, "calibration": MIXED},
+    "default, all layers": {**WHOLE, "calibration": MIXED},
+    "default, attention 2:8": {"split": "2:8", "calibration": MIXED},
+    "fisher-uniform": {"criterion": "fisher", "allocation": "uniform", **UNREPAIRED, **WHOLE},
+    "fisher-global": {"criterion": "fisher", "allocation": "global", **UNREPAIRED, **WHOLE},
 }
 """Row name -> fields of `PruningConfig` (all but `rate`). Plain types only.
 

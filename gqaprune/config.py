@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from gqaprune.allocation import ALLOCATIONS, AllocationOptions, parse_split
 from gqaprune.architecture import GRANULARITIES
-from gqaprune.importance import CRITERIA, ScoringOptions, needs_data
+from gqaprune.importance import ScoringOptions, needs_data, parse_criterion
 from gqaprune.reconstruction import RepairOptions
 from gqaprune.sensitivity import SENSITIVITIES
 
@@ -23,13 +23,11 @@ class PruningConfig:
         rate_base: what `rate` is a share of: `decoder` (parameters of all decoder layers) or `all` (embeddings too).
         criterion: what scores units. On gates: `fisher` (per sample), `taylor` (per window). On weight gradients:
             `param_first`, `param_second`, `param_mix`, `vectorize`. On activations: `wanda`, `wifv`, `obs`. Without
-            text: `l1`, `l2`, `random`.
+            text: `l1`, `l2`, `random`. Two joined by `+` make their geometric mean.
         reduction: how the members of a unit (rows and columns of its weights) make one score: `sum`, `mean`, `max`,
             `prod`. Ignored by criteria that look at gates or activations.
         normalization: what the scores of each block are divided by before blocks are compared: `none`, or their own
             `mean`, `sum` or `max`. Alone it changes nothing where the allocation does not compare blocks (`uniform`).
-        combine_with: a second criterion; the score is the geometric mean of both, each normalised first. Null takes
-            the first alone.
         obs_ridge: ridge of the criterion `obs`, as a multiple of the mean squared input; above 0. Ignored by others.
         allocation: how the budget is spread: `uniform` (equal counts in every layer of a range, so that the checkpoint
             needs no remote code when the ranges cover the model), `global` (lowest score per parameter anywhere),
@@ -82,10 +80,9 @@ class PruningConfig:
 
     rate: float = 0.2
     rate_base: str = "decoder"
-    criterion: str = "fisher"
+    criterion: str = "fisher+obs"
     reduction: str = "sum"
-    normalization: str = "mean"
-    combine_with: str | None = "obs"
+    normalization: str = "none"
     obs_ridge: float = 0.1
     allocation: str = "uniform"
     sensitivity: str = "removal"
@@ -141,7 +138,7 @@ class PruningConfig:
     def needs_text(self) -> bool:
         """Whether anything is measured on calibration text."""
         measures = self.uses_importance or self.uses_damage_curves or self.swap_generations > 0
-        measures |= self.repair != "none" or needs_data(self.criterion, self.scoring_options())
+        measures |= self.repair != "none" or needs_data(self.criterion)
         return self.removes_something and measures
 
     @property
@@ -153,7 +150,7 @@ class PruningConfig:
 
     def scoring_options(self, seed: int = 0) -> ScoringOptions:
         """What shapes the scores besides the criterion."""
-        return ScoringOptions(self.reduction, self.normalization, self.combine_with, self.obs_ridge, seed)
+        return ScoringOptions(self.reduction, self.normalization, self.obs_ridge, seed)
 
     def repair_options(self) -> RepairOptions | None:
         """How blocks are repaired; None where they are not."""
@@ -172,16 +169,14 @@ class PruningConfig:
     def _check_names(self) -> None:
         for name, members in (
             ("rate_base", ("decoder", "all")),
-            ("criterion", tuple(CRITERIA)),
-            ("combine_with", (None, *CRITERIA)),
             ("allocation", tuple(ALLOCATIONS)),
             ("sensitivity", tuple(SENSITIVITIES)),
             ("granularity", GRANULARITIES),
             ("repair", REPAIRS),
         ):
             if getattr(self, name) not in members:
-                known = ", ".join("null" if member is None else member for member in members)
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(members)}, got {getattr(self, name)!r}")
+        parse_criterion(self.criterion)
 
     def _check_bounds(self) -> None:
         if not 0 <= self.rate < 1:

@@ -35,8 +35,9 @@ def check_text(batches: Sequence[Tensor], config: PruningConfig) -> None:
     if config.needs_text and not batches:
         free = ", ".join(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
         raise ValueError(
-            f"criterion {config.criterion} with allocation {config.allocation} needs at least one calibration batch, "
-            f"got none; only {free} need no text, where nothing else is measured either"
+            f"criterion {config.criterion} with allocation {config.allocation} and repair {config.repair} needs at "
+            f"least one calibration batch, got none; only {free} need no text, with repair none and where nothing else "
+            "is measured either"
         )
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "check_finite_scores",
     "check_finite_weights",
     "needs_data",
+    "parse_criterion",
     "score_units",
 ]
 
@@ -64,7 +65,7 @@ def score_units(
         model: the dense causal LM; it is left as it was.
         blocks: blocks to score.
         batches: token ids, each `[batch, tokens]`, the same list on every rank; criteria that read no text ignore them.
-        criterion: a name in `CRITERIA`.
+        criterion: a name in `CRITERIA`, or two joined by `+`: the geometric mean of both, each normalised first.
         accumulate: micro-batches per accumulation window.
         options: what shapes the scores; the defaults leave the criterion as it is.
 
@@ -73,11 +74,8 @@ def score_units(
             infinite, with its place.
     """
     options = options or ScoringOptions()
-    names = [criterion] if options.combine_with is None else [criterion, options.combine_with]
     scored = []
-    for name in names:
-        if name not in CRITERIA:
-            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {name!r}")
+    for name in parse_criterion(criterion):
         if CRITERIA[name].needs_data and not batches:
             free = ", ".join(other for other, member in CRITERIA.items() if not member.needs_data)
             raise ValueError(f"criterion {name} needs at least one calibration batch, got none; {free} need no text")
@@ -88,9 +86,21 @@ def score_units(
     return scored[0] if len(scored) == 1 else combine_scores(*scored)
 
 
-def needs_data(criterion: str, options: ScoringOptions) -> bool:
+def parse_criterion(text: str) -> list[str]:
+    """The criteria that a setting names: `fisher` is one, `fisher+obs` is two.
+
+    Raises:
+        ValueError: if one is unknown, or there are more than two.
+    """
+    names = text.split("+")
+    if len(names) > 2 or not all(name in CRITERIA for name in names):
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, or two of them joined by +, got {text!r}")
+    return names
+
+
+def needs_data(criterion: str) -> bool:
     """Whether a scoring reads calibration batches."""
-    return any(CRITERIA[name].needs_data for name in (criterion, options.combine_with) if name is not None)
+    return any(CRITERIA[name].needs_data for name in parse_criterion(criterion))
 
 
 def normalize_scores(scores: Scores, normalization: str) -> Scores:

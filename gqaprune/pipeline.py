@@ -38,7 +38,7 @@ def prune(
     seed: int = 0,
     corpora: Sequence[str] = (),
 ) -> tuple[PruningPlan, Report]:
-    """Prune a dense model in place: score, allocate, plan, cut, repair, in one step or several; measured before and after.
+    """Prune a dense model in place, in one step or several: score, allocate, plan, cut, repair; measure it.
 
     Args:
         model: the dense causal LM, on the device to work on.

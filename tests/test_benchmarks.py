@@ -171,7 +171,8 @@ def test_a_row_prunes_and_measures_a_tiny_model(tiny_folder: Path, tmp_path: Pat
     tests = {name: {"corpus": str(text), "split": "all"} for name in ("a", "b")}
     tests["b"]["sample"] = 1000
     spec = make_spec() | {"model": str(tiny_folder), "tests": tests, "protocol": {"window": 64, "windows": 3}}
-    spec["calibration"] = quality.CALIBRATION | {"corpus": str(text), "windows": 4, "window": 32}
+    spec["calibration"] = quality.CALIBRATION | {"corpus": str(text), "windows": 4, "window": 32, "prompts": ["a"]}
+    spec["settings"] = {"repair": "none"}
     result = quality_row.run_row(spec)
     assert result["windows"] == {"a": 3, "b": 3} and set(result["perplexity"]) == {"a", "b"}
     assert result["rate_reached"] == pytest.approx(0.2, abs=0.01) and result["seconds"] > 0

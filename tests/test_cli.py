@@ -22,7 +22,7 @@ from gqaprune.progress import console
 from gqaprune.selection import keep_everything
 from gqaprune.surgery import apply_plan
 
-from tiny import make_model, make_tokenizer
+from tiny import PLAIN, make_model, make_tokenizer
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 MODEL_CONFIGS = [path for path in CONFIGS if path.parent.name == "configs"]
@@ -46,7 +46,7 @@ def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
             "eval_tokens": 512,
             "eval_batch_size": 4,
         },
-        "pruning": {"scheduling": {0: 2}, "rate": 0.3, "allocation": "global"},
+        "pruning": {"scheduling": {0: 2}, "rate": 0.3, "allocation": "global", **PLAIN},
         "trainer": {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False, "enable_progress_bar": False},
     }
     folder = tmp_path / "work"

@@ -4,6 +4,8 @@ import pytest
 
 from gqaprune import PruningConfig
 
+from tiny import make_plain
+
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
@@ -23,7 +25,7 @@ from gqaprune import PruningConfig
         ({"channel_multiple": 0}, "channel_multiple must be at least 1, got 0"),
         ({"reduction": "magic"}, "reduction must be one of sum, mean, max, prod, got 'magic'"),
         ({"normalization": "magic"}, "normalization must be one of none, mean, sum, max, got 'magic'"),
-        ({"combine_with": "magic"}, "combine_with must be one of null, fisher, .*, got 'magic'"),
+        ({"criterion": "fisher+magic"}, "criterion must be one of fisher, .*, got 'fisher.magic'"),
         ({"obs_ridge": 0.0}, "obs_ridge must be above 0 and finite, got 0.0"),
         ({"sensitivity": "magic"}, "sensitivity must be one of removal, .*, got 'magic'"),
         ({"alpha": -1.0}, "alpha must be in 0 … 50, got -1.0"),
@@ -53,8 +55,8 @@ def test_setting_out_of_bounds_is_refused(settings: dict[str, object], sentence:
         ({"rate": 0.0, "criterion": "l1", "kv_rate": 0.2}, False),
         ({"rate": 0.0, "kv_rate": 0.2}, True),
         ({"criterion": "l1"}, False),
-        ({"criterion": "l1", "combine_with": "random"}, False),
-        ({"criterion": "l1", "combine_with": "wanda"}, True),
+        ({"criterion": "l1+random"}, False),
+        ({"criterion": "l1+wanda"}, True),
         ({"criterion": "l1", "allocation": "inverse"}, True),
         ({"criterion": "l1", "frozen_layers": 1}, True),
         ({"criterion": "l1", "allocation": "optimal"}, False),
@@ -64,4 +66,5 @@ def test_setting_out_of_bounds_is_refused(settings: dict[str, object], sentence:
     ],
 )
 def test_text_is_needed_where_something_is_measured_on_it(settings: dict[str, object], needs_text: bool) -> None:
-    assert PruningConfig(**settings).needs_text == needs_text  # type: ignore[arg-type]
+    assert make_plain(**settings).needs_text == needs_text
+    assert PruningConfig(**settings).needs_text == PruningConfig(**settings).removes_something  # type: ignore[arg-type]

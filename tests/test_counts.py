@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gqaprune import PruningConfig, PruningPlan, prune
+from gqaprune import PruningPlan, prune
 from gqaprune.allocation import ALLOCATIONS
 from gqaprune.architecture import count_layer_parameters, count_parameters, find_blocks
 from gqaprune.importance import ScoringOptions, score_units
 from gqaprune.sensitivity import SENSITIVITIES
 
-from tiny import make_model, make_tokens
+from tiny import make_model, make_plain, make_tokens
 
 BATCHES = [make_tokens(2, seed=seed) for seed in range(3)]
 
@@ -69,7 +69,7 @@ def measure_divergence(model: PreTrainedModel) -> float:
 def test_kv_rate_removes_that_share_of_kv_heads_and_rate_what_it_says(allocation: str) -> None:
     model = make_model("qwen2", kv_heads=4, channels=40, layers=4)
     before = sum(count_layer_parameters(model))
-    config = PruningConfig(rate=0.3, kv_rate=0.25, allocation=allocation)
+    config = make_plain(rate=0.3, kv_rate=0.25, allocation=allocation)
     plan, _ = prune(model, BATCHES, config)
     assert sum(plan.pruned_geometry.kv_heads) == 12  # of 16
     channel = find_blocks(model)[1].unit_parameters
@@ -81,7 +81,7 @@ def test_kv_rate_removes_that_share_of_kv_heads_and_rate_what_it_says(allocation
 @pytest.mark.parametrize("allocation", ["uniform", "global", "inverse"])
 def test_kv_rate_alone_removes_groups_only(allocation: str, steps: int) -> None:
     model = make_model("llama", kv_heads=4, layers=4)
-    config = PruningConfig(rate=0.0, kv_rate=0.5, allocation=allocation, steps=steps)
+    config = make_plain(rate=0.0, kv_rate=0.5, allocation=allocation, steps=steps)
     plan, report = prune(model, BATCHES, config)
     assert sum(plan.pruned_geometry.kv_heads) == 8 and plan.pruned_geometry.channels == (20,) * 4
     dense, pruned = report.stages
@@ -97,7 +97,7 @@ def test_split_says_within_one_group_what_attention_gives(allocation: str, share
     split = f"{10 * share:g}:{10 - 10 * share:g}"
     if share == 1.0 and allocation == "uniform":  # one group of every layer, exactly
         target = 4 * attention.unit_parameters
-    config = PruningConfig(rate=target / sum(count_layer_parameters(model)), split=split, allocation=allocation)
+    config = make_plain(rate=target / sum(count_layer_parameters(model)), split=split, allocation=allocation)
     group, plan = attention.unit_parameters, prune(model, BATCHES, config)[0]
     gone = 16 - sum(plan.pruned_geometry.kv_heads)
     step = 4 * group if allocation == "uniform" else group
@@ -110,7 +110,7 @@ def test_split_says_within_one_group_what_attention_gives(allocation: str, share
 def test_inverse_protects_the_layer_that_matters_and_proportional_takes_from_it(sensitivity: str) -> None:
     lost = {}
     for allocation, alpha in (("inverse", 3.0), ("proportional", 3.0), ("inverse", 0.0)):
-        config = PruningConfig(rate=0.3, allocation=allocation, alpha=alpha, sensitivity=sensitivity)
+        config = make_plain(rate=0.3, allocation=allocation, alpha=alpha, sensitivity=sensitivity)
         lost[allocation, alpha] = count_lost(prune(make_uneven_model(), sample_text(), config)[0])
     inverse, proportional, alike = lost.values()
     assert inverse[1] < min(inverse[0], inverse[2], inverse[3]) / 2
@@ -120,7 +120,7 @@ def test_inverse_protects_the_layer_that_matters_and_proportional_takes_from_it(
 
 def test_logarithm_of_importance_lifts_the_layers_between() -> None:
     def lose(log: bool) -> list[int]:
-        config = PruningConfig(rate=0.3, allocation="inverse", alpha=2.0, log_importance=log, attention_layers=(0, 0))
+        config = make_plain(rate=0.3, allocation="inverse", alpha=2.0, log_importance=log, attention_layers=(0, 0))
         model = make_model("llama", channels=200, layers=4)
         with torch.no_grad():
             for layer, factor in enumerate((1.0, 0.3, 0.1, 0.03)):
@@ -135,7 +135,7 @@ def test_logarithm_of_importance_lifts_the_layers_between() -> None:
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_frozen_layers_stay_whole_and_are_those_that_matter(allocation: str) -> None:
-    config = PruningConfig(rate=0.3, criterion="random", allocation=allocation, frozen_layers=1)
+    config = make_plain(rate=0.3, criterion="random", allocation=allocation, frozen_layers=1)
     frozen, free = (
         count_lost(prune(make_uneven_model(), sample_text(), replace(config, frozen_layers=count))[0])
         for count in (1, 0)
@@ -149,7 +149,7 @@ def test_budget_that_frozen_layers_leave_no_room_for_is_refused_before_scoring(m
     model = make_uneven_model()
     before = count_parameters(model)
     with pytest.raises(ValueError, match="nearest reachable rate is 0"):
-        prune(model, BATCHES, PruningConfig(rate=0.5, frozen_layers=3, allocation="global"))
+        prune(model, BATCHES, make_plain(rate=0.5, frozen_layers=3, allocation="global"))
     assert count_parameters(model) == before
 
 
@@ -157,13 +157,13 @@ def test_what_is_reachable_depends_on_the_layers_that_importance_freezes() -> No
     # Layer 1 matters and gives channels only: once it is frozen, the groups of layer 0 have to do, and they do.
     blocks = find_blocks(make_uneven_model())
     rate = 45 * blocks[1].unit_parameters / sum(count_layer_parameters(make_uneven_model()))
-    config = PruningConfig(rate, allocation="global", frozen_layers=1, attention_layers=(0, 1), mlp_layers=(1, 2))
+    config = make_plain(rate=rate, allocation="global", frozen_layers=1, attention_layers=(0, 1), mlp_layers=(1, 2))
     plan, _ = prune(make_uneven_model(), sample_text(), config)
     assert plan.pruned_geometry.kv_heads == (2, 4, 4, 4) and plan.pruned_geometry.channels == (40,) * 4
 
 
 def test_frozen_layers_make_a_min_rate_reachable_that_all_layers_together_cannot_meet() -> None:
-    config = PruningConfig(rate=0.15, min_rate=0.17, frozen_layers=1, allocation="global", attention_layers=(0, 0))
+    config = make_plain(rate=0.15, min_rate=0.17, frozen_layers=1, allocation="global", attention_layers=(0, 0))
     lost = count_lost(prune(make_uneven_model(), sample_text(), config)[0])
     assert lost[1] == 0 and min(lost[0], *lost[2:]) > 0
     with pytest.raises(ValueError, match="min_rate 17.00% already takes more"):
@@ -172,7 +172,7 @@ def test_frozen_layers_make_a_min_rate_reachable_that_all_layers_together_cannot
 
 def test_saved_sensitivity_is_used_again_and_fits_other_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "new" / "sensitivity.json"
-    config = PruningConfig(rate=0.3, allocation="inverse", sensitivity_path=str(path))
+    config = make_plain(rate=0.3, allocation="inverse", sensitivity_path=str(path))
     plan, _ = prune(make_uneven_model(), sample_text(), replace(config, mlp_layers=(0, 3)), source="tiny", seed=7)
     assert len(json.loads(path.read_text())["importance"]) == 8  # all blocks
     fresh, _ = prune(make_uneven_model(), sample_text(), replace(config, sensitivity_path=None), source="tiny", seed=7)
@@ -190,7 +190,7 @@ def test_importance_is_measured_only_where_it_counts(monkeypatch: pytest.MonkeyP
         prune(
             make_uneven_model(),
             sample_text(),
-            PruningConfig(allocation=allocation, sensitivity_path=str(tmp_path / "s")),
+            make_plain(allocation=allocation, sensitivity_path=str(tmp_path / "s")),
         )
     assert not (tmp_path / "s").exists()
 
@@ -201,7 +201,7 @@ def test_optimal_on_measured_damage_sees_what_magnitude_does_not() -> None:
         with torch.no_grad():
             model.model.layers[1].mlp.gate_proj.weight.mul_(10)  # large weights …
             model.model.layers[1].mlp.down_proj.weight.mul_(1e-4)  # … that come to nothing
-        config = PruningConfig(
+        config = make_plain(
             rate=0.15, criterion="l1", allocation="optimal", attention_layers=(0, 0), min_channels=4, **settings
         )
         return count_lost(prune(model, BATCHES, config)[0])
@@ -213,7 +213,7 @@ def test_optimal_on_measured_damage_sees_what_magnitude_does_not() -> None:
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_swaps_find_less_divergence_within_the_same_budget(allocation: str) -> None:
     # Random scores: the allocation knows nothing of the layers, the measured divergence does.
-    config = PruningConfig(rate=0.3, criterion="random", allocation=allocation)
+    config = make_plain(rate=0.3, criterion="random", allocation=allocation)
     found, parameters = [], []
     for generations in (0, 6):
         model = make_uneven_model()
@@ -226,7 +226,7 @@ def test_swaps_find_less_divergence_within_the_same_budget(allocation: str) -> N
 
 
 def test_swaps_keep_a_kv_budget_and_frozen_layers() -> None:
-    config = PruningConfig(rate=0.25, kv_rate=0.25, frozen_layers=1, swap_generations=3, allocation="global")
+    config = make_plain(rate=0.25, kv_rate=0.25, frozen_layers=1, swap_generations=3, allocation="global")
     plan, _ = prune(make_uneven_model(), sample_text(), config)
     assert sum(plan.pruned_geometry.kv_heads) == 12
     assert count_lost(plan)[1] == 0
@@ -236,7 +236,7 @@ def test_swaps_keep_a_kv_budget_and_frozen_layers() -> None:
 def test_damage_is_measured_of_query_heads_too(settings: dict[str, Any]) -> None:
     model = make_model("llama", kv_heads=2, ratio=4, channels=40)
     before = sum(count_layer_parameters(model))
-    config = PruningConfig(rate=0.15, granularity="query", mlp_layers=(0, 0), **settings)
+    config = make_plain(rate=0.15, granularity="query", mlp_layers=(0, 0), **settings)
     plan, _ = prune(model, BATCHES, config)
     assert plan.pruned_geometry.kv_heads == (2, 2, 2) and min(plan.pruned_geometry.ratios) < 4
     heads = find_blocks(make_model("llama", kv_heads=2, ratio=4, channels=40), "query")[0]
@@ -248,7 +248,7 @@ def test_normalized_blocks_compare_by_shares() -> None:
         model = make_model("llama", channels=40)
         with torch.no_grad():
             model.model.layers[0].mlp.down_proj.weight.mul_(0.02)  # the block with the least scores
-        config = PruningConfig(
+        config = make_plain(
             rate=0.15, allocation="global", normalization=normalization, attention_layers=(0, 0), min_channels=4
         )
         return count_lost(prune(model, BATCHES, config)[0])
@@ -261,7 +261,6 @@ def test_normalized_blocks_compare_by_shares() -> None:
     [
         ({"criterion": "l2", "reduction": "max"}, ScoringOptions(reduction="max")),
         ({"criterion": "obs", "obs_ridge": 100.0}, ScoringOptions(obs_ridge=100.0)),
-        ({"criterion": "fisher", "combine_with": "l1"}, ScoringOptions(combine_with="l1")),
         ({"criterion": "random"}, ScoringOptions(seed=5)),
     ],
 )
@@ -274,13 +273,15 @@ def test_scoring_options_choose_the_units(settings: dict[str, Any], options: Sco
 
     model = make_model("llama", channels=40)
     rate = 60 * find_blocks(model)[1].unit_parameters / sum(count_layer_parameters(model))
-    config = PruningConfig(rate=rate, attention_layers=(0, 0), **settings)
+    config = make_plain(rate=rate, attention_layers=(0, 0), **settings)
     plan, _ = prune(model, BATCHES, config, accumulate=2, seed=5)
     assert [kept.channels for kept in plan.layers] == keep(options) != keep(ScoringOptions())
 
 
 def test_criteria_without_text_prune_without_batches_but_not_where_something_is_measured() -> None:
-    plan, _ = prune(make_model("llama"), [], PruningConfig(criterion="l1", combine_with="random"))
+    plan, _ = prune(make_model("llama"), [], make_plain(criterion="l1+random"))
     assert not plan.removes_nothing
-    with pytest.raises(ValueError, match="l1 with allocation inverse needs at least one calibration batch, got none"):
-        prune(make_model("llama"), [], PruningConfig(criterion="l1", allocation="inverse"))
+    with pytest.raises(
+        ValueError, match="l1 with allocation inverse and repair none needs at least one .*, got none"
+    ):
+        prune(make_model("llama"), [], make_plain(criterion="l1", allocation="inverse"))

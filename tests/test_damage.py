@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gqaprune import PruningConfig
 from gqaprune.allocation import AllocationOptions, BlockBudget, Budget, allocate_optimal
 from gqaprune.architecture import Block, BlockKey, find_blocks, read_geometry
 from gqaprune.damage import measure_damage, measure_damage_curves
@@ -17,7 +16,7 @@ from gqaprune.selection import make_plan
 from gqaprune.sensitivity import SENSITIVITIES
 from gqaprune.surgery import apply_plan
 
-from tiny import VARIANTS, make_model, make_tokens
+from tiny import VARIANTS, make_model, make_plain, make_tokens
 
 BATCHES = [make_tokens(2, 16), make_tokens(1, 16, seed=1)]
 every = pytest.mark.parametrize("variant", VARIANTS)
@@ -77,7 +76,7 @@ def test_damage_of_query_heads_is_the_divergence_of_the_model_without_the_weakes
     blocks = find_blocks(dense, "query")
     scores = make_scores(blocks, levels=3)
     removed = {block.key: 1 if block.key.kind == "attention" else 4 for block in blocks}
-    apply_plan(cut, make_plan(cut, blocks, scores, removed, PruningConfig(granularity="query")))
+    apply_plan(cut, make_plan(cut, blocks, scores, removed, make_plain(granularity="query")))
     assert read_geometry(cut.config).query_heads == (4, 4, 4) and read_geometry(cut.config).kv_heads == (2, 2, 2)
     with torch.no_grad():
         p, q = (functional.softmax(model(input_ids=BATCHES[0]).logits.double(), -1) for model in (dense, cut))

@@ -1,5 +1,6 @@
 """What holds for every criterion; normalisation and combination; NaN named with its place."""
 
+import re
 from typing import Any
 
 import pytest
@@ -91,9 +92,9 @@ def test_combination_is_the_geometric_mean_of_normalized_scores() -> None:
     model = make_model("llama")
     blocks = find_blocks(model)
     first, second = (score_units(model, blocks, BATCHES, name) for name in ("fisher", "obs"))
-    plain = score_units(model, blocks, BATCHES, "fisher", options=ScoringOptions(combine_with="obs"))
-    options = ScoringOptions(combine_with="obs", normalization="mean")
-    shares = score_units(model, blocks, BATCHES, "fisher", options=options)
+    plain = score_units(model, blocks, BATCHES, "fisher+obs")
+    options = ScoringOptions(normalization="mean")
+    shares = score_units(model, blocks, BATCHES, "fisher+obs", options=options)
     for key, score in first.items():
         torch.testing.assert_close(plain[key], (score * second[key]).sqrt())
         torch.testing.assert_close(
@@ -117,22 +118,23 @@ def test_options_out_of_bounds_name_value_and_bound(options: dict[str, Any], mes
 
 def test_unknown_criterion_is_refused_with_those_there_are() -> None:
     model = make_model("llama")
-    with pytest.raises(ValueError, match="criterion must be one of fisher, taylor, .*random, got 'magic'"):
+    with pytest.raises(ValueError, match="criterion must be one of fisher, taylor, .*random, or two .*, got 'magic'"):
         score_units(model, find_blocks(model), BATCHES, "magic")
-    with pytest.raises(ValueError, match="got 'magic'"):
-        score_units(model, find_blocks(model), BATCHES, "l1", options=ScoringOptions(combine_with="magic"))
+    for criterion in ("l1+magic", "l1+l2+obs", ""):
+        with pytest.raises(ValueError, match=re.escape(f"two of them joined by +, got {criterion!r}")):
+            score_units(model, find_blocks(model), BATCHES, criterion)
 
 
 def test_criterion_without_text_is_refused_unless_it_reads_none() -> None:
     model = make_model("llama")
     for criterion in CRITERIA:
-        if needs_data(criterion, ScoringOptions()):
+        if needs_data(criterion):
             with pytest.raises(ValueError, match=f"{criterion} needs at least one.*got none; l1, l2, random need no"):
                 score_units(model, find_blocks(model), [], criterion)
         else:
             score_units(model, find_blocks(model), [], criterion)
-    assert not needs_data("l1", ScoringOptions(combine_with="random"))
-    assert needs_data("l1", ScoringOptions(combine_with="obs"))
+    assert not needs_data("l1+random")
+    assert needs_data("l1+obs")
 
 
 def test_nan_weight_is_named_with_its_layer() -> None:

@@ -12,6 +12,8 @@ from gqaprune.callbacks import TaylorPruning
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 
+from tiny import PLAIN, make_plain
+
 
 def make_data(folder: Path, **settings: Any) -> TextDataModule:
     sizes = {"calibration_windows": 4, "calibration_window": 32, "train_window": 32, "train_tokens": 1024}
@@ -51,7 +53,7 @@ class Probe(Callback):
 
 def test_optimizer_holds_exactly_the_live_parameters_and_moves_every_one(tiny_folder: Path, tmp_path: Path) -> None:
     module, probe = CausalLMModule(str(tiny_folder), optimizer=fast_optimizer), Probe()
-    pruning = TaylorPruning(scheduling={0: 2}, rate=0.3, allocation="global")
+    pruning = TaylorPruning(scheduling={0: 2}, rate=0.3, allocation="global", **PLAIN)
     make_trainer(tmp_path, pruning, probe).fit(module, datamodule=make_data(tiny_folder))
     live = dict(module.named_parameters())
     assert {id(p) for p in probe.held} == {id(p) for p in live.values()}
@@ -69,17 +71,17 @@ def test_callback_accumulates_gradients_by_epoch_as_its_scheduling_says(tiny_fol
 
 def test_calibration_windows_follow_the_first_epochs_accumulation(tiny_folder: Path, tmp_path: Path) -> None:
     """Taylor scores depend on the window; those of the callback are those of the pipeline with that window."""
-    from gqaprune import PruningConfig, load_model, prune
+    from gqaprune import load_model, prune
 
     data = make_data(tiny_folder, calibration_windows=12, calibration_batch_size=1)
     plans = {}
     for factor in (1, 6):
-        settings = {"rate": 0.3, "criterion": "taylor", "allocation": "global"}
+        settings = {**PLAIN, "rate": 0.3, "criterion": "taylor", "allocation": "global"}
         module = CausalLMModule(str(tiny_folder))
         pruning = TaylorPruning(scheduling={0: factor, 1: 3}, **settings)
         make_trainer(tmp_path, pruning, limit_train_batches=0).fit(module, datamodule=data)
         plan, _ = prune(
-            load_model(tiny_folder), data.calibration_batches(), PruningConfig(**settings), accumulate=factor
+            load_model(tiny_folder), data.calibration_batches(), make_plain(**settings), accumulate=factor
         )  # type: ignore[arg-type]
         assert module.plan is not None and module.plan.layers == plan.layers
         plans[factor] = plan.layers
@@ -98,7 +100,7 @@ def test_learning_rate_warms_up_and_ends_with_the_run(tiny_folder: Path, tmp_pat
 
 
 def test_lightning_checkpoint_carries_the_plan_and_resumes_pruned(tiny_folder: Path, tmp_path: Path) -> None:
-    pruning = TaylorPruning(rate=0.3, allocation="global")
+    pruning = TaylorPruning(rate=0.3, allocation="global", **PLAIN)
     trainer = make_trainer(tmp_path, pruning, enable_checkpointing=True)
     module = CausalLMModule(str(tiny_folder), optimizer=fast_optimizer)
     trainer.fit(module, datamodule=make_data(tiny_folder))
@@ -107,7 +109,7 @@ def test_lightning_checkpoint_carries_the_plan_and_resumes_pruned(tiny_folder: P
     loaded = CausalLMModule.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
     loaded.load()
     assert loaded.plan == module.plan
-    again = TaylorPruning(rate=0.3, allocation="global")
+    again = TaylorPruning(rate=0.3, allocation="global", **PLAIN)
     trainer = make_trainer(tmp_path, again, max_epochs=2)
     resumed = CausalLMModule(str(tiny_folder), plan=module.plan.to_dict())  # type: ignore[union-attr]
     trainer.fit(resumed, datamodule=make_data(tiny_folder), ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from gqaprune import PruningConfig, apply_plan, prune
+from gqaprune import apply_plan, prune
 from gqaprune.architecture import count_layer_parameters, count_parameters, find_blocks, read_geometry
 from gqaprune.importance import score_units
 from gqaprune.plan import KeptUnits, PruningPlan
 from gqaprune.windows import make_batches
 
-from tiny import make_model, make_tokens
+from tiny import make_model, make_plain, make_tokens
 
 BATCHES = [make_tokens(2, seed=seed) for seed in range(3)]
 
@@ -27,7 +27,7 @@ def test_budget_is_met_within_one_unit(variant: str, allocation: str, rate_base:
     before, step = count(model), max(block.unit_parameters for block in find_blocks(model))
     if allocation == "uniform":  # its step is a channel in every layer
         step = sum(block.unit_parameters for block in find_blocks(model) if block.key.kind == "mlp")
-    plan, report = prune(model, BATCHES, PruningConfig(rate=0.25, allocation=allocation, rate_base=rate_base))
+    plan, report = prune(model, BATCHES, make_plain(rate=0.25, allocation=allocation, rate_base=rate_base))
     assert abs((before - count(model)) - 0.25 * before) <= step
     assert report.rate_reached == pytest.approx(1 - count(model) / before)
     assert read_geometry(model.config) == plan.pruned_geometry
@@ -35,7 +35,7 @@ def test_budget_is_met_within_one_unit(variant: str, allocation: str, rate_base:
 
 def test_every_layer_keeps_its_ratio() -> None:
     model = make_model("qwen2", kv_heads=4, ratio=7)
-    plan, _ = prune(model, BATCHES, PruningConfig(rate=0.4, allocation="global"))
+    plan, _ = prune(model, BATCHES, make_plain(rate=0.4, allocation="global"))
     assert not plan.removes_nothing
     assert plan.pruned_geometry.ratios == (7, 7, 7)
     assert "✅ every layer keeps 7:1" in plan.describe_ratio()
@@ -46,14 +46,14 @@ def test_weakest_units_go() -> None:
     with torch.no_grad():
         for layer, channel in ((0, 3), (1, 11), (2, 0)):
             model.model.layers[layer].mlp.down_proj.weight[:, channel] *= 1e-3
-    plan, _ = prune(model, BATCHES, PruningConfig(rate=0.012, attention_layers=(0, 0)))
+    plan, _ = prune(model, BATCHES, make_plain(rate=0.012, attention_layers=(0, 0)))
     removed = [set(range(20)) - set(kept.channels) for kept in plan.layers]
     assert removed == [{3}, {11}, {0}]
 
 
 def test_same_data_gives_the_same_plan_and_the_plan_gives_the_same_weights() -> None:
     first, second, dense = make_model("qwen3"), make_model("qwen3"), make_model("qwen3")
-    config = PruningConfig(rate=0.3, allocation="global")
+    config = make_plain(rate=0.3, allocation="global")
     plan, _ = prune(first, BATCHES, config)
     again, _ = prune(second, BATCHES, config)
     assert plan == again
@@ -65,23 +65,21 @@ def test_same_data_gives_the_same_plan_and_the_plan_gives_the_same_weights() -> 
 def test_rate_zero_changes_no_bit_and_needs_no_text(variant: str) -> None:
     model = make_model(variant)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plan, report = prune(model, [], PruningConfig(rate=0.0))
+    plan, report = prune(model, [], make_plain(rate=0.0))
     assert plan.removes_nothing and report.rate_reached == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_layers_outside_the_ranges_stay_whole() -> None:
     model = make_model("llama", kv_heads=4, layers=5)
-    plan, _ = prune(model, BATCHES, PruningConfig(rate=0.2, attention_layers=(1, 3), mlp_layers=(2, 4)))
+    plan, _ = prune(model, BATCHES, make_plain(rate=0.2, attention_layers=(1, 3), mlp_layers=(2, 4)))
     assert [len(kept.groups) == 4 for kept in plan.layers] == [True, False, False, True, True]
     assert [len(kept.channels) == 20 for kept in plan.layers] == [True, True, False, False, True]
 
 
 def test_limits_hold() -> None:
     model = make_model("llama", kv_heads=4, channels=32)
-    config = PruningConfig(
-        rate=0.4, allocation="global", min_groups=2, min_channels=8, channel_multiple=8, max_rate=0.6
-    )
+    config = make_plain(rate=0.4, allocation="global", min_groups=2, min_channels=8, channel_multiple=8, max_rate=0.6)
     whole = count_layer_parameters(model)
     plan, _ = prune(model, BATCHES, config)
     for kept, before, after in zip(plan.layers, whole, count_layer_parameters(model), strict=True):
@@ -96,7 +94,7 @@ def test_query_heads_go_alike_from_every_group_and_the_budget_is_met(variant: st
     step = max(block.unit_parameters * block.groups for block in blocks)
     if allocation == "uniform":
         step = sum(block.unit_parameters for block in blocks if block.key.kind == "mlp")
-    plan, _ = prune(model, BATCHES, PruningConfig(rate=0.25, allocation=allocation, granularity="query"))
+    plan, _ = prune(model, BATCHES, make_plain(rate=0.25, allocation=allocation, granularity="query"))
     assert abs(before - sum(count_layer_parameters(model)) - 0.25 * before) <= step
     pruned = read_geometry(model.config)
     assert pruned == plan.pruned_geometry
@@ -112,7 +110,7 @@ def test_seven_query_heads_on_a_kv_head_become_six() -> None:
                 model.model.layers[layer].self_attn.o_proj.weight[:, head * 8 : head * 8 + 8] *= 1e-3
     attention = [block for block in find_blocks(model, "query") if block.key.kind == "attention"]
     rate = sum(2 * block.unit_parameters for block in attention) / sum(count_layer_parameters(model))
-    plan, report = prune(model, BATCHES, PruningConfig(rate=rate, granularity="query", mlp_layers=(0, 0)))
+    plan, report = prune(model, BATCHES, make_plain(rate=rate, granularity="query", mlp_layers=(0, 0)))
     removed = [set(range(14)) - set(plan.list_queries(layer)) for layer in range(3)]
     assert removed == [{2, 13}, {0, 7}, {6, 10}]
     assert plan.describe_ratio() == "GQA ratio: ✅ 7:1 → 6:1 in every layer"
@@ -125,7 +123,7 @@ def test_a_group_with_two_weak_heads_does_not_give_both() -> None:
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight[:, :16] *= 1e-3  # query heads 0 and 1, both of KV head 0
     cost = find_blocks(model, "query")[0].unit_parameters * 2
-    config = PruningConfig(rate=cost / sum(count_layer_parameters(model)), granularity="query", mlp_layers=(0, 0))
+    config = make_plain(rate=cost / sum(count_layer_parameters(model)), granularity="query", mlp_layers=(0, 0))
     plan, _ = prune(model, BATCHES, config)
     assert len({0, 1} - set(plan.list_queries(0))) == 1
     assert len({3, 4, 5} - set(plan.list_queries(0))) == 1
@@ -134,10 +132,10 @@ def test_a_group_with_two_weak_heads_does_not_give_both() -> None:
 def test_one_query_head_of_a_group_always_stays() -> None:
     model = make_model("llama", kv_heads=1, ratio=4)
     with pytest.raises(ValueError, match="nearest reachable rate is 0"):
-        prune(model, BATCHES, PruningConfig(rate=0.45, allocation="global", granularity="query", mlp_layers=(0, 0)))
+        prune(model, BATCHES, make_plain(rate=0.45, allocation="global", granularity="query", mlp_layers=(0, 0)))
     heads = [block for block in find_blocks(model, "query") if block.key.kind == "attention"]
     rate = sum(3 * block.unit_parameters for block in heads) / sum(count_layer_parameters(model))
-    config = PruningConfig(rate=rate, allocation="global", granularity="query", mlp_layers=(0, 0), min_groups=9)
+    config = make_plain(rate=rate, allocation="global", granularity="query", mlp_layers=(0, 0), min_groups=9)
     prune(model, BATCHES, config)  # min_groups has nothing to say here: KV heads stay
     assert read_geometry(model.config).query_heads == (1, 1, 1)
 
@@ -148,7 +146,7 @@ def test_several_steps_meet_the_budget_and_their_plan_leads_from_the_dense_model
     allocation: str, granularity: str
 ) -> None:
     model, dense = (make_model("qwen2", kv_heads=4, ratio=3, channels=40) for _ in range(2))
-    config = PruningConfig(rate=0.3, allocation=allocation, granularity=granularity, steps=3)
+    config = make_plain(rate=0.3, allocation=allocation, granularity=granularity, steps=3)
     before, blocks = sum(count_layer_parameters(model)), find_blocks(model, granularity)
     step = max(block.unit_parameters * block.groups for block in blocks)
     if allocation == "uniform":
@@ -174,7 +172,7 @@ def test_every_step_scores_what_the_one_before_left(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("gqaprune.pipeline.score_units", score)
     model = make_model("llama", kv_heads=4, channels=60)
     dense = sum(count_layer_parameters(model))
-    prune(model, BATCHES, PruningConfig(rate=0.3, allocation="global", steps=3))
+    prune(model, BATCHES, make_plain(rate=0.3, allocation="global", steps=3))
     channel = find_blocks(model)[1].unit_parameters
     assert seen[0] == dense
     for parameters, share in zip(seen, (0, 0.1, 0.2), strict=True):
@@ -184,7 +182,7 @@ def test_every_step_scores_what_the_one_before_left(monkeypatch: pytest.MonkeyPa
 def test_two_steps_remove_the_weakest_and_then_the_weakest_of_what_is_left() -> None:
     model = make_model("llama", layers=1)
     mlp = find_blocks(model)[1]
-    config = PruningConfig(rate=6 * mlp.unit_parameters / sum(count_layer_parameters(model)), attention_layers=(0, 0))
+    config = make_plain(rate=6 * mlp.unit_parameters / sum(count_layer_parameters(model)), attention_layers=(0, 0))
     stages = copy.deepcopy(model)
     left = list(range(20))
     for _ in range(2):
@@ -203,7 +201,7 @@ def test_two_steps_remove_the_weakest_and_then_the_weakest_of_what_is_left() -> 
 def test_limits_of_several_steps_are_those_of_the_dense_layers() -> None:
     model = make_model("llama", kv_heads=4, channels=32)
     whole = count_layer_parameters(model)
-    config = PruningConfig(
+    config = make_plain(
         rate=0.4, allocation="global", steps=4, min_groups=2, min_channels=8, channel_multiple=8, max_rate=0.6
     )
     plan, _ = prune(model, BATCHES, config)
@@ -215,7 +213,7 @@ def test_limits_of_several_steps_are_those_of_the_dense_layers() -> None:
 def test_report_measures_before_and_after_on_the_evaluation_text() -> None:
     model = make_model("llama")
     evaluation = {"test/text": make_batches(make_tokens(4, seed=9), make_tokens(4, seed=9), 2)}
-    _, report = prune(model, BATCHES, PruningConfig(rate=0.3), evaluation=evaluation)
+    _, report = prune(model, BATCHES, make_plain(rate=0.3), evaluation=evaluation)
     dense, pruned = report.stages
     tokens = make_tokens(4, seed=9)
     assert dense.perplexity["test/text"] == pytest.approx(float(make_model("llama")(tokens, labels=tokens).loss.exp()))
@@ -224,7 +222,7 @@ def test_report_measures_before_and_after_on_the_evaluation_text() -> None:
 
 
 def test_plan_says_where_it_came_from() -> None:
-    config = PruningConfig(rate=0.3, criterion="taylor")
+    config = make_plain(rate=0.3, criterion="taylor")
     plan, _ = prune(make_model("llama"), BATCHES, config, source="tiny", seed=7, corpora=["embedded@train"])
     assert (plan.model, plan.criterion, plan.allocation, plan.seed) == ("tiny", "taylor", "uniform", 7)
     assert (plan.corpora, plan.rate, plan.rate_base) == (("embedded@train",), 0.3, "decoder")
@@ -246,24 +244,24 @@ def test_budget_that_cannot_be_met_is_refused_before_anything_is_cut(
     model = make_model("llama")
     parameters = count_parameters(model)
     with pytest.raises(ValueError, match=sentence):
-        prune(model, BATCHES, PruningConfig(**settings))  # type: ignore[arg-type]
+        prune(model, BATCHES, make_plain(**settings))  # type: ignore[arg-type]
     assert count_parameters(model) == parameters
 
 
 def test_budget_that_cannot_be_met_is_refused_before_scoring() -> None:
     impossible = [torch.full((1, 8), 10_000)]  # ids that no model has: scoring them would fail otherwise
     with pytest.raises(ValueError, match="nearest reachable rate"):
-        prune(make_model("llama"), impossible, PruningConfig(rate=0.95))
+        prune(make_model("llama"), impossible, make_plain(rate=0.95))
 
 
 def test_pruning_without_calibration_text_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one calibration batch"):
-        prune(make_model("llama"), [], PruningConfig(rate=0.1))
+        prune(make_model("llama"), [], make_plain(rate=0.1))
 
 
 def test_nan_weights_stop_before_anything_is_cut() -> None:
     model = make_model("llama")
     model.model.layers[0].self_attn.v_proj.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="weights of layer 0"):
-        prune(model, BATCHES, PruningConfig(rate=0.1))
+        prune(model, BATCHES, make_plain(rate=0.1))
     assert read_geometry(model.config).kv_heads == (2, 2, 2)

@@ -8,12 +8,14 @@ from test_surgery import gate_logits
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import gqaprune
-from gqaprune import PruningConfig, PruningPlan, apply_plan, prune, read_windows
+from gqaprune import PruningPlan, apply_plan, prune, read_windows
 from gqaprune.architecture import read_geometry
 from gqaprune.corpora import parse_corpus
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.plan import KeptUnits
 from gqaprune.windows import Batch, cut_windows, make_batches, tokenize_corpus
+
+from tiny import make_plain
 
 
 def load_dense(folder: Path) -> PreTrainedModel:
@@ -47,7 +49,7 @@ def test_surgery_equals_gating(smollm_folder: Path) -> None:
 
 def test_rate_zero_changes_no_bit(smollm_folder: Path) -> None:
     model, untouched = load_dense(smollm_folder), load_dense(smollm_folder)
-    prune(model, [], PruningConfig(rate=0.0))
+    prune(model, [], make_plain(rate=0.0))
     for one, other in zip(model.state_dict().values(), untouched.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 
@@ -59,7 +61,7 @@ def test_pruned_model_keeps_its_perplexity_and_loads_with_the_same_logits(
     model, tokenizer = gqaprune.load(smollm_folder)
     batches = list(read_windows(tokenizer, ["embedded"], window=256, count=16, limit=20_000).split(4))
     evaluation = read_test_text(smollm_folder)
-    config = PruningConfig(rate=0.1, allocation=allocation, attention_layers=(14, 22), mlp_layers=(2, 30))
+    config = make_plain(rate=0.1, allocation=allocation, attention_layers=(14, 22), mlp_layers=(2, 30))
     plan, report = prune(model, batches, config, evaluation=evaluation)
 
     assert report.rate_reached == pytest.approx(0.1, abs=0.001)

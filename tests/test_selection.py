@@ -2,17 +2,16 @@
 
 import torch
 
-from gqaprune import PruningConfig
 from gqaprune.architecture import find_blocks
 from gqaprune.selection import budget_blocks
 
-from tiny import make_model
+from tiny import make_model, make_plain
 
 
 def test_what_goes_from_all_groups_at_once_scores_the_sum_weakest_first() -> None:
     blocks = find_blocks(make_model("llama", kv_heads=2, ratio=3, layers=1), "query")
     scores = {blocks[0].key: torch.tensor([5.0, 1.0, 3.0, 20.0, 30.0, 10.0]), blocks[1].key: torch.arange(17.0)}
-    attention, mlp = budget_blocks(blocks, scores, PruningConfig(granularity="query"))
+    attention, mlp = budget_blocks(blocks, scores, make_plain(granularity="query"))
     assert attention.scores == [11.0, 23.0, 35.0]
     assert mlp.scores == [0.0, 0.0, 0.0, *range(17)]  # 3 of 20 channels are gone
 
@@ -22,5 +21,5 @@ def test_only_whole_groups_take_kv_heads_with_them() -> None:
     for granularity, kv_heads in (("group", [1, 0]), ("query", [0, 0])):
         blocks = find_blocks(model, granularity)
         scores = {block.key: torch.ones(block.units) for block in blocks}
-        budgets = budget_blocks(blocks, scores, PruningConfig(granularity=granularity))
+        budgets = budget_blocks(blocks, scores, make_plain(granularity=granularity))
         assert [budget.unit_kv_heads for budget in budgets] == kv_heads

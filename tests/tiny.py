@@ -14,6 +14,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from gqaprune import PruningConfig
+
 VOCABULARY = 260
 CONFIGS: dict[str, type[Any]] = {
     "llama": LlamaConfig,
@@ -32,6 +34,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3": {},
 }
 """Every supported family with its variations: biases, q/k norms, tied embeddings, sliding windows."""
+
+PLAIN: dict[str, Any] = {"criterion": "fisher", "split": "free", "repair": "none"}
+"""One criterion and the cut alone, so that a test sees what it is about."""
+
+
+def make_plain(**settings: Any) -> PruningConfig:
+    """A config of one criterion and the cut alone."""
+    return PruningConfig(**{**PLAIN, **settings})
 
 
 def make_model(

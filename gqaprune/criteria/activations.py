@@ -136,7 +136,7 @@ class BrainSurgeon(ActivationCriterion):
         inverse_CC = torch.cholesky_inverse(factor_CC)
         inverse_Ucc = inverse_CC.view(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         weight_UcO = block.output.weight.double().T.reshape(units, size, -1)
-        error_UcO: Tensor = weight_UcO * torch.linalg.solve(inverse_Ucc, weight_UcO)
+        error_UcO: Tensor = weight_UcO * torch.cholesky_solve(weight_UcO, torch.linalg.cholesky(inverse_Ucc))
         return 0.5 * error_UcO.sum((1, 2))
 
 

@@ -42,7 +42,6 @@ class ScoringOptions:
         reduction: how a unit's members combine (`sum`, `mean`, `max`, `prod`), for the criteria over weights:
             `param_first`, `param_second`, `param_mix`, `vectorize`, `l1`, `l2`.
         normalization: what each block's scores are divided by: `none`, or their `mean`, `sum` or `max`.
-        combine_with: a second criterion; the score is then the geometric mean of both, each normalised first.
         obs_ridge: of `obs`, as a multiple of the mean squared input; above 0.
         seed: of `random`.
 
@@ -52,7 +51,6 @@ class ScoringOptions:
 
     reduction: str = "sum"
     normalization: str = "none"
-    combine_with: str | None = None
     obs_ridge: float = 0.1
     seed: int = 0
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gqaprune import PruningConfig, prune
+from gqaprune import prune
 from gqaprune.allocation import Budget
 from gqaprune.importance import score_units
 from gqaprune.perplexity import measure_perplexity
@@ -18,7 +18,7 @@ from gqaprune.tools.search import SearchSettings, find_best_split, search_split
 from gqaprune.tools.trials import Trial, Trials
 from gqaprune.windows import make_batches
 
-from tiny import make_model, make_tokens
+from tiny import make_model, make_plain, make_tokens
 
 BATCHES = [make_tokens(2, seed=seed) for seed in range(3)]
 VALIDATION = {f"val/{n}": make_batches(make_tokens(4, seed=n), make_tokens(4, seed=n), 2) for n in (8, 9)}
@@ -126,7 +126,7 @@ def test_every_trial_is_the_perplexity_that_pruning_by_its_split_leaves(
 ) -> None:
     scored = []
     monkeypatch.setattr("gqaprune.tools.search.score_units", lambda *given: scored.append(1) or score_units(*given))
-    model, config = make_model("qwen2", kv_heads=2, ratio=4, channels=40), PruningConfig(rate=0.2, **settings)
+    model, config = make_model("qwen2", kv_heads=2, ratio=4, channels=40), make_plain(rate=0.2, **settings)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trials = find_best_split(
         model, BATCHES, config, replace(SETTINGS, folder=str(tmp_path)), VALIDATION, accumulate=2, seed=3
@@ -153,7 +153,7 @@ def test_every_trial_is_the_perplexity_that_pruning_by_its_split_leaves(
 
 
 def search(folder: Path, batches: Any = BATCHES, validation: Any = VALIDATION, **settings: Any) -> Trials:
-    config = PruningConfig(**{"rate": 0.2, "allocation": "global", **settings})
+    config = make_plain(**{"rate": 0.2, "allocation": "global", **settings})
     where = replace(SETTINGS, folder=str(folder))
     return find_best_split(make_model(channels=40), batches, config, where, validation, source="tiny")
 
