@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -164,23 +164,40 @@ def _advance_dense(
 ) -> dict[BlockKind, list[Tensor]]:
     """Move streams through a dense layer; their hidden states after its attention and after its MLP."""
     goals: dict[BlockKind, list[Tensor]] = {"attention": [], "mlp": []}
-    for stream in streams:
-        _, after_attention_BTD, stream.hidden_BTD = _run_to_block(model, attention, stream)
-        goals["attention"].append(after_attention_BTD)
-        goals["mlp"].append(stream.hidden_BTD)
+    outputs_BTD: list[Tensor] = []
+    handle = attention.output.register_forward_hook(lambda _, __, output: outputs_BTD.append(output))
+    try:
+        for stream in streams:
+            before_BTD, stream.hidden_BTD = stream.hidden_BTD, run_layer(model, attention.key.layer, stream)
+            goals["attention"].append(before_BTD + outputs_BTD.pop())
+            goals["mlp"].append(stream.hidden_BTD)
+    finally:
+        handle.remove()
     return goals
 
 
-def _run_to_block(model: PreTrainedModel, block: Block, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-    """Input of a block's output projection, the hidden states after the block, and those after its layer."""
+class _BlockReachedError(Exception):
+    """Ends a layer's forward once its attention is done; never leaves this file."""
+
+
+def _run_to_block(model: PreTrainedModel, block: Block, stream: Stream) -> tuple[Tensor, Tensor]:
+    """Input of a block's output projection, and the hidden states after the block; what follows it is not run."""
     calls: list[tuple[Tensor, Tensor]] = []
-    handle = block.output.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
+
+    def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append((inputs[0], output))
+        if block.key.kind == "attention":
+            raise _BlockReachedError
+
+    handle = block.output.register_forward_hook(record)
     try:
         hidden_BTD = run_layer(model, block.key.layer, stream)
+    except _BlockReachedError:
+        hidden_BTD = stream.hidden_BTD + calls[0][1]
     finally:
         handle.remove()
-    ((x_BTC, output_BTD),) = calls
-    return x_BTC, stream.hidden_BTD + output_BTD if block.key.kind == "attention" else hidden_BTD, hidden_BTD
+    ((x_BTC, _),) = calls
+    return x_BTC, hidden_BTD
 
 
 def _measure_block(
@@ -206,7 +223,7 @@ def _measure_block(
     weight_DC, bias_D = block.output.weight.float(), block.output.bias
     parts = [Moments.of_no_tokens(len(columns) + 1, weight_DC) for _ in range(2)]
     for index, (stream, is_held) in enumerate(zip(streams, are_held, strict=True)):
-        x_BTC, after_BTD, _ = _run_to_block(model, block, stream)
+        x_BTC, after_BTD = _run_to_block(model, block, stream)
         # Computed again, for in a narrow type the model's own output is rounded.
         target_BTD = functional.linear(x_BTC.float(), weight_DC, None if bias_D is None else bias_D.float())
         if goals_BTD:

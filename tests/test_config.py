@@ -3,6 +3,7 @@
 import pytest
 
 from gqaprune import PruningConfig
+from gqaprune.reconstruction import RepairOptions
 
 from tiny import make_plain
 
@@ -68,3 +69,27 @@ def test_setting_out_of_bounds_is_refused(settings: dict[str, object], sentence:
 def test_text_is_needed_where_something_is_measured_on_it(settings: dict[str, object], needs_text: bool) -> None:
     assert make_plain(**settings).needs_text == needs_text
     assert PruningConfig(**settings).needs_text == PruningConfig(**settings).removes_something  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({}, 0.0),
+        ({"split": "2:8"}, 0.2),
+        ({"split": "free"}, None),
+        ({"kv_rate": 0.3}, None),
+        ({"granularity": "query"}, None),
+        ({"granularity": "query", "split": "1:9"}, 0.1),
+    ],
+)
+def test_attention_gives_nothing_unless_it_is_asked(settings: dict[str, object], share: float | None) -> None:
+    assert PruningConfig(**settings).attention_share == share  # type: ignore[arg-type]
+
+
+def test_repair_settings_reach_the_repair() -> None:
+    assert PruningConfig(repair="none").repair_options() is None
+    assert PruningConfig(repair="bias").repair_options() == RepairOptions(refit=False, bias=True)
+    options = PruningConfig(repair_pull=0.0, repair_ridges=(1.0,), repair_holdout=0.5, repair_bias=True)
+    assert options.repair_options() == RepairOptions((1.0,), 0.5, 0.0, False, bias=True)
+    with pytest.raises(ValueError, match=r"pull must be in \[0, 1\], got 2"):
+        PruningConfig(repair_pull=2.0)

@@ -281,7 +281,5 @@ def test_scoring_options_choose_the_units(settings: dict[str, Any], options: Sco
 def test_criteria_without_text_prune_without_batches_but_not_where_something_is_measured() -> None:
     plan, _ = prune(make_model("llama"), [], make_plain(criterion="l1+random"))
     assert not plan.removes_nothing
-    with pytest.raises(
-        ValueError, match="l1 with allocation inverse and repair none needs at least one .*, got none"
-    ):
+    with pytest.raises(ValueError, match="l1 with allocation inverse and repair none needs at least one .*, got none"):
         prune(make_model("llama"), [], make_plain(criterion="l1", allocation="inverse"))

@@ -80,9 +80,7 @@ def test_calibration_windows_follow_the_first_epochs_accumulation(tiny_folder: P
         module = CausalLMModule(str(tiny_folder))
         pruning = TaylorPruning(scheduling={0: factor, 1: 3}, **settings)
         make_trainer(tmp_path, pruning, limit_train_batches=0).fit(module, datamodule=data)
-        plan, _ = prune(
-            load_model(tiny_folder), data.calibration_batches(), make_plain(**settings), accumulate=factor
-        )  # type: ignore[arg-type]
+        plan, _ = prune(load_model(tiny_folder), data.calibration_batches(), make_plain(**settings), accumulate=factor)  # type: ignore[arg-type]
         assert module.plan is not None and module.plan.layers == plan.layers
         plans[factor] = plan.layers
     assert plans[1] != plans[6]

@@ -2,8 +2,9 @@
 
 import torch
 
+from gqaprune import PruningConfig
 from gqaprune.architecture import find_blocks
-from gqaprune.selection import budget_blocks
+from gqaprune.selection import budget_blocks, select_blocks
 
 from tiny import make_model, make_plain
 
@@ -23,3 +24,11 @@ def test_only_whole_groups_take_kv_heads_with_them() -> None:
         scores = {block.key: torch.ones(block.units) for block in blocks}
         budgets = budget_blocks(blocks, scores, make_plain(granularity=granularity))
         assert [budget.unit_kv_heads for budget in budgets] == kv_heads
+
+
+def test_without_ranges_the_ends_of_the_model_stay_whole() -> None:
+    model = make_model("llama", layers=14)
+    layers = {block.key.layer for block in select_blocks(model, PruningConfig())}
+    assert layers == set(range(2, 13))
+    whole = PruningConfig(attention_layers=(0, 14), mlp_layers=(0, 14))
+    assert len(select_blocks(model, whole)) == 28
