@@ -36,14 +36,13 @@ HERE = Path(__file__).parent
 UNREPAIRED = {"repair": "none", "split": "free"}
 """A criterion and an allocation alone, over all layers, as others have them."""
 WHOLE = {"attention_layers": [0, 30], "mlp_layers": [0, 30]}  # of the 30 there are
-MIXED = {"windows": 64, "sampled": 64}
+MIXED = {"windows": 32, "sampled": 32}
 """As many windows of the calibration text as of the dense model's own."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "default": {"calibration": MIXED},
-    "default, 32 windows": {"calibration": {"windows": 32, "sampled": 32}},
+    "default, twice the text": {"calibration": {"windows": 64, "sampled": 64}},
     "default, calibration text only": {"calibration": {"windows": 64}},
-    "default, sampled text only": {"calibration": {"windows": 0, "sampled": 64}},
     "default, no repair": {"repair": "none", "calibration": MIXED},
     "default, pull 0": {"repair_pull": 0.0, "calibration": MIXED},
     "default, pull 1": {"repair_pull": 1.0, "calibration": MIXED},
@@ -52,7 +51,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "default, obs alone": {"criterion": "obs", "calibration": MIXED},
     "default, global": {"allocation": "global", **WHOLE, "calibration": MIXED},
     "default, all layers": {**WHOLE, "calibration": MIXED},
-    "default, attention 2:8": {"split": "2:8", "calibration": MIXED},
+    "default, a third of attention in layers 15-29": {
+        "split": "free",
+        "attention_layers": [15, 30],
+        "calibration": MIXED,
+    },
     "fisher-uniform": {"criterion": "fisher", "allocation": "uniform", **UNREPAIRED, **WHOLE},
     "fisher-global": {"criterion": "fisher", "allocation": "global", **UNREPAIRED, **WHOLE},
 }

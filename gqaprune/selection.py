@@ -15,7 +15,7 @@ from gqaprune.plan import KeptUnits, PruningPlan
 
 
 def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
-    """The blocks that the config's layer ranges allow to shrink.
+    """The blocks that the config's layer ranges and its split allow to shrink.
 
     Raises:
         ValueError: if a range leaves the model.
@@ -31,7 +31,8 @@ def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
             )
     middle = (layers // 7, layers - layers // 14)  # the ends cost most: 4 and 2 layers of 28 to 34
     allowed = {kind: range(*(bounds or middle)) for kind, bounds in ranges.items()}
-    return [block for block in blocks if block.key.layer in allowed[block.key.kind]]
+    spared = {0.0: "attention", 1.0: "mlp"}.get(-1.0 if config.attention_share is None else config.attention_share)
+    return [block for block in blocks if block.key.layer in allowed[block.key.kind] and block.key.kind != spared]
 
 
 def read_budget(model: PreTrainedModel, config: PruningConfig) -> Budget:

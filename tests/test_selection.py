@@ -1,5 +1,6 @@
 """What allocations know of blocks."""
 
+import pytest
 import torch
 
 from gqaprune import PruningConfig
@@ -30,5 +31,11 @@ def test_without_ranges_the_ends_of_the_model_stay_whole() -> None:
     model = make_model("llama", layers=14)
     layers = {block.key.layer for block in select_blocks(model, PruningConfig())}
     assert layers == set(range(2, 13))
-    whole = PruningConfig(attention_layers=(0, 14), mlp_layers=(0, 14))
-    assert len(select_blocks(model, whole)) == 28
+    whole = {"attention_layers": (0, 14), "mlp_layers": (0, 14)}
+    assert len(select_blocks(model, PruningConfig(**whole, split="free"))) == 28
+
+
+@pytest.mark.parametrize(("split", "kinds"), [(None, {"mlp"}), ("0:10", {"mlp"}), ("10:0", {"attention"})])
+def test_what_a_split_spares_is_not_even_scored(split: str | None, kinds: set[str]) -> None:
+    blocks = select_blocks(make_model("llama"), PruningConfig(split=split))
+    assert {block.key.kind for block in blocks} == kinds and len(blocks) == 3

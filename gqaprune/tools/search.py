@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from gqaprune.allocation import BlockBudget, Budget, parse_split
 from gqaprune.allocation.budget import UnreachableError
 from gqaprune.architecture import Block, read_geometry
-from gqaprune.config import PruningConfig
+from gqaprune.config import FREE, PruningConfig
 from gqaprune.counts import Allocation, bind_allocation, check_text, measure_curves, measure_options
 from gqaprune.damage import make_gates
 from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere
@@ -136,7 +136,7 @@ def find_best_split(
         ValueError: if there is nothing to search or to measure on, if the trials in the folder are of another search,
             or if the budget can be met with no split.
     """
-    config = replace(config, split=None, steps=1, swap_generations=0)
+    config = replace(config, split=FREE, steps=1, swap_generations=0)
     if config.kv_rate:
         raise ValueError(f"search chooses what attention gives, and so does kv_rate {config.kv_rate}: set it to 0")
     if not config.rate:
