@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_allocation import check_limits, count_removed, make_block, make_budget
 
 from gqaprune.allocation import ALLOCATIONS, BlockBudget, Budget, Removed, allocate_global
 from gqaprune.steps import Spending, spend_share
+
+from budgets import allocate_by, check_limits, count_removed, make_block, make_budget
 
 
 def make_blocks(layers: int, rng: random.Random, multiple: int = 1) -> list[BlockBudget]:
@@ -45,7 +46,7 @@ def score_anew(blocks: Sequence[BlockBudget], so_far: Removed, rng: random.Rando
 def test_every_share_is_spent_and_the_whole_meets_the_budget_within_its_limits(
     name: str, rate: float, steps: int, multiple: int, tightness: float | None, seed: int
 ) -> None:
-    rng, allocate = random.Random(seed), ALLOCATIONS[name]
+    rng, allocate = random.Random(seed), allocate_by(name)
     blocks = make_blocks(3, rng, multiple)
     limits = {} if tightness is None else {"min_rate": rate * tightness, "max_rate": min(1.0, rate / tightness)}
     budget = make_budget(blocks, rate, **limits)
@@ -70,7 +71,7 @@ def test_every_share_is_spent_and_the_whole_meets_the_budget_within_its_limits(
 def test_one_step_is_the_allocation_itself() -> None:
     blocks = make_blocks(3, random.Random(0))
     budget = make_budget(blocks, 0.3)
-    for allocate in ALLOCATIONS.values():
+    for allocate in map(allocate_by, ALLOCATIONS):
         assert spend_share(blocks, budget, allocate, 1.0).so_far == allocate(blocks, budget)
 
 
