@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gqaprune.cli import PruningCLI, main
 from gqaprune.gates import compute_gate_gradients
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import console
+from gqaprune.sampling import sample_from_model
 from gqaprune.selection import keep_everything
 from gqaprune.surgery import apply_plan
 
@@ -170,6 +172,20 @@ def test_search_finds_a_split_and_pruning_by_it_gives_the_perplexity_it_promised
             newest = max(Path("lightning_logs").glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
             pruned = json.loads((newest / "report.json").read_text())["stages"][1]
             assert pruned["perplexity"]["val/embedded"] == pytest.approx(value, rel=1e-4)
+
+
+def test_pruning_and_search_calibrate_on_text_that_the_model_writes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = partial(sample_from_model, cache=tmp_path / "samples")
+    monkeypatch.setattr("gqaprune.datamodules.text.sample_from_model", sample)
+    text = ("--data.calibration", "[]", "--data.sampled_windows", "4")
+    assert run("search", "--search.coarse_step", "5", *text) == 0
+    assert run("prune", "--pruning.repair", "least_squares", "--export.folder", "out", *text) == 0
+    assert PruningPlan.load("lightning_logs/version_1/plan.json").corpora == ("4 sampled windows",)
+    assert len(list((tmp_path / "samples").iterdir())) == 1  # written once, read back by the second command
+    repairs = json.loads(Path("lightning_logs/version_1/report.json").read_text())["repairs"]
+    assert repairs and any(repair["error_after"] < repair["error_before"] for repair in repairs)
 
 
 def test_search_goes_on_with_what_its_folder_holds_and_refuses_what_is_of_another(

@@ -63,7 +63,7 @@ class TaylorPruning(GradientAccumulationScheduler):
             evaluation=data.evaluation_batches(),
             source=module.pretrained,
             seed=data.seed,
-            corpora=[str(corpus) for corpus in data.corpora["calibration"]] if calibrates else [],
+            corpora=data.calibration_sources if calibrates else [],
         )
         self.report.protocol = data.protocol
         module.plan = plan

@@ -1,6 +1,7 @@
 """Search the best split where pruning would be, and show what was found."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -31,16 +32,17 @@ class SplitSearch(Callback):
         if module.plan is not None:
             raise ValueError("search needs the dense model, got one with a plan: leave model.plan unset")
         check_can_be_folder(Path(self.settings.folder))
-        config = self.pruning.config
+        config = replace(self.pruning.config, repair="none")
         if trainer.is_global_zero and (config.steps > 1 or config.swap_generations):
             console.print("search tries single cuts: pruning.steps and pruning.swap_generations are ignored")
-        batches = data.calibration_batches() if config.needs_text else []
+        if config.needs_text:
+            data.read_calibration_windows()  # missing text is said before a model is loaded
         module.load()
         model = module.model.to(trainer.strategy.root_device)
         check_tokenizer(data.tokenizer, model)
         trials = find_best_split(
             model,
-            batches,
+            data.calibration_batches(model) if config.needs_text else [],
             config,
             self.settings,
             data.evaluation_batches(("val",)),
@@ -48,7 +50,7 @@ class SplitSearch(Callback):
             protocol=data.protocol,
             source=module.pretrained,
             seed=data.seed,
-            corpora=[str(corpus) for corpus in data.corpora["calibration"]] if config.needs_text else [],
+            corpora=data.calibration_sources if config.needs_text else [],
         )
         if trainer.is_global_zero:
             self._show(trials, data.protocol, f"{module.pretrained}: {config.rate:.0%} removed, by split")

@@ -155,6 +155,12 @@ class TextDataModule(LightningDataModule):
         labels = [corpus.label for corpus in self.corpora[stream]]
         return [str(c) if labels.count(c.label) > 1 else c.label for c in self.corpora[stream]]
 
+    @property
+    def calibration_sources(self) -> list[str]:
+        """What calibration reads, by name."""
+        sampled = [f"{self.sampled_windows} sampled windows"] if self.sampled_windows else []
+        return [str(corpus) for corpus in self.corpora["calibration"]] + sampled
+
     def read_calibration_windows(self) -> Tensor:
         """Windows of the calibration corpora, `[windows, calibration_window]`; none without corpora."""
         corpora = self.corpora["calibration"]
