@@ -41,7 +41,8 @@ MIXED = {"windows": 32, "sampled": 32}
 
 METHODS: dict[str, dict[str, Any]] = {
     "default": {"calibration": MIXED},
-    "default, twice the text": {"calibration": {"windows": 64, "sampled": 64}},
+    "default, long samples": {"calibration": MIXED | {"document": 512}},
+    "default, long samples, twice the text": {"calibration": {"windows": 64, "sampled": 64, "document": 512}},
     "default, calibration text only": {"calibration": {"windows": 64}},
     "default, no repair": {"repair": "none", "calibration": MIXED},
     "default, pull 0": {"repair_pull": 0.0, "calibration": MIXED},
@@ -68,6 +69,7 @@ CALIBRATION = {
     "windows": 16,
     "window": 512,
     "sampled": 0,
+    "document": 256,
     "prompts": ["<|endoftext|>"],
     "seed": 0,
     "batch_size": 4,

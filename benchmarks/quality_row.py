@@ -80,6 +80,7 @@ def read_calibration(model: PreTrainedModel, source: str, calibration: Mapping[s
         calibration_windows=calibration["windows"],
         calibration_window=calibration["window"],
         sampled_windows=calibration["sampled"],
+        sampled_document=calibration["document"],
         sampled_prompts=calibration["prompts"],
         seed=calibration["seed"],
     )

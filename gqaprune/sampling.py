@@ -5,6 +5,7 @@ Axes in tensor names: B samples, T tokens, V vocabulary.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ def sample_from_model(
     count: int,
     window: int = 512,
     *,
+    document: int = 256,
     prompts: Sequence[str] = (),
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -39,25 +41,27 @@ def sample_from_model(
 ) -> Tensor:
     """Sample windows from a model; the same ones are read back from the cache the next time.
 
-    An end-of-text token does not end a window: the model goes on with another document, as in packed training text.
+    Windows are packed from documents that are sampled side by side: many short ones cover more than few long ones. An
+    end-of-text token does not end a document: the model goes on with another one, as in packed training text.
 
     Args:
         model: the dense causal LM.
         tokenizer: its tokenizer.
         count: windows.
-        window: tokens per window, the prompt included.
+        window: tokens per window.
+        document: tokens per document, the prompt included; at most the window.
         prompts: beginnings, used in turn; the beginning-of-text token without any.
         temperature: divides the logits; above 0.
         top_p: samples from the likeliest tokens that together have this probability, above 0 to 1.
         seed: same seed, same model and settings: same windows.
-        batch_size: windows sampled side by side.
+        batch_size: documents sampled side by side.
         cache: folder of sampled windows; None keeps nothing.
 
     Returns:
         Token ids, int64 `[count, window]`, on the CPU.
 
     Raises:
-        ValueError: if a setting is out of its bounds, a prompt fills the window, or the model's logits are not finite.
+        ValueError: if a setting is out of its bounds, a prompt fills a document, or the model's logits are not finite.
     """
     if count < 1 or window < 2 or batch_size < 1:
         raise ValueError(f"sampling needs count >= 1 and window >= 2, got count {count}, window {window}")
@@ -66,8 +70,11 @@ def sample_from_model(
             f"sampling needs temperature > 0 and 0 < top_p <= 1, got temperature {temperature}, top_p {top_p}; "
             "1.0 and 1.0 sample what the model believes"
         )
-    starts = _tokenize_prompts(tokenizer, prompts, window)
-    settings = [count, window, starts, temperature, top_p, seed, batch_size]
+    document = min(document, window)
+    if document < 2:
+        raise ValueError(f"sampling needs document >= 2, got {document}; 256 does")
+    starts = _tokenize_prompts(tokenizer, prompts, document)
+    settings = [count, window, document, starts, temperature, top_p, seed, batch_size]
     path = cache / f"{_make_key(model, settings)}.safetensors" if cache is not None else None
     device = next(model.parameters()).device
     windows_NT, error = torch.zeros(count, window, dtype=torch.long), None
@@ -76,7 +83,9 @@ def sample_from_model(
             windows_NT = _read_cache(path)
         except (OSError, SafetensorError, KeyError):
             try:
-                windows_NT = _sample(model, starts, count, window, temperature, top_p, seed, batch_size)
+                documents = math.ceil(count * window / document)
+                documents_NT = _sample(model, starts, documents, document, temperature, top_p, seed, batch_size)
+                windows_NT = documents_NT.flatten()[: count * window].view(count, window)
                 _write_cache(path, windows_NT)
             except ValueError as overflow:
                 error = overflow
@@ -101,7 +110,7 @@ def _sample(
     model: PreTrainedModel,
     starts: Sequence[Sequence[int]],
     count: int,
-    window: int,
+    length: int,
     temperature: float,
     top_p: float,
     seed: int,
@@ -110,14 +119,14 @@ def _sample(
     own_starts = [starts[index % len(starts)] for index in range(count)]
     generator = torch.Generator().manual_seed(seed)
     with freeze_parameters(model):
-        windows = [
-            _continue(model, own_starts[first : first + batch_size], window, temperature, top_p, generator)
+        documents = [
+            _continue(model, own_starts[first : first + batch_size], length, temperature, top_p, generator)
             for first in range(0, count, batch_size)
         ]
-    return torch.cat(windows)
+    return torch.cat(documents)
 
 
-def _tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], window: int) -> list[list[int]]:
+def _tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> list[list[int]]:
     if not prompts:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if first is None:
@@ -125,8 +134,10 @@ def _tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
         return [[first]]
     starts = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
     for prompt, start in zip(prompts, starts, strict=True):
-        if not 0 < len(start) < window:
-            raise ValueError(f"prompt {prompt!r} has {len(start)} tokens, a window of {window} needs 1 … {window - 1}")
+        if not 0 < len(start) < length:
+            raise ValueError(
+                f"prompt {prompt!r} has {len(start)} tokens, a document of {length} needs 1 … {length - 1}"
+            )
     return starts
 
 
@@ -134,20 +145,20 @@ def _tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 def _continue(
     model: PreTrainedModel,
     starts: Sequence[Sequence[int]],
-    window: int,
+    length: int,
     temperature: float,
     top_p: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Fill windows from their starts, token by token, `[batch, window]`."""
+    """Fill documents from their starts, token by token, `[batch, length]`."""
     device = next(model.parameters()).device
-    ids_BT = torch.zeros(len(starts), window, dtype=torch.long)
+    ids_BT = torch.zeros(len(starts), length, dtype=torch.long)
     given_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
     for row, start in enumerate(starts):
         ids_BT[row, : len(start)] = torch.tensor(start)
         given_BT[row, : len(start)] = True
     cache = DynamicCache(config=model.config)
-    for position in track(range(window - 1), "sampling text from the model", "tokens"):
+    for position in track(range(length - 1), "sampling text from the model", "tokens"):
         step_B1 = ids_BT[:, position : position + 1].to(device)
         logits_BV = model(input_ids=step_B1, past_key_values=cache, use_cache=True).logits[:, -1].float().cpu()
         if not torch.isfinite(logits_BV).all():

@@ -47,6 +47,15 @@ def test_top_p_leaves_out_the_unlikely() -> None:
     assert set(windows[:, 1].tolist()) == set(nucleus.tolist())
 
 
+def test_windows_are_packed_from_documents() -> None:
+    windows = sample(count=3, window=10, document=4, prompts=["a", "b"])
+    documents = windows.flatten()[:28].view(7, 4)
+    starts = [make_tokenizer()(prompt)["input_ids"][0] for prompt in ("a", "b")]
+    assert documents[:, 0].tolist() == [starts[index % 2] for index in range(7)]
+    alone = sample(count=8, window=4, document=4, prompts=["a", "b"])
+    assert torch.equal(windows.flatten(), alone.flatten()[:30])
+
+
 def test_seed_decides() -> None:
     assert torch.equal(sample(seed=1), sample(seed=1))
     assert not torch.equal(sample(seed=1), sample(seed=2))
@@ -83,9 +92,10 @@ def test_model_is_left_as_it_was() -> None:
     [
         ({"count": 0}, "count >= 1"),
         ({"window": 1}, "window >= 2"),
+        ({"document": 1}, "document >= 2, got 1"),
         ({"temperature": 0.0}, "temperature > 0"),
         ({"top_p": 1.5}, "top_p <= 1"),
-        ({"prompts": ["a" * 12]}, "has 12 tokens, a window of 12"),
+        ({"prompts": ["a" * 12]}, "has 12 tokens, a document of 12"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -37,7 +37,9 @@ class TextDataModule(LightningDataModule):
         calibration_batch_size: windows per calibration micro-batch.
         sampled_windows: windows that the dense model writes itself, to calibrate on besides those of the corpora: they
             make up for what the corpora are not like. Kept in the user's cache folder.
-        sampled_prompts: beginnings of those windows, used in turn; null means the beginning-of-text token.
+        sampled_document: tokens of each document that those windows are packed from: many short ones cover more than
+            few long ones.
+        sampled_prompts: beginnings of those documents, used in turn; null means the beginning-of-text token.
         temperature: of that sampling, above 0.
         top_p: probability that the tokens sampled from have together, above 0 to 1.
         train_window: tokens per training window.
@@ -65,6 +67,7 @@ class TextDataModule(LightningDataModule):
         calibration_window: int = 512,
         calibration_batch_size: int = 4,
         sampled_windows: int = 0,
+        sampled_document: int = 256,
         sampled_prompts: list[str] | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -97,6 +100,7 @@ class TextDataModule(LightningDataModule):
         self.calibration_window = calibration_window
         self.calibration_batch_size = calibration_batch_size
         self.sampled_windows = sampled_windows
+        self.sampled_document = sampled_document
         self.sampled_prompts = sampled_prompts or []
         self.temperature = temperature
         self.top_p = top_p
@@ -193,6 +197,7 @@ class TextDataModule(LightningDataModule):
                 self.tokenizer,
                 self.sampled_windows,
                 self.calibration_window,
+                document=self.sampled_document,
                 prompts=self.sampled_prompts,
                 temperature=self.temperature,
                 top_p=self.top_p,
