@@ -24,8 +24,6 @@ from gqaprune.selection import budget_blocks, keep_everything, make_plan, read_b
 from gqaprune.steps import spend_share
 from gqaprune.surgery import apply_plan
 
-__all__ = ["PruningConfig", "budget_blocks", "keep_everything", "make_plan", "prune", "read_budget", "select_blocks"]
-
 
 def prune(
     model: PreTrainedModel,
@@ -55,7 +53,7 @@ def prune(
 
     Raises:
         ValueError: if the model, the batches or the budget do not allow it, the model being untouched then; or if the
-            scores after an earlier step, or the pruned model's perplexity, are not finite.
+            scores after an earlier step, the activations under repair or the pruned perplexity are not finite.
     """
     check_finite_weights(model)
     dense_blocks, budget = select_blocks(model, config), read_budget(model, config)

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
 from gqaprune.gates import freeze_parameters
 from gqaprune.plan import write_atomically
-from gqaprune.progress import track
+from gqaprune.progress import console, track
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqaprune" / "samples"
 """Where sampled windows are kept, one safetensors file per model and settings."""
@@ -101,9 +101,13 @@ def _read_cache(path: Path | None) -> Tensor:
 
 
 def _write_cache(path: Path | None, windows_NT: Tensor) -> None:
-    if path is not None:
+    if path is None:
+        return
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save({"windows": windows_NT}))
+    except OSError as error:  # what was sampled serves all the same
+        console.print(f"sampled text is not kept: {path.parent} cannot be written ({error.strerror})")
 
 
 def _sample(

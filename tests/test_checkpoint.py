@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import gqaprune
 from gqaprune.architecture import read_geometry
 from gqaprune.checkpoint import check_tokenizer, load_model, load_tokenizer, save
-from gqaprune.pipeline import keep_everything
 from gqaprune.plan import PruningPlan
+from gqaprune.selection import keep_everything
 from gqaprune.surgery import apply_plan
 
 from tiny import make_model, make_tokenizer, make_tokens

@@ -81,6 +81,11 @@ def test_broken_cache_file_is_sampled_again(tmp_path: Path) -> None:
     assert torch.equal(sample(cache=tmp_path), first)
 
 
+def test_cache_that_cannot_be_written_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert torch.equal(sample(cache=tmp_path / "file" / "samples"), sample())
+
+
 def test_model_is_left_as_it_was() -> None:
     model = make_model().train()
     sample_from_model(model, make_tokenizer(), 1, 4, cache=None)
