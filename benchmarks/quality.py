@@ -1,7 +1,7 @@
 """Perplexity kept by pruned models, ours and peers', at several rates, on the calibration's kind of text and others.
 
     python benchmarks/quality.py --calibration valid.txt --test wiki.test.raw --folder benchmarks/rows \
-        --peers-python ../peers/bin/python --rows 'dense,fisher-*,optipfair-*' --rates 0.1,0.2,0.3 --resume
+        --peers-python ../peers/bin/python --rows 'dense,default,optipfair-*' --rates 0.1,0.2,0.3 --resume
 
 Every row (a method at a rate) runs in a process of its own and is kept as one JSON file with a key: a hash of all that
 it depends on. `--resume` runs what has no file with the current key. The tables go to the console and RESULTS.md, the
@@ -28,37 +28,50 @@ from peers import PEERS, read_versions
 from quality_report import draw_gaps, draw_layers, print_tables, write_markdown
 
 import gqaprune
+from gqaprune.allocation import ALLOCATIONS
 from gqaprune.corpora import Corpus, read_corpus
+from gqaprune.importance import CRITERIA
 from gqaprune.plan import write_atomically
 
 HERE = Path(__file__).parent
 
-UNREPAIRED = {"repair": "none", "split": "free"}
-"""A criterion and an allocation alone, over all layers, as others have them."""
 WHOLE = {"attention_layers": [0, 30], "mlp_layers": [0, 30]}  # of the 30 there are
-MIXED = {"windows": 32, "sampled": 32}
-"""As many windows of the calibration text as of the dense model's own."""
+CUT = {"repair": "none", **WHOLE}
+"""An allocation alone, over all layers, as others have it."""
+MIXED = {"windows": 96, "sampled": 128}
+"""Windows of the calibration text, and somewhat more of the dense model's own, which have more to cover."""
+THIRD = {"windows": 32, "sampled": 32}
+LEAST_SQUARES = {"repair_epochs": 0, "calibration": THIRD}
 
 METHODS: dict[str, dict[str, Any]] = {
     "default": {"calibration": MIXED},
-    "default, long samples": {"calibration": MIXED | {"document": 512}},
-    "default, long samples, twice the text": {"calibration": {"windows": 64, "sampled": 64, "document": 512}},
-    "default, calibration text only": {"calibration": {"windows": 64}},
-    "default, no repair": {"repair": "none", "calibration": MIXED},
-    "default, pull 0": {"repair_pull": 0.0, "calibration": MIXED},
-    "default, pull 1": {"repair_pull": 1.0, "calibration": MIXED},
-    "default, 2 steps": {"steps": 2, "calibration": MIXED},
-    "default, fisher alone": {"criterion": "fisher", "calibration": MIXED},
-    "default, obs alone": {"criterion": "obs", "calibration": MIXED},
-    "default, global": {"allocation": "global", **WHOLE, "calibration": MIXED},
-    "default, all layers": {**WHOLE, "calibration": MIXED},
     "default, a third of attention in layers 15-29": {
         "split": "free",
         "attention_layers": [15, 30],
         "calibration": MIXED,
     },
-    "fisher-uniform": {"criterion": "fisher", "allocation": "uniform", **UNREPAIRED, **WHOLE},
-    "fisher-global": {"criterion": "fisher", "allocation": "global", **UNREPAIRED, **WHOLE},
+    "default, 96 windows of each": {"repair_holdout": 0.2, "calibration": {"windows": 96, "sampled": 96}},
+    "default, a third of the text": {"calibration": THIRD},
+    "default, a third of the text, none sampled": {"calibration": {"windows": 64}},
+    "least squares": LEAST_SQUARES,
+    "least squares, long samples": LEAST_SQUARES | {"calibration": THIRD | {"document": 512}},
+    "least squares, long samples, twice the text": {
+        "repair_epochs": 0,
+        "calibration": {"windows": 64, "sampled": 64, "document": 512},
+    },
+    "least squares, none sampled": LEAST_SQUARES | {"calibration": {"windows": 64}},
+    "least squares, pull 0": LEAST_SQUARES | {"repair_pull": 0.0},
+    "least squares, pull 1": LEAST_SQUARES | {"repair_pull": 1.0},
+    "least squares, 2 steps": LEAST_SQUARES | {"steps": 2},
+    "least squares, fisher alone": LEAST_SQUARES | {"criterion": "fisher"},
+    "least squares, obs alone": LEAST_SQUARES | {"criterion": "obs"},
+    "least squares, global": LEAST_SQUARES | {"allocation": "global", **WHOLE},
+    "least squares, all layers": LEAST_SQUARES | WHOLE,
+    "no repair": {"repair": "none", "calibration": THIRD},
+    **{f"criterion {name}": {"criterion": name, "repair": "none"} for name in CRITERIA},
+    **{f"allocation {name}": {"criterion": "fisher", "allocation": name, **CUT} for name in ALLOCATIONS},
+    "allocation global, attention too": {"criterion": "fisher", "allocation": "global", "split": "free", **CUT},
+    "allocation uniform, attention too": {"criterion": "fisher", "allocation": "uniform", "split": "free", **CUT},
 }
 """Row name -> fields of `PruningConfig` (all but `rate`). Plain types only.
 

@@ -149,6 +149,15 @@ def get_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def get_module(model: PreTrainedModel, key: BlockKey) -> nn.Module:
+    """The module of a block: a decoder layer's attention or MLP."""
+    family = get_family(model.config)
+    layout = family.attention if key.kind == "attention" else family.mlp
+    module = getattr(get_layers(model)[key.layer], layout.module)
+    assert isinstance(module, nn.Module)
+    return module
+
+
 def read_geometry(config: PretrainedConfig) -> Geometry:
     """Read the shapes of a model from its config, layer by layer."""
     get_family(config)
@@ -209,7 +218,8 @@ def make_stock_config(config: PretrainedConfig) -> PretrainedConfig | None:
 
 def write_ratio(model: PreTrainedModel, layer: int, ratio: int) -> None:
     """Tell a layer's attention module how many query heads read a KV head; transformers reads that off no shape."""
-    getattr(get_layers(model)[layer], get_family(model.config).attention.module).num_key_value_groups = ratio
+    attention: Any = get_module(model, BlockKey(layer, "attention"))
+    attention.num_key_value_groups = ratio
 
 
 def write_ratios(model: PreTrainedModel, geometry: Geometry) -> None:

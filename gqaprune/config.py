@@ -6,6 +6,7 @@ from gqaprune.allocation import ALLOCATIONS, AllocationOptions, parse_split
 from gqaprune.architecture import GRANULARITIES
 from gqaprune.importance import ScoringOptions, needs_data, parse_criterion
 from gqaprune.reconstruction import RepairOptions
+from gqaprune.refinement import RefinementOptions
 from gqaprune.sensitivity import SENSITIVITIES
 
 LayerRange = tuple[int, int]
@@ -73,6 +74,9 @@ class PruningConfig:
         repair_ridges: ridge strengths that each block chooses from, on held-out calibration windows.
         repair_holdout: share of the calibration batches that are held out for that choice.
         repair_bias: fit a bias too, where the family's checkpoints have a place for it.
+        repair_epochs: passes over the calibration text in which each MLP, after least squares, is trained by itself
+            towards the same targets, all its weights; no loss of the language model takes part. 0 leaves it out.
+        repair_learning_rate: peak learning rate of that, in units of each matrix's root mean square.
 
     Raises:
         ValueError: if a setting is out of its bounds, or two of them exclude each other.
@@ -108,8 +112,10 @@ class PruningConfig:
     repair_pull: float = 0.5
     repair_everywhere: bool = True
     repair_ridges: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
-    repair_holdout: float = 0.2
+    repair_holdout: float = 0.1
     repair_bias: bool = False
+    repair_epochs: int = 6
+    repair_learning_rate: float = 0.01
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -164,6 +170,7 @@ class PruningConfig:
             self.repair_pull,
             self.repair_everywhere and self.repair_pull > 0,
             bias=self.repair_bias,
+            refinement=RefinementOptions(self.repair_epochs, self.repair_learning_rate),
         )
 
     def _check_names(self) -> None:

@@ -1,8 +1,8 @@
-"""Repair while cutting: ridge least squares of every output projection, layer by layer.
+"""Repair while cutting: ridge least squares of every output projection, then refinement of every MLP, layer by layer.
 
 The kept columns of `o_proj` and `down_proj` are refitted to what the block gave before its cut, on the inputs that the
-already pruned layers before it give. Second moments of one block are held at a time, and no activations but the hidden
-states between two layers.
+already pruned layers before it give; `refinement.py` goes on from there. Second moments of one block are held at a
+time, and no activations but the hidden states between two layers and one MLP's inputs and targets.
 
 Sources: least squares over the kept units, Kwon et al. 2022 (arXiv 2204.09656) and ZipLM (arXiv 2302.04089), layer by
 layer as in Týr-the-Pruner; bias compensation, FLAP (arXiv 2312.11983); targets of the dense model on inputs of the
@@ -13,20 +13,21 @@ projection and, last, a column of ones for its bias.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import Block, BlockKey, BlockKind, add_biases, find_blocks, read_geometry
+from gqaprune.architecture import Block, BlockKey, BlockKind, add_biases, find_blocks, get_module, read_geometry
 from gqaprune.distributed import get_rank_and_world_size, sum_across_ranks
 from gqaprune.gates import freeze_parameters
 from gqaprune.layerwise import Stream, embed_batches, run_layer
 from gqaprune.least_squares import Moments
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import track
+from gqaprune.refinement import Refinement, RefinementOptions, TokenPairs, refine_mlp
 from gqaprune.surgery import apply_plan, cut_block, list_kept_columns, write_shapes
 
 
@@ -44,23 +45,25 @@ class RepairOptions:
         refit: fit the weights.
         bias: fit a bias, where the family's checkpoints have a place for one; without `refit` it is the mean of what
             the removed columns gave.
+        refinement: how MLPs are trained towards the same targets after that; not at all by default.
 
     Raises:
         ValueError: if a setting is out of its bounds.
     """
 
     ridges: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
-    holdout: float = 0.2
+    holdout: float = 0.1
     pull: float = 0.0
     everywhere: bool = False
     refit: bool = True
     bias: bool = False
+    refinement: RefinementOptions = field(default_factory=RefinementOptions)
 
     def __post_init__(self) -> None:
         if not self.ridges or not all(0 < ridge < float("inf") for ridge in self.ridges):
             raise ValueError(f"ridges must be one or more numbers above 0, got {self.ridges}; [0.1, 0.3, 1] do")
         if not 0 < self.holdout < 1:
-            raise ValueError(f"holdout must be between 0 and 1, a share of the batches, got {self.holdout}; 0.2 does")
+            raise ValueError(f"holdout must be between 0 and 1, a share of the batches, got {self.holdout}; 0.1 does")
         if not 0 <= self.pull <= 1:
             raise ValueError(f"pull must be in [0, 1], got {self.pull}; 0 fits each block to its own output")
         if self.everywhere and self.pull == 0:
@@ -80,12 +83,14 @@ class BlockRepair:
         ridge: strength chosen (0 where only a bias was fitted); None where the block is better as it was cut.
         error_before: error of the block as it was cut.
         error_after: error with the fit of that strength that had not seen those windows.
+        refinement: what came after; None where nothing did.
     """
 
     key: BlockKey
     ridge: float | None
     error_before: float
     error_after: float
+    refinement: Refinement | None = None
 
 
 def apply_plan_with_repair(
@@ -137,11 +142,16 @@ def apply_plan_with_repair(
             for block, heads in pairs[2 * layer : 2 * layer + 2]:
                 if block.key in repaired:
                     columns = list_kept_columns(plan, block)
-                    moments = _measure_block(
-                        model, block, columns, pruned, are_held, goals[block.key.kind], options.pull
-                    )
+                    goals_BTD = goals[block.key.kind]
+                    refines = options.refinement.epochs > 0 and block.key.kind == "mlp"
+                    seen = _measure_block(model, block, columns, pruned, are_held, goals_BTD, options.pull, refines)
                     cut_block(model, plan, block, heads)
-                    repairs.append(_refit_block(block, *moments, options))
+                    repair = _refit_block(block, *seen.moments, options)
+                    if refines:
+                        mlp = get_module(model, block.key)
+                        refinement = refine_mlp(mlp, *seen.tokens, options.refinement, seed=layer)
+                        repair = replace(repair, refinement=refinement)
+                    repairs.append(repair)
             for stream in pruned:
                 stream.hidden_BTD = run_layer(model, layer, stream)
     write_shapes(model, plan)
@@ -180,15 +190,17 @@ class _BlockReachedError(Exception):
     """Ends a layer's forward once its attention is done; never leaves this file."""
 
 
-def _run_to_block(model: PreTrainedModel, block: Block, stream: Stream) -> tuple[Tensor, Tensor]:
-    """Input of a block's output projection, and the hidden states after the block; what follows it is not run."""
+def _run_to_block(model: PreTrainedModel, block: Block, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of a block's first and output projections, hidden states after the block; what follows it is not run."""
     calls: list[tuple[Tensor, Tensor]] = []
+    inputs_BTD: list[Tensor] = []
 
     def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls.append((inputs[0], output))
         if block.key.kind == "attention":
             raise _BlockReachedError
 
+    first = block.inputs[0].linear.register_forward_pre_hook(lambda _, inputs: inputs_BTD.append(inputs[0]))
     handle = block.output.register_forward_hook(record)
     try:
         hidden_BTD = run_layer(model, block.key.layer, stream)
@@ -196,8 +208,22 @@ def _run_to_block(model: PreTrainedModel, block: Block, stream: Stream) -> tuple
         hidden_BTD = stream.hidden_BTD + calls[0][1]
     finally:
         handle.remove()
-    ((x_BTC, _),) = calls
-    return x_BTC, hidden_BTD
+        first.remove()
+    (input_BTD,), ((x_BTC, _),) = inputs_BTD, calls
+    return input_BTD, x_BTC, hidden_BTD
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a block that is still whole was seen to take and asked to give: on windows to fit on, and on held-out ones.
+
+    Args:
+        moments: of its output projection, all ranks' together.
+        tokens: of the whole block, this rank's; empty unless it is refined.
+    """
+
+    moments: tuple[Moments, Moments]
+    tokens: tuple[TokenPairs, TokenPairs]
 
 
 def _measure_block(
@@ -208,8 +234,9 @@ def _measure_block(
     are_held: Sequence[bool],
     goals_BTD: Sequence[Tensor],
     pull: float,
-) -> tuple[Moments, Moments]:
-    """Moments of a block that is still whole, all ranks' streams together: those to fit on, and those held out.
+    keep_tokens: bool,
+) -> _Seen:
+    """Run this rank's streams through a block that is still whole.
 
     Args:
         model: the model, cut up to the block.
@@ -219,17 +246,22 @@ def _measure_block(
         are_held: whether each is held out.
         goals_BTD: the dense model's hidden states after the block, one for each stream; none are needed without pull.
         pull: how far the target goes from the block's own output to them.
+        keep_tokens: whether to keep inputs and targets, too.
     """
     weight_DC, bias_D = block.output.weight.float(), block.output.bias
     parts = [Moments.of_no_tokens(len(columns) + 1, weight_DC) for _ in range(2)]
+    none = block.output.weight.new_zeros(0, block.inputs[0].linear.in_features), weight_DC.new_zeros(0, len(weight_DC))
+    tokens = [[none], [none]]
     for index, (stream, is_held) in enumerate(zip(streams, are_held, strict=True)):
-        x_BTC, after_BTD = _run_to_block(model, block, stream)
+        input_BTD, x_BTC, after_BTD = _run_to_block(model, block, stream)
         # Computed again, for in a narrow type the model's own output is rounded.
         target_BTD = functional.linear(x_BTC.float(), weight_DC, None if bias_D is None else bias_D.float())
         if goals_BTD:
             target_BTD += pull * (goals_BTD[index].float() - after_BTD.float())
         x_BTS = functional.pad(x_BTC[..., columns].float(), (0, 1), value=1.0)
         parts[is_held].add(x_BTS.flatten(0, 1), target_BTD.flatten(0, 1))
+        if keep_tokens:
+            tokens[is_held].append((input_BTD.flatten(0, 1), target_BTD.flatten(0, 1)))
     sums = sum_across_ranks({(part, name): value for part in (0, 1) for name, value in vars(parts[part]).items()})
     if not all(torch.isfinite(value).all() for value in sums.values()):
         raise ValueError(
@@ -237,7 +269,8 @@ def _measure_block(
             "activations overflow; load the model with dtype bfloat16 or float32"
         )
     fit, held = (Moments(*(sums[part, name] for name in vars(parts[part]))) for part in (0, 1))
-    return fit, held
+    pairs = [TokenPairs(*map(torch.cat, zip(*part, strict=True))) for part in tokens]
+    return _Seen((fit, held), (pairs[0], pairs[1]))
 
 
 def _refit_block(block: Block, fit: Moments, held: Moments, options: RepairOptions) -> BlockRepair:

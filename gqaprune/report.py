@@ -82,10 +82,19 @@ class Report:
             sum(getattr(repair, name) for repair in self.repairs) / len(self.repairs)
             for name in ("error_before", "error_after")
         )
-        return (
+        sentence = (
             f"repair: {len(better)} of {len(self.repairs)} blocks refitted; their mean error on held-out calibration "
             f"windows {before:.1%} → {after:.1%}"
         )
+        refinements = [repair.refinement for repair in self.repairs if repair.refinement is not None]
+        if not refinements:
+            return sentence
+        kept = [refinement for refinement in refinements if refinement.is_kept]
+        before = sum(refinement.error_before for refinement in refinements) / len(refinements)
+        after = sum(min(refinement.error_before, refinement.error_after) for refinement in refinements) / len(
+            refinements
+        )
+        return f"{sentence}; {len(kept)} of {len(refinements)} MLPs refined, {before:.1%} → {after:.1%}"
 
     def save(self, path: Path) -> None:
         """Write `report.json`, whole or not at all."""

@@ -23,7 +23,7 @@ from tiny import make_tokens
 TEXTS = {"calibration": "c", "a": "1", "b": "2"}
 
 
-def make_spec(name: str = "fisher-uniform", rate: float = 0.2) -> dict[str, Any]:
+def make_spec(name: str = "criterion fisher", rate: float = 0.2) -> dict[str, Any]:
     tests = {"a": {"corpus": "a.txt", "split": "all"}, "b": {"corpus": "b.txt", "split": "all", "sample": 9}}
     return quality.make_spec(name, rate, "model", "calibration.txt", tests)
 
@@ -58,7 +58,7 @@ def test_a_row_key_changes_with_all_that_the_row_depends_on_and_with_no_place(mo
     assert make_key(moved) == key
     others = [
         make_key(make_spec(rate=0.3)),
-        make_key(make_spec("fisher-global")),
+        make_key(make_spec("criterion obs")),
         make_key(make_spec("optipfair-maw")),
         make_key(make_spec() | {"model": "other"}),
         make_key(make_spec() | {"protocol": {"window": 512, "windows": 16}}),
@@ -66,10 +66,10 @@ def test_a_row_key_changes_with_all_that_the_row_depends_on_and_with_no_place(mo
         make_key(make_spec(), TEXTS | {"b": "other"}),
         make_key(make_spec(), versions={"torch": "3"}),
     ]
-    monkeypatch.setitem(quality.METHODS, "fisher-uniform", quality.METHODS["fisher-uniform"] | {"min_groups": 2})
+    monkeypatch.setitem(quality.METHODS, "criterion fisher", quality.METHODS["criterion fisher"] | {"min_groups": 2})
     others.append(make_key(make_spec()))
     override = {"calibration": {"windows": 128}}
-    monkeypatch.setitem(quality.METHODS, "fisher-uniform", {**quality.METHODS["fisher-uniform"], **override})
+    monkeypatch.setitem(quality.METHODS, "criterion fisher", {**quality.METHODS["criterion fisher"], **override})
     others.append(make_key(make_spec()))
     assert len({key, *others}) == len(others) + 1
 
@@ -91,7 +91,7 @@ def test_resume_skips_a_row_that_is_there_and_runs_it_again_when_an_input_change
     assert quality.run_or_skip(make_spec(), TEXTS | {"a": "changed"}, tmp_path, True, run)
     assert quality.run_or_skip(make_spec(), TEXTS | {"a": "changed"}, tmp_path, False, run)
     assert len(runs) == 3
-    assert [file.name for file in tmp_path.iterdir()] == ["fisher-uniform@0.2.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["criterion fisher@0.2.json"]
 
 
 def test_a_failing_row_is_recorded_and_run_again_on_resume(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_row_made_with_other_sources_or_settings_is_stale(tmp_path: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(quality, "hash_code", lambda method: "other")
         assert quality.read_rows(tmp_path)[0]["stale"]
-    monkeypatch.setitem(quality.METHODS, "fisher-uniform", {"criterion": "taylor"})
+    monkeypatch.setitem(quality.METHODS, "criterion fisher", {"criterion": "taylor"})
     assert quality.read_rows(tmp_path)[0]["stale"]
 
 
@@ -121,7 +121,7 @@ def test_an_unknown_setting_of_a_method_is_refused_by_name(settings: dict[str, A
 
 
 def test_a_pattern_selects_rows_and_one_that_matches_none_is_refused() -> None:
-    assert quality.select_names("fisher-*,dense") == ["dense", "fisher-uniform", "fisher-global"]
+    assert quality.select_names("criterion [fo]*,dense") == ["dense", "criterion fisher", "criterion obs"]
     with pytest.raises(ValueError, match="no row 'fishy'"):
         quality.select_names("dense,fishy")
 

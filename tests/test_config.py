@@ -4,6 +4,7 @@ import pytest
 
 from gqaprune import PruningConfig
 from gqaprune.reconstruction import RepairOptions
+from gqaprune.refinement import RefinementOptions
 
 from tiny import make_plain
 
@@ -89,7 +90,12 @@ def test_attention_gives_nothing_unless_it_is_asked(settings: dict[str, object],
 def test_repair_settings_reach_the_repair() -> None:
     assert PruningConfig(repair="none").repair_options() is None
     assert PruningConfig(repair="bias").repair_options() == RepairOptions(refit=False, bias=True)
-    options = PruningConfig(repair_pull=0.0, repair_ridges=(1.0,), repair_holdout=0.5, repair_bias=True)
+    options = PruningConfig(
+        repair_pull=0.0, repair_ridges=(1.0,), repair_holdout=0.5, repair_bias=True, repair_epochs=0
+    )
     assert options.repair_options() == RepairOptions((1.0,), 0.5, 0.0, False, bias=True)
+    refinement = RefinementOptions(epochs=2, learning_rate=0.1)
+    options = PruningConfig(repair_epochs=2, repair_learning_rate=0.1)
+    assert options.repair_options() == RepairOptions(pull=0.5, everywhere=True, refinement=refinement)
     with pytest.raises(ValueError, match=r"pull must be in \[0, 1\], got 2"):
         PruningConfig(repair_pull=2.0)

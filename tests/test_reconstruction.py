@@ -121,7 +121,7 @@ def test_errors_are_those_on_held_out_windows_and_repair_is_no_worse(batches: li
     key = (1, "mlp")
     model = make_model("qwen2")
     plan = plan_one(model, key)
-    held_out = [batches[index] for index in choose_held_out(len(batches), 0.2)]
+    held_out = [batches[index] for index in choose_held_out(len(batches), RepairOptions().holdout)]
     x_NC, y_ND = capture(model, key, held_out)
     block = get_block(model, key)
     x_NK = x_NC[:, list_kept_columns(plan, block)]

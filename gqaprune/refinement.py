@@ -1,0 +1,187 @@
+"""Refinement: after its refit, every MLP is trained by itself to give what repair asks of it.
+
+Least squares move the output projection alone. Here all of an MLP's weights move, by Adam on the squared error of its
+output: no loss of the language model, no labels, no backward pass through another block, one MLP's gradients at a time.
+
+Sources: block-wise reconstruction, BRECQ (arXiv 2102.05426); of sparse language models, EBFT (arXiv 2402.12419).
+
+Axes in tensor names: N tokens of all samples, D hidden width.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from gqaprune.distributed import sum_across_ranks
+
+_STEP_TOKENS = 1024
+"""Tokens per step of Adam, all ranks together."""
+_CHUNK_TOKENS = 4096
+"""Tokens per forward when measuring."""
+_WARM_UP = 0.05
+"""Share of the steps."""
+_MASSIVE = 4.0
+"""A token whose target's square is more than so many times the median weighs as if it were that: others count too."""
+
+
+@dataclass(frozen=True)
+class RefinementOptions:
+    """How MLPs are refined.
+
+    Args:
+        epochs: passes over the calibration tokens; 0 refines nothing.
+        learning_rate: Adam's at its peak, in units of each matrix's root mean square; it warms up and decays to 0 as a
+            cosine.
+
+    Raises:
+        ValueError: if a setting is out of its bounds.
+    """
+
+    epochs: int = 0
+    learning_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise ValueError(f"refinement's epochs must be at least 0, got {self.epochs}; 6 is a start")
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError(
+                "refinement's learning rate must be above 0 and at most 1, a share of the weights' size, "
+                f"got {self.learning_rate}; 0.01 is a start"
+            )
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What refinement did to one MLP.
+
+    Errors are squared, on held-out tokens, relative to the target's square, massive tokens weighing less.
+
+    Args:
+        error_before: error as refitted.
+        error_after: error as refined; unless it is the smaller one, the MLP stays as refitted.
+    """
+
+    error_before: float
+    error_after: float
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the refined weights were kept."""
+        return self.error_after < self.error_before
+
+
+@dataclass(frozen=True)
+class TokenPairs:
+    """Inputs of an MLP and what it should give; this rank's share, which may be empty.
+
+    Args:
+        x_ND: inputs, in the model's type.
+        y_ND: targets, float32.
+    """
+
+    x_ND: Tensor
+    y_ND: Tensor
+
+
+def refine_mlp(mlp: nn.Module, fit: TokenPairs, held: TokenPairs, options: RefinementOptions, seed: int) -> Refinement:
+    """Train an MLP towards targets, in place; every rank ends with the same weights.
+
+    Works on a float32 copy, with products in bfloat16 where the hardware is made for them.
+
+    Args:
+        mlp: the module, already cut.
+        fit: tokens to train on.
+        held: tokens to judge on; those of `fit` if no rank has any.
+        options: how long and how fast.
+        seed: of the order of the tokens.
+
+    Returns:
+        The errors before and after. The module keeps its weights where the new ones are no better or not finite.
+    """
+    judged = held if _sum({"tokens": float(len(held.x_ND))}, held)["tokens"] > 0 else fit
+    median = float(fit.y_ND.square().sum(-1).median()) if len(fit.y_ND) else 0.0
+    sums = _sum({"tokens": float(len(fit.y_ND)), "median": median * len(fit.y_ND)}, fit)
+    limit = _MASSIVE * sums["median"] / sums["tokens"]
+
+    before = _measure_error(mlp, judged, limit)
+    trained = copy.deepcopy(mlp).float()
+    with torch.enable_grad():
+        _train(trained.requires_grad_(True), fit, limit, int(sums["tokens"]), options, seed)
+    stored = copy.deepcopy(mlp)
+    stored.load_state_dict(trained.state_dict())  # judged as it will be stored
+    refinement = Refinement(before, _measure_error(stored, judged, limit))
+    if refinement.is_kept:
+        mlp.load_state_dict(trained.state_dict())
+    return refinement
+
+
+def _train(mlp: nn.Module, fit: TokenPairs, limit: float, tokens: int, options: RefinementOptions, seed: int) -> None:
+    """Adam; at every step each rank takes an equal share of its tokens, and gradients are added over ranks."""
+    weight_N = _weigh(fit.y_ND, limit)
+    energy = _sum({"energy": float(weight_N @ fit.y_ND.square().sum(-1))}, fit)["energy"]
+    if energy == 0:
+        return
+    steps_per_epoch = max(1, tokens // _STEP_TOKENS)
+    parameters = dict(mlp.named_parameters())
+    sizes = {name: float(parameter.detach().square().mean().sqrt()) for name, parameter in parameters.items()}
+    adam = torch.optim.Adam(
+        [{"params": [parameters[name]], "lr": options.learning_rate * size} for name, size in sizes.items()],
+        betas=(0.9, 0.95),
+    )
+    steps = steps_per_epoch * options.epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda step: min(1.0, (step + 1) / (_WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    device = fit.x_ND.device
+    for step_N in _draw_steps(len(fit.x_ND), steps_per_epoch, options.epochs, seed):
+        indexes_N = step_N.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=_is_made_for_bfloat16(device)):
+            output_ND = mlp(fit.x_ND[indexes_N].float())
+        error_N = (output_ND.float() - fit.y_ND[indexes_N]).square().sum(-1)
+        loss = steps_per_epoch / energy * (weight_N[indexes_N] @ error_N)
+        gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        for name, gradient in sum_across_ranks(gradients).items():
+            parameters[name].grad = gradient
+        adam.step()
+        schedule.step()
+
+
+def _draw_steps(tokens: int, steps_per_epoch: int, epochs: int, seed: int) -> Iterator[Tensor]:
+    """Token indexes of every step, each token once per epoch; the same number of steps whatever the tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = (torch.randperm(tokens, generator=generator) for _ in range(epochs))
+    return chain.from_iterable(order.tensor_split(steps_per_epoch) for order in orders)
+
+
+@torch.no_grad()
+def _measure_error(mlp: nn.Module, pairs: TokenPairs, limit: float) -> float:
+    error = energy = 0.0
+    for x_ND, y_ND in zip(pairs.x_ND.split(_CHUNK_TOKENS), pairs.y_ND.split(_CHUNK_TOKENS), strict=True):
+        weight_N = _weigh(y_ND, limit)
+        error += float(weight_N @ (mlp(x_ND).float() - y_ND).square().sum(-1))
+        energy += float(weight_N @ y_ND.square().sum(-1))
+    sums = _sum({"error": error, "energy": energy}, pairs)
+    return sums["error"] / sums["energy"] if sums["energy"] > 0 else 0.0
+
+
+def _weigh(y_ND: Tensor, limit: float) -> Tensor:
+    return (limit / y_ND.square().sum(-1)).nan_to_num(1.0).clamp(max=1)
+
+
+def _is_made_for_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def _sum(values: dict[str, float], pairs: TokenPairs) -> dict[str, float]:
+    """Add numbers over ranks, on the device that tokens are on."""
+    tensors = {
+        name: torch.tensor(value, dtype=torch.float64, device=pairs.x_ND.device) for name, value in values.items()
+    }
+    return {name: float(value) for name, value in sum_across_ranks(tensors).items()}

@@ -1,0 +1,147 @@
+"""Refinement: every MLP comes nearer to its target on held-out tokens or stays to the bit, alike on every rank."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_reconstruction import BATCHES, measure_divergence, plan_cut
+from test_surgery import make_plan
+from torch import Tensor, nn
+
+from gqaprune.reconstruction import RepairOptions, apply_plan_with_repair
+from gqaprune.refinement import RefinementOptions, TokenPairs, refine_mlp
+
+from tiny import make_model
+
+OPTIONS = RefinementOptions(epochs=40, learning_rate=0.03)
+
+
+def make_mlp(seed: int = 0) -> nn.Module:
+    mlp = copy.deepcopy(make_model().model.layers[seed].mlp)
+    return mlp.requires_grad_(False)
+
+
+def make_pairs(target: nn.Module, tokens: int, seed: int) -> TokenPairs:
+    x_ND = torch.randn(tokens, target.gate_proj.in_features, generator=torch.Generator().manual_seed(seed))
+    return TokenPairs(x_ND, target(x_ND).float())
+
+
+def move(mlp: nn.Module, size: float = 0.05) -> nn.Module:
+    """The same module with other weights: no output projection alone makes up for that."""
+    generator = torch.Generator().manual_seed(7)
+    for parameter in mlp.parameters():
+        parameter += size * torch.randn(parameter.shape, generator=generator)
+    return mlp
+
+
+def measure(mlp: nn.Module, pairs: TokenPairs) -> float:
+    return float((mlp(pairs.x_ND).float() - pairs.y_ND).square().sum() / pairs.y_ND.square().sum())
+
+
+def copy_weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def test_held_out_tokens_come_nearer_and_every_matrix_moves() -> None:
+    target, mlp = make_mlp(), move(make_mlp())
+    fit, held = make_pairs(target, 2000, 1), make_pairs(target, 500, 2)
+    before, weights = measure(mlp, held), copy_weights(mlp)
+    refinement = refine_mlp(mlp, fit, held, OPTIONS, seed=0)
+    assert refinement.is_kept and measure(mlp, held) < 0.3 * before
+    assert refinement.error_after < 0.3 * refinement.error_before
+    assert refinement.error_before == pytest.approx(before, rel=0.2)  # massive tokens weigh less
+    assert all(not torch.equal(tensor, weights[name]) for name, tensor in mlp.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in mlp.parameters())
+
+
+@pytest.mark.parametrize("rate", [0.02, 1.0], ids=["nothing to gain", "far too fast"])
+def test_what_does_not_come_nearer_stays_to_the_bit(rate: float) -> None:
+    target = make_mlp()
+    mlp = make_mlp() if rate < 1 else move(make_mlp(), 1e-4)
+    weights = copy_weights(mlp)
+    fit, held = make_pairs(target, 1000, 1), make_pairs(target, 200, 2)
+    refinement = refine_mlp(mlp, fit, held, RefinementOptions(3, rate), seed=0)
+    assert not refinement.is_kept and refinement.error_after >= refinement.error_before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in mlp.state_dict().items())
+
+
+def test_massive_tokens_do_not_drown_the_others() -> None:
+    target, mlp = make_mlp(), move(make_mlp())
+    fit, held = make_pairs(target, 2000, 1), make_pairs(target, 500, 2)
+    fit.y_ND[::100] = 1e4  # out of the MLP's reach
+    before = measure(mlp, held)
+    refine_mlp(mlp, fit, held, OPTIONS, seed=0)
+    assert measure(mlp, held) < 0.7 * before
+
+
+def test_without_held_out_tokens_those_of_the_fit_are_judged() -> None:
+    target, mlp = make_mlp(), move(make_mlp())
+    fit = make_pairs(target, 1000, 1)
+    refinement = refine_mlp(mlp, fit, TokenPairs(fit.x_ND[:0], fit.y_ND[:0]), OPTIONS, seed=0)
+    assert refinement.is_kept and refinement.error_before > 0
+
+
+def test_bfloat16_stays_and_is_judged_as_stored() -> None:
+    target, mlp = make_mlp(), move(make_mlp()).to(torch.bfloat16)
+    fit, held = make_pairs(target, 2000, 1), make_pairs(target, 500, 2)
+    fit, held = (TokenPairs(pairs.x_ND.to(torch.bfloat16), pairs.y_ND) for pairs in (fit, held))
+    before = measure(mlp, held)
+    assert refine_mlp(mlp, fit, held, OPTIONS, seed=0).is_kept
+    assert all(parameter.dtype == torch.bfloat16 for parameter in mlp.parameters())
+    assert measure(mlp, held) < 0.5 * before
+
+
+def test_targets_of_zeros_change_nothing() -> None:
+    mlp = make_mlp()
+    weights = copy_weights(mlp)
+    x_ND = torch.randn(100, mlp.gate_proj.in_features)
+    pairs = TokenPairs(x_ND, torch.zeros_like(x_ND))
+    assert refine_mlp(mlp, pairs, pairs, OPTIONS, seed=0).error_before == 0
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in mlp.state_dict().items())
+
+
+@pytest.mark.parametrize("variant", ["llama-biases", "qwen2"])
+def test_refined_models_are_nearer_to_the_dense_one_than_refitted_ones(variant: str) -> None:
+    dense, refitted, refined = (make_model(variant) for _ in range(3))
+    plan = make_plan(dense, [[0, 1]] * 3, [list(range(0, 20, 2))] * 3)
+    apply_plan_with_repair(refitted, plan, BATCHES, RepairOptions(pull=0.5, everywhere=True))
+    options = RepairOptions(pull=0.5, everywhere=True, refinement=OPTIONS)
+    repairs = apply_plan_with_repair(refined, plan, BATCHES, options)
+    kinds = {repair.key.kind: repair.refinement is not None for repair in repairs}
+    assert kinds == {"attention": False, "mlp": True}
+    assert measure_divergence(refined, dense) < 0.9 * measure_divergence(refitted, dense)
+
+
+def refine_and_save(rank: int, world_size: int, folder: Path) -> None:
+    """Weights and errors, written by each rank; the second of two has fewer tokens."""
+    if world_size > 1:
+        address = f"file://{folder / 'rendezvous'}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    model = make_model()
+    options = RepairOptions(pull=0.5, refinement=OPTIONS)
+    repairs = apply_plan_with_repair(model, plan_cut(model), BATCHES[:3], options)
+    errors = [(r.refinement.error_before, r.refinement.error_after) for r in repairs if r.refinement]
+    torch.save(model.state_dict() | {"errors": torch.tensor(errors)}, folder / f"{world_size}-{rank}.pt")
+
+
+def test_two_processes_end_with_the_same_weights_as_good_as_those_of_one(tmp_path: Path) -> None:
+    refine_and_save(0, 1, tmp_path)
+    torch.multiprocessing.spawn(refine_and_save, (2, tmp_path), nprocs=2)
+    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    assert all(torch.equal(first[name], second[name]) for name in one)
+    torch.testing.assert_close(first["errors"], one["errors"], rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"epochs": -1}, "epochs must be at least 0, got -1"),
+        ({"learning_rate": 0.0}, "learning rate must be above 0"),
+        ({"learning_rate": 1.5}, "learning rate must be above 0 and at most 1.*got 1.5"),
+    ],
+)
+def test_options_out_of_bounds_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        RefinementOptions(**options)
