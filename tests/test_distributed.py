@@ -93,8 +93,10 @@ FSDP2 = (
 
 
 def test_two_processes_prune_as_one(config: Path, tmp_path: Path) -> None:
-    one = read_stages(run(tmp_path / "one", "prune", config))
-    two = read_stages(run(tmp_path / "two", "prune", config, *DDP))
+    # Refinement's steps have other tokens on other numbers of processes: test_refinement looks at those.
+    settings = ("--pruning.repair_epochs", "0")
+    one = read_stages(run(tmp_path / "one", "prune", config, *settings))
+    two = read_stages(run(tmp_path / "two", "prune", config, *settings, *DDP))
     assert PruningPlan.load(tmp_path / "one/out/plan.json") == PruningPlan.load(tmp_path / "two/out/plan.json")
     weights = [load_file(tmp_path / name / "out/model.safetensors") for name in ("one", "two")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

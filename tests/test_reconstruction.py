@@ -208,7 +208,8 @@ def test_pull_brings_the_last_hidden_states_nearer_and_everywhere_nearer_still()
     distances = []
     for options in ({}, {"pull": 1.0}, {"pull": 1.0, "everywhere": True}):
         model = make_model()
-        repairs = apply_plan_with_repair(model, plan, BATCHES, RepairOptions(ridges=(0.001, 0.01, 0.1), **options))
+        settings = RepairOptions(ridges=(0.001, 0.01, 0.1), holdout=0.2, **options)
+        repairs = apply_plan_with_repair(model, plan, BATCHES, settings)
         distances.append(float((capture_hidden(model, 2, BATCHES) - capture_hidden(dense, 2, BATCHES)).norm()))
     assert distances[0] > 1.02 * distances[1] and distances[1] > 1.02 * distances[2], distances
     assert len(repairs) == 6
