@@ -91,9 +91,7 @@ class Report:
             return sentence
         kept = [refinement for refinement in refinements if refinement.is_kept]
         before = sum(refinement.error_before for refinement in refinements) / len(refinements)
-        after = sum(min(refinement.error_before, refinement.error_after) for refinement in refinements) / len(
-            refinements
-        )
+        after = sum(refinement.error_after for refinement in refinements) / len(refinements)
         return f"{sentence}; {len(kept)} of {len(refinements)} MLPs refined, {before:.1%} → {after:.1%}"
 
     def save(self, path: Path) -> None:
