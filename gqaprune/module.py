@@ -4,10 +4,11 @@ import math
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import PeftModel
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -15,8 +16,10 @@ from transformers import PreTrainedModel, get_scheduler
 
 from gqaprune.architecture import get_layers
 from gqaprune.checkpoint import load_model
+from gqaprune.distillation import measure_distance, measure_divergence
 from gqaprune.perplexity import Perplexity
 from gqaprune.plan import PruningPlan
+from gqaprune.recovery import RecoveryConfig, add_adapters
 from gqaprune.surgery import apply_plan
 from gqaprune.windows import Batch
 
@@ -30,7 +33,9 @@ class CausalLMModule(LightningModule):
         attn_implementation: attention kernel, `sdpa` or `eager`; transformers' choice by default.
         trust_remote_code: run code that comes with the checkpoint. Pruned checkpoints do not need it here.
         gradient_checkpointing: recompute activations in the backward pass: less memory, one more forward pass.
-        optimizer: optimizer class and its arguments; built on the parameters that pruning left.
+        recovery: what training trains, and on which loss.
+        optimizer: optimizer class and its arguments; built on the parameters that pruning left, weight decay for
+            matrices only.
         schedule: course of the learning rate after the warm-up, down to 0 (`cosine`, `linear`) or `constant`.
         warmup_steps: optimizer steps over which the learning rate rises from 0.
         max_new_tokens: tokens that `predict` adds to each prompt.
@@ -44,6 +49,7 @@ class CausalLMModule(LightningModule):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
+        recovery: RecoveryConfig = RecoveryConfig(),  # noqa: B008  (never changed)
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.01),
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         warmup_steps: int = 0,
@@ -51,18 +57,21 @@ class CausalLMModule(LightningModule):
         plan: str | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["optimizer", "plan"])
+        self.save_hyperparameters(ignore=["optimizer", "plan", "recovery"])
         self.pretrained = pretrained
         self.dtype_name = dtype
         self.attn_implementation = attn_implementation
         self.trust_remote_code = trust_remote_code
         self.gradient_checkpointing = gradient_checkpointing
+        self.recovery = recovery
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.max_new_tokens = max_new_tokens
         self.plan = _read_plan(plan)
         self._model: PreTrainedModel | None = None
+        self._adapted: list[PeftModel] = []  # in lists, or Lightning would keep them with the module's own weights
+        self._teacher: list[PreTrainedModel] = []
         self._perplexity: dict[str, Perplexity] = {}
 
     @property
@@ -70,6 +79,12 @@ class CausalLMModule(LightningModule):
         """The causal LM; `load` it first."""
         assert self._model is not None, "load() comes before the model is used"
         return self._model
+
+    def configure_callbacks(self) -> list[Callback]:
+        """None; but the first hook of a run, early enough to say that nothing will be trained."""
+        if self.recovery.mode == "none":
+            self.trainer.limit_train_batches = 0
+        return []
 
     def load(self) -> None:
         """Load the model, pruned if there is a plan. Does nothing the second time."""
@@ -82,13 +97,37 @@ class CausalLMModule(LightningModule):
             self._model.train()  # transformers loads in eval mode, where gradient checkpointing does nothing
 
     def configure_model(self) -> None:
-        """Load what the pruning callback has not; shard it where the strategy asks for it (FSDP2)."""
+        """Load what the pruning callback has not, make it ready to train, shard it where the strategy asks (FSDP2)."""
         self.load()
+        if self._trains:
+            self._prepare_recovery()
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
             mesh = self.device_mesh["data_parallel"]
             for layer in get_layers(self.model):
                 fully_shard(layer, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
+
+    @property
+    def _trains(self) -> bool:
+        return self._trainer is not None and self._trainer.state.fn == "fit" and self._trainer.limit_train_batches != 0
+
+    def _prepare_recovery(self) -> None:
+        """Add adapters and load the teacher. Does nothing the second time."""
+        if self.recovery.uses_lora and not self._adapted:
+            self._adapted.append(add_adapters(self.model, self.recovery))
+        if self.recovery.distills and not self._teacher:
+            teacher = load_model(
+                self.recovery.teacher or self.pretrained,
+                self.recovery.teacher_dtype,
+                self.attn_implementation,
+                self.trust_remote_code,
+            )
+            self._teacher.append(teacher.eval().requires_grad_(False))
+
+    @property
+    def adapted(self) -> PeftModel | None:
+        """The model as peft sees it, if it has LoRA adapters."""
+        return self._adapted[0] if self._adapted else None
 
     def gather_state_dict(self) -> dict[str, Tensor] | None:
         """The causal LM's whole weights on rank 0 if they are sharded, else None. Every rank has to call it."""
@@ -104,7 +143,7 @@ class CausalLMModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a batch in nats per token."""
-        loss: Tensor = self.model(**batch, use_cache=False).loss
+        loss = self._measure_loss(batch)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the training loss is {loss.item()} at step {self.global_step}, batch {batch_idx}: "
@@ -112,6 +151,30 @@ class CausalLMModule(LightningModule):
             )
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def _measure_loss(self, batch: Batch) -> Tensor:
+        """The language model's loss, or its mixture with the distance from the teacher."""
+        settings, hidden = self.recovery, self.recovery.distills and self.recovery.hidden_weight > 0
+        student = self.model(**batch, use_cache=False, output_hidden_states=hidden)
+        loss: Tensor = student.loss
+        if not settings.distills:
+            return loss
+        with torch.no_grad():
+            teacher = self._teacher[0].to(self.device)(
+                input_ids=batch["input_ids"], use_cache=False, output_hidden_states=hidden
+            )
+        divergence = measure_divergence(student.logits[:, :-1], teacher.logits[:, :-1], settings.temperature)
+        self.log("train/lm_loss", loss)
+        self.log("train/divergence", divergence)
+        loss = (1 - settings.distill_weight) * loss + settings.distill_weight * divergence
+        if hidden:
+            layers = settings.hidden_layers or [len(get_layers(self.model)) - 1]
+            # Entry 0 is the embedding, entry i + 1 what layer i gives.
+            states = [[output.hidden_states[layer + 1] for layer in layers] for output in (student, teacher)]
+            distance = measure_distance(*states)
+            self.log("train/hidden_distance", distance)
+            loss = loss + settings.hidden_weight * distance
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -146,7 +209,11 @@ class CausalLMModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule on the live parameters, after pruning."""
-        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": [parameter for parameter in trained if parameter.ndim > 1]}]
+        if vectors := [parameter for parameter in trained if parameter.ndim <= 1]:
+            groups.append({"params": vectors, "weight_decay": 0.0})
+        optimizer = self.optimizer_factory(groups)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         scheduler = get_scheduler(name, optimizer, self.warmup_steps, self._count_optimizer_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

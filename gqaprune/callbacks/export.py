@@ -40,7 +40,7 @@ class CheckpointExport(Callback):
         folder = self._get_folder(trainer)
         state_dict = module.gather_state_dict()
         if trainer.is_global_zero:
-            self.format = save(module.model, data.tokenizer, folder, module.plan, state_dict)
+            self.format = save(module.model, data.tokenizer, folder, module.plan, state_dict, module.adapted)
         self.written = folder
         trainer.strategy.barrier("export")
 

@@ -1,0 +1,121 @@
+"""How a pruned model is trained back: every weight, LoRA adapters, or either towards the dense model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gqaprune.architecture import get_family
+
+MODES = ("none", "full", "lora", "distill", "lora+distill")
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """What recovery trains, and on which loss.
+
+    Args:
+        mode: `full` (every weight that pruning left), `lora` (low-rank adapters, merged on export), `distill` (every
+            weight, towards the dense model's predictions), `lora+distill`, or `none`.
+        lora_rank: rank of the adapters.
+        lora_alpha: their scale, times 1 / rank.
+        lora_dropout: dropout of their input, 0 to 1.
+        lora_targets: projections that get one, by name; null takes all of attention and MLP.
+        temperature: softens the distributions of student and teacher, above 0.
+        distill_weight: share of the divergence from the teacher in the loss, 0 to 1; the rest is the language model's.
+        hidden_weight: weight of the distance to the teacher's hidden states, added to the loss.
+        hidden_layers: decoder layers after which that is measured; null takes the last.
+        teacher: the dense model to learn from, as `model.pretrained`; null takes that.
+        teacher_dtype: type of its weights, as `model.dtype`.
+
+    Raises:
+        ValueError: if a setting is out of its bounds.
+    """
+
+    mode: str = "full"
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_targets: list[str] | None = None
+    temperature: float = 1.0
+    distill_weight: float = 1.0
+    hidden_weight: float = 0.0
+    hidden_layers: list[int] | None = None
+    teacher: str | None = None
+    teacher_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"recovery.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.lora_rank < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                "recovery needs lora_rank >= 1, lora_alpha > 0 and lora_dropout in [0, 1), got "
+                f"{self.lora_rank}, {self.lora_alpha} and {self.lora_dropout}; 16, 32 and 0 are a start"
+            )
+        if self.temperature <= 0 or not 0 <= self.distill_weight <= 1 or self.hidden_weight < 0:
+            raise ValueError(
+                "recovery needs temperature > 0, distill_weight in [0, 1] and hidden_weight >= 0, got "
+                f"{self.temperature}, {self.distill_weight} and {self.hidden_weight}; 1, 1 and 0 are a start"
+            )
+
+    @property
+    def uses_lora(self) -> bool:
+        """Whether adapters are trained instead of the weights."""
+        return "lora" in self.mode
+
+    @property
+    def distills(self) -> bool:
+        """Whether there is a teacher."""
+        return "distill" in self.mode
+
+
+def add_adapters(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
+    """Put LoRA adapters into a model, in place, and freeze all else.
+
+    Returns:
+        peft's view of the model, to merge and save the adapters with.
+
+    Raises:
+        ValueError: if a target is none of the model's projections.
+    """
+    names = list_projections(model)
+    targets = names if config.lora_targets is None else config.lora_targets
+    if unknown := sorted(set(targets) - set(names)) or not targets:
+        raise ValueError(f"recovery.lora_targets: {unknown or 'none'} given; this model's are {', '.join(names)}")
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a float does
+        lora_dropout=config.lora_dropout,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, lora)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+@torch.no_grad()
+def merge_adapters(adapted: PeftModel) -> dict[str, Tensor]:
+    """The weights of a model as if it never had adapters, with what these add; the model keeps both apart."""
+    model = adapted.get_base_model()
+    weights = {
+        name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            weight = module.get_base_layer().weight
+            assert isinstance(weight, Tensor)
+            delta = module.get_delta_weight(adapted.active_adapter)
+            weights[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype).cpu()
+    return weights
+
+
+def list_projections(model: PreTrainedModel) -> list[str]:
+    """Names of the projections in a model's blocks."""
+    family = get_family(model.config)
+    layouts: Sequence[tuple[str, ...]] = [(*layout.inputs, layout.output) for layout in (family.attention, family.mlp)]
+    return [name for layout in layouts for name in layout]

@@ -1,0 +1,149 @@
+"""Recovery: what each mode trains, towards what, and what is left of it on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from test_module import Probe, fast_optimizer, make_data, make_trainer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gqaprune import load_model
+from gqaprune.callbacks import CheckpointExport, TaylorPruning
+from gqaprune.distillation import measure_divergence
+from gqaprune.module import CausalLMModule
+from gqaprune.recovery import MODES, RecoveryConfig
+
+from tiny import PLAIN, make_tokens
+
+PRUNING = {**PLAIN, "rate": 0.3, "allocation": "uniform"}
+
+
+def recover(
+    folder: Path, run: Path, recovery: RecoveryConfig, epochs: int = 1, **data: Any
+) -> tuple[CausalLMModule, Probe]:
+    module, probe = CausalLMModule(str(folder), recovery=recovery, optimizer=fast_optimizer), Probe()
+    callbacks = (CheckpointExport(str(run / "out")), TaylorPruning(**PRUNING), probe)
+    make_trainer(run, *callbacks, max_epochs=epochs).fit(module, datamodule=make_data(folder, **data))
+    return module, probe
+
+
+@torch.no_grad()
+def diverge(model: PreTrainedModel, dense: PreTrainedModel, folder: Path) -> float:
+    (tokens,) = make_data(folder).evaluation_batches(["val"]).values()
+    tokens = torch.cat([batch["input_ids"] for batch in tokens])
+    return float(measure_divergence(model.eval()(tokens).logits, dense.eval()(tokens).logits))
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"]], ids=["all", "two"])
+def test_lora_trains_every_adapter_and_nothing_else(tiny_folder: Path, tmp_path: Path, targets: Any) -> None:
+    config = RecoveryConfig("lora", lora_rank=4, lora_targets=targets)
+    module, probe = recover(tiny_folder, tmp_path, config)
+    moved = {name for name, p in module.named_parameters() if not torch.equal(p, probe.before[name])}
+    adapters = {name for name in probe.before if ".lora_" in name}
+    assert moved == adapters and len(adapters) == 2 * 3 * (7 if targets is None else 2)
+    assert {id(p) for p in probe.held} == {id(p) for name, p in module.named_parameters() if name in adapters}
+    assert all(4 in p.shape for name, p in module.named_parameters() if name in adapters)
+
+
+def test_lora_is_merged_on_export_and_kept_beside(tiny_folder: Path, tmp_path: Path) -> None:
+    module, _ = recover(tiny_folder, tmp_path, RecoveryConfig("lora", lora_rank=4))
+    tokens, model = make_tokens(2, 20), module.model.eval()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(exported(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-4)
+    assert not any("lora" in name for name in exported.state_dict())
+
+    assert module.plan is not None
+    cut = CausalLMModule(str(tiny_folder), plan=module.plan.to_dict())
+    cut.load()
+    assert not torch.allclose(cut.model.eval()(tokens).logits, exported(tokens).logits, atol=1e-3)
+    adapted = PeftModel.from_pretrained(cut.model, str(tmp_path / "out" / "adapter")).eval()
+    torch.testing.assert_close(adapted(tokens).logits, exported(tokens).logits, atol=1e-5, rtol=1e-4)
+    files = {file.suffix for file in (tmp_path / "out" / "adapter").iterdir()}
+    assert ".safetensors" in files and not files & {".bin", ".pt", ".pkl"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RecoveryConfig("distill"),
+        RecoveryConfig("distill", temperature=2.0, hidden_weight=1.0, hidden_layers=[0, 2]),
+        RecoveryConfig("lora+distill", lora_rank=8),
+    ],
+    ids=["logits", "hidden too", "lora"],
+)
+def test_distillation_brings_predictions_back_to_the_dense_models(
+    tiny_folder: Path, tmp_path: Path, config: RecoveryConfig
+) -> None:
+    module, _ = recover(tiny_folder, tmp_path, config, epochs=4)
+    dense = load_model(tiny_folder)
+    assert module.plan is not None
+    cut = CausalLMModule(str(tiny_folder), plan=module.plan.to_dict())
+    cut.load()
+    exported = load_model(tmp_path / "out")
+    assert diverge(exported, dense, tiny_folder) < 0.8 * diverge(cut.model, dense, tiny_folder)
+
+
+def test_the_teacher_stays_as_it_is_and_is_not_saved(tiny_folder: Path, tmp_path: Path) -> None:
+    module, probe = recover(tiny_folder, tmp_path, RecoveryConfig("distill"))
+    (teacher,) = module._teacher
+    dense = load_model(tiny_folder)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(teacher.parameters(), dense.parameters(), strict=True))
+    held, own = {id(p) for p in probe.held}, {id(p) for p in teacher.parameters()}
+    assert not held & own and set(module.state_dict()) == {f"_model.{name}" for name in module.model.state_dict()}
+
+
+def test_without_recovery_nothing_is_trained(tiny_folder: Path, tmp_path: Path) -> None:
+    module, _ = recover(tiny_folder, tmp_path, RecoveryConfig("none"))
+    assert module.plan is not None and module.trainer.global_step == 0
+    cut = CausalLMModule(str(tiny_folder), plan=module.plan.to_dict())
+    cut.load()
+    exported = load_model(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in cut.model.state_dict().items())
+
+
+def test_weights_decay_in_matrices_only(tiny_folder: Path, tmp_path: Path) -> None:
+    module = CausalLMModule(str(tiny_folder), optimizer=lambda groups: torch.optim.AdamW(groups, weight_decay=0.1))
+    trainer = make_trainer(tmp_path, TaylorPruning(**PRUNING))
+    trainer.fit(module, datamodule=make_data(tiny_folder))
+    decays = {p.ndim: group["weight_decay"] for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert decays == {1: 0.0, 2: 0.1}
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "none"])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny_folder: Path, tmp_path: Path, mode: str) -> None:
+    recovery, losses = RecoveryConfig(mode, lora_rank=4), {}
+    plan = None
+    for name, epochs, checkpoint in (("whole", 2, None), ("first", 1, None), ("resumed", 2, tmp_path / "first.ckpt")):
+        module = CausalLMModule(
+            str(tiny_folder), recovery=recovery, optimizer=fast_optimizer, schedule="constant", plan=plan
+        )
+        trainer = make_trainer(tmp_path, TaylorPruning(**PRUNING), max_epochs=epochs)
+        torch.manual_seed(0)
+        trainer.fit(module, datamodule=make_data(tiny_folder, batch_size=32), ckpt_path=checkpoint, weights_only=True)
+        if name == "first":
+            trainer.save_checkpoint(tmp_path / "first.ckpt")
+        plan = plan or module.plan.to_dict()  # type: ignore[union-attr]
+        losses[name] = float(trainer.callback_metrics["train/loss"])
+    assert losses["resumed"] == pytest.approx(losses["whole"], rel=1e-6) and losses["first"] != losses["whole"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"mode": "lorra"}, "recovery.mode must be one of none, full, lora.*got 'lorra'"),
+        ({"lora_rank": 0}, "lora_rank >= 1.*got 0"),
+        ({"temperature": 0.0}, "temperature > 0.*got 0.0"),
+        ({"distill_weight": 1.5}, "distill_weight in"),
+    ],
+)
+def test_settings_out_of_bounds_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        RecoveryConfig(**settings)
+
+
+def test_unknown_targets_are_refused_with_those_there_are(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lora_targets: \['k', 'qq'\] given; this model's are q_proj, k_proj"):
+        recover(tiny_folder, tmp_path, RecoveryConfig("lora", lora_targets=["qq", "k", "q_proj"]))
