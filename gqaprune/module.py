@@ -89,12 +89,18 @@ class CausalLMModule(LightningModule):
     def load(self) -> None:
         """Load the model, pruned if there is a plan. Does nothing the second time."""
         if self._model is None:
-            self._model = load_model(self.pretrained, self.dtype_name, self.attn_implementation, self.trust_remote_code)
+            self._model = self.load_dense()
             if self.plan is not None:
                 apply_plan(self._model, self.plan)
             if self.gradient_checkpointing:
                 self._model.activation_checkpointing_enable()
             self._model.train()  # transformers loads in eval mode, where gradient checkpointing does nothing
+
+    def load_dense(self, pretrained: str | None = None, dtype: str | None = None) -> PreTrainedModel:
+        """Load the model again as it was before pruning, or another one, apart from the module's own."""
+        return load_model(
+            pretrained or self.pretrained, dtype or self.dtype_name, self.attn_implementation, self.trust_remote_code
+        )
 
     def configure_model(self) -> None:
         """Load what the pruning callback has not, make it ready to train, shard it where the strategy asks (FSDP2)."""
@@ -116,12 +122,7 @@ class CausalLMModule(LightningModule):
         if self.recovery.uses_lora and not self._adapted:
             self._adapted.append(add_adapters(self.model, self.recovery))
         if self.recovery.distills and not self._teacher:
-            teacher = load_model(
-                self.recovery.teacher or self.pretrained,
-                self.recovery.teacher_dtype,
-                self.attn_implementation,
-                self.trust_remote_code,
-            )
+            teacher = self.load_dense(self.recovery.teacher, self.recovery.teacher_dtype)
             self._teacher.append(teacher.eval().requires_grad_(False))
 
     @property

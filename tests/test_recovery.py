@@ -1,5 +1,6 @@
 """Recovery: what each mode trains, towards what, and what is left of it on disk."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gqaprune.callbacks import CheckpointExport, TaylorPruning
 from gqaprune.distillation import measure_divergence
 from gqaprune.module import CausalLMModule
 from gqaprune.recovery import MODES, RecoveryConfig
+from gqaprune.sampling import sample_from_model
 
 from tiny import PLAIN, make_tokens
 
@@ -102,6 +104,25 @@ def test_without_recovery_nothing_is_trained(tiny_folder: Path, tmp_path: Path) 
     cut.load()
     exported = load_model(tmp_path / "out").state_dict()
     assert all(torch.equal(tensor, exported[name]) for name, tensor in cut.model.state_dict().items())
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["pruned here", "plan given"])
+def test_recovery_reads_text_that_the_dense_model_wrote(
+    tiny_folder: Path, tmp_path: Path, resumed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqaprune.datamodules.text.sample_from_model", partial(sample_from_model, cache=None))
+    data = make_data(tiny_folder, train=[], train_sampled_windows=8, batch_size=8)
+    plan = recover(tiny_folder, tmp_path, RecoveryConfig("none"))[0].plan if resumed else None
+    module = CausalLMModule(str(tiny_folder), plan=None if plan is None else plan.to_dict())
+    trainer = make_trainer(tmp_path, TaylorPruning(**PRUNING))
+    trainer.fit(module, datamodule=data)
+    (batch,) = data.train_dataloader()
+    dense = load_model(tiny_folder)
+    expected = sample_from_model(dense, data.tokenizer, 8, 32, seed=data.seed + 1, cache=None)
+    assert trainer.global_step == 1 and sorted(batch["input_ids"].tolist()) == sorted(expected.tolist())
+    fresh = make_data(tiny_folder, train=[], train_sampled_windows=8)
+    with pytest.raises(ValueError, match="train_sampled_windows is 8: sample_train_windows"):
+        fresh.train_dataloader()
 
 
 def test_weights_decay_in_matrices_only(tiny_folder: Path, tmp_path: Path) -> None:

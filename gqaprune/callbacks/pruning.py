@@ -50,6 +50,9 @@ class TaylorPruning(GradientAccumulationScheduler):
         module.load()
         model = module.model.to(trainer.strategy.root_device)
         check_tokenizer(data.tokenizer, model)
+        if data.train_sampled_windows and trainer.limit_train_batches != 0:
+            dense = model if module.plan is None else module.load_dense().to(trainer.strategy.root_device)
+            data.sample_train_windows(dense)
         if module.plan is not None:
             perplexity = measure_perplexity(model, data.evaluation_batches(), "pruned")
             stages = [describe_model("pruned", model, perplexity)]

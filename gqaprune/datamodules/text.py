@@ -43,6 +43,8 @@ class TextDataModule(LightningDataModule):
         temperature: of that sampling, above 0.
         top_p: probability that the tokens sampled from have together, above 0 to 1.
         train_window: tokens per training window.
+        train_sampled_windows: windows that the dense model writes itself, to fine-tune on besides those of the corpora
+            (`train: []` takes these alone); sampled like `sampled_windows`, but others.
         train_tokens: tokens to read from each training corpus at most; null reads all.
         batch_size: windows per training micro-batch and device.
         eval_window: tokens per evaluation window (2048 is the usual protocol, 128 LLM-Pruner's).
@@ -72,6 +74,7 @@ class TextDataModule(LightningDataModule):
         temperature: float = 1.0,
         top_p: float = 1.0,
         train_window: int = 512,
+        train_sampled_windows: int = 0,
         train_tokens: int | None = None,
         batch_size: int = 4,
         eval_window: int = 2048,
@@ -93,8 +96,9 @@ class TextDataModule(LightningDataModule):
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {size}")
-        if sampled_windows < 0:
-            raise ValueError(f"data.sampled_windows must be at least 0, got {sampled_windows}")
+        for name, count in (("sampled_windows", sampled_windows), ("train_sampled_windows", train_sampled_windows)):
+            if count < 0:
+                raise ValueError(f"data.{name} must be at least 0, got {count}")
         self.tokenizer_source = tokenizer
         self.calibration_windows = calibration_windows
         self.calibration_window = calibration_window
@@ -105,6 +109,7 @@ class TextDataModule(LightningDataModule):
         self.temperature = temperature
         self.top_p = top_p
         self.train_window = train_window
+        self.train_sampled_windows = train_sampled_windows
         self.train_tokens = train_tokens
         self.batch_size = batch_size
         self.eval_window = eval_window
@@ -121,6 +126,7 @@ class TextDataModule(LightningDataModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._calibration_windows: Tensor | None = None
         self._train_windows: Tensor | None = None
+        self._sampled_train_windows: Tensor | None = None
         self._windows: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
 
     @property
@@ -192,17 +198,7 @@ class TextDataModule(LightningDataModule):
         if self.sampled_windows:
             if model is None:
                 raise ValueError(f"data.sampled_windows is {self.sampled_windows}: give the model that writes them")
-            sampled = sample_from_model(
-                model,
-                self.tokenizer,
-                self.sampled_windows,
-                self.calibration_window,
-                document=self.sampled_document,
-                prompts=self.sampled_prompts,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                seed=self.seed,
-            )
+            sampled = self._sample(model, self.sampled_windows, self.calibration_window, self.seed)
             windows = torch.cat([windows, sampled])
             windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.seed))]
         if not len(windows):
@@ -218,8 +214,15 @@ class TextDataModule(LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled training windows."""
+        """Shuffled training windows, of the corpora and of the dense model."""
         windows = self._read_train_windows()
+        if self.train_sampled_windows:
+            if self._sampled_train_windows is None:
+                raise ValueError(
+                    f"data.train_sampled_windows is {self.train_sampled_windows}: sample_train_windows(dense model) "
+                    "comes first, as gqaprune.callbacks.TaylorPruning does it"
+                )
+            windows = torch.cat([windows, self._sampled_train_windows])
         return DataLoader(_Windows(windows, windows), self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
@@ -237,9 +240,32 @@ class TextDataModule(LightningDataModule):
             one.pop("token_type_ids", None)
         return DataLoader(encoded, batch_size=None)  # type: ignore[arg-type]
 
+    def sample_train_windows(self, model: PreTrainedModel) -> None:
+        """Let the dense causal LM write the training windows that are wanted from it. Every rank has to call it."""
+        if self.train_sampled_windows:
+            # Another seed than calibration's: recovery is to see other text.
+            self._sampled_train_windows = self._sample(
+                model, self.train_sampled_windows, self.train_window, self.seed + 1
+            )
+
+    def _sample(self, model: PreTrainedModel, count: int, window: int, seed: int) -> Tensor:
+        return sample_from_model(
+            model,
+            self.tokenizer,
+            count,
+            window,
+            document=self.sampled_document,
+            prompts=self.sampled_prompts,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=seed,
+        )
+
     def _read_train_windows(self) -> Tensor:
+        corpora = self.corpora["train"]
+        if self._train_windows is None and not corpora and self.train_sampled_windows:
+            self._train_windows = torch.empty(0, self.train_window, dtype=torch.long)
         if self._train_windows is None:
-            corpora = self.corpora["train"]
             self._train_windows = read_windows(
                 self.tokenizer, corpora, self.train_window, None, self.seed, self.train_tokens
             )
