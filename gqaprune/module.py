@@ -1,6 +1,8 @@
 """The LightningModule around a causal LM: fine-tuning, perplexity, generation."""
 
 import math
+import os
+from dataclasses import asdict
 from typing import Any, Literal, cast
 
 import torch
@@ -69,6 +71,7 @@ class CausalLMModule(LightningModule):
         self.warmup_steps = warmup_steps
         self.max_new_tokens = max_new_tokens
         self.plan = _read_plan(plan)
+        self.rounds_done = 0
         self._model: PreTrainedModel | None = None
         self._adapted: list[PeftModel] = []  # in lists, or Lightning would keep them with the module's own weights
         self._teacher: list[PreTrainedModel] = []
@@ -106,7 +109,7 @@ class CausalLMModule(LightningModule):
         """Load what the pruning callback has not, make it ready to train, shard it where the strategy asks (FSDP2)."""
         self.load()
         if self._trains:
-            self._prepare_recovery()
+            self.prepare_recovery()
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
             mesh = self.device_mesh["data_parallel"]
             for layer in get_layers(self.model):
@@ -117,13 +120,19 @@ class CausalLMModule(LightningModule):
     def _trains(self) -> bool:
         return self._trainer is not None and self._trainer.state.fn == "fit" and self._trainer.limit_train_batches != 0
 
-    def _prepare_recovery(self) -> None:
+    def prepare_recovery(self) -> None:
         """Add adapters and load the teacher. Does nothing the second time."""
         if self.recovery.uses_lora and not self._adapted:
-            self._adapted.append(add_adapters(self.model, self.recovery))
+            seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) + self.rounds_done
+            self._adapted.append(add_adapters(self.model, self.recovery, seed))
         if self.recovery.distills and not self._teacher:
             teacher = self.load_dense(self.recovery.teacher, self.recovery.teacher_dtype)
             self._teacher.append(teacher.eval().requires_grad_(False))
+
+    def merge_adapters(self) -> None:
+        """Fold LoRA adapters into the weights, so that the model can be cut. Does nothing without them."""
+        while self._adapted:
+            self._model = self._adapted.pop().merge_and_unload()  # type: ignore[operator]
 
     @property
     def adapted(self) -> PeftModel | None:
@@ -216,13 +225,27 @@ class CausalLMModule(LightningModule):
             groups.append({"params": vectors, "weight_decay": 0.0})
         optimizer = self.optimizer_factory(groups)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
-        scheduler = get_scheduler(name, optimizer, self.warmup_steps, self._count_optimizer_steps())
+        steps = max(1, self.first_step(self.rounds_done + 1) - self.first_step(self.rounds_done))
+        scheduler = get_scheduler(name, optimizer, self.warmup_steps, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the plan with the hyperparameters, so that a resumed run builds the pruned shapes."""
         if self.plan is not None:
             checkpoint["hyper_parameters"]["plan"] = self.plan.to_dict()
+        checkpoint["recovery"] = asdict(self.recovery)
+        checkpoint["rounds_done"] = self.rounds_done
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on in the round that the checkpoint was written in, with adapters if it has some."""
+        self.rounds_done = checkpoint.get("rounds_done", 0)
+        if not self._adapted and any(".lora_" in name for name in checkpoint["state_dict"]):
+            self.load()
+            self._adapted.append(add_adapters(self.model, RecoveryConfig(**checkpoint["recovery"])))
+
+    def first_step(self, rounds: int) -> int:
+        """Optimizer step at which training begins once so many of `recovery.rounds` are done."""
+        return self._count_optimizer_steps() * rounds // self.recovery.rounds
 
     def _count_optimizer_steps(self) -> int:
         """Optimizer steps of the whole run, whatever the accumulation factor of each epoch.
@@ -234,14 +257,25 @@ class CausalLMModule(LightningModule):
             return 1
         if trainer.max_epochs == -1:
             return max(trainer.max_steps, 1)
-        trainer.fit_loop.setup_data()
         schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
         factors = [
             schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
             for epoch in range(trainer.max_epochs or 1)
         ]
-        steps = sum(math.ceil(trainer.num_training_batches / factor) for factor in factors)
+        steps = sum(math.ceil(self._count_batches() / factor) for factor in factors)
         return max(steps if trainer.max_steps == -1 else min(steps, trainer.max_steps), 1)
+
+    def _count_batches(self) -> int:
+        """Training batches of an epoch.
+
+        Lightning knows only once it has set up its loader, which may not be before a checkpoint's place in it is read.
+        """
+        trainer, data = self.trainer, self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            trainer.fit_loop.setup_data()
+            return int(trainer.num_training_batches)
+        batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
     def _start_perplexity(self, stream: str) -> None:
         labels = self.trainer.datamodule.get_labels(stream)  # type: ignore[attr-defined]

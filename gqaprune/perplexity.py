@@ -15,6 +15,9 @@ from gqaprune.progress import track
 IGNORED = -100
 """Label of tokens that are context only."""
 
+Evaluation = Mapping[str, Sequence[Mapping[str, Tensor]]]
+"""Corpus name -> batches of `input_ids` and `labels`."""
+
 
 class Perplexity(Metric):
     """Perplexity over all scored tokens: `exp(Σ negative log-likelihood / Σ tokens)`.
@@ -69,7 +72,7 @@ def sum_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def measure_perplexity(
-    model: PreTrainedModel, corpora: Mapping[str, Sequence[Mapping[str, Tensor]]], description: str = "perplexity"
+    model: PreTrainedModel, corpora: Evaluation, description: str = "perplexity"
 ) -> dict[str, float]:
     """Perplexity of a model on several corpora.
 

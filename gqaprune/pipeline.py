@@ -1,11 +1,12 @@
 """The whole path from a dense model to a pruned one, without Lightning. Reads top to bottom like the method itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gqaprune.allocation import AllocationOptions
 from gqaprune.config import PruningConfig
 from gqaprune.counts import (
     bind_allocation,
@@ -16,12 +17,12 @@ from gqaprune.counts import (
     refine_counts,
 )
 from gqaprune.importance import check_finite_weights, score_units
-from gqaprune.perplexity import measure_perplexity
+from gqaprune.perplexity import Evaluation
 from gqaprune.plan import PruningPlan
-from gqaprune.reconstruction import apply_plan_with_repair
-from gqaprune.report import Report, describe_model
+from gqaprune.reconstruction import BlockRepair, apply_plan_with_repair
+from gqaprune.report import Report
 from gqaprune.selection import budget_blocks, keep_everything, make_plan, read_budget, select_blocks
-from gqaprune.steps import spend_share
+from gqaprune.steps import Spending, spend_share
 from gqaprune.surgery import apply_plan
 
 
@@ -31,7 +32,7 @@ def prune(
     config: PruningConfig,
     *,
     accumulate: int = 1,
-    evaluation: Mapping[str, Sequence[Mapping[str, Tensor]]] | None = None,
+    evaluation: Evaluation | None = None,
     source: str = "",
     seed: int = 0,
     corpora: Sequence[str] = (),
@@ -55,47 +56,151 @@ def prune(
         ValueError: if the model, the batches or the budget do not allow it, the model being untouched then; or if the
             scores after an earlier step, the activations under repair or the pruned perplexity are not finite.
     """
-    check_finite_weights(model)
-    dense_blocks, budget = select_blocks(model, config), read_budget(model, config)
-    if config.removes_something:
-        check_reachable(dense_blocks, budget, config)
-        check_text(batches, config)
-    report = Report(source, asdict(config))
-    perplexity = measure_perplexity(model, evaluation or {}, "dense")
-    report.stages.append(describe_model("dense", model, perplexity))
+    pruner = Pruner(
+        model,
+        batches,
+        config,
+        accumulate=accumulate,
+        evaluation=evaluation,
+        source=source,
+        seed=seed,
+        corpora=corpora,
+    )
+    pruner.measure("dense")
+    pruner.spend()
+    return pruner.plan, pruner.report
 
-    plan = replace(keep_everything(model), model=source)
-    if config.removes_something:
-        options = measure_options(
-            model, dense_blocks, budget, batches, config, source=source, seed=seed, corpora=corpora
-        )
-        spending = None
-        for step in range(1, config.steps + 1):
-            blocks = select_blocks(model, config)
-            scores = score_units(model, blocks, batches, config.criterion, accumulate, config.scoring_options(seed))
-            options = measure_curves(model, dense_blocks, scores, batches, config, options)
-            allocate, budgets = bind_allocation(config, options), budget_blocks(dense_blocks, scores, config)
-            spending = spend_share(budgets, budget, allocate, step / config.steps, spending)
-            removed = refine_counts(
-                model, dense_blocks, scores, batches, config, options, budget, spending.so_far, seed
-            )
-            step_plan = make_plan(model, dense_blocks, scores, removed, config)
-            if (repair := config.repair_options()) is None:
-                apply_plan(model, step_plan)
-            else:
-                report.repairs = apply_plan_with_repair(model, step_plan, batches, repair)
-            plan = plan.then(step_plan)
-        plan = replace(
-            plan,
+
+class Pruner:
+    """Spends a budget on a dense model, in place, at once or a share at a time; training may go on in between.
+
+    Args:
+        model: the dense causal LM, on the device to work on.
+        batches: calibration token ids, each `[batch, tokens]`; in a process group the same list on every rank.
+        config: what to remove.
+        accumulate: micro-batches per accumulation window of the criterion.
+        evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on.
+        source: name of the model, for the plan.
+        seed: seed that chose the calibration windows; of `random` scores and of swaps, too.
+        corpora: names of the calibration corpora, for the plan.
+
+    Attributes:
+        plan: from the dense model to what it is now.
+        report: stages as measured, and what the last repair did.
+        share: of the budget that is spent.
+        spending: units that each block has lost.
+
+    Raises:
+        ValueError: if the model, the batches or the budget do not allow it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Tensor],
+        config: PruningConfig,
+        *,
+        accumulate: int = 1,
+        evaluation: Evaluation | None = None,
+        source: str = "",
+        seed: int = 0,
+        corpora: Sequence[str] = (),
+    ) -> None:
+        check_finite_weights(model)
+        self.model, self.batches, self.config = model, batches, config
+        self.accumulate, self.evaluation = accumulate, evaluation or {}
+        self.source, self.seed, self.corpora = source, seed, tuple(corpora)
+        self.dense_blocks, self.budget = select_blocks(model, config), read_budget(model, config)
+        if config.removes_something:
+            check_reachable(self.dense_blocks, self.budget, config)
+            check_text(batches, config)
+        self.plan = replace(keep_everything(model), model=source)
+        self.report = Report(source, asdict(config))
+        self.share = 0.0
+        self.spending: Spending | None = None
+        self._options: AllocationOptions | None = None
+
+    def measure(self, stage: str) -> None:
+        """Measure the model as it is now, as a stage of the report."""
+        self.report.add_stage(stage, self.model, self.evaluation)
+
+    def spend(self, share: float = 1.0, stage: str = "pruned") -> None:
+        """Score what is left, allocate, cut and repair until a share of the budget is spent, in the config's steps.
+
+        Args:
+            share: of the whole budget, above what is spent already, to 1.
+            stage: name of what this leaves, which is measured.
+
+        Raises:
+            ValueError: if the budget cannot be met, the model being untouched then; or if scores, activations or the
+                perplexity are not finite.
+        """
+        assert self.share < share <= 1, f"{self.share} of the budget is spent already, got {share}"
+        config, steps, start = self.config, self.config.steps, self.share
+        self.share = share
+        if not config.removes_something:
+            self.report.stages.append(replace(self.report.stages[-1], name=stage))
+            return
+        for step in range(1, steps + 1):
+            self.report.repairs = self._cut(start + (share - start) * step / steps if step < steps else share)
+        self.plan = replace(
+            self.plan,
             criterion=config.criterion,
             allocation=config.allocation,
-            rate=config.rate,
+            rate=share * config.rate,
             rate_base=config.rate_base,
-            kv_rate=config.kv_rate,
-            seed=seed,
-            corpora=tuple(corpora),
+            kv_rate=share * config.kv_rate,
+            seed=self.seed,
+            corpora=self.corpora,
         )
-        perplexity = measure_perplexity(model, evaluation or {}, "pruned")
+        self.measure(stage)
 
-    report.stages.append(describe_model("pruned", model, perplexity))
-    return plan, report
+    def resume(self, model: PreTrainedModel, plan: PruningPlan, share: float, spending: Spending) -> None:
+        """Go on with a model that was cut before; the dense one, which its plan was made for, is let go.
+
+        Args:
+            model: as cut and trained since.
+            plan: from the dense model to it.
+            share: of the budget that this spent.
+            spending: as `spending` was then.
+
+        Raises:
+            ValueError: if the plan was made for another model.
+        """
+        plan.check_fits(self.plan.geometry)
+        self._measure_options()
+        self.model.to("meta")
+        self.model, self.plan, self.share, self.spending = model, plan, share, spending
+
+    def _measure_options(self) -> AllocationOptions:
+        """What the allocation looks at besides scores; measured once, on the dense model."""
+        if self._options is None:
+            self._options = measure_options(
+                self.model,
+                self.dense_blocks,
+                self.budget,
+                self.batches,
+                self.config,
+                source=self.source,
+                seed=self.seed,
+                corpora=self.corpora,
+            )
+        return self._options
+
+    def _cut(self, share: float) -> list[BlockRepair]:
+        model, dense_blocks, batches, config = self.model, self.dense_blocks, self.batches, self.config
+        options, blocks = self._measure_options(), select_blocks(model, config)
+        settings = config.scoring_options(self.seed)
+        scores = score_units(model, blocks, batches, config.criterion, self.accumulate, settings)
+        options = measure_curves(model, dense_blocks, scores, batches, config, options)
+        allocate, budgets = bind_allocation(config, options), budget_blocks(dense_blocks, scores, config)
+        self.spending = spend_share(budgets, self.budget, allocate, share, self.spending)
+        removed = refine_counts(
+            model, dense_blocks, scores, batches, config, options, self.budget, self.spending.so_far, self.seed
+        )
+        plan = make_plan(model, dense_blocks, scores, removed, config)
+        self.plan = self.plan.then(plan)
+        if (repair := config.repair_options()) is None:
+            apply_plan(model, plan)
+            return []
+        return apply_plan_with_repair(model, plan, batches, repair)

@@ -31,6 +31,8 @@ class RecoveryConfig:
         hidden_layers: decoder layers after which that is measured; null takes the last.
         teacher: the dense model to learn from, as `model.pretrained`; null takes that.
         teacher_dtype: type of its weights, as `model.dtype`.
+        rounds: prune-recover rounds: the pruning callback spends its budget in so many equal shares, what is left being
+            scored anew before each, and an equal share of the training steps follows each.
 
     Raises:
         ValueError: if a setting is out of its bounds.
@@ -47,6 +49,7 @@ class RecoveryConfig:
     hidden_layers: list[int] | None = None
     teacher: str | None = None
     teacher_dtype: str = "auto"
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -56,6 +59,8 @@ class RecoveryConfig:
                 "recovery needs lora_rank >= 1, lora_alpha > 0 and lora_dropout in [0, 1), got "
                 f"{self.lora_rank}, {self.lora_alpha} and {self.lora_dropout}; 16, 32 and 0 are a start"
             )
+        if self.rounds < 1:
+            raise ValueError(f"recovery.rounds must be at least 1, got {self.rounds}; 2 is a start")
         if self.temperature <= 0 or not 0 <= self.distill_weight <= 1 or self.hidden_weight < 0:
             raise ValueError(
                 "recovery needs temperature > 0, distill_weight in [0, 1] and hidden_weight >= 0, got "
@@ -73,8 +78,8 @@ class RecoveryConfig:
         return "distill" in self.mode
 
 
-def add_adapters(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
-    """Put LoRA adapters into a model, in place, and freeze all else.
+def add_adapters(model: PreTrainedModel, config: RecoveryConfig, seed: int = 0) -> PeftModel:
+    """Put LoRA adapters into a model, in place, and freeze all else; the same seed begins with the same adapters.
 
     Returns:
         peft's view of the model, to merge and save the adapters with.
@@ -93,7 +98,9 @@ def add_adapters(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
         target_modules=list(targets),
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, lora)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, lora)
     assert isinstance(adapted, PeftModel)
     return adapted
 

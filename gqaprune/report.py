@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from gqaprune.architecture import count_layer_parameters, count_parameters, read_geometry
+from gqaprune.perplexity import Evaluation, measure_perplexity
 from gqaprune.plan import PruningPlan, write_atomically
 from gqaprune.reconstruction import BlockRepair
 
@@ -22,7 +23,7 @@ class Stage:
     """A model as measured at one point of a run.
 
     Args:
-        name: `dense`, `pruned` or `recovered`.
+        name: `dense`, `pruned`, `pruned, round 2` and so on, `recovered`.
         parameters: all parameters, tied ones once.
         decoder_parameters: parameters of the decoder layers.
         kv_cache_bytes_per_token: keys and values of one token, in the model's own type.
@@ -62,6 +63,19 @@ class Report:
         base = "parameters" if self.settings.get("rate_base") == "all" else "decoder_parameters"
         before, after = getattr(self.stages[0], base), getattr(self.stages[-1], base)
         return float(1 - after / before)
+
+    def add_stage(self, name: str, model: PreTrainedModel, evaluation: Evaluation) -> None:
+        """Measure a model as the next stage.
+
+        Args:
+            name: of the stage.
+            model: the causal LM.
+            evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on.
+
+        Raises:
+            ValueError: if a perplexity is not finite.
+        """
+        self.stages.append(describe_model(name, model, measure_perplexity(model, evaluation, name)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, as `report.json` holds them."""

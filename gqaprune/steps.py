@@ -6,8 +6,10 @@ units that are gone stand in a block's scores as 0, which makes them the first t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from gqaprune.allocation import BlockBudget, Budget, Removed, allocate_global
+from gqaprune.architecture import BlockKey
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,17 @@ class Spending:
 
     so_far: Removed
     in_all: Removed
+
+    def to_dict(self) -> dict[str, list[list[Any]]]:
+        """Plain types, as checkpoints hold them."""
+        return {
+            name: [[key.layer, key.kind, count] for key, count in counts.items()] for name, counts in vars(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, list[list[Any]]]) -> "Spending":
+        """What `to_dict` gave."""
+        return cls(**{name: {BlockKey(layer, kind): n for layer, kind, n in counts} for name, counts in data.items()})
 
 
 def spend_share(

@@ -116,3 +116,22 @@ def test_two_processes_recover_and_export_what_they_measured(config: Path, tmp_p
     events.Reload()
     (measured,) = events.Scalars("ppl/embedded")
     assert measured.value == pytest.approx(recovered["perplexity"]["val/embedded"], rel=1e-5)
+
+
+def test_two_processes_prune_and_recover_in_rounds(config: Path, tmp_path: Path) -> None:
+    """Both hold the same model after every cut: DDP would average what differs, and perplexity would not be shared."""
+    settings = ("--model.recovery.rounds", "2", "--pruning.repair", "none")
+    stages = read_stages(run(tmp_path / "fit", "fit", config, *settings, *DDP))
+    assert [stage["name"] for stage in stages] == ["dense", "pruned", "pruned, round 2", "recovered"]
+    dense, first, second, recovered = (stage["decoder_parameters"] for stage in stages)
+    assert dense > first > second == recovered == pytest.approx(0.7 * dense, rel=0.02)
+    logs = run(tmp_path / "validate", "validate", config, "--model.pretrained", str(tmp_path / "fit/out"))
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    (measured,) = events.Scalars("ppl/embedded")
+    assert measured.value == pytest.approx(stages[-1]["perplexity"]["val/embedded"], rel=1e-5)
+
+
+def test_rounds_are_refused_where_the_model_is_split(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="recovery.rounds 2 cuts whole models between steps, which ModelParallel"):
+        run(tmp_path / "fit", "fit", config, "--model.recovery.rounds", "2", *FSDP2)

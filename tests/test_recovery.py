@@ -151,6 +151,14 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny_folder: Path, tmp
     assert losses["resumed"] == pytest.approx(losses["whole"], rel=1e-6) and losses["first"] != losses["whole"]
 
 
+@pytest.mark.parametrize("mode", ["full", "lora", "distill"])
+def test_lightning_checkpoints_load_without_further_arguments(tiny_folder: Path, tmp_path: Path, mode: str) -> None:
+    module, _ = recover(tiny_folder, tmp_path, RecoveryConfig(mode, lora_rank=4, lora_targets=["q_proj"]))
+    module.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded, tokens = CausalLMModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True), make_tokens(2, 20)
+    torch.testing.assert_close(loaded.model.eval()(tokens).logits, module.model.eval()(tokens).logits)
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

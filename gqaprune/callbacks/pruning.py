@@ -1,26 +1,30 @@
-"""Prune before fit, while Lightning has not built the optimizer yet; accumulate gradients during fit."""
+"""Prune before fit, while Lightning has not built the optimizer yet; accumulate gradients during fit; prune on."""
 
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from transformers import PreTrainedModel
 
 from gqaprune.checkpoint import check_tokenizer
 from gqaprune.config import PruningConfig
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
-from gqaprune.perplexity import measure_perplexity
-from gqaprune.pipeline import prune
-from gqaprune.report import Report, describe_model
+from gqaprune.pipeline import Pruner
+from gqaprune.progress import console
+from gqaprune.report import Report
+from gqaprune.steps import Spending
 
 
 class TaylorPruning(GradientAccumulationScheduler):
     """Scores units on calibration micro-batches and cuts the model in `setup`; then schedules gradient accumulation.
 
     In calibration, gate gradients are accumulated over windows of as many micro-batches as training accumulates in its
-    first epoch. In training it is the `GradientAccumulationScheduler` it inherits from. It only wires: the path is
-    `gqaprune.pipeline.prune`.
+    first epoch. In training it is the `GradientAccumulationScheduler` it inherits from, and with `recovery.rounds` of
+    more than 1 it cuts again between steps, on single devices and DDP, where every rank holds the whole model. It only
+    wires: the path is `gqaprune.pipeline`.
 
     Args:
         scheduling: epoch -> micro-batches per optimizer step, from that epoch on.
@@ -38,12 +42,16 @@ class TaylorPruning(GradientAccumulationScheduler):
         super().__init__(dict(scheduling))
         self.config = PruningConfig(**settings)
         self.report: Report | None = None
+        self._pruner: Pruner | None = None
+        self._spending: Spending | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prune, unless the module already is: by a plan that it was given, or that its checkpoint carries."""
         if stage != "fit":
             return
         module, data = get_parts(trainer, pl_module)
+        _check_rounds(trainer, module, self.config)
+        self._pruner = None
         calibrates = module.plan is None and self.config.needs_text
         if calibrates:
             data.read_calibration_windows()  # missing text is said before a model is loaded
@@ -54,22 +62,88 @@ class TaylorPruning(GradientAccumulationScheduler):
             dense = model if module.plan is None else module.load_dense().to(trainer.strategy.root_device)
             data.sample_train_windows(dense)
         if module.plan is not None:
-            perplexity = measure_perplexity(model, data.evaluation_batches(), "pruned")
-            stages = [describe_model("pruned", model, perplexity)]
-            self.report = Report(module.pretrained, protocol=data.protocol, stages=stages)
+            self.report = Report(module.pretrained, protocol=data.protocol)
+            self.report.add_stage("pruned", model, data.evaluation_batches())
             return
-        plan, self.report = prune(
-            model,
-            data.calibration_batches(model) if calibrates else [],
+        self._pruner = self._start(module, data, model)
+        self._pruner.measure("dense")
+        self._pruner.spend(1 / module.recovery.rounds if trainer.limit_train_batches != 0 else 1.0)
+        module.plan, self.report = self._pruner.plan, self._pruner.report
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Prune on where a round of recovery has had its steps."""
+        module, data = get_parts(trainer, pl_module)
+        done, rounds = module.rounds_done + 1, module.recovery.rounds
+        if done >= rounds or trainer.global_step < module.first_step(done):
+            return
+        if self._pruner is None and self._spending is None:
+            return  # the plan was given, and is whole
+        module.merge_adapters()
+        if self._pruner is None:
+            self._pruner = self._resume(module, data, done / rounds)
+        self._pruner.spend((done + 1) / rounds, f"pruned, round {done + 1}")
+        module.plan, module.rounds_done = self._pruner.plan, done
+        module.prepare_recovery()
+        if isinstance(trainer.strategy, DDPStrategy):
+            trainer.strategy.model = module  # out of the wrapper, which holds on to what was cut
+            trainer.strategy.configure_ddp()
+        trainer.strategy.setup_optimizers(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if training ended before its last round."""
+        if self._pruner is not None and self._pruner.share < 1:
+            console.print(
+                f"training ended before its last round: {self._pruner.share:.0%} of the budget is spent; let it go on, "
+                "or set recovery.rounds to 1"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later rounds have to know of earlier ones."""
+        spending = self._pruner.spending if self._pruner is not None else self._spending
+        return {} if spending is None else {"spending": spending.to_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        if "spending" in state_dict:
+            self._spending = Spending.from_dict(state_dict["spending"])
+
+    def _start(self, module: CausalLMModule, data: TextDataModule, dense: PreTrainedModel) -> Pruner:
+        pruner = Pruner(
+            dense,
+            data.calibration_batches(dense) if self.config.needs_text else [],
             self.config,
             accumulate=self.get_accumulate_grad_batches(0),
             evaluation=data.evaluation_batches(),
             source=module.pretrained,
             seed=data.seed,
-            corpora=data.calibration_sources if calibrates else [],
+            corpora=data.calibration_sources if self.config.needs_text else [],
         )
-        self.report.protocol = data.protocol
-        module.plan = plan
+        pruner.report.protocol = data.protocol
+        return pruner
+
+    def _resume(self, module: CausalLMModule, data: TextDataModule, share: float) -> Pruner:
+        """Go on from what the checkpoint carries."""
+        assert module.plan is not None and self._spending is not None and self.report is not None
+        pruner = self._start(module, data, module.load_dense().to(module.device))
+        pruner.resume(module.model, module.plan, share, self._spending)
+        pruner.report = self.report
+        return pruner
+
+
+def _check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfig) -> None:
+    """Refuse rounds where the model cannot be cut between steps, before any work."""
+    rounds = module.recovery.rounds
+    if rounds == 1:
+        return
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        name = type(trainer.strategy).__name__
+        raise ValueError(
+            f"recovery.rounds {rounds} cuts whole models between steps, which {name} splits: set rounds to 1, or "
+            "trainer.strategy to ddp"
+        )
+    if config.uses_damage_curves or config.swap_generations:
+        name = "damage_levels" if config.uses_damage_curves else "swap_generations"
+        raise ValueError(f"{name} measures cuts of the whole model, which several rounds have not: set rounds to 1")
 
 
 def get_parts(trainer: Trainer, pl_module: LightningModule) -> tuple[CausalLMModule, TextDataModule]:

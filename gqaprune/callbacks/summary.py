@@ -25,10 +25,11 @@ class RunSummary(Callback):
 
     def __init__(self) -> None:
         self._finished = False
+        self._stages_logged = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the plan and the perplexity before and after surgery."""
-        self._finished = False
+        self._finished, self._stages_logged = False, 0
         report = _get_report(trainer)
         plan = get_parts(trainer, pl_module)[0].plan
         if report is None or plan is None or not trainer.is_global_zero:
@@ -38,16 +39,26 @@ class RunSummary(Callback):
         console.print(plan.describe_ratio())
         if report.repairs:
             console.print(report.describe_repair())
+        self._write(trainer, report, plan)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Write what a further cut has changed."""
+        report, plan = _get_report(trainer), get_parts(trainer, pl_module)[0].plan
+        if trainer.is_global_zero and report is not None and plan is not None and report.stages[self._stages_logged :]:
+            self._write(trainer, report, plan)
+
+    def _write(self, trainer: Trainer, report: Report, plan: PruningPlan) -> None:
         folder = get_run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         plan.save(folder / PLAN_FILE)
         save_figure(draw_plan(plan), folder / FIGURE_FILE)
         report.save(folder / REPORT_FILE)
-        for stage in report.stages:
+        for stage in report.stages[self._stages_logged :]:
             _log_perplexity(trainer, stage)
+        self._stages_logged = len(report.stages)
         for logger in _get_tensorboards(trainer):
-            logger.experiment.add_text("plan", _describe_plan(plan))
-            logger.experiment.add_figure("pruning", draw_plan(plan))
+            logger.experiment.add_text("plan", _describe_plan(plan), trainer.global_step)
+            logger.experiment.add_figure("pruning", draw_plan(plan), trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the recovered model and finish."""

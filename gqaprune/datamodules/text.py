@@ -1,12 +1,12 @@
 """Corpora as streams: calibration and train windows, validation and test perplexity, prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.checkpoint import load_tokenizer
@@ -214,7 +214,7 @@ class TextDataModule(LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled training windows, of the corpora and of the dense model."""
+        """Training windows of the corpora and of the dense model, this rank's share, shuffled anew every epoch."""
         windows = self._read_train_windows()
         if self.train_sampled_windows:
             if self._sampled_train_windows is None:
@@ -223,7 +223,12 @@ class TextDataModule(LightningDataModule):
                     "comes first, as gqaprune.callbacks.TaylorPruning does it"
                 )
             windows = torch.cat([windows, self._sampled_train_windows])
-        return DataLoader(_Windows(windows, windows), self.batch_size, shuffle=True)
+        strategy = self.trainer.strategy if self.trainer is not None else None
+        place = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+        dataset = _Windows(windows, windows)
+        return _TrainLoader(
+            dataset, self.batch_size, sampler=DistributedSampler(dataset, shuffle=True, seed=self.seed, **place)
+        )
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per validation corpus."""
@@ -321,6 +326,30 @@ class _Windows(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+
+
+class _TrainLoader(DataLoader[Batch]):
+    """Knows where it is in an epoch, so that a resumed run goes on with the batch that the interrupted one had next."""
+
+    _epoch, _yielded = 0, 0
+    _resumed: dict[str, int] = {}  # noqa: RUF012  (never changed)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        assert isinstance(self.sampler, DistributedSampler)
+        self._epoch, self._yielded = self.sampler.epoch, 0
+        skipped = self._resumed.get("yielded", 0) if self._resumed.get("epoch") == self._epoch else 0
+        for batch in super().__iter__():
+            self._yielded += 1
+            if self._yielded > skipped:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The place, as Lightning keeps it in checkpoints."""
+        return {"epoch": self._epoch, "yielded": self._yielded}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from a place."""
+        self._resumed = state_dict
 
 
 def _fill_up(input_ids: Tensor, labels: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
