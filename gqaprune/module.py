@@ -18,11 +18,13 @@ from transformers import PreTrainedModel, get_scheduler
 
 from gqaprune.architecture import get_layers
 from gqaprune.checkpoint import load_model
-from gqaprune.distillation import measure_distance, measure_divergence
+from gqaprune.distillation import measure_distance, measure_divergence, measure_divergence_from_top
 from gqaprune.perplexity import Perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.recovery import RecoveryConfig, add_adapters
+from gqaprune.resume import find_finite_checkpoint
 from gqaprune.surgery import apply_plan
+from gqaprune.teacher import CachedTeacher, Predictions, cache_teacher
 from gqaprune.windows import Batch
 
 
@@ -75,6 +77,7 @@ class CausalLMModule(LightningModule):
         self._model: PreTrainedModel | None = None
         self._adapted: list[PeftModel] = []  # in lists, or Lightning would keep them with the module's own weights
         self._teacher: list[PreTrainedModel] = []
+        self._cached_teacher: CachedTeacher | None = None
         self._perplexity: dict[str, Perplexity] = {}
 
     @property
@@ -128,11 +131,18 @@ class CausalLMModule(LightningModule):
         if self.recovery.distills and not self._teacher:
             teacher = self.load_dense(self.recovery.teacher, self.recovery.teacher_dtype)
             self._teacher.append(teacher.eval().requires_grad_(False))
+            if top_k := self.recovery.teacher_top_k:
+                data = self.trainer.datamodule  # type: ignore[attr-defined]
+                teacher.to(self.trainer.strategy.root_device)
+                self._cached_teacher = cache_teacher(
+                    teacher, data.read_train_windows(), top_k, self.recovery.temperature, data.batch_size
+                )
+                teacher.to("meta")
 
     def merge_adapters(self) -> None:
         """Fold LoRA adapters into the weights, so that the model can be cut. Does nothing without them."""
         while self._adapted:
-            self._model = self._adapted.pop().merge_and_unload()  # type: ignore[operator]
+            self._model = self._adapted.pop().merge_and_unload()
 
     @property
     def adapted(self) -> PeftModel | None:
@@ -155,9 +165,11 @@ class CausalLMModule(LightningModule):
         """Mean loss of a batch in nats per token."""
         loss = self._measure_loss(batch)
         if not torch.isfinite(loss):
+            good = find_finite_checkpoint(self.trainer.checkpoint_callbacks)
+            restart = f"go on from {good} (--ckpt_path)" if good else "no checkpoint with finite weights was written"
             raise ValueError(
                 f"the training loss is {loss.item()} at step {self.global_step}, batch {batch_idx}: "
-                "lower the learning rate, clip gradients, or train in bfloat16 or float32"
+                f"lower the learning rate, clip gradients, or train in bfloat16 or float32; {restart}"
             )
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -166,15 +178,19 @@ class CausalLMModule(LightningModule):
     def _measure_loss(self, batch: Batch) -> Tensor:
         """The language model's loss, or its mixture with the distance from the teacher."""
         settings, hidden = self.recovery, self.recovery.distills and self.recovery.hidden_weight > 0
-        student = self.model(**batch, use_cache=False, output_hidden_states=hidden)
+        ids = batch["input_ids"]
+        student = self.model(input_ids=ids, labels=batch["labels"], use_cache=False, output_hidden_states=hidden)
         loss: Tensor = student.loss
         if not settings.distills:
             return loss
-        with torch.no_grad():
-            teacher = self._teacher[0].to(self.device)(
-                input_ids=batch["input_ids"], use_cache=False, output_hidden_states=hidden
-            )
-        divergence = measure_divergence(student.logits[:, :-1], teacher.logits[:, :-1], settings.temperature)
+        logits = student.logits[:, :-1]
+        if self._cached_teacher is not None:
+            predictions = Predictions(*(part.to(self.device) for part in self._cached_teacher.predict(batch["index"])))
+            divergence = measure_divergence_from_top(logits, predictions, settings.temperature)
+        else:
+            with torch.no_grad():
+                teacher = self._teacher[0].to(self.device)(ids, use_cache=False, output_hidden_states=hidden)
+            divergence = measure_divergence(logits, teacher.logits[:, :-1], settings.temperature)
         self.log("train/lm_loss", loss)
         self.log("train/divergence", divergence)
         loss = (1 - settings.distill_weight) * loss + settings.distill_weight * divergence

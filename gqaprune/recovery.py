@@ -31,6 +31,9 @@ class RecoveryConfig:
         hidden_layers: decoder layers after which that is measured; null takes the last.
         teacher: the dense model to learn from, as `model.pretrained`; null takes that.
         teacher_dtype: type of its weights, as `model.dtype`.
+        teacher_top_k: this many of the teacher's likeliest tokens stand for its predictions: they are computed before
+            training, once for the same text, and kept on disk (6 bytes each for every training token); then the teacher
+            is let go. 0 keeps it in memory and takes all of them.
         rounds: prune-recover rounds: the pruning callback spends its budget in so many equal shares, what is left being
             scored anew before each, and an equal share of the training steps follows each.
 
@@ -49,6 +52,7 @@ class RecoveryConfig:
     hidden_layers: list[int] | None = None
     teacher: str | None = None
     teacher_dtype: str = "auto"
+    teacher_top_k: int = 0
     rounds: int = 1
 
     def __post_init__(self) -> None:
@@ -58,6 +62,12 @@ class RecoveryConfig:
             raise ValueError(
                 "recovery needs lora_rank >= 1, lora_alpha > 0 and lora_dropout in [0, 1), got "
                 f"{self.lora_rank}, {self.lora_alpha} and {self.lora_dropout}; 16, 32 and 0 are a start"
+            )
+        if self.teacher_top_k < 0:
+            raise ValueError(f"recovery.teacher_top_k must be at least 0, got {self.teacher_top_k}; 64 is a start")
+        if self.teacher_top_k and self.hidden_weight:
+            raise ValueError(
+                f"recovery.hidden_weight {self.hidden_weight} needs the teacher itself: set teacher_top_k to 0"
             )
         if self.rounds < 1:
             raise ValueError(f"recovery.rounds must be at least 1, got {self.rounds}; 2 is a start")

@@ -75,7 +75,7 @@ def sample_from_model(
         raise ValueError(f"sampling needs document >= 2, got {document}; 256 does")
     starts = _tokenize_prompts(tokenizer, prompts, document)
     settings = [count, window, document, starts, temperature, top_p, seed, batch_size]
-    path = cache / f"{_make_key(model, settings)}.safetensors" if cache is not None else None
+    path = cache / f"{hash_model(model, settings)}.safetensors" if cache is not None else None
     device = next(model.parameters()).device
     windows_NT, error = torch.zeros(count, window, dtype=torch.long), None
     if get_rank_and_world_size()[0] == 0:
@@ -186,8 +186,8 @@ def _draw(logits_BV: Tensor, top_p: float, generator: torch.Generator) -> Tensor
     return torch.multinomial(probabilities_BV, 1, generator=generator)[:, 0]
 
 
-def _make_key(model: PreTrainedModel, settings: Sequence[object]) -> str:
-    """A hash of the model's config, a sum of every weight, and the settings."""
+def hash_model(model: PreTrainedModel, settings: Sequence[object]) -> str:
+    """A key for what depends on a model: a hash of its config, a sum of every weight, and the settings."""
     sums = [parameter.detach().double().sum().item() for parameter in model.parameters()]
     config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
     content = json.dumps([config, str(model.dtype), sums, list(settings)], sort_keys=True, default=str)

@@ -10,7 +10,10 @@ from gqaprune.corpora import SEPARATOR, Corpus, parse_corpus, read_corpus
 from gqaprune.perplexity import IGNORED
 
 Batch = dict[str, Tensor]
-"""`input_ids` and `labels`, each `[batch, tokens]`; labels are `IGNORED` where a token is context only."""
+"""`input_ids` and `labels`, each `[batch, tokens]`; labels are `IGNORED` where a token is context only.
+
+Batches of dataloaders also have `index`, `[batch]`: each window's place among all of its stream's.
+"""
 
 _CHARACTERS_PER_READ = 1 << 20
 

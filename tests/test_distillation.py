@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gqaprune import distillation
-from gqaprune.distillation import measure_distance, measure_divergence
+from gqaprune.distillation import measure_distance, measure_divergence, measure_divergence_from_top
+from gqaprune.teacher import Predictions
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -23,6 +24,37 @@ def test_divergence_and_its_gradient_are_those_of_the_formula(
     expected = temperature**2 * (teacher_p * (teacher_p / student_p).log()).sum(-1).mean()
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(gradient.double(), temperature * (student_p - teacher_p) / 14, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("top_k", [1, 4, 9])
+def test_divergence_from_the_likeliest_takes_all_others_as_one(temperature: float, top_k: int) -> None:
+    student_BTV, teacher_BTV = torch.randn(2, 2, 7, 11)
+    student_BTV.requires_grad_()
+    teacher_logp = torch.log_softmax(teacher_BTV / temperature, -1)
+    predictions = Predictions(*teacher_logp.topk(top_k))
+    value = measure_divergence_from_top(student_BTV, predictions, temperature)
+    (gradient,) = torch.autograd.grad(value, student_BTV)
+
+    teacher_p, student_p = (torch.softmax(t.double() / temperature, -1) for t in (teacher_BTV, student_BTV))
+    token = predictions.token_BTK
+    merged = [
+        torch.cat([top := p.gather(-1, token), 1 - top.sum(-1, keepdim=True)], -1) for p in (teacher_p, student_p)
+    ]
+    expected = temperature**2 * (merged[0] * (merged[0] / merged[1]).log()).sum(-1).mean()
+    (expected_gradient,) = torch.autograd.grad(expected, student_BTV)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
+    assert 0 < float(value) < float(measure_divergence(student_BTV, teacher_BTV, temperature))
+
+
+def test_the_likeliest_may_be_all() -> None:
+    student_BTV, teacher_BTV = torch.randn(2, 2, 7, 11)
+    predictions = Predictions(*torch.log_softmax(teacher_BTV, -1).topk(11))
+    value = measure_divergence_from_top(student_BTV.requires_grad_(), predictions)
+    torch.testing.assert_close(value, measure_divergence(student_BTV, teacher_BTV))
+    (gradient,) = torch.autograd.grad(value, student_BTV)
+    assert torch.isfinite(gradient).all()
 
 
 def test_equal_predictions_do_not_diverge() -> None:

@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
 from test_module import Probe, fast_optimizer, make_data, make_trainer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gqaprune import load_model
+from gqaprune.architecture import count_parameters
 from gqaprune.callbacks import CheckpointExport, TaylorPruning
 from gqaprune.distillation import measure_divergence
 from gqaprune.module import CausalLMModule
+from gqaprune.perplexity import measure_perplexity
 from gqaprune.recovery import MODES, RecoveryConfig
 from gqaprune.sampling import sample_from_model
 
@@ -151,6 +155,58 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny_folder: Path, tmp
     assert losses["resumed"] == pytest.approx(losses["whole"], rel=1e-6) and losses["first"] != losses["whole"]
 
 
+class Spoil(Callback):
+    """Raises the learning rate beyond all bounds after so many steps."""
+
+    def __init__(self, step: int, rate: float) -> None:
+        self.step, self.rate = step, rate
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step >= self.step:
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] = self.rate
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
+    tiny_folder: Path, tmp_path: Path, written: bool
+) -> None:
+    """Steps 1 to 4 are sound, the fifth breaks the weights: checkpoints of steps 4 and 5 are written, 4 is named."""
+    module = CausalLMModule(str(tiny_folder), schedule="constant", optimizer=partial(torch.optim.SGD, lr=1e-3))
+    keep = ModelCheckpoint(tmp_path / "kept", "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = make_trainer(
+        tmp_path, TaylorPruning(**PRUNING), Spoil(4, float("inf")), *([keep] if written else []),
+        enable_checkpointing=written,
+    )  # fmt: skip
+    sentence = r"step 5, batch 5.*go on from .*step=4.ckpt" if written else "no checkpoint with finite weights was"
+    with pytest.raises(ValueError, match=sentence):
+        trainer.fit(module, datamodule=make_data(tiny_folder, batch_size=2))
+    assert not written or (tmp_path / "kept" / "step=5.ckpt").exists()
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_the_best_weights_are_exported(tiny_folder: Path, tmp_path: Path, rounds: int) -> None:
+    """Training is spoilt after its first half: what is exported is the best, unless that is less pruned."""
+    module = CausalLMModule(
+        str(tiny_folder), recovery=RecoveryConfig(rounds=rounds), schedule="constant", optimizer=fast_optimizer
+    )
+    best = ModelCheckpoint(tmp_path / "kept", monitor="ppl/embedded", save_weights_only=True)
+    trainer = make_trainer(
+        tmp_path, CheckpointExport(str(tmp_path / "out")), TaylorPruning(**PRUNING), Spoil(9, 0.3), best,
+        enable_checkpointing=True, limit_val_batches=1.0, val_check_interval=4, num_sanity_val_steps=0,
+    )  # fmt: skip
+    data = make_data(tiny_folder, batch_size=2)
+    trainer.fit(module, datamodule=data)
+    assert "step=8" in best.best_model_path
+    exported, batches = load_model(tmp_path / "out"), data.evaluation_batches(["val"])
+    (perplexity,) = measure_perplexity(exported, batches).values()
+    if rounds == 1:
+        assert perplexity == pytest.approx(float(best.best_model_score), rel=1e-4)  # type: ignore[arg-type]
+    else:
+        assert perplexity > 2 * float(best.best_model_score)  # type: ignore[arg-type]
+        assert count_parameters(exported) == count_parameters(module.model)
+
+
 @pytest.mark.parametrize("mode", ["full", "lora", "distill"])
 def test_lightning_checkpoints_load_without_further_arguments(tiny_folder: Path, tmp_path: Path, mode: str) -> None:
     module, _ = recover(tiny_folder, tmp_path, RecoveryConfig(mode, lora_rank=4, lora_targets=["q_proj"]))
@@ -166,6 +222,9 @@ def test_lightning_checkpoints_load_without_further_arguments(tiny_folder: Path,
         ({"lora_rank": 0}, "lora_rank >= 1.*got 0"),
         ({"temperature": 0.0}, "temperature > 0.*got 0.0"),
         ({"distill_weight": 1.5}, "distill_weight in"),
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"teacher_top_k": -1}, "teacher_top_k must be at least 0, got -1"),
+        ({"teacher_top_k": 8, "hidden_weight": 1.0}, "hidden_weight 1.0 needs the teacher itself"),
     ],
 )
 def test_settings_out_of_bounds_are_refused(settings: dict[str, Any], sentence: str) -> None:

@@ -6,10 +6,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gqaprune.callbacks.pruning import get_parts, get_run_folder
 from gqaprune.checkpoint import check_output_folder, save
+from gqaprune.resume import restore_best
 
 
 class CheckpointExport(Callback):
     """Saves the pruned and recovered model with tokenizer and plan.
+
+    Where a `ModelCheckpoint` monitors something, such as `ppl/wikitext2`, these are its best weights.
 
     Args:
         folder: where to; null means `checkpoint` in the run's folder.
@@ -27,7 +30,8 @@ class CheckpointExport(Callback):
             check_output_folder(self._get_folder(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export after training, while the strategy still holds the weights."""
+        """Export after training, while the strategy still holds the weights: the best ones, if some were kept."""
+        restore_best(trainer, get_parts(trainer, pl_module)[0].rounds_done)
         self._export(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

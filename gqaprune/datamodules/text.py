@@ -125,7 +125,7 @@ class TextDataModule(LightningDataModule):
         self._check_streams()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._calibration_windows: Tensor | None = None
-        self._train_windows: Tensor | None = None
+        self._train_corpora_windows: Tensor | None = None
         self._sampled_train_windows: Tensor | None = None
         self._windows: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
 
@@ -156,7 +156,7 @@ class TextDataModule(LightningDataModule):
         """Read what the stage needs, so that missing text is said before a model is loaded."""
         for stream in self._get_streams(stage):
             if stream == "train":
-                self._read_train_windows()
+                self._read_train_corpora()
             elif stream in ("val", "test"):
                 self._evaluation_windows(stream)
 
@@ -215,7 +215,21 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training windows of the corpora and of the dense model, this rank's share, shuffled anew every epoch."""
-        windows = self._read_train_windows()
+        windows = self.read_train_windows()
+        strategy = self.trainer.strategy if self.trainer is not None else None
+        place = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+        dataset = _Windows(windows, windows)
+        return _TrainLoader(
+            dataset, self.batch_size, sampler=DistributedSampler(dataset, shuffle=True, seed=self.seed, **place)
+        )
+
+    def read_train_windows(self) -> Tensor:
+        """Training windows in their own order, `[windows, train_window]`: `index` in a training batch is a place here.
+
+        Raises:
+            ValueError: if some of them come from the dense model, which has not written them yet.
+        """
+        windows = self._read_train_corpora()
         if self.train_sampled_windows:
             if self._sampled_train_windows is None:
                 raise ValueError(
@@ -223,12 +237,7 @@ class TextDataModule(LightningDataModule):
                     "comes first, as gqaprune.callbacks.TaylorPruning does it"
                 )
             windows = torch.cat([windows, self._sampled_train_windows])
-        strategy = self.trainer.strategy if self.trainer is not None else None
-        place = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
-        dataset = _Windows(windows, windows)
-        return _TrainLoader(
-            dataset, self.batch_size, sampler=DistributedSampler(dataset, shuffle=True, seed=self.seed, **place)
-        )
+        return windows
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per validation corpus."""
@@ -266,15 +275,15 @@ class TextDataModule(LightningDataModule):
             seed=seed,
         )
 
-    def _read_train_windows(self) -> Tensor:
+    def _read_train_corpora(self) -> Tensor:
         corpora = self.corpora["train"]
-        if self._train_windows is None and not corpora and self.train_sampled_windows:
-            self._train_windows = torch.empty(0, self.train_window, dtype=torch.long)
-        if self._train_windows is None:
-            self._train_windows = read_windows(
+        if self._train_corpora_windows is None and not corpora and self.train_sampled_windows:
+            self._train_corpora_windows = torch.empty(0, self.train_window, dtype=torch.long)
+        if self._train_corpora_windows is None:
+            self._train_corpora_windows = read_windows(
                 self.tokenizer, corpora, self.train_window, None, self.seed, self.train_tokens
             )
-        return self._train_windows
+        return self._train_corpora_windows
 
     def _get_streams(self, stage: str) -> tuple[str, ...]:
         if stage == "fit":
@@ -325,7 +334,7 @@ class _Windows(Dataset[Batch]):
         return len(self.input_ids)
 
     def __getitem__(self, index: int) -> Batch:
-        return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        return {"input_ids": self.input_ids[index], "labels": self.labels[index], "index": torch.tensor(index)}
 
 
 class _TrainLoader(DataLoader[Batch]):
