@@ -119,14 +119,22 @@ def write_markdown(rows: Sequence[Row], path: Path) -> None:
         parts += [f"### {rate:.0%} of decoder-layer parameters removed", ""]
         parts += ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
         parts += ["| " + " | ".join(line) + " |" for line in lines] + [""]
-    section = "\n".join([*parts, END])
+    splice(path, "\n".join([*parts, END]), BEGIN, END, "Quality, all methods")
+
+
+def splice(path: Path, section: str, begin: str, end: str, heading: str) -> None:
+    """Put a section, which has its markers, in place of the one in a Markdown file; at its end if it has none yet.
+
+    Raises:
+        ValueError: if the file has one marker without the other.
+    """
     text = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
-    if (BEGIN in text) != (END in text) or text.find(BEGIN) > text.find(END):
-        raise ValueError(f"{path} needs both markers, {BEGIN} before {END}, or none")
-    if BEGIN in text:
-        before, after = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
+    if (begin in text) != (end in text) or text.find(begin) > text.find(end):
+        raise ValueError(f"{path} needs both markers, {begin} before {end}, or none")
+    if begin in text:
+        before, after = text.split(begin, 1)[0], text.split(end, 1)[1]
     else:
-        before, after = text.rstrip() + "\n\n## Quality, all methods\n\n", "\n"
+        before, after = text.rstrip() + f"\n\n## {heading}\n\n", "\n"
     write_atomically(path, (before + section + after).encode())
 
 
@@ -166,7 +174,7 @@ def draw_gaps(rows: Sequence[Row], path: Path, rate: float = 0.2) -> None:
     for axes in (ranking, course):
         axes.grid(True, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_layers(rows: Sequence[Row], path: Path, rate: float = 0.2) -> None:
@@ -204,10 +212,11 @@ def draw_layers(rows: Sequence[Row], path: Path, rate: float = 0.2) -> None:
     panels[0].legend(fontsize=8, frameon=False, loc="lower left")
     figure.supxlabel("decoder layer", fontsize=10)
     figure.suptitle(f"Kept at {rate:.0%} (in brackets the mean gap)", fontsize=12)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=120)
     temporary.replace(path)

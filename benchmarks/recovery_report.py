@@ -1,0 +1,181 @@
+"""Tables and figures of the recovery rows, from their JSON alone."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from quality_report import save_figure, splice
+from rich.console import Console
+from rich.table import Table
+
+Row = Mapping[str, Any]
+Lines = tuple[list[str], list[list[str]]]
+
+BEGIN, END = "<!-- recovery:begin -->", "<!-- recovery:end -->"
+"""Markers in RESULTS.md; what is between them is written here."""
+
+
+def is_sweep(row: Row) -> bool:
+    """Whether a row chooses a learning rate."""
+    return bool(row["inputs"]["row"].get("sweep"))
+
+
+def find_row(rows: Sequence[Row], name: str) -> Row | None:
+    """The row of a name, if it was measured."""
+    return next((row for row in rows if row["name"] == name and "points" in row), None)
+
+
+def compute_gap(perplexity: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, float]:
+    """Log gap `ln(perplexity / dense perplexity)` of every text."""
+    return {name: math.log(value / dense[name]) for name, value in perplexity.items()}
+
+
+def build_points(rows: Sequence[Row]) -> Lines:
+    """Perplexity and gap to the untouched dense model of every row after so many tokens, the dense one first."""
+    header = ["trained", "text", "rate", "tokens/s", "peak RSS", "tokens", "minutes"]
+    dense = find_row(rows, "dense")
+    if dense is None:
+        return header, []
+    untouched, alike = dense["points"][0]["perplexity"], dense["points"][-1]
+    header += [*untouched, "gap to dense trained alike"]
+    lines = []
+    for row in [dense, *(row for row in rows if row is not dense and not is_sweep(row))]:
+        if "points" not in row:
+            lines.append([row["name"], f"failed: {row.get('error', '')}".replace("|", "/"), *[""] * (len(header) - 2)])
+            continue
+        settings, last = row["inputs"]["row"], row["points"][-1]
+        for point in row["points"]:
+            gaps = compute_gap(point["perplexity"], untouched)
+            first = point is row["points"][0]
+            speed = f"{last['tokens'] / last['seconds']:.0f}" if last["seconds"] else ""
+            about = [row["name"], settings.get("text", "train"), f"{settings['rate']:g}", speed]
+            about.append(f"{row['peak_rss'] / 2**30:.1f} GiB")
+            measured = [f"{value:.2f} ({gaps[name]:+.3f})" for name, value in point["perplexity"].items()]
+            to_alike = compute_gap(point["perplexity"], alike["perplexity"]) if point["point"] == alike["point"] else {}
+            lines.append(
+                [
+                    *(about if first else [""] * len(about)),
+                    f"{point['point']:,}",
+                    f"{point['seconds'] / 60:.1f}",
+                    *measured,
+                    f"{next(iter(to_alike.values())):+.3f}" if to_alike and row is not dense else "",
+                ]
+            )
+    return header, lines
+
+
+def build_sweep(rows: Sequence[Row]) -> Lines:
+    """Perplexity on validation text by mode and learning rate, and the mean of its logarithms, lowest in bold."""
+    sweeps = [row for row in rows if is_sweep(row) and "points" in row]
+    header = ["mode", "rate", *(sweeps[0]["points"][0]["perplexity"] if sweeps else []), "mean log"]
+    lines = []
+    for mode in dict.fromkeys(row["inputs"]["row"]["mode"] for row in sweeps):
+        of_mode = [row for row in sweeps if row["inputs"]["row"]["mode"] == mode]
+        best = min(_mean_log(row) for row in of_mode)
+        for row in sorted(of_mode, key=lambda row: row["inputs"]["row"]["rate"]):
+            mean = _mean_log(row)
+            values = [f"{value:.2f}" for value in row["points"][-1]["perplexity"].values()]
+            shown = f"**{mean:.4f}**" if mean == best else f"{mean:.4f}"
+            lines.append([mode, f"{row['inputs']['row']['rate']:g}", *values, shown])
+    return header, lines
+
+
+def describe(rows: Sequence[Row]) -> str:
+    """How the rows were trained and measured, in words, from what they say."""
+    if not rows:
+        return "No row has been run yet."
+    inputs = next((row for row in rows if not is_sweep(row)), rows[0])["inputs"]
+    training, versions = inputs["training"], inputs["versions"]
+    return (
+        f"{inputs['model']}, pruned by 20 % as quality.py's `default` row, unless it says dense. Training: windows of "
+        f"{training['window']} tokens, {training['batch']} per step, AdamW, cosine to 0 at {training['tokens']:,} "
+        f"tokens, warm-up {training['warmup']:.0%}, float32 weights and moments, {training['precision']} products. "
+        f"Perplexity in float32, windows of {inputs['protocol']['window']:,} tokens, token-weighted; in brackets the "
+        f"log gap to the untouched dense model. The last column is the first text's gap to the dense model that was "
+        f"given the same tokens. torch {versions['torch']}, lightning {versions['lightning']}, transformers "
+        f"{versions['transformers']}, peft {versions['peft']}."
+    )
+
+
+def print_tables(rows: Sequence[Row], console: Console | None = None) -> None:
+    """Both tables on the console."""
+    console = console or (Console() if sys.stdout.isatty() else Console(width=180))
+    for title, (header, lines) in (("Recovery", build_points(rows)), ("Learning rates", build_sweep(rows))):
+        table = Table(title=title, title_justify="left")
+        for name in header:
+            table.add_column(name, justify="right")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    console.print(describe(rows), style="dim")
+
+
+def write_markdown(rows: Sequence[Row], path: Path) -> None:
+    """Write the tables between the markers of a Markdown file; at its end, with markers, if it has none yet.
+
+    Raises:
+        ValueError: if the file has one marker without the other.
+    """
+    parts = [BEGIN, "", describe(rows), ""]
+    sweep = "Learning rates, 50,000 tokens: validation text decides"
+    for title, (header, lines) in (("", build_points(rows)), (sweep, build_sweep(rows))):
+        if lines:
+            parts += [f"### {title}", ""] if title else []
+            parts += ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+            parts += ["| " + " | ".join(line) + " |" for line in lines] + [""]
+    splice(path, "\n".join([*parts, END]), BEGIN, END, "Recovery")
+
+
+def draw_points(rows: Sequence[Row], path: Path) -> None:
+    """Gap to the untouched dense model by tokens, a panel per text, a line per row."""
+    dense = find_row(rows, "dense")
+    chosen = [row for row in rows if not is_sweep(row) and "points" in row]
+    if dense is None or not chosen:
+        return
+    untouched = dense["points"][0]["perplexity"]
+    figure = Figure(figsize=(4 * len(untouched), 4), layout="constrained")
+    panels = figure.subplots(1, len(untouched), squeeze=False)[0]
+    for axes, text in zip(panels, untouched, strict=True):
+        for index, row in enumerate(chosen):
+            tokens = [point["tokens"] / 1000 for point in row["points"]]
+            gaps = [compute_gap(point["perplexity"], untouched)[text] for point in row["points"]]
+            style = "k--" if row is dense else f"C{index % 10}" + ("o-" if index < 10 else "s:")
+            axes.plot(tokens, gaps, style, markersize=4, linewidth=1.2, label=row["name"])
+        axes.set_title(text, fontsize=10)
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.set_xlabel("thousand tokens")
+        axes.grid(True, alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("log gap to the dense model")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
+def draw_sweep(rows: Sequence[Row], path: Path) -> None:
+    """Mean log-perplexity of the validation texts by learning rate, a line per mode."""
+    sweeps = [row for row in rows if is_sweep(row) and "points" in row]
+    if not sweeps:
+        return
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, mode in enumerate(dict.fromkeys(row["inputs"]["row"]["mode"] for row in sweeps)):
+        points = sorted(
+            (r["inputs"]["row"]["rate"], _mean_log(r)) for r in sweeps if r["inputs"]["row"]["mode"] == mode
+        )
+        axes.plot(*zip(*points, strict=True), f"C{index}o-", label=mode)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("mean log-perplexity, validation texts")
+    axes.grid(True, which="both", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def _mean_log(row: Row) -> float:
+    values = row["points"][-1]["perplexity"].values()
+    return sum(map(math.log, values)) / len(values)

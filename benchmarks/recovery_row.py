@@ -1,0 +1,173 @@
+"""One row of the recovery table: train and measure, in a process of its own.
+
+python recovery_row.py spec.json result.json    # recovery.py does this
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from peers import read_peak_rss
+from quality_row import prune_by_own, read_calibration, read_test
+from transformers import PreTrainedModel
+
+import gqaprune
+from gqaprune.callbacks import TaylorPruning
+from gqaprune.datamodules import TextDataModule
+from gqaprune.module import CausalLMModule
+from gqaprune.perplexity import measure_perplexity
+from gqaprune.recovery import RecoveryConfig
+from gqaprune.windows import Batch
+
+Result = dict[str, Any]
+HELD_OUT = 1 / 7
+"""Last part of the training text that a sweep measures on, and does not train on."""
+
+
+def run_row(spec: Mapping[str, Any]) -> Result:
+    """Train as the spec says (see `recovery.run_or_skip`) and measure on the way.
+
+    Raises:
+        ValueError: if pruning, training or measuring fails, with its reason.
+    """
+    row, training = spec["row"], spec["training"]
+    dense, tokenizer = gqaprune.load(spec["model"], dtype="float32")
+    tests = {name: read_test(tokenizer, test, spec["protocol"]) for name, test in spec["tests"].items()}
+    train = Path(spec["train"])
+    if row.get("sweep"):
+        train, held = split_text(train, Path(spec["scratch"]))
+        own = {
+            "held-out": {"corpus": str(held), "split": "all"},
+            "embedded": {"corpus": "embedded", "split": "validation"},
+        }
+        tests = {name: read_test(tokenizer, test, spec["protocol"]) for name, test in own.items()}
+    starts_pruned = row.get("start") != "dense"
+    start = prepare_pruned(spec) if starts_pruned else spec["model"]
+    recovery = {name: value for name, value in row.items() if name not in ("start", "text", "rate", "sweep", "tokens")}
+    module = CausalLMModule(
+        str(start),
+        dtype="float32",
+        recovery=RecoveryConfig(**recovery, teacher=spec["model"], teacher_dtype="float32"),
+        # Adapters are a change: decaying it would be another thing than decaying weights.
+        optimizer=lambda groups: torch.optim.AdamW(
+            groups, row["rate"], (0.9, 0.95), weight_decay=0.0 if "lora" in row["mode"] else training["weight_decay"]
+        ),
+        warmup_steps=round(training["warmup"] * training["tokens"] / training["window"] / training["batch"]),
+    )
+    data = make_data(spec, train, dense if row.get("text") == "sampled" else None)
+    points = Points(spec["points"], training, tests)
+    callbacks: list[Callback] = [points]
+    if row.get("rounds", 1) > 1:
+        callbacks.append(make_pruning(spec))
+    torch.manual_seed(training["seed"])
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        precision=training["precision"],
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=callbacks,
+    )
+    trainer.fit(module, datamodule=data)
+    return {"points": points.measured, "losses": points.losses, "peak_rss": read_peak_rss()}
+
+
+def split_text(file: Path, folder: Path) -> tuple[Path, Path]:
+    """The first lines of a text and its last ones, as files."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    cut = round(len(lines) * (1 - HELD_OUT))
+    parts = {folder / "train.txt": lines[:cut], folder / "held.txt": lines[cut:]}
+    for part, own in parts.items():
+        part.write_text("".join(own), encoding="utf-8")
+    train, held = parts
+    return train, held
+
+
+class Points(Callback):
+    """Measures perplexity after so many tokens; its seconds are not the training's."""
+
+    def __init__(self, points: list[int], training: Mapping[str, Any], tests: Mapping[str, list[Batch]]) -> None:
+        self.points, self.tests = points, tests
+        self.tokens_per_step = training["window"] * training["batch"]
+        self.measured: list[dict[str, Any]] = []
+        self.losses: list[float] = []
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._measure(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.losses.append(float(trainer.callback_metrics["train/loss"]))
+        left = [point for point in self.points if point > self.measured[-1]["point"]]
+        is_last = trainer.global_step == trainer.num_training_batches
+        if left and ((trainer.global_step + 1) * self.tokens_per_step > left[0] or is_last):
+            self._measure(trainer, pl_module, left[0])
+
+    def _measure(self, trainer: Trainer, module: Any, point: int = 0) -> None:
+        if self._since:
+            self.seconds += time.perf_counter() - self._since
+        with torch.autocast("cpu", enabled=False):
+            perplexity = measure_perplexity(module.model, self.tests, f"{point:,} tokens")
+        tokens = trainer.global_step * self.tokens_per_step
+        self.measured.append({"point": point, "tokens": tokens, "seconds": self.seconds, "perplexity": perplexity})
+        self._since = time.perf_counter()
+
+
+def make_data(spec: Mapping[str, Any], train: Path, writer: PreTrainedModel | None) -> TextDataModule:
+    """So many tokens of a text, or of what the dense model writes if there is one to write."""
+    training, calibration = spec["training"], spec["pruning"]["calibration"]
+    data = TextDataModule(
+        spec["model"],
+        calibration=[calibration["corpus"]],
+        calibration_windows=calibration["windows"],
+        calibration_window=calibration["window"],
+        calibration_batch_size=calibration["batch_size"],
+        sampled_windows=calibration["sampled"],
+        sampled_document=calibration["document"],
+        sampled_prompts=calibration["prompts"],
+        train=[] if writer else [str(train)],
+        train_window=training["window"],
+        train_tokens=training["tokens"],
+        train_sampled_windows=training["tokens"] // training["window"] if writer else 0,
+        batch_size=training["batch"],
+        val=[],
+        test=[],
+        seed=training["seed"],
+    )
+    if writer:
+        data.sample_train_windows(writer)
+    return data
+
+
+def make_pruning(spec: Mapping[str, Any]) -> TaylorPruning:
+    """The callback that prunes as the pruned model was pruned."""
+    return TaylorPruning(**spec["pruning"]["settings"], rate=spec["pruning"]["rate"])
+
+
+def prepare_pruned(spec: Mapping[str, Any]) -> Path:
+    """The folder of the pruned model that rows start from; pruned on the first call."""
+    folder = Path(spec["work"]) / "pruned"
+    if not folder.exists():
+        model, tokenizer = gqaprune.load(spec["model"], dtype="float32")
+        windows = read_calibration(model, spec["model"], spec["pruning"]["calibration"])
+        prune_by_own(model, windows, spec["pruning"])
+        gqaprune.save(model, tokenizer, folder)
+    return folder
+
+
+if __name__ == "__main__":
+    spec_file, result_file = map(Path, sys.argv[1:])
+    try:
+        outcome = run_row(json.loads(spec_file.read_text()))
+    except Exception as error:  # whatever stops one row is that row's result
+        outcome = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    result_file.write_text(json.dumps(outcome))
