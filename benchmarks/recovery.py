@@ -33,12 +33,12 @@ TRAINING = {
     "tokens": 200_000,
     "window": 512,
     "batch": 2,
-    "warmup": 0.05,
     "weight_decay": 0.01,
     "precision": "bf16-mixed",
     "seed": 0,
 }
-"""How every row trains: AdamW, a cosine to 0, gradients clipped at 1; weights and moments are float32."""
+"""How every row trains: AdamW, 5 % warm-up and a cosine to 0, gradients clipped at 1; weights and moments are float32,
+unless the row has another `dtype`."""
 POINTS = (50_000, 100_000, 200_000)
 """Tokens after which a row is measured; a cosine ends at the last, so that earlier ones are on the way."""
 SWEEP_TOKENS = 50_000
@@ -51,6 +51,9 @@ SWEEP_RATES = {
 RATES = {"full": 2e-5, "distill": 2e-5, "lora": 5e-4, "lora+distill": 5e-4}
 """Learning rates, as the sweep has them."""
 
+OWN_SETTINGS = {"start", "text", "rate", "tokens", "sweep", "dtype"}
+"""Settings of a row that are not fields of `RecoveryConfig`."""
+
 Row = dict[str, Any]
 
 
@@ -59,6 +62,7 @@ def list_rows() -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {
         "dense": {"mode": "full", "start": "dense"},
         **{mode: {"mode": mode} for mode in RATES},
+        "full, bfloat16 weights": {"mode": "full", "dtype": "bfloat16"},
         "full, two rounds": {"mode": "full", "start": "dense", "rounds": 2},
         **{f"{mode}, sampled text": {"mode": mode, "text": "sampled"} for mode in RATES},
         "full, two rounds, sampled text": {"mode": "full", "start": "dense", "rounds": 2, "text": "sampled"},
@@ -120,7 +124,7 @@ def check_rows(rows: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         ValueError: naming row and setting.
     """
-    known = {field.name for field in dataclasses.fields(RecoveryConfig)} | {"start", "text", "rate", "tokens", "sweep"}
+    known = {field.name for field in dataclasses.fields(RecoveryConfig)} | OWN_SETTINGS
     for name, row in rows.items():
         if unknown := row.keys() - known:
             raise ValueError(f"row {name!r}: no setting {sorted(unknown)}; settings are {', '.join(sorted(known))}")

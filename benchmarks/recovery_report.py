@@ -92,7 +92,7 @@ def describe(rows: Sequence[Row]) -> str:
     return (
         f"{inputs['model']}, pruned by 20 % as quality.py's `default` row, unless it says dense. Training: windows of "
         f"{training['window']} tokens, {training['batch']} per step, AdamW, cosine to 0 at {training['tokens']:,} "
-        f"tokens, warm-up {training['warmup']:.0%}, float32 weights and moments, {training['precision']} products. "
+        f"tokens, 5 % warm-up, float32 weights and moments, {training['precision']} products. "
         f"Perplexity in float32, windows of {inputs['protocol']['window']:,} tokens, token-weighted; in brackets the "
         f"log gap to the untouched dense model. The last column is the first text's gap to the dense model that was "
         f"given the same tokens. torch {versions['torch']}, lightning {versions['lightning']}, transformers "

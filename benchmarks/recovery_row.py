@@ -3,6 +3,8 @@
 python recovery_row.py spec.json result.json    # recovery.py does this
 """
 
+import copy
+import dataclasses
 import json
 import sys
 import time
@@ -48,16 +50,16 @@ def run_row(spec: Mapping[str, Any]) -> Result:
         tests = {name: read_test(tokenizer, test, spec["protocol"]) for name, test in own.items()}
     starts_pruned = row.get("start") != "dense"
     start = prepare_pruned(spec) if starts_pruned else spec["model"]
-    recovery = {name: value for name, value in row.items() if name not in ("start", "text", "rate", "sweep", "tokens")}
+    dtype, fields = row.get("dtype", "float32"), {field.name for field in dataclasses.fields(RecoveryConfig)}
+    recovery = {name: value for name, value in row.items() if name in fields}
     module = CausalLMModule(
         str(start),
-        dtype="float32",
+        dtype=dtype,
         recovery=RecoveryConfig(**recovery, teacher=spec["model"], teacher_dtype="float32"),
         # Adapters are a change: decaying it would be another thing than decaying weights.
         optimizer=lambda groups: torch.optim.AdamW(
             groups, row["rate"], (0.9, 0.95), weight_decay=0.0 if "lora" in row["mode"] else training["weight_decay"]
         ),
-        warmup_steps=round(training["warmup"] * training["tokens"] / training["window"] / training["batch"]),
     )
     data = make_data(spec, train, dense if row.get("text") == "sampled" else None)
     points = Points(spec["points"], training, tests)
@@ -68,7 +70,7 @@ def run_row(spec: Mapping[str, Any]) -> Result:
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
-        precision=training["precision"],
+        precision=training["precision"] if dtype == "float32" else "bf16-true",
         gradient_clip_val=1.0,
         logger=False,
         enable_checkpointing=False,
@@ -116,7 +118,8 @@ class Points(Callback):
         if self._since:
             self.seconds += time.perf_counter() - self._since
         with torch.autocast("cpu", enabled=False):
-            perplexity = measure_perplexity(module.model, self.tests, f"{point:,} tokens")
+            model = module.model if module.model.dtype == torch.float32 else copy.deepcopy(module.model).float()
+            perplexity = measure_perplexity(model, self.tests, f"{point:,} tokens")
         tokens = trainer.global_step * self.tokens_per_step
         self.measured.append({"point": point, "tokens": tokens, "seconds": self.seconds, "perplexity": perplexity})
         self._since = time.perf_counter()

@@ -41,7 +41,7 @@ class CausalLMModule(LightningModule):
         optimizer: optimizer class and its arguments; built on the parameters that pruning left, weight decay for
             matrices only.
         schedule: course of the learning rate after the warm-up, down to 0 (`cosine`, `linear`) or `constant`.
-        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        warmup_steps: optimizer steps over which the learning rate rises from 0; null takes a twentieth of them.
         max_new_tokens: tokens that `predict` adds to each prompt.
         plan: a pruning plan to apply on loading, instead of calibrating: the path of a `plan.json`, or its content.
     """
@@ -56,7 +56,7 @@ class CausalLMModule(LightningModule):
         recovery: RecoveryConfig = RecoveryConfig(),  # noqa: B008  (never changed)
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.01),
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
-        warmup_steps: int = 0,
+        warmup_steps: int | None = None,
         max_new_tokens: int = 40,
         plan: str | dict[str, Any] | None = None,
     ) -> None:
@@ -242,7 +242,8 @@ class CausalLMModule(LightningModule):
         optimizer = self.optimizer_factory(groups)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         steps = max(1, self.first_step(self.rounds_done + 1) - self.first_step(self.rounds_done))
-        scheduler = get_scheduler(name, optimizer, self.warmup_steps, steps)
+        warmup = steps // 20 if self.warmup_steps is None else self.warmup_steps
+        scheduler = get_scheduler(name, optimizer, warmup, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
