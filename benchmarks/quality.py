@@ -123,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in names:
             for rate in [0.0] if name == DENSE else rates:
                 spec = make_spec(name, rate, options.model, options.calibration, tests, options.peers_python)
+                spec["keep"] = options.keep and str(options.keep / f"{name}@{rate:g}")
                 run_or_skip(spec, texts, options.folder, options.resume, run_in_process)
     rows = read_rows(options.folder)
     print_tables(rows)
@@ -146,6 +147,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers-python", default=sys.executable, help="Python that has requirements.txt installed")
     parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md", help="Markdown file for the tables")
     parser.add_argument("--images", type=Path, default=HERE.parent / "docs" / "images", help="folder for figures")
+    parser.add_argument("--keep", type=Path, help="folder to keep pruned models of ours in, each as its row is named")
     parser.add_argument("--resume", action="store_true", help="skip rows that are there with the current key")
     parser.add_argument("--list", action="store_true", help="only list the selected rows")
     parser.add_argument("--table-only", action="store_true", help="only draw up tables and figures of rows there")

@@ -45,6 +45,8 @@ def run_row(spec: Mapping[str, Any]) -> Result:
             model, result = prune_by_peer(model, windows, spec)
         else:
             result = prune_by_own(model, windows, spec)
+            if spec.get("keep"):
+                gqaprune.save(model, tokenizer, Path(spec["keep"]))
     result["windows"] = {name: len(batches) for name, batches in tests.items()}
     result["perplexity"] = measure_perplexity(model, tests, spec["method"])
     decoder_parameters = sum(count_layer_parameters(model))

@@ -157,8 +157,8 @@ def make_pruning(spec: Mapping[str, Any]) -> TaylorPruning:
 
 
 def prepare_pruned(spec: Mapping[str, Any]) -> Path:
-    """The folder of the pruned model that rows start from; pruned on the first call."""
-    folder = Path(spec["work"]) / "pruned"
+    """The folder of the pruned model that rows start from; pruned on the first call unless quality.py has kept it."""
+    folder = Path(spec["work"]) / f"{spec['pruning']['method']}@{spec['pruning']['rate']:g}"
     if not folder.exists():
         model, tokenizer = gqaprune.load(spec["model"], dtype="float32")
         windows = read_calibration(model, spec["model"], spec["pruning"]["calibration"])

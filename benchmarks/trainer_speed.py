@@ -147,7 +147,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, metavar="FILE", help="text to train on")
     parser.add_argument(
-        "--model", default=str(HERE / "work" / "pruned"), help="the pruned model; recovery.py makes one"
+        "--model", default=str(HERE / "work" / "default@0.2"), help="the pruned model; recovery.py makes one"
     )
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")

@@ -281,13 +281,17 @@ def find_blocks(model: PreTrainedModel, granularity: str = "group") -> list[Bloc
 
 
 def count_parameters(model: PreTrainedModel) -> int:
-    """All parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """All parameters, tied ones once; not those of LoRA adapters, which are merged in the end."""
+    return _count_without_adapters(model)
 
 
 def count_layer_parameters(model: PreTrainedModel) -> list[int]:
-    """Parameters of each decoder layer, norms and biases included."""
-    return [sum(parameter.numel() for parameter in layer.parameters()) for layer in get_layers(model)]
+    """Parameters of each decoder layer, norms and biases included, LoRA adapters left out."""
+    return [_count_without_adapters(layer) for layer in get_layers(model)]
+
+
+def _count_without_adapters(module: nn.Module) -> int:
+    return sum(parameter.numel() for name, parameter in module.named_parameters() if ".lora_" not in name)
 
 
 def name_parameter_place(name: str) -> str:

@@ -162,10 +162,13 @@ def save(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        weights = merge_adapters(adapted) if adapted is not None else state_dict
-        layout = _write_checkpoint(model, temporary, weights)
-        if adapted is not None:
-            adapted.save_pretrained(str(temporary / ADAPTER_FOLDER))
+        if adapted is None:
+            layout = _write_checkpoint(model, temporary, state_dict)
+        else:
+            whole = model.state_dict() if state_dict is None else state_dict
+            layout = _write_checkpoint(model, temporary, merge_adapters(adapted, whole))
+            named = {f"base_model.model.{name}": tensor for name, tensor in whole.items()}  # as peft names them
+            adapted.save_pretrained(str(temporary / ADAPTER_FOLDER), state_dict=named)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if plan is not None:

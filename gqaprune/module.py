@@ -109,15 +109,15 @@ class CausalLMModule(LightningModule):
         )
 
     def configure_model(self) -> None:
-        """Load what the pruning callback has not, make it ready to train, shard it where the strategy asks (FSDP2)."""
+        """Load what the pruning callback has not, make it ready to train, and shard all where the strategy asks."""
         self.load()
         if self._trains:
             self.prepare_recovery()
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
-            mesh = self.device_mesh["data_parallel"]
-            for layer in get_layers(self.model):
-                fully_shard(layer, mesh=mesh)
-            fully_shard(self.model, mesh=mesh)
+            for model in [self.model, *self._teacher]:
+                for layer in get_layers(model):
+                    fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+                fully_shard(model, mesh=self.device_mesh["data_parallel"])
 
     @property
     def _trains(self) -> bool:

@@ -1,6 +1,6 @@
 """How a pruned model is trained back: every weight, LoRA adapters, or either towards the dense model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,18 +116,20 @@ def add_adapters(model: PreTrainedModel, config: RecoveryConfig, seed: int = 0) 
 
 
 @torch.no_grad()
-def merge_adapters(adapted: PeftModel) -> dict[str, Tensor]:
-    """The weights of a model as if it never had adapters, with what these add; the model keeps both apart."""
-    model = adapted.get_base_model()
-    weights = {
-        name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
-    }
-    for name, module in model.named_modules():
+def merge_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a model as if it never had adapters, with what these add; nothing is changed.
+
+    Args:
+        adapted: peft's view of the model, which may be sharded.
+        state_dict: whole weights of the model under it, adapters included.
+    """
+    weights = {name.replace(".base_layer.", "."): tensor for name, tensor in state_dict.items() if ".lora_" not in name}
+    for name, module in adapted.get_base_model().named_modules():
         if isinstance(module, LoraLinear):
-            weight = module.get_base_layer().weight
-            assert isinstance(weight, Tensor)
-            delta = module.get_delta_weight(adapted.active_adapter)
-            weights[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype).cpu()
+            (adapter,) = module.active_adapters
+            down, up = (state_dict[f"{name}.lora_{part}.{adapter}.weight"].float() for part in "AB")
+            weight = weights[f"{name}.weight"]
+            weights[f"{name}.weight"] = (weight.float() + module.scaling[adapter] * (up @ down)).to(weight.dtype).cpu()
     return weights
 
 

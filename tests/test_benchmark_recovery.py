@@ -71,7 +71,7 @@ def test_a_row_trains_and_measures_at_its_points(
     assert last != first and result["points"][-1]["seconds"] > result["points"][1]["seconds"] > 0
     if row["mode"] == "full":
         assert last < 0.9 * first
-    assert (tmp_path / "work/pruned").exists() == (row.get("start") != "dense")
+    assert (tmp_path / "work/default@0.2").exists() == (row.get("start") != "dense")
     json.dumps(result)
 
 

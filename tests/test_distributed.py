@@ -104,7 +104,10 @@ def test_two_processes_prune_as_one(config: Path, tmp_path: Path) -> None:
         assert theirs["perplexity"] == pytest.approx(mine["perplexity"], rel=1e-6)
 
 
-@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+DISTILL = ("--model.recovery.mode", "lora+distill")
+
+
+@pytest.mark.parametrize("strategy", [DDP, FSDP2, FSDP2 + DISTILL], ids=["ddp", "fsdp2", "fsdp2-lora-distill"])
 def test_two_processes_recover_and_export_what_they_measured(config: Path, tmp_path: Path, strategy: list[str]) -> None:
     dense, pruned, recovered = read_stages(run(tmp_path / "fit", "fit", config, *strategy))
     assert recovered["parameters"] == pruned["parameters"] < dense["parameters"]

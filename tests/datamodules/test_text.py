@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DistributedSampler
 from transformers import PreTrainedTokenizerFast
 
 from gqaprune.checkpoint import load_model
@@ -223,7 +224,10 @@ def test_train_loader_yields_every_window_once_with_equal_labels(make_data: Any,
 
 def test_train_windows_are_shuffled_anew_in_every_epoch(make_data: Any) -> None:
     loader = make_data(batch_size=1000).train_dataloader()
-    first, second = (next(iter(loader))["input_ids"] for _ in range(2))
+    assert isinstance(loader.sampler, DistributedSampler)
+    first = next(iter(loader))["input_ids"]
+    loader.sampler.set_epoch(1)  # Lightning does so
+    second = next(iter(loader))["input_ids"]
     assert not torch.equal(first, second)
     assert torch.equal(first.sort(0).values, second.sort(0).values)
 
