@@ -39,8 +39,9 @@ TRAINING = {
 }
 """How every row trains: AdamW, 5 % warm-up and a cosine to 0, gradients clipped at 1; weights and moments are float32,
 unless the row has another `dtype`."""
-POINTS = (50_000, 100_000, 200_000)
-"""Tokens after which a row is measured; a cosine ends at the last, so that earlier ones are on the way."""
+POINTS = (0, 50_000, 100_000, 200_000)
+"""Tokens after which a row is measured; a cosine ends at the last, so that earlier ones are on the way. Sweeps are
+measured at their end only."""
 SWEEP_TOKENS = 50_000
 SWEEP_RATES = {
     "full": (5e-6, 1e-5, 2e-5, 5e-5, 1e-4),
@@ -168,7 +169,7 @@ def run_or_skip(name: str, options: argparse.Namespace, tests: Mapping[str, Any]
         "name": name,
         "train": options.train,
         "tests": tests,
-        "points": [p for p in POINTS if p <= inputs["training"]["tokens"]],  # type: ignore[index]
+        "points": [row["tokens"]] if row.get("sweep") else list(POINTS),
         "work": str(options.work),
         "pruning": make_spec("default", 0.2, options.model, options.train, tests),
     }

@@ -97,7 +97,7 @@ class Points(Callback):
     """Measures perplexity after so many tokens; its seconds are not the training's."""
 
     def __init__(self, points: list[int], training: Mapping[str, Any], tests: Mapping[str, list[Batch]]) -> None:
-        self.points, self.tests = points, tests
+        self.left, self.tests = sorted(points), tests
         self.tokens_per_step = training["window"] * training["batch"]
         self.measured: list[dict[str, Any]] = []
         self.losses: list[float] = []
@@ -105,24 +105,25 @@ class Points(Callback):
         self._since = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._measure(trainer, pl_module)
+        if self.left[0] == 0:
+            self._measure(trainer, pl_module)
+        self._since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
-        left = [point for point in self.points if point > self.measured[-1]["point"]]
         is_last = trainer.global_step == trainer.num_training_batches
-        if left and ((trainer.global_step + 1) * self.tokens_per_step > left[0] or is_last):
-            self._measure(trainer, pl_module, left[0])
-
-    def _measure(self, trainer: Trainer, module: Any, point: int = 0) -> None:
-        if self._since:
+        if self.left and ((trainer.global_step + 1) * self.tokens_per_step > self.left[0] or is_last):
             self.seconds += time.perf_counter() - self._since
+            self._measure(trainer, pl_module)
+            self._since = time.perf_counter()
+
+    def _measure(self, trainer: Trainer, module: Any) -> None:
+        point = self.left.pop(0)
         with torch.autocast("cpu", enabled=False):
             model = module.model if module.model.dtype == torch.float32 else copy.deepcopy(module.model).float()
             perplexity = measure_perplexity(model, self.tests, f"{point:,} tokens")
         tokens = trainer.global_step * self.tokens_per_step
         self.measured.append({"point": point, "tokens": tokens, "seconds": self.seconds, "perplexity": perplexity})
-        self._since = time.perf_counter()
 
 
 def make_data(spec: Mapping[str, Any], train: Path, writer: PreTrainedModel | None) -> TextDataModule:
