@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peers import PEERS, read_peak_rss
+from quality import FLOOR
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +41,11 @@ def run_row(spec: Mapping[str, Any]) -> Result:
     dense_parameters = sum(count_layer_parameters(model))
     result: Result = {}
     if spec["rate"] > 0:
-        windows = read_calibration(model, spec["model"], spec["calibration"])
+        if spec["method"] == FLOOR:
+            tested = [batch["input_ids"].flatten() for batches in tests.values() for batch in batches]
+            windows = shuffle(torch.cat(tested).unflatten(0, (-1, spec["calibration"]["window"])))
+        else:
+            windows = read_calibration(model, spec["model"], spec["calibration"])
         if spec["method"] in PEERS:
             model, result = prune_by_peer(model, windows, spec)
         else:
@@ -87,6 +92,11 @@ def read_calibration(model: PreTrainedModel, source: str, calibration: Mapping[s
         seed=calibration["seed"],
     )
     return torch.cat(data.calibration_batches(model))
+
+
+def shuffle(windows: Tensor) -> Tensor:
+    """Windows in another order, so that batches held out hold some of every text."""
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
 
 
 def prune_by_own(model: PreTrainedModel, windows: Tensor, spec: Mapping[str, Any]) -> Result:

@@ -181,6 +181,18 @@ def test_a_row_prunes_and_measures_a_tiny_model(tiny_folder: Path, tmp_path: Pat
     json.dumps([result, dense])
 
 
+def test_the_floor_is_fitted_on_the_tested_windows(tiny_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    spec = make_spec(quality.FLOOR) | {"model": str(tiny_folder), "protocol": {"window": 64, "windows": 3}}
+    spec["tests"] = {"a": {"corpus": str(text), "split": "all"}}
+    spec["calibration"] = quality.CALIBRATION | {"corpus": "no such file", "window": 32}
+    spec["settings"] |= {"mlp_layers": [0, 3]}
+    floor = quality_row.run_row(spec)["perplexity"]["a"]
+    unrepaired = quality_row.run_row(spec | {"settings": spec["settings"] | {"repair": "none"}})["perplexity"]["a"]
+    assert floor < unrepaired
+
+
 def test_a_peer_that_fails_says_why_in_its_last_line(tmp_path: Path) -> None:
     script = tmp_path / "peer.py"
     script.write_text("raise ValueError('no such layer')")
