@@ -176,17 +176,16 @@ def check_methods(methods: Mapping[str, Mapping[str, Any]]) -> None:
             raise ValueError(f"method {name!r}: no setting {unknown!r}; settings are {', '.join(sorted(known))}")
 
 
-def select_names(patterns: str) -> list[str]:
-    """Names of the rows that match any of the patterns, the dense model first.
+def select_names(patterns: str, names: Sequence[str] = (DENSE, *PEERS, *METHODS)) -> list[str]:
+    """Names of the rows that match any of the patterns, in the order that they are listed in.
 
     Raises:
         ValueError: if a pattern matches none.
     """
-    names = [DENSE, *PEERS, *METHODS]
     wanted = [pattern.strip() for pattern in patterns.split(",")]
     for pattern in wanted:
         if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(f"no row {pattern!r}; rows are {', '.join(names)}")
+            raise ValueError(f"no row {pattern!r}; rows are {'; '.join(names)}")
     return [name for name in names if any(fnmatch(name, pattern) for pattern in wanted)]
 
 

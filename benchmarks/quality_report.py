@@ -117,9 +117,14 @@ def write_markdown(rows: Sequence[Row], path: Path) -> None:
     for rate in list_rates(rows):
         header, lines = build_lines(rows, rate)
         parts += [f"### {rate:.0%} of decoder-layer parameters removed", ""]
-        parts += ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-        parts += ["| " + " | ".join(line) + " |" for line in lines] + [""]
+        parts += [*format_table(header, lines), ""]
     splice(path, "\n".join([*parts, END]), BEGIN, END, "Quality, all methods")
+
+
+def format_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table's lines in Markdown, all columns but the first to the right."""
+    rule = "| --- |" + " ---: |" * (len(header) - 1)
+    return ["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)]
 
 
 def splice(path: Path, section: str, begin: str, end: str, heading: str) -> None:

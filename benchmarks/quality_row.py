@@ -81,17 +81,21 @@ def read_test(tokenizer: PreTrainedTokenizerBase, test: Mapping[str, Any], proto
 
 def read_calibration(model: PreTrainedModel, source: str, calibration: Mapping[str, Any]) -> Tensor:
     """Calibration windows `[windows, window]`, those that `gqaprune prune` takes with the same settings."""
-    data = TextDataModule(
-        source,
-        calibration=[calibration["corpus"]],
-        calibration_windows=calibration["windows"],
-        calibration_window=calibration["window"],
-        sampled_windows=calibration["sampled"],
-        sampled_document=calibration["document"],
-        sampled_prompts=calibration["prompts"],
-        seed=calibration["seed"],
-    )
+    data = TextDataModule(source, **name_calibration(calibration), seed=calibration["seed"])
     return torch.cat(data.calibration_batches(model))
+
+
+def name_calibration(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """Calibration settings as the data module names them."""
+    return {
+        "calibration": [calibration["corpus"]],
+        "calibration_windows": calibration["windows"],
+        "calibration_window": calibration["window"],
+        "calibration_batch_size": calibration["batch_size"],
+        "sampled_windows": calibration["sampled"],
+        "sampled_document": calibration["document"],
+        "sampled_prompts": calibration["prompts"],
+    }
 
 
 def shuffle(windows: Tensor) -> Tensor:

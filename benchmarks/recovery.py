@@ -16,12 +16,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from peers import read_versions
-from quality import METHODS, PROTOCOL, hash_corpus, hash_inputs, make_spec, name_tests, write_row
+from quality import METHODS, PROTOCOL, hash_corpus, hash_inputs, make_spec, name_tests, select_names, write_row
 from recovery_report import draw_points, draw_sweep, print_tables, write_markdown
 
 from gqaprune.corpora import Corpus
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the selected rows, then draw up tables and figures of all rows that are there."""
     options = parse_arguments(arguments)
     check_rows(list_rows())
-    names = select(options.rows)
+    names = select_names(options.rows, list(list_rows()))
     if options.list:
         print("\n".join(f"{name}: {json.dumps(list_rows()[name])}" for name in names))
         return 0
@@ -131,19 +130,6 @@ def check_rows(rows: Mapping[str, Mapping[str, Any]]) -> None:
             raise ValueError(f"row {name!r}: no setting {sorted(unknown)}; settings are {', '.join(sorted(known))}")
         if row["mode"] not in MODES:
             raise ValueError(f"row {name!r}: no mode {row['mode']!r}; modes are {', '.join(MODES)}")
-
-
-def select(patterns: str) -> list[str]:
-    """Names of the rows that match any of the patterns.
-
-    Raises:
-        ValueError: if a pattern matches none.
-    """
-    names, wanted = list(list_rows()), [pattern.strip() for pattern in patterns.split(",")]
-    for pattern in wanted:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(f"no row {pattern!r}; rows are {'; '.join(names)}")
-    return [name for name in names if any(fnmatch(name, pattern) for pattern in wanted)]
 
 
 def run_or_skip(name: str, options: argparse.Namespace, tests: Mapping[str, Any], texts: Mapping[str, str]) -> None:

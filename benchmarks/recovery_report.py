@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from quality_report import save_figure, splice
+from quality_report import format_table, save_figure, splice
 from rich.console import Console
 from rich.table import Table
 
@@ -124,8 +124,7 @@ def write_markdown(rows: Sequence[Row], path: Path) -> None:
     for title, (header, lines) in (("", build_points(rows)), (sweep, build_sweep(rows))):
         if lines:
             parts += [f"### {title}", ""] if title else []
-            parts += ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-            parts += ["| " + " | ".join(line) + " |" for line in lines] + [""]
+            parts += [*format_table(header, lines), ""]
     splice(path, "\n".join([*parts, END]), BEGIN, END, "Recovery")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from peers import read_peak_rss
-from quality_row import prune_by_own, read_calibration, read_test
+from quality_row import name_calibration, prune_by_own, read_calibration, read_test
 from transformers import PreTrainedModel
 
 import gqaprune
@@ -128,16 +128,10 @@ class Points(Callback):
 
 def make_data(spec: Mapping[str, Any], train: Path, writer: PreTrainedModel | None) -> TextDataModule:
     """So many tokens of a text, or of what the dense model writes if there is one to write."""
-    training, calibration = spec["training"], spec["pruning"]["calibration"]
+    training = spec["training"]
     data = TextDataModule(
         spec["model"],
-        calibration=[calibration["corpus"]],
-        calibration_windows=calibration["windows"],
-        calibration_window=calibration["window"],
-        calibration_batch_size=calibration["batch_size"],
-        sampled_windows=calibration["sampled"],
-        sampled_document=calibration["document"],
-        sampled_prompts=calibration["prompts"],
+        **name_calibration(spec["pruning"]["calibration"]),
         train=[] if writer else [str(train)],
         train_window=training["window"],
         train_tokens=training["tokens"],

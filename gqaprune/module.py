@@ -3,11 +3,12 @@
 import math
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftModel
@@ -165,7 +166,7 @@ class CausalLMModule(LightningModule):
         """Mean loss of a batch in nats per token."""
         loss = self._measure_loss(batch)
         if not torch.isfinite(loss):
-            good = find_finite_checkpoint(self.trainer.checkpoint_callbacks)
+            good = find_finite_checkpoint(_list_checkpoint_folders(self.trainer))
             restart = f"go on from {good} (--ckpt_path)" if good else "no checkpoint with finite weights was written"
             raise ValueError(
                 f"the training loss is {loss.item()} at step {self.global_step}, batch {batch_idx}: "
@@ -311,3 +312,8 @@ def _read_plan(plan: str | dict[str, Any] | None) -> PruningPlan | None:
     if plan is None:
         return None
     return PruningPlan.load(plan) if isinstance(plan, str) else PruningPlan.from_dict(plan)
+
+
+def _list_checkpoint_folders(trainer: Trainer) -> list[str | Path]:
+    writers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return [writer.dirpath for writer in writers if writer.dirpath]

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gqaprune.callbacks.pruning import get_parts, get_run_folder
 from gqaprune.checkpoint import check_output_folder, save
-from gqaprune.resume import restore_best
+from gqaprune.progress import console
 
 
 class CheckpointExport(Callback):
@@ -31,7 +32,7 @@ class CheckpointExport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export after training, while the strategy still holds the weights: the best ones, if some were kept."""
-        restore_best(trainer, get_parts(trainer, pl_module)[0].rounds_done)
+        _restore_best(trainer, get_parts(trainer, pl_module)[0].rounds_done)
         self._export(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,3 +53,22 @@ class CheckpointExport(Callback):
         if self.folder is not None:
             return Path(self.folder)
         return get_run_folder(trainer) / "checkpoint"
+
+
+def _restore_best(trainer: Trainer, rounds_done: int) -> None:
+    """Put back the weights of the best checkpoint, where a `ModelCheckpoint` monitors something. Every rank calls it.
+
+    Args:
+        trainer: at the end of training.
+        rounds_done: rounds of pruning that the model has behind it; a best one with fewer is of other shapes.
+    """
+    monitors = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    best = next((callback for callback in monitors if callback.monitor and callback.best_model_path), None)
+    if best is None:
+        return
+    checkpoint = trainer.strategy.load_checkpoint(best.best_model_path, weights_only=True)
+    if checkpoint.get("rounds_done", rounds_done) != rounds_done:
+        console.print(f"{best.best_model_path} is of an earlier round of pruning: the last weights are kept")
+        return
+    trainer.strategy.load_model_state_dict(checkpoint)
+    console.print(f"best {best.monitor}: {float(best.best_model_score or 0):.4g}, in {best.best_model_path}")
