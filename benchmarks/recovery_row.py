@@ -58,7 +58,11 @@ def run_row(spec: Mapping[str, Any]) -> Result:
         recovery=RecoveryConfig(**recovery, teacher=spec["model"], teacher_dtype="float32"),
         # Adapters are a change: decaying it would be another thing than decaying weights.
         optimizer=lambda groups: torch.optim.AdamW(
-            groups, row["rate"], (0.9, 0.95), weight_decay=0.0 if "lora" in row["mode"] else training["weight_decay"]
+            groups,
+            row["rate"],
+            (0.9, 0.95),
+            weight_decay=0.0 if "lora" in row["mode"] else training["weight_decay"],
+            fused=True,
         ),
     )
     data = make_data(spec, train, dense if row.get("text") == "sampled" else None)

@@ -121,6 +121,25 @@ def test_loss_that_is_not_finite_stops_with_the_step(tiny_folder: Path, tmp_path
         make_trainer(tmp_path, TaylorPruning(rate=0.0)).fit(module, datamodule=make_data(tiny_folder))
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_of_a_fused_optimizer_are_clipped_in_mixed_precision(
+    tiny_folder: Path, tmp_path: Path, algorithm: Any
+) -> None:
+    module = CausalLMModule(
+        str(tiny_folder),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0, fused=True),
+        schedule="constant",
+        warmup_steps=0,
+    )
+    probe, bound = Probe(), 1e-3
+    settings: Any = {"max_steps": 1, "precision": "bf16-mixed", "gradient_clip_algorithm": algorithm}
+    trainer = make_trainer(tmp_path, TaylorPruning(rate=0.0), probe, gradient_clip_val=bound, **settings)
+    trainer.fit(module, datamodule=make_data(tiny_folder))
+    moves = torch.cat([(p - probe.before[name]).flatten() for name, p in module.named_parameters()])
+    moved = moves.norm() if algorithm == "norm" else moves.abs().max()
+    assert float(moved) == pytest.approx(bound, rel=0.02)
+
+
 def test_gradient_checkpointing_is_on_in_training(tiny_folder: Path, tmp_path: Path) -> None:
     module = CausalLMModule(str(tiny_folder), gradient_checkpointing=True)
     module.load()
