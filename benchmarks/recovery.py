@@ -40,7 +40,7 @@ TRAINING = {
 unless the row has another `dtype`."""
 POINTS = (0, 50_000, 100_000, 200_000)
 """Tokens after which a row is measured; a cosine ends at the last, so that earlier ones are on the way. Sweeps are
-measured at their end only."""
+measured at their end only; what rows begin with is measured once."""
 SWEEP_TOKENS = 50_000
 SWEEP_RATES = {
     "full": (5e-6, 1e-5, 2e-5, 5e-5, 1e-4),
@@ -132,6 +132,13 @@ def check_rows(rows: Mapping[str, Mapping[str, Any]]) -> None:
             raise ValueError(f"row {name!r}: no mode {row['mode']!r}; modes are {', '.join(MODES)}")
 
 
+def choose_points(name: str, row: Mapping[str, Any]) -> list[int]:
+    """Tokens after which a row is measured: before any only where no other row begins with the same weights."""
+    if row.get("sweep"):
+        return [row["tokens"]]
+    return list(POINTS if name == "full" or row.get("start") == "dense" else POINTS[1:])
+
+
 def run_or_skip(name: str, options: argparse.Namespace, tests: Mapping[str, Any], texts: Mapping[str, str]) -> None:
     """Run a row and keep its result, a failure too; skip it if it is to be resumed and there."""
     row = list_rows()[name]
@@ -155,7 +162,7 @@ def run_or_skip(name: str, options: argparse.Namespace, tests: Mapping[str, Any]
         "name": name,
         "train": options.train,
         "tests": tests,
-        "points": [row["tokens"]] if row.get("sweep") else list(POINTS),
+        "points": choose_points(name, row),
         "work": str(options.work),
         "pruning": make_spec("default", 0.2, options.model, options.train, tests),
     }

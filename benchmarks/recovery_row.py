@@ -83,7 +83,12 @@ def run_row(spec: Mapping[str, Any]) -> Result:
         callbacks=callbacks,
     )
     trainer.fit(module, datamodule=data)
-    return {"points": points.measured, "losses": points.losses, "peak_rss": read_peak_rss()}
+    return {
+        "points": points.measured,
+        "losses": points.losses,
+        "peak_rss": read_peak_rss(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def split_text(file: Path, folder: Path) -> tuple[Path, Path]:
