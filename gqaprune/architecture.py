@@ -14,9 +14,11 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
 from transformers import MistralConfig, PretrainedConfig, PreTrainedModel
 
+from gqaprune.per_layer import LayerConfig
 from gqaprune.plan import Geometry
 
 BlockKind = Literal["attention", "mlp"]
@@ -59,12 +61,17 @@ class Family:
         attention: layout of the attention blocks.
         mlp: layout of the MLPs.
         biases: kind of block -> flag of the config that gives all its projections biases, the output's among them.
+        whole: kind of block -> why its units cannot be removed.
+        output_norms: kind of block -> norm of the decoder layer that its output passes on the way to the residual
+            stream, where there is one.
     """
 
     layers: str
     attention: BlockLayout
     mlp: BlockLayout
     biases: Mapping[BlockKind, str] = field(default_factory=dict)
+    whole: Mapping[BlockKind, str] = field(default_factory=dict)
+    output_norms: Mapping[BlockKind, str] = field(default_factory=dict)
 
 
 _LLAMA = Family(
@@ -77,11 +84,29 @@ _LLAMA = Family(
     mlp=BlockLayout(module="mlp", inputs={"gate_proj": ("gate",), "up_proj": ("up",)}, output="down_proj"),
 )
 
+_WITH_BIASES = dataclasses.replace(_LLAMA, biases={"attention": "attention_bias", "mlp": "mlp_bias"})
+_WITH_ATTENTION_BIAS = dataclasses.replace(_LLAMA, biases={"attention": "attention_bias"})
+_OUTPUT_NORMS: Mapping[BlockKind, str] = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+
 FAMILIES: Mapping[str, Family] = {
-    "llama": dataclasses.replace(_LLAMA, biases={"attention": "attention_bias", "mlp": "mlp_bias"}),
+    "gemma2": dataclasses.replace(_WITH_ATTENTION_BIAS, output_norms=_OUTPUT_NORMS),
+    "gemma3_text": dataclasses.replace(_WITH_ATTENTION_BIAS, output_norms=_OUTPUT_NORMS),
+    "granite": _WITH_BIASES,
+    "llama": _WITH_BIASES,
     "mistral": _LLAMA,
+    "olmo2": dataclasses.replace(
+        _WITH_ATTENTION_BIAS,
+        whole={"attention": "one norm spans all its query heads, so that those that stay would change with the others"},
+        output_norms=_OUTPUT_NORMS,
+    ),
+    "phi3": Family(
+        layers="model.layers",
+        attention=BlockLayout("self_attn", {"qkv_proj": ("query", "key", "value")}, "o_proj"),
+        mlp=BlockLayout("mlp", {"gate_up_proj": ("gate", "up")}, "down_proj"),
+    ),
     "qwen2": _LLAMA,
-    "qwen3": dataclasses.replace(_LLAMA, biases={"attention": "attention_bias"}),
+    "qwen3": _WITH_ATTENTION_BIAS,
+    "smollm3": _WITH_BIASES,
 }
 """Supported `model_type`s."""
 
@@ -216,16 +241,27 @@ def make_stock_config(config: PretrainedConfig) -> PretrainedConfig | None:
     return stock
 
 
-def write_ratio(model: PreTrainedModel, layer: int, ratio: int) -> None:
-    """Tell a layer's attention module how many query heads read a KV head; transformers reads that off no shape."""
+def write_heads(model: PreTrainedModel, layer: int, query_heads: int, kv_heads: int) -> None:
+    """Tell a layer's attention module how many heads it has; transformers reads that off no shape."""
     attention: Any = get_module(model, BlockKey(layer, "attention"))
-    attention.num_key_value_groups = ratio
+    attention.num_key_value_groups = query_heads // kv_heads
+    own = {"num_attention_heads": query_heads, "num_key_value_heads": kv_heads}
+    attention.config = LayerConfig(model.config, own)
+    if hasattr(attention, "num_key_value_heads"):
+        attention.num_key_value_heads = kv_heads
 
 
-def write_ratios(model: PreTrainedModel, geometry: Geometry) -> None:
-    """Tell every attention module its ratio."""
-    for layer, ratio in enumerate(geometry.ratios):
-        write_ratio(model, layer, ratio)
+def read_residual_multiplier(config: PretrainedConfig) -> float:
+    """What a block's output is multiplied by before it is added to the residual stream."""
+    return float(getattr(config, "residual_multiplier", 1.0))
+
+
+def compute_addition(model: PreTrainedModel, key: BlockKey, output_BTD: Tensor) -> Tensor:
+    """What a block adds to the residual stream, from what its output projection gives; `[batch, tokens, width]`."""
+    norm = get_family(model.config).output_norms.get(key.kind)
+    if norm is not None:
+        output_BTD = getattr(get_layers(model)[key.layer], norm)(output_BTD)
+    return output_BTD * read_residual_multiplier(model.config)
 
 
 def add_biases(model: PreTrainedModel, kinds: Collection[BlockKind]) -> None:
@@ -356,8 +392,8 @@ def _set_all(config: PretrainedConfig, values: Mapping[str, Any]) -> None:
 
 def _is_valid(config: PretrainedConfig) -> bool:
     try:
-        config.validate_architecture()
-    except ValueError:
+        config.validate()
+    except StrictDataclassError:
         return False
     return True
 

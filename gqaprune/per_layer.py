@@ -13,6 +13,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 MODELING_FILE = "modeling_pruned.py"
 
 
+class LayerConfig:
+    """A layer's own shapes; all else, later changes included (attention), is the model's config's."""
+
+    def __init__(self, config: Any, own: dict[str, Any]) -> None:
+        self.__dict__.update(own, _config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") and "_config" not in self.__dict__:  # asked for while it is copied
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
 class PerLayerShapes:
     """Rebuilds every decoder layer from its own entry of `config.per_layer_config`."""
 
@@ -20,10 +32,13 @@ class PerLayerShapes:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         decoder = cast(Any, self).model
         for index, layer in enumerate(decoder.layers):
-            rebuilt = type(layer)(config.per_layer_config[index], index)
+            own = config.per_layer_config[index]
+            rebuilt = type(layer)(own, index)
             for module in rebuilt.modules():
-                if hasattr(module, "config"):  # later changes of the model's config (attention) must reach the layer
-                    module.config = config
+                if hasattr(module, "config"):
+                    module.config = LayerConfig(
+                        config, {name: getattr(own, name) for name in config.per_layer_attributes}
+                    )
             decoder.layers[index] = rebuilt
         cast(Any, self).post_init()
 
@@ -34,12 +49,13 @@ def get_per_layer_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def write_modeling_source(base: type[PreTrainedModel]) -> str:
-    """Source of the modeling file: `PerLayerShapes` and the class of one family, on plain transformers."""
+    """Source of the modeling file: `LayerConfig`, `PerLayerShapes` and the class of a family, on plain transformers."""
     name = _class_name(base)
     return (
         f'"""{base.__name__} with its own shapes in every layer. Written by gqaprune."""\n\n'
         "from typing import Any, cast\n\n"
         f"from transformers import {base.__name__}\n\n\n"
+        f"{inspect.getsource(LayerConfig)}\n\n"
         f"{inspect.getsource(PerLayerShapes)}\n\n"
         f"class {name}(PerLayerShapes, {base.__name__}):\n"
         f'    """{base.__name__} built layer by layer from `config.per_layer_config`."""\n'

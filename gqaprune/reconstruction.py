@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import Block, BlockKey, BlockKind, add_biases, find_blocks, get_module, read_geometry
+from gqaprune.architecture import (
+    Block,
+    BlockKey,
+    BlockKind,
+    add_biases,
+    compute_addition,
+    find_blocks,
+    get_family,
+    get_module,
+    read_residual_multiplier,
+)
 from gqaprune.distributed import get_rank_and_world_size, sum_across_ranks
 from gqaprune.gates import freeze_parameters
 from gqaprune.layerwise import Stream, embed_batches, run_layer
@@ -28,7 +38,7 @@ from gqaprune.least_squares import Moments
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import track
 from gqaprune.refinement import Refinement, RefinementOptions, TokenPairs, refine_mlp
-from gqaprune.surgery import apply_plan, cut_block, list_kept_columns, write_shapes
+from gqaprune.surgery import apply_plan, check_plan, cut_block, list_kept_columns, write_shapes
 
 
 @dataclass(frozen=True)
@@ -98,8 +108,8 @@ def apply_plan_with_repair(
 ) -> list[BlockRepair]:
     """Cut a dense model to a plan, in place, as `apply_plan` does, and repair every block that loses units.
 
-    Made for families whose blocks add their output projection's output to the residual stream as it is. A plan that
-    removes nothing changes no bit.
+    Where what a block gives passes a norm before it is added to the residual stream, there is no pull, and every
+    token's relative error counts alike. A plan that removes nothing changes no bit.
 
     Args:
         model: the model that the plan was made for.
@@ -116,7 +126,9 @@ def apply_plan_with_repair(
             being cut up to there.
     """
     options = options or RepairOptions()
-    plan.check_fits(read_geometry(model.config))
+    if get_family(model.config).output_norms:
+        options = replace(options, pull=0.0, everywhere=False)
+    check_plan(model, plan)
     repaired = {block.key for block in _select_blocks(find_blocks(model), plan, options)}
     if not repaired:
         apply_plan(model, plan)
@@ -128,6 +140,7 @@ def apply_plan_with_repair(
         add_biases(model, [kind for kind in kinds if any(key.kind == kind for key in repaired)])
     pairs = list(zip(find_blocks(model), find_blocks(model, "query"), strict=True))
     first, last = min(repaired).layer, max(repaired).layer
+    is_normed = bool(get_family(model.config).output_norms)
     rank, world_size = get_rank_and_world_size()
     own, held_out = range(rank, len(batches), world_size), choose_held_out(len(batches), options.holdout)
     are_held = [index in held_out for index in own]
@@ -149,7 +162,7 @@ def apply_plan_with_repair(
                     repair = _refit_block(block, *seen.moments, options)
                     if refines:
                         mlp = get_module(model, block.key)
-                        refinement = refine_mlp(mlp, *seen.tokens, options.refinement, seed=layer)
+                        refinement = refine_mlp(mlp, *seen.tokens, options.refinement, layer, is_normed)
                         repair = replace(repair, refinement=refinement)
                     repairs.append(repair)
             for stream in pruned:
@@ -179,7 +192,7 @@ def _advance_dense(
     try:
         for stream in streams:
             before_BTD, stream.hidden_BTD = stream.hidden_BTD, run_layer(model, attention.key.layer, stream)
-            goals["attention"].append(before_BTD + outputs_BTD.pop())
+            goals["attention"].append(before_BTD + compute_addition(model, attention.key, outputs_BTD.pop()))
             goals["mlp"].append(stream.hidden_BTD)
     finally:
         handle.remove()
@@ -205,7 +218,7 @@ def _run_to_block(model: PreTrainedModel, block: Block, stream: Stream) -> tuple
     try:
         hidden_BTD = run_layer(model, block.key.layer, stream)
     except _BlockReachedError:
-        hidden_BTD = stream.hidden_BTD + calls[0][1]
+        hidden_BTD = stream.hidden_BTD + compute_addition(model, block.key, calls[0][1])
     finally:
         handle.remove()
         first.remove()
@@ -249,6 +262,7 @@ def _measure_block(
         keep_tokens: whether to keep inputs and targets, too.
     """
     weight_DC, bias_D = block.output.weight.float(), block.output.bias
+    is_normed = block.key.kind in get_family(model.config).output_norms
     parts = [Moments.of_no_tokens(len(columns) + 1, weight_DC) for _ in range(2)]
     none = block.output.weight.new_zeros(0, block.inputs[0].linear.in_features), weight_DC.new_zeros(0, len(weight_DC))
     tokens = [[none], [none]]
@@ -257,9 +271,13 @@ def _measure_block(
         # Computed again, for in a narrow type the model's own output is rounded.
         target_BTD = functional.linear(x_BTC.float(), weight_DC, None if bias_D is None else bias_D.float())
         if goals_BTD:
-            target_BTD += pull * (goals_BTD[index].float() - after_BTD.float())
+            missing_BTD = goals_BTD[index].float() - after_BTD.float()
+            target_BTD += pull / read_residual_multiplier(model.config) * missing_BTD
         x_BTS = functional.pad(x_BTC[..., columns].float(), (0, 1), value=1.0)
-        parts[is_held].add(x_BTS.flatten(0, 1), target_BTD.flatten(0, 1))
+        weight_BT1 = torch.ones_like(x_BTS[..., :1])
+        if is_normed:  # which makes all tokens' outputs alike in size: their relative errors count
+            weight_BT1 /= target_BTD.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        parts[is_held].add((weight_BT1 * x_BTS).flatten(0, 1), (weight_BT1 * target_BTD).flatten(0, 1))
         if keep_tokens:
             tokens[is_held].append((input_BTD.flatten(0, 1), target_BTD.flatten(0, 1)))
     sums = sum_across_ranks({(part, name): value for part in (0, 1) for name, value in vars(parts[part]).items()})

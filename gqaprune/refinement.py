@@ -31,6 +31,8 @@ _SHARES = (0.25, 0.5, 0.75, 1.0)
 """Shares of the way from the refitted to the trained weights that are judged."""
 _MASSIVE = 4.0
 """A token whose target's square is more than so many times the median weighs as if it were that: others count too."""
+_LEAST = 1e-12
+"""The same where every token counts as any other."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,14 @@ class TokenPairs:
     y_ND: Tensor
 
 
-def refine_mlp(mlp: nn.Module, fit: TokenPairs, held: TokenPairs, options: RefinementOptions, seed: int) -> Refinement:
+def refine_mlp(
+    mlp: nn.Module,
+    fit: TokenPairs,
+    held: TokenPairs,
+    options: RefinementOptions,
+    seed: int,
+    is_normed: bool = False,
+) -> Refinement:
     """Train an MLP towards targets, in place; every rank ends with the same weights.
 
     Works on a float32 copy, with products in bfloat16 where the hardware is made for them.
@@ -103,6 +112,7 @@ def refine_mlp(mlp: nn.Module, fit: TokenPairs, held: TokenPairs, options: Refin
         held: tokens to judge on; those of `fit` if no rank has any.
         options: how long and how fast.
         seed: of the order of the tokens.
+        is_normed: whether the output passes a norm next: all tokens' relative errors count alike then.
 
     Returns:
         The errors before and after. The module keeps its weights where the new ones are no better or not finite.
@@ -110,7 +120,7 @@ def refine_mlp(mlp: nn.Module, fit: TokenPairs, held: TokenPairs, options: Refin
     judged = held if _sum({"tokens": float(len(held.x_ND))}, held)["tokens"] > 0 else fit
     median = float(fit.y_ND.square().sum(-1).median()) if len(fit.y_ND) else 0.0
     sums = _sum({"tokens": float(len(fit.y_ND)), "median": median * len(fit.y_ND)}, fit)
-    limit = _MASSIVE * sums["median"] / sums["tokens"]
+    limit = (_LEAST if is_normed else _MASSIVE) * sums["median"] / sums["tokens"]
 
     before = _measure_error(mlp, judged, limit)
     trained = copy.deepcopy(mlp).float()

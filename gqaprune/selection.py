@@ -8,7 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.allocation import BlockBudget, Budget, Removed
-from gqaprune.architecture import Block, count_layer_parameters, count_parameters, find_blocks, read_geometry
+from gqaprune.architecture import (
+    Block,
+    count_layer_parameters,
+    count_parameters,
+    find_blocks,
+    get_family,
+    read_geometry,
+)
 from gqaprune.config import PruningConfig
 from gqaprune.importance import Scores
 from gqaprune.plan import KeptUnits, PruningPlan
@@ -18,8 +25,14 @@ def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
     """The blocks that the config's layer ranges and its split allow to shrink.
 
     Raises:
-        ValueError: if a range leaves the model.
+        ValueError: if a range leaves the model, or attention has to give where the family's cannot.
     """
+    whole = get_family(model.config).whole
+    if "attention" in whole and (config.attention_share or config.kv_rate or config.granularity == "query"):
+        raise ValueError(
+            f"attention of {model.config.model_type} models stays whole: {whole['attention']}; "
+            "leave split, kv_rate and granularity at their defaults to remove MLP channels"
+        )
     blocks = find_blocks(model, config.granularity)
     layers = read_geometry(model.config).num_layers
     ranges = {"attention": config.attention_layers, "mlp": config.mlp_layers}
@@ -32,7 +45,8 @@ def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
     middle = (layers // 7, layers - layers // 14)  # the ends cost most: 4 and 2 layers of 28 to 34
     allowed = {kind: range(*(bounds or middle)) for kind, bounds in ranges.items()}
     spared = {0.0: "attention", 1.0: "mlp"}.get(-1.0 if config.attention_share is None else config.attention_share)
-    return [block for block in blocks if block.key.layer in allowed[block.key.kind] and block.key.kind != spared]
+    kinds = {"attention", "mlp"} - {spared, *whole}
+    return [block for block in blocks if block.key.layer in allowed[block.key.kind] and block.key.kind in kinds]
 
 
 def read_budget(model: PreTrainedModel, config: PruningConfig) -> Budget:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import Block, BlockKey, read_geometry
+from gqaprune.architecture import Block, BlockKey, compute_addition, read_geometry
 from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
 from gqaprune.gates import freeze_parameters
 from gqaprune.layerwise import record_layer_inputs, resume_at
@@ -214,6 +214,7 @@ def measure_activation(model: PreTrainedModel, blocks: Sequence[Block], batches:
             inputs_BTD = record_layer_inputs(model, batch_BT)
         ratios = {}
         for key, output_BTD in outputs_BTD.items():
+            output_BTD = compute_addition(model, key, output_BTD)
             # What the MLP adds to is the layer's output without it.
             stream_BTD = inputs_BTD[key.layer] if key.kind == "attention" else inputs_BTD[key.layer + 1] - output_BTD
             ratios[key] = float((output_BTD.double().norm(dim=-1) / stream_BTD.double().norm(dim=-1)).mean())
@@ -247,7 +248,7 @@ SENSITIVITIES: Mapping[str, Callable[[PreTrainedModel, Sequence[Block], Sequence
 
 @contextmanager
 def _record_block_outputs(blocks: Sequence[Block]) -> Iterator[dict[BlockKey, Tensor]]:
-    """What each block adds to the residual stream in the context's last forward, `[batch, tokens, width]`."""
+    """What each block's output projection gives in the context's last forward, `[batch, tokens, width]`."""
     outputs_BTD: dict[BlockKey, Tensor] = {}
 
     def record(key: BlockKey, output_BTD: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import Block, find_blocks, read_geometry, write_geometry, write_ratio, write_ratios
+from gqaprune.architecture import Block, find_blocks, get_family, read_geometry, write_geometry, write_heads
 from gqaprune.plan import PruningPlan, list_query_heads
 
 
@@ -22,16 +22,29 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
         plan: which units stay.
 
     Raises:
-        ValueError: if the plan was made for other shapes; the model is untouched then.
+        ValueError: if the plan was made for other shapes, or cuts what the family cannot lose; the model is untouched
+            then.
     """
-    plan.check_fits(read_geometry(model.config))
+    check_plan(model, plan)
     for block, heads in zip(find_blocks(model), find_blocks(model, "query"), strict=True):
         cut_block(model, plan, block, heads)
     write_shapes(model, plan)
 
 
+def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Refuse a plan that cannot be applied to a model.
+
+    Raises:
+        ValueError: if it was made for other shapes, or cuts attention that the family cannot lose.
+    """
+    plan.check_fits(read_geometry(model.config))
+    whole, geometry = get_family(model.config).whole, plan.geometry
+    if "attention" in whole and plan.pruned_geometry.query_heads != geometry.query_heads:
+        raise ValueError(f"the plan cuts attention, which {geometry.family} models keep whole: {whole['attention']}")
+
+
 def cut_block(model: PreTrainedModel, plan: PruningPlan, block: Block, heads: Block) -> None:
-    """Cut one block of a dense model to a plan: its weights, and the ratio that its attention works with.
+    """Cut one block of a dense model to a plan: its weights, and the heads that its attention works with.
 
     The config stays dense until `write_shapes`, so blocks have to be found before the first cut.
 
@@ -46,17 +59,20 @@ def cut_block(model: PreTrainedModel, plan: PruningPlan, block: Block, heads: Bl
         keep_units(block, kept.channels)
         return
     keep_units(block, kept.groups)
-    if kept.queries is not None:
-        left = list_query_heads(kept.groups, heads.units // heads.groups)
-        keep_units(replace(heads, units=len(left)), tuple(left.index(head) for head in kept.queries))
-        write_ratio(model, block.key.layer, len(kept.queries) // len(kept.groups))
+    left = list_query_heads(kept.groups, heads.units // heads.groups)
+    queries = left if kept.queries is None else kept.queries
+    keep_units(replace(heads, units=len(left)), tuple(left.index(head) for head in queries))
+    if len(queries) < heads.units:
+        write_heads(model, block.key.layer, len(queries), len(kept.groups))
 
 
 def write_shapes(model: PreTrainedModel, plan: PruningPlan) -> None:
     """Make config and attention modules describe a model whose every block has been cut to a plan."""
     if not plan.removes_nothing:
-        write_geometry(model.config, plan.pruned_geometry)
-        write_ratios(model, plan.pruned_geometry)
+        geometry = plan.pruned_geometry
+        write_geometry(model.config, geometry)
+        for layer, heads in enumerate(zip(geometry.query_heads, geometry.kv_heads, strict=True)):
+            write_heads(model, layer, *heads)
 
 
 def list_kept_columns(plan: PruningPlan, block: Block) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import gqaprune
 from gqaprune.progress import console
 
-from tiny import VARIANTS, make_model, make_tokenizer
+from tiny import VARIANTS, WHOLE_ATTENTION, make_model, make_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,12 @@ def _quiet_and_seeded() -> None:
 
 @pytest.fixture(params=list(VARIANTS))
 def variant(request: pytest.FixtureRequest) -> str:
+    """Every family and variation whose attention can lose units."""
+    return str(request.param)
+
+
+@pytest.fixture(params=[*VARIANTS, *WHOLE_ATTENTION])
+def any_variant(request: pytest.FixtureRequest) -> str:
     """Every family and variation."""
     return str(request.param)
 

@@ -66,6 +66,16 @@ def test_llama_whose_heads_no_longer_divide_its_width_is_saved_as_a_stock_mistra
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["MistralForCausalLM"]
 
 
+@pytest.mark.parametrize("widths", [[7, 7, 7], [3, 20, 9]], ids=["stock", "per-layer"])
+def test_families_whose_attention_stays_whole_are_saved_and_loaded(widths: list[int], tmp_path: Path) -> None:
+    model = make_model("olmo2", kv_heads=2, ratio=2)
+    apply_plan(model, make_plan(model, [[0, 1]] * 3, [list(range(width)) for width in widths]))
+    assert save(model, None, tmp_path / "out") == ("stock" if len(set(widths)) == 1 else "per-layer")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert torch.equal(get_logits(plain), get_logits(model))
+    assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(model))
+
+
 def drop_query_heads(variant: str, queries: list[list[int] | None]) -> PreTrainedModel:
     """A model of 14 query heads on 2 KV heads with all but its attention whole."""
     model = make_model(variant, kv_heads=2, ratio=7)
@@ -78,11 +88,10 @@ WITHOUT_2_AND_13 = [0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
 
 def test_one_query_head_less_in_every_group_gives_a_stock_checkpoint(variant: str, tmp_path: Path) -> None:
     model = drop_query_heads(variant, [WITHOUT_2_AND_13] * 3)
-    if variant == "llama-biases":  # its 12 heads do not divide its width of 56, and no other stock class has biases
-        assert save(model, None, tmp_path / "out") == "per-layer"
-    else:
-        assert save(model, None, tmp_path / "out") == "stock"
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=variant == "llama-biases")
+    # 12 heads do not divide a width of 56: no stock Llama with biases, no stock Gemma.
+    is_stock = variant not in ("llama-biases", "gemma2", "gemma3")
+    assert save(model, None, tmp_path / "out") == ("stock" if is_stock else "per-layer")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=not is_stock)
     assert torch.equal(get_logits(plain), get_logits(model))
     assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(model))
     assert read_geometry(plain.config).ratios == (6, 6, 6)

@@ -10,8 +10,8 @@ from gqaprune.gates import apply_gates, compute_gate_gradients, freeze_parameter
 from tiny import make_model, make_tokens
 
 
-def test_gate_gradient_is_the_summed_taylor_term_of_the_units_columns(variant: str) -> None:
-    model, tokens = make_model(variant, ratio=2), make_tokens(1)
+def test_gate_gradient_is_the_summed_taylor_term_of_the_units_columns(any_variant: str) -> None:
+    model, tokens = make_model(any_variant, ratio=2), make_tokens(1)
     blocks = find_blocks(model)
     with freeze_parameters(model):
         gradients, _ = compute_gate_gradients(model, blocks, tokens)

@@ -32,8 +32,8 @@ def test_scores_do_not_depend_on_how_samples_are_batched(criterion: str) -> None
         torch.testing.assert_close(parts[key], score, rtol=1e-4, atol=1e-9)
 
 
-def test_every_criterion_scores_every_unit_of_every_family(variant: str) -> None:
-    model = make_model(variant)
+def test_every_criterion_scores_every_unit_of_every_family(any_variant: str) -> None:
+    model = make_model(any_variant)
     blocks = find_blocks(model)
     for criterion in CRITERIA:
         scores = score_units(model, blocks, BATCHES, criterion, accumulate=2)

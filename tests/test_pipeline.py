@@ -62,8 +62,22 @@ def test_same_data_gives_the_same_plan_and_the_plan_gives_the_same_weights() -> 
         assert torch.equal(one, other)
 
 
-def test_rate_zero_changes_no_bit_and_needs_no_text(variant: str) -> None:
-    model = make_model(variant)
+@pytest.mark.parametrize("settings", [{"kv_rate": 0.2}, {"granularity": "query"}, {"split": "3:7"}], ids=str)
+def test_attention_of_families_that_keep_it_whole_is_not_asked_to_give(settings: dict[str, Any]) -> None:
+    model = make_model("olmo2")
+    with pytest.raises(ValueError, match="attention of olmo2 models stays whole: one norm spans all its query heads"):
+        prune(model, BATCHES, PruningConfig(rate=0.2, criterion="l2", repair="none", **settings))
+    for split in (None, "free"):
+        model = make_model("olmo2")
+        plan, _ = prune(
+            model, BATCHES, PruningConfig(rate=0.2, split=split, attention_layers=(0, 3), mlp_layers=(0, 3))
+        )
+        assert plan.pruned_geometry.query_heads == plan.geometry.query_heads
+        assert sum(plan.pruned_geometry.channels) < sum(plan.geometry.channels)
+
+
+def test_rate_zero_changes_no_bit_and_needs_no_text(any_variant: str) -> None:
+    model = make_model(any_variant)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plan, report = prune(model, [], make_plain(rate=0.0))
     assert plan.removes_nothing and report.rate_reached == 0

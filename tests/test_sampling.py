@@ -17,8 +17,8 @@ def sample(variant: str = "llama", **settings: Any) -> torch.Tensor:
     )
 
 
-def test_near_zero_temperature_gives_the_likeliest_continuation(variant: str) -> None:
-    model = make_model(variant)
+def test_near_zero_temperature_gives_the_likeliest_continuation(any_variant: str) -> None:
+    model = make_model(any_variant)
     windows = sample_from_model(
         model, make_tokenizer(), 2, 12, prompts=["ab", "xyz"], temperature=1e-4, batch_size=2, cache=None
     )

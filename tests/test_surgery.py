@@ -81,10 +81,18 @@ def test_surgery_of_query_heads_equals_gating_for_every_family(
     check_surgery_equals_gating(model, plan, make_tokens())
 
 
+def test_channels_go_from_families_whose_attention_stays_whole() -> None:
+    model = make_model("olmo2", kv_heads=2, ratio=2)
+    with pytest.raises(ValueError, match="the plan cuts attention, which olmo2 models keep whole: one norm spans"):
+        apply_plan(model, make_plan(model, [[0], [0, 1], [0, 1]], [list(range(20))] * 3))
+    plan = make_plan(model, [[0, 1]] * 3, [[0, 3, 19], list(range(20)), list(range(1, 20, 2))])
+    check_surgery_equals_gating(model, plan, make_tokens())
+
+
 @st.composite
 def models(draw: st.DrawFn) -> Callable[[], PreTrainedModel]:
     """A random tiny model, made anew at each call."""
-    variant = draw(st.sampled_from(["llama-biases", "qwen2", "qwen3", "mistral-sliding"]))
+    variant = draw(st.sampled_from(["llama-biases", "qwen2", "qwen3", "mistral-sliding", "phi3", "gemma2"]))
     shapes = {
         "kv_heads": draw(st.integers(1, 4)),
         "ratio": draw(st.integers(1, 7)),

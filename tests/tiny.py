@@ -6,22 +6,34 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from gqaprune import PruningConfig
 
 VOCABULARY = 260
 CONFIGS: dict[str, type[Any]] = {
+    "gemma2": Gemma2Config,
+    "gemma3": Gemma3TextConfig,
+    "granite": GraniteConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
+    "olmo2": Olmo2Config,
+    "phi3": Phi3Config,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "smollm3": SmolLM3Config,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -32,8 +44,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2-sliding": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen2-tied": {"tie_word_embeddings": True},
     "qwen3": {},
+    "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 6, "attention_bias": True},
+    "gemma3": {"sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scalar": 6},
+    "granite": {
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.4,
+        "logits_scaling": 1.5,
+    },
+    "smollm3": {"no_rope_layer_interval": 2, "mlp_bias": True},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
 }
-"""Every supported family with its variations: biases, q/k norms, tied embeddings, sliding windows."""
+"""Families and their variations: biases, q/k norms, norms of outputs, tied embeddings, sliding windows, fused rows."""
+WHOLE_ATTENTION: dict[str, dict[str, Any]] = {"olmo2": {}}
+"""Families that lose MLP channels only."""
 
 PLAIN: dict[str, Any] = {"criterion": "fisher", "split": "free", "repair": "none"}
 """One criterion and the cut alone, so that a test sees what it is about."""
@@ -71,14 +95,14 @@ def make_model(
         eos_token_id=257,
         pad_token_id=257,
         **({} if head_dim is None else {"head_dim": head_dim}),
-        **VARIANTS[variant],
+        **(VARIANTS | WHOLE_ATTENTION)[variant],
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.2)
-            if "norm" in name:
+            if "norm" in name and not variant.startswith("gemma"):  # which adds the 1 itself
                 parameter.add_(1.0)
     return model
 
