@@ -1,5 +1,6 @@
 """Tiny random models of every supported family, and a byte tokenizer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -107,10 +108,10 @@ def make_model(
     return model
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and two special ones: 258 tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
+    """One token per byte, one per merge, and two special ones: 258 tokens without merges."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(merge) for merge in merges]
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
