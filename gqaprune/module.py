@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, get_scheduler
 
 from gqaprune.architecture import get_layers
-from gqaprune.checkpoint import load_model
 from gqaprune.distillation import measure_distance, measure_divergence, measure_divergence_from_top
+from gqaprune.loading import load_model
 from gqaprune.perplexity import Perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.recovery import RecoveryConfig, add_adapters

@@ -16,7 +16,7 @@ import quality_row
 from peers import PEERS, _find_ratio, read_peak_rss
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from gqaprune.checkpoint import load_model
+from gqaprune.loading import load_model
 
 from tiny import make_tokens
 

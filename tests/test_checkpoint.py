@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import gqaprune
 from gqaprune.architecture import read_geometry
-from gqaprune.checkpoint import check_tokenizer, load_model, load_tokenizer, save
+from gqaprune.checkpoint import save
+from gqaprune.loading import check_tokenizer, load_model, load_tokenizer
 from gqaprune.plan import PruningPlan
 from gqaprune.selection import keep_everything
 from gqaprune.surgery import apply_plan
@@ -209,25 +210,6 @@ def test_save_that_breaks_off_keeps_the_older_checkpoint(tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_save_whose_last_rename_fails_puts_the_older_checkpoint_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = make_pruned("llama", UNEVEN)
-    save(old, None, tmp_path / "out", PLAN)
-    rename = Path.rename
-
-    def fail_for_new(path: Path, target: Path) -> Path:
-        if path.suffix == ".tmp":
-            raise OSError("disk on fire")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", fail_for_new)
-    with pytest.raises(OSError, match="disk on fire"):
-        save(make_pruned("llama", EVEN), None, tmp_path / "out", PLAN)
-    assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(old))
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     for folder in (tmp_path / "out", tmp_path / "out/below"):
@@ -317,5 +299,83 @@ def test_unsupported_family_is_refused_on_loading(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="type 'gpt2' cannot be pruned yet; supported types: llama, mistral"):
+    with pytest.raises(ValueError, match="type 'gpt2' cannot be pruned yet; supported types: gemma2, "):
         load_model(tmp_path)
+
+
+def read_names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_padded_checkpoints_are_stock_ones_with_the_same_logits(variant: str, tmp_path: Path) -> None:
+    model = make_pruned(variant, UNEVEN)
+    assert save(model, make_tokenizer(), tmp_path / "out", format="padded") == "padded"
+    assert "modeling_pruned.py" not in read_names(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(plain).__module__.startswith("transformers.models") and not plain.config.is_heterogeneous
+    for loaded in (plain, load_model(tmp_path / "out")):
+        torch.testing.assert_close(get_logits(loaded), get_logits(model), atol=1e-4, rtol=0)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(plain.generate(make_tokens(1), **options), model.generate(make_tokens(1), **options))
+
+
+def test_gguf_checkpoints_are_loaded_from_their_folder(tmp_path: Path) -> None:
+    model = make_pruned("llama", UNEVEN)
+    tokenizer = make_tokenizer([("e", "d"), ("r", "u")])
+    assert save(model, tokenizer, tmp_path / "out", PLAN, format="gguf-f16") == "gguf-f16"
+    assert read_names(tmp_path / "out") == {"model-f16.gguf", "plan.json", "README.md"}
+    torch.testing.assert_close(get_logits(load_model(tmp_path / "out")), get_logits(model), atol=0.02, rtol=0.02)
+    assert load_tokenizer(tmp_path / "out")("pruned")["input_ids"] == tokenizer("pruned")["input_ids"]
+    with pytest.raises(ValueError, match="a GGUF file holds the tokenizer too, got none"):
+        save(model, None, tmp_path / "other", format="gguf-f16")
+    assert read_names(tmp_path) == {"out"}
+    (tmp_path / "out/second.gguf").touch()
+    with pytest.raises(ValueError, match=r"several GGUF files \(model-f16.gguf, second.gguf\): give one of them"):
+        load_model(tmp_path / "out")
+
+
+def test_formats_that_cannot_hold_a_model_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    uneven = make_model("llama", layers=6, kv_heads=3, ratio=2)
+    channels = [list(range(20))] * 6
+    apply_plan(uneven, make_plan(uneven, [[0, 1, 2]] * 6, [*channels[:1], [1], [2], *channels[:2], [4]]))
+    biased = make_model("llama-biases", kv_heads=4, ratio=4)
+    apply_plan(biased, make_plan(biased, [[0, 1, 3]] * 3, [list(range(20))] * 3))
+    for model, format, reason in (
+        (
+            uneven,
+            "stock",
+            "layers 1-2, 5 differ from 6 query heads, 3 KV heads and 20 channels; per-layer",
+        ),
+        (
+            biased,
+            "stock",
+            "no stock llama has 12 query heads on a hidden size of 64; per-layer keeps",
+        ),
+        (uneven, "pickle", "format must be one of auto, stock, per-layer, padded, gguf-f16, gguf-q8_0, got 'pickle'"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            save(model, make_tokenizer(), tmp_path / "out", format=format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_weights_are_split_and_loaded(tmp_path: Path) -> None:
+    model = make_pruned("llama", UNEVEN)
+    save(model, None, tmp_path / "out", max_shard_size="20KB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert torch.equal(get_logits(load_model(tmp_path / "out")), get_logits(model))
+
+
+@pytest.mark.parametrize("kept", [EVEN, UNEVEN], ids=["stock", "per-layer"])
+def test_saving_what_was_loaded_gives_the_same_folder(
+    kept: tuple[list[list[int]], list[list[int]]], variant: str, tmp_path: Path
+) -> None:
+    save(make_pruned(variant, kept), None, tmp_path / "first")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "first", trust_remote_code=True)
+    plain.save_pretrained(tmp_path / "plain")
+    save(load_model(tmp_path / "first"), None, tmp_path / "own")
+    first = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
+    for folder in ("plain", "own"):
+        again = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+        assert again.keys() == first.keys()
+        for name in first:
+            assert again[name] == first[name], f"{folder} {name}"

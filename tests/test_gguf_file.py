@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gqaprune.architecture import read_geometry
-from gqaprune.checkpoint import load_model, save
+from gqaprune.checkpoint import save
 from gqaprune.gguf_file import _SPLITS as SPLITS
 from gqaprune.gguf_file import _compute_rope_factors as compute_rope_factors
 from gqaprune.gguf_file import write_gguf
+from gqaprune.loading import load_model
 from gqaprune.surgery import apply_plan
 
 from tiny import make_model, make_tokenizer

@@ -11,7 +11,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from gqaprune.architecture import Block, BlockKey, find_blocks, read_geometry
-from gqaprune.checkpoint import load_model, save
+from gqaprune.checkpoint import save
+from gqaprune.loading import load_model
 from gqaprune.plan import PruningPlan
 from gqaprune.reconstruction import BlockRepair, RepairOptions, apply_plan_with_repair, choose_held_out
 from gqaprune.surgery import apply_plan, list_kept_columns

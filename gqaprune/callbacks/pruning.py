@@ -8,9 +8,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from transformers import PreTrainedModel
 
-from gqaprune.checkpoint import check_tokenizer
 from gqaprune.config import PruningConfig
 from gqaprune.datamodules import TextDataModule
+from gqaprune.loading import check_tokenizer
 from gqaprune.module import CausalLMModule
 from gqaprune.pipeline import Pruner
 from gqaprune.progress import console

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DistributedSampler
 from transformers import PreTrainedTokenizerFast
 
-from gqaprune.checkpoint import load_model
 from gqaprune.datamodules import TextDataModule
+from gqaprune.loading import load_model
 from gqaprune.perplexity import IGNORED
 from gqaprune.sampling import sample_from_model
 

