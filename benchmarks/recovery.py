@@ -43,12 +43,12 @@ POINTS = (0, 50_000, 100_000, 200_000)
 measured at their end only; what rows begin with is measured once."""
 SWEEP_TOKENS = 50_000
 SWEEP_RATES = {
-    "full": (5e-6, 1e-5, 2e-5, 5e-5, 1e-4),
-    "distill": (5e-6, 1e-5, 2e-5, 5e-5, 1e-4),
+    "full": (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4),
+    "distill": (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
     "lora": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
     "lora+distill": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
 }
-RATES = {"full": 2e-5, "distill": 2e-5, "lora": 5e-4, "lora+distill": 5e-4}
+RATES = {"full": 1e-4, "distill": 2e-4, "lora": 5e-4, "lora+distill": 1e-3}
 """Learning rates, as the sweep has them."""
 
 OWN_SETTINGS = {"start", "text", "rate", "tokens", "sweep", "dtype"}
