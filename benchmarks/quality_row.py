@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gqaprune
 from gqaprune.architecture import count_layer_parameters, count_parameters, read_geometry
-from gqaprune.loading import load_model
 from gqaprune.corpora import Corpus
 from gqaprune.datamodules import TextDataModule
+from gqaprune.loading import load_model
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.windows import Batch, cut_windows, make_batches, sample_windows, tokenize_corpus
 

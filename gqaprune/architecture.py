@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import MistralConfig, PretrainedConfig, PreTrainedModel
 
 from gqaprune.per_layer import LayerConfig
@@ -372,7 +373,8 @@ def _split_groups(block: Block, layout: BlockLayout, ratio: int) -> Block:
 
 
 def _check_linear(linear: Any, name: str, rows: int | None = None, columns: int | None = None) -> nn.Linear:
-    if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+    plain = (nn.Parameter, Tensor, DTensor)
+    if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point() or type(linear.weight) not in plain:
         raise ValueError(
             f"{name} is {type(linear).__name__}, not a plain floating-point linear layer: "
             "load the model unquantised and without adapters"

@@ -68,8 +68,8 @@ def build_card(
         "",
         f"# {name}, pruned",
         "",
-        f"{name} without {' and '.join(asked) or 'anything less'} (asked), by gqaprune: units chosen by `{plan.criterion}`, "
-        f"allocation `{plan.allocation}`. {plan.describe_ratio().removeprefix('GQA ratio: ')}.",
+        f"{name}, asked to lose {' and '.join(asked) or 'nothing'}, by gqaprune: units chosen by `{plan.criterion}`, "
+        f"allocation `{plan.allocation}`. {plan.describe_ratio()}.",
         "",
         _ABOUT[kind],
         "",
@@ -83,8 +83,8 @@ def build_card(
         "",
         *_list_layers(plan),
     ]
-    if written != plan.pruned_geometry:
-        lines += ["", _describe_padding(plan.pruned_geometry, written)]
+    if padding := describe_padding(plan.pruned_geometry, written, plan.geometry):
+        lines += ["", padding]
     if report is not None and any(stage.perplexity for stage in report.stages):
         lines += ["", "## Perplexity", "", *_list_perplexities(report), "", f"{report.protocol.rstrip('.')}."]
     if command:
@@ -127,9 +127,24 @@ def _list_layers(plan: PruningPlan) -> list[str]:
     return lines
 
 
-def _describe_padding(pruned: Geometry, written: Geometry) -> str:
-    heads, width = f"{written.query_heads[0]} query heads on {written.kv_heads[0]} KV heads", written.channels[0]
-    return f"In the files every layer has {heads} and {width:,} channels, those it lacks as zeros."
+def describe_padding(pruned: Geometry, written: Geometry, dense: Geometry | None = None) -> str:
+    """What padding put into the files, in a sentence; empty where there is none.
+
+    Args:
+        pruned: shapes of the model.
+        written: shapes in its files.
+        dense: shapes before pruning, if they are known.
+    """
+    zeros = written.projection_weights - pruned.projection_weights
+    if not zeros:
+        return ""
+    heads = f"{written.query_heads[0]} query heads on {written.kv_heads[0]} KV heads"
+    removed = 0 if dense is None else dense.projection_weights - pruned.projection_weights
+    share = f", {zeros / removed:.0%} of what pruning removed" if removed else ""
+    return (
+        f"In the files every layer has {heads} and {written.channels[0]:,} channels, those it lacks as zeros: "
+        f"{zeros / 1e6:,.2f} M parameters{share}."
+    )
 
 
 def _list_perplexities(report: Report) -> list[str]:

@@ -22,6 +22,7 @@ from transformers import (
 from gqaprune.architecture import make_stock_config, read_geometry
 from gqaprune.card import write_card
 from gqaprune.gguf_file import TYPES, write_gguf
+from gqaprune.loading import load_config, load_model, make_quantization_config
 from gqaprune.padding import pad_checkpoint
 from gqaprune.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
 from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
@@ -47,6 +48,7 @@ def save(
     adapted: PeftModel | None = None,
     format: str = "auto",
     max_shard_size: str = SHARD_SIZE,
+    quantization: str | None = None,
 ) -> str:
     """Save a model as a checkpoint, whole or not at all.
 
@@ -61,17 +63,19 @@ def save(
             saved by themselves in `adapter/` of the folder.
         format: one of `FORMATS`.
         max_shard_size: weights above it are split into several files, such as `5GB`.
+        quantization: `int8` stores the matrices of the decoder layers in 8 bits, each row with its own scale, through
+            torchao.
 
     Returns:
         The format written, one of `FORMATS` but not `auto`.
 
     Raises:
-        ValueError: if `folder` is a file, or holds something else than a pruned checkpoint; or if the format cannot hold
-            the model, with those that can.
+        ValueError: if `folder` is a file, or holds something else than a pruned checkpoint; or if the format cannot
+            hold the model, with those that can.
     """
     folder = Path(folder)
     check_output_folder(folder)
-    format = choose_format(model.config, format)
+    format = choose_format(model.config, format, quantization)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     whole = (
@@ -85,6 +89,8 @@ def save(
             adapted.save_pretrained(str(temporary / ADAPTER_FOLDER), state_dict=named)
             whole = merge_adapters(adapted, whole)
         geometry = _write_weights(model, tokenizer, whole, temporary, format, max_shard_size)
+        if quantization is not None:
+            _quantize_weights(temporary, quantization, max_shard_size)
         if plan is not None:
             plan.save(temporary / PLAN_FILE)
             write_card(temporary, plan, format, geometry)
@@ -94,12 +100,18 @@ def save(
     return format
 
 
-def choose_format(config: PretrainedConfig, format: str) -> str:
+def choose_format(config: PretrainedConfig, format: str, quantization: str | None = None) -> str:
     """The format that is meant by a name, on a model of this config.
 
     Raises:
-        ValueError: if there is no such format, or it cannot hold the model.
+        ValueError: if there is no such format, it cannot hold the model, or not with this quantisation.
     """
+    if quantization is not None:
+        make_quantization_config(quantization)
+        if format.startswith("gguf-"):
+            raise ValueError(
+                f"{format} and quantization {quantization} both say how weights are stored: set one of them"
+            )
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     can_be_stock = make_stock_config(config) is not None
@@ -121,12 +133,12 @@ def _describe_difference(geometry: Geometry) -> str:
             f"{geometry.hidden_size}"
         )
     shapes = list(zip(geometry.query_heads, geometry.kv_heads, geometry.channels, strict=True))
-    common = max(shapes, key=shapes.count)
+    common = max(shapes, key=lambda shape: (shapes.count(shape), shape))
     others = [index for index, shape in enumerate(shapes) if shape != common]
     queries, groups, channels = common
     return (
-        f"a stock checkpoint needs equal counts in every layer: layers {_join(others)} differ from {queries} query heads, "
-        f"{groups} KV heads and {channels} channels"
+        f"a stock checkpoint needs equal counts in every layer: layers {_join(others)} differ from {queries} query "
+        f"heads, {groups} KV heads and {channels} channels"
     )
 
 
@@ -200,6 +212,16 @@ def _write_weights(
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     _save_pretrained(model, config, folder, state_dict, max_shard_size)
     return read_geometry(config)
+
+
+def _quantize_weights(folder: Path, quantization: str, max_shard_size: str) -> None:
+    """Write the weights of a checkpoint anew, quantised; all else stays."""
+    model = load_model(folder, quantization=quantization)
+    for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+        file.unlink()
+    config = load_config(folder)
+    config.quantization_config = model.config.quantization_config
+    _save_pretrained(model, config, folder, None, max_shard_size)
 
 
 def _name_model(model: PreTrainedModel) -> str:

@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ from gqaprune.checkpoint import check_can_be_folder
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.progress import console
+from gqaprune.tools.export import export
 from gqaprune.tools.search import SearchSettings
 
 DESCRIPTIONS = {
@@ -25,9 +27,14 @@ DESCRIPTIONS = {
     "test": "Measure perplexity on the test corpora of any model, dense or pruned.",
     "predict": "Continue prompts with any model, dense or pruned.",
     "prune": "Calibrate, prune and save a model, without training.",
+    "export": "Write a model, pruned or dense, in another format: stock, per-layer, padded, GGUF, in 8 bits.",
     "search": "Find the split of attention and MLP (pruning.split) that costs the least perplexity on data.val. "
     "Splits are tried by gates on the dense model, scored once: later steps, swaps, repair and training are not seen.",
 }
+
+
+TOOLS: Mapping[str, Callable[..., None]] = {"export": export}
+"""Commands that need no trainer: name -> function, whose arguments are the command's."""
 
 
 class PruningArgumentParser(LightningArgumentParser):
@@ -99,6 +106,8 @@ class PruningCLI(LightningCLI):
             for name, parser in self._subcommand_parsers.items():
                 parser.description = DESCRIPTIONS[name]
             assert self.parser._subcommands_action is not None
+            for name, tool in TOOLS.items():
+                self.parser._subcommands_action.add_subcommand(name, _make_tool_parser(tool), help=DESCRIPTIONS[name])
             for choice in self.parser._subcommands_action._choices_actions:
                 choice.help = DESCRIPTIONS[choice.dest]
 
@@ -137,11 +146,28 @@ class PruningCLI(LightningCLI):
             console.rule()
 
 
+def run_tool(name: str, arguments: list[str]) -> None:
+    """Run a command that needs no trainer."""
+    parser = _make_tool_parser(TOOLS[name], f"gqaprune {name}")
+    parser.description = DESCRIPTIONS[name]
+    settings = parser.parse_args(arguments)
+    TOOLS[name](**parser.instantiate_classes(settings).as_dict())
+
+
+def _make_tool_parser(tool: Callable[..., None], prog: str | None = None) -> PruningArgumentParser:
+    parser = PruningArgumentParser(prog=prog)
+    parser.add_function_arguments(tool)
+    return parser
+
+
 def main() -> int:
     """Run the command line. Returns the exit code: 1 after an error that the user can mend, said in one sentence."""
     _quiet()
     try:
-        PruningCLI()
+        if sys.argv[1:2] and sys.argv[1] in TOOLS:
+            run_tool(sys.argv[1], sys.argv[2:])
+        else:
+            PruningCLI()
     except (ValueError, OSError, MisconfigurationException) as error:
         print(f"gqaprune: error: {error}", file=sys.stderr)
         return 1

@@ -29,7 +29,7 @@ TYPES = {
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-"""Name -> how matrices are stored; vectors are float32."""
+"""Name -> how matrices are stored; vectors are float32, and matrices whose rows are no whole blocks f16."""
 
 _BLOCK = 32
 """Values that share a scale in q8_0: widths of MLPs are padded to a multiple of it."""
@@ -176,12 +176,15 @@ def _list_entries(
         if not tensor.to(torch.float16).isfinite().all():
             raise ValueError(f"{source} holds values that float16 cannot, which GGUF files store; use padded")
         change = next((change for part, change in rearrange.items() if part in source), None)
-        yield _Entry(name, tensor if change is None else change(tensor), kind if tensor.ndim > 1 else vector)
+        fits = tensor.shape[-1] % _BLOCK == 0 or kind is gguf.GGMLQuantizationType.F16
+        matrix = kind if fits else gguf.GGMLQuantizationType.F16
+        yield _Entry(name, tensor if change is None else change(tensor), matrix if tensor.ndim > 1 else vector)
 
 
 def _interleave(tensor: Tensor, heads: int) -> Tensor:
     """Rows of each head from halves (`0 … d/2`, `d/2 … d`) to pairs (`0, d/2, 1, d/2 + 1 …`)."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+    pairs: Tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+    return pairs
 
 
 def _compute_rope_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
@@ -189,7 +192,8 @@ def _compute_rope_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
     wave = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
     smooth = ((context / wave - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()
+    factors: Tensor = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    return factors.float()
 
 
 def _store(tensor: Tensor, entry: _Entry) -> np.ndarray[Any, Any]:
@@ -214,8 +218,8 @@ def _read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> _Vocabula
     Raises:
         ValueError: if the format has no name for its kind.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": "slow"}}
-    model = backend["model"]
+    backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    model = backend.get("model", {"type": "slow"})
     if model["type"] != "BPE":
         raise ValueError(f"a GGUF file needs a BPE tokenizer, got one of type {model['type']!r}; use padded")
     tokens = [f"[PAD{index}]" for index in range(max(size, len(tokenizer)))]

@@ -1,4 +1,4 @@
-"""Load dense and pruned models, in any format that gqaprune writes: nothing unpickles or runs remote code unless asked."""
+"""Load dense and pruned models in any format; nothing here unpickles, or runs remote code unless asked to."""
 
 import importlib.util
 from pathlib import Path
@@ -11,8 +11,10 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TorchAoConfig,
 )
 
 from gqaprune.architecture import get_family
@@ -24,6 +26,9 @@ EMBEDDED_MODEL = "smollm2-135m"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
+QUANTIZATIONS = ("int8",)
+"""What weights can be stored in besides their type."""
+
 _LOADING_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError, StrictDataclassError)
 """What transformers raises on missing or broken files."""
 
@@ -33,6 +38,7 @@ def load_model(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """Load a dense or pruned causal LM of a supported family.
 
@@ -41,21 +47,23 @@ def load_model(
         dtype: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
         attn_implementation: `sdpa`, `eager` or another that transformers knows; its own choice by default.
         trust_remote_code: run code that comes with the checkpoint. Pruned checkpoints do not need it here.
+        quantization: `int8` stores the matrices of the decoder layers in 8 bits, each row with its own scale; such a
+            model can be run, not pruned or trained.
 
     Raises:
-        ValueError: if there is no such model, its files are broken, or its family is not supported.
+        ValueError: if there is no such model, its files are broken, its family is not supported, or quantising needs
+            a package that is not installed.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     place, gguf = _locate(source)
+    config = load_config(source, trust_remote_code)
+    get_family(config)
     arguments = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **gguf}
+    if quantization is not None:
+        arguments["quantization_config"] = make_quantization_config(quantization)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
-    try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
-    except _LOADING_ERRORS as error:
-        raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
-    get_family(config)
     try:
         model_class = AutoModelForCausalLM
         if config.is_heterogeneous:
@@ -68,6 +76,38 @@ def load_model(
         raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
     _forget_quantization(model)
     return model
+
+
+def load_config(source: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Load the config of a model.
+
+    Args:
+        source: as for `load_model`.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        ValueError: if there is none, or it is broken.
+    """
+    place, gguf = _locate(source)
+    try:
+        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
+    except _LOADING_ERRORS as error:
+        raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
+
+
+def make_quantization_config(quantization: str) -> TorchAoConfig:
+    """What transformers quantises with on loading.
+
+    Raises:
+        ValueError: if there is no such quantisation, or torchao is not installed.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
+    if importlib.util.find_spec("torchao") is None:
+        raise ValueError(f"quantization {quantization} needs torchao: pip install 'gqaprune[int8]'")
+    from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-untyped]
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

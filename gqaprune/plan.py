@@ -64,6 +64,12 @@ class Geometry:
         """Whether every layer has the same shapes, so that a stock config describes the model."""
         return len(set(zip(self.query_heads, self.kv_heads, self.channels, strict=True))) == 1
 
+    @property
+    def projection_weights(self) -> int:
+        """Weights of all blocks' projections, biases left out."""
+        heads = sum(self.query_heads) + sum(self.kv_heads)
+        return self.hidden_size * (2 * self.head_dim * heads + 3 * sum(self.channels))
+
     def kv_cache_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes of keys and values that one token adds to the cache, over all layers."""
         return 2 * sum(self.kv_heads) * self.head_dim * bytes_per_value

@@ -28,6 +28,7 @@ class Stage:
         decoder_parameters: parameters of the decoder layers.
         kv_cache_bytes_per_token: keys and values of one token, in the model's own type.
         perplexity: by corpus.
+        weight_bytes: size of the weights.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stage:
     decoder_parameters: int
     kv_cache_bytes_per_token: int
     perplexity: Mapping[str, float] = field(default_factory=dict)
+    weight_bytes: int = 0
 
 
 @dataclass
@@ -113,14 +115,18 @@ class Report:
         write_atomically(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
 
-def describe_model(name: str, model: PreTrainedModel, perplexity: Mapping[str, float]) -> Stage:
-    """Count what a model holds."""
+def describe_model(
+    name: str, model: PreTrainedModel, perplexity: Mapping[str, float], weight_bytes: int | None = None
+) -> Stage:
+    """Count what a model holds; its weights' size is that of its parameters unless it is given."""
+    parameters = count_parameters(model)
     return Stage(
         name=name,
-        parameters=count_parameters(model),
+        parameters=parameters,
         decoder_parameters=sum(count_layer_parameters(model)),
         kv_cache_bytes_per_token=read_geometry(model.config).kv_cache_bytes_per_token(model.dtype.itemsize),
         perplexity=dict(perplexity),
+        weight_bytes=parameters * model.dtype.itemsize if weight_bytes is None else weight_bytes,
     )
 
 
@@ -134,6 +140,7 @@ def build_table(report: Report) -> Table:
     for label, name, divisor, pattern in (
         ("parameters", "parameters", 1e6, "{:,.2f} M"),
         ("decoder parameters", "decoder_parameters", 1e6, "{:,.2f} M"),
+        ("weights", "weight_bytes", 1e6, "{:,.1f} MB"),
         ("KV-cache bytes/token", "kv_cache_bytes_per_token", 1, "{:,.0f}"),
     ):
         counts = [getattr(stage, name) for stage in report.stages]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from gqaprune.allocation import BlockBudget, Budget, Removed
 from gqaprune.architecture import (
@@ -34,7 +34,35 @@ def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
             "leave split, kv_rate and granularity at their defaults to remove MLP channels"
         )
     blocks = find_blocks(model, config.granularity)
-    layers = read_geometry(model.config).num_layers
+    allowed = _list_allowed_layers(model.config, config)
+    return [block for block in blocks if block.key.layer in allowed.get(block.key.kind, ())]
+
+
+def check_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -> None:
+    """Refuse settings that leave layers of unequal shapes, which a stock checkpoint cannot hold.
+
+    Raises:
+        ValueError: with what would give equal ones.
+    """
+    layers = read_geometry(model_config).num_layers
+    allowed = _list_allowed_layers(model_config, config)
+    whole = all(len(own) in (0, layers) for own in allowed.values())
+    alike = config.allocation == "uniform" and not config.frozen_layers and not config.swap_generations
+    if config.removes_something and not (whole and alike):
+        ranges = " and ".join(f"{kind}_layers: [0, {layers}]" for kind in allowed)
+        raise ValueError(
+            f"a stock checkpoint needs equal counts in every layer: set allocation: uniform, frozen_layers: 0, "
+            f"swap_generations: 0, {ranges}; or take the format per-layer, which keeps unequal ones, or padded"
+        )
+
+
+def _list_allowed_layers(model_config: PretrainedConfig, config: PruningConfig) -> dict[str, range]:
+    """Kind of block -> layers in which it may lose units; kinds that give nothing are left out.
+
+    Raises:
+        ValueError: if a range leaves the model.
+    """
+    whole, layers = get_family(model_config).whole, read_geometry(model_config).num_layers
     ranges = {"attention": config.attention_layers, "mlp": config.mlp_layers}
     for kind, bounds in ranges.items():
         if bounds is not None and not 0 <= bounds[0] <= bounds[1] <= layers:
@@ -45,8 +73,7 @@ def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
     middle = (layers // 7, layers - layers // 14)  # the ends cost most: 4 and 2 layers of 28 to 34
     allowed = {kind: range(*(bounds or middle)) for kind, bounds in ranges.items()}
     spared = {0.0: "attention", 1.0: "mlp"}.get(-1.0 if config.attention_share is None else config.attention_share)
-    kinds = {"attention", "mlp"} - {spared, *whole}
-    return [block for block in blocks if block.key.layer in allowed[block.key.kind] and block.key.kind in kinds]
+    return {kind: own for kind, own in allowed.items() if kind not in (spared, *whole)}
 
 
 def read_budget(model: PreTrainedModel, config: PruningConfig) -> Budget:

@@ -13,7 +13,7 @@ from test_surgery import make_plan
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import gqaprune
-from gqaprune.architecture import read_geometry
+from gqaprune.architecture import find_blocks, read_geometry
 from gqaprune.checkpoint import save
 from gqaprune.loading import check_tokenizer, load_model, load_tokenizer
 from gqaprune.plan import PruningPlan
@@ -379,3 +379,32 @@ def test_saving_what_was_loaded_gives_the_same_folder(
         assert again.keys() == first.keys()
         for name in first:
             assert again[name] == first[name], f"{folder} {name}"
+
+
+@pytest.mark.parametrize("format", ["stock", "per-layer", "padded"])
+def test_weights_in_8_bits_are_smaller_and_give_nearly_the_same_logits(format: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    model = make_pruned("llama", EVEN if format == "stock" else UNEVEN)
+    save(model, make_tokenizer(), tmp_path / "plain", format=format)
+    assert save(model, make_tokenizer(), tmp_path / "int8", PLAN, format=format, quantization="int8") == format
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("plain", "int8")]
+    assert sizes[1] < 0.9 * sizes[0]  # embeddings, most of this tiny model, stay as they are
+    assert read_names(tmp_path / "int8") - read_names(tmp_path / "plain") == {"plan.json", "README.md"}
+    expected = get_logits(model)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", trust_remote_code=format == "per-layer")
+    for loaded in (plain, load_model(tmp_path / "int8")):
+        error = (get_logits(loaded) - expected).norm() / expected.norm()
+        assert 1e-4 < error < 0.1
+    with pytest.raises(ValueError, match="layer 0 attention q_proj is .*not a plain floating-point linear layer"):
+        find_blocks(load_model(tmp_path / "int8"))
+    with pytest.raises(ValueError, match="gguf-f16 and quantization int8 both say how weights are stored"):
+        save(model, make_tokenizer(), tmp_path / "out", format="gguf-f16", quantization="int8")
+
+
+def test_quantisation_without_its_package_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"quantization int8 needs torchao: pip install 'gqaprune\[int8\]'"):
+        save(make_pruned("llama", EVEN), None, tmp_path / "out", quantization="int8")
+    with pytest.raises(ValueError, match="quantization must be one of int8, got 'int3'"):
+        save(make_pruned("llama", EVEN), None, tmp_path / "out", quantization="int3")
+    assert not list(tmp_path.iterdir())

@@ -92,6 +92,39 @@ def test_fit_prunes_recovers_and_writes_everything(run: Run, tiny_folder: Path) 
     assert sum(p.numel() for p in model.parameters()) == report["stages"][2]["parameters"]
 
 
+def test_fit_writes_the_format_that_is_asked_for_and_measures_it_in_8_bits(run: Run) -> None:
+    pytest.importorskip("torchao")
+    assert run("fit", "--export.format", "padded", "--export.quantization", "int8") == 0
+    folder = Path("lightning_logs/version_0")
+    stages = {stage["name"]: stage for stage in json.loads((folder / "report.json").read_text())["stages"]}
+    assert list(stages) == ["dense", "pruned", "recovered", "recovered, int8"]
+    before, after = stages["recovered"], stages["recovered, int8"]
+    assert after["perplexity"]["val/embedded"] == pytest.approx(before["perplexity"]["val/embedded"], rel=0.05)
+    assert after["perplexity"] != before["perplexity"]
+    model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+    assert type(model.model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
+    card = (folder / "checkpoint/README.md").read_text()
+    assert "| recovered, int8 |" in card and "gqaprune fit --config" in card and "padded" not in card.split("How it")[0]
+
+
+def test_stock_checkpoints_are_promised_only_where_counts_will_be_equal(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("prune", "--export.format", "stock") == 1
+    assert "needs equal counts in every layer: set allocation: uniform" in capsys.readouterr().err
+    whole = [
+        "--pruning.attention_layers",
+        "[0, 3]",
+        "--pruning.mlp_layers",
+        "[0, 3]",
+        "--pruning.allocation",
+        "uniform",
+    ]
+    assert run("prune", "--export.format", "stock", *whole) == 0
+    (written,) = Path("lightning_logs").glob("*/checkpoint/config.json")
+    assert json.loads(written.read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
 def test_fit_logs_loss_learning_rate_perplexity_plan_and_hparams_to_tensorboard(run: Run) -> None:
     assert run("fit", "--trainer.val_check_interval", "4") == 0
     folder = Path("lightning_logs/version_0")

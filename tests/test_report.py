@@ -24,9 +24,18 @@ def make_report(**settings: Any) -> Report:
         settings={"rate": 0.2, "rate_base": "decoder", "criterion": "fisher"} | settings,
         protocol="perplexity: token-weighted, whole split",
         stages=[
-            Stage("dense", 134_515_008, 106_203_456, 46_080, {"val/embedded": 12.345, "test/wikitext2": 20.0}),
-            Stage("pruned", 113_274_432, 84_962_880, 30_720, {"val/embedded": 45.678, "test/wikitext2": 1234.5}),
-            Stage("recovered", 113_274_432, 84_962_765, 30_720, {"val/embedded": 23.456}),
+            Stage(
+                "dense", 134_515_008, 106_203_456, 46_080, {"val/embedded": 12.345, "test/wikitext2": 20.0}, 269_030_016
+            ),
+            Stage(
+                "pruned",
+                113_274_432,
+                84_962_880,
+                30_720,
+                {"val/embedded": 45.678, "test/wikitext2": 1234.5},
+                226_548_864,
+            ),
+            Stage("recovered", 113_274_432, 84_962_765, 30_720, {"val/embedded": 23.456}, 226_548_864),
         ],
     )
 
@@ -71,6 +80,7 @@ def test_report_as_data_survives_json() -> None:
         "decoder_parameters": 84_962_765,
         "kv_cache_bytes_per_token": 30_720,
         "perplexity": {"val/embedded": 23.456},
+        "weight_bytes": 226_548_864,
     }
 
 
@@ -102,6 +112,7 @@ def test_table_gives_counts_with_their_change_in_percent() -> None:
     lines = render(make_report())
     assert find_row(lines, "parameters") == ["134.52 M", "113.27 M (-15.8%)", "113.27 M (-15.8%)"]
     assert find_row(lines, "decoder parameters") == ["106.20 M", "84.96 M (-20.0%)", "84.96 M (-20.0%)"]
+    assert find_row(lines, "weights") == ["269.0 MB", "226.5 MB (-15.8%)", "226.5 MB (-15.8%)"]
     assert find_row(lines, "KV-cache bytes/token") == ["46,080", "30,720 (-33.3%)", "30,720 (-33.3%)"]
 
 

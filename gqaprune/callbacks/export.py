@@ -4,10 +4,15 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
-from gqaprune.callbacks.pruning import get_parts, get_run_folder
-from gqaprune.checkpoint import check_output_folder, save
+from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
+from gqaprune.checkpoint import SHARD_SIZE, check_output_folder, choose_format, save
+from gqaprune.datamodules import TextDataModule
+from gqaprune.loading import load_config
+from gqaprune.module import CausalLMModule
 from gqaprune.progress import console
+from gqaprune.selection import check_equal_counts
 
 
 class CheckpointExport(Callback):
@@ -17,18 +22,40 @@ class CheckpointExport(Callback):
 
     Args:
         folder: where to; null means `checkpoint` in the run's folder.
+        format: `stock` (plain transformers loads it; needs equal counts in every layer), `per-layer` (unequal ones,
+            with a small modeling file), `padded` (a stock class, zeros for what some layers lack), `gguf-f16` or
+            `gguf-q8_0` (for llama.cpp); `auto` is `stock` where counts are equal, else `per-layer`.
+        max_shard_size: weights above it are split into several files.
+        quantization: `int8` stores the matrices of the decoder layers in 8 bits, through torchao; the model is then
+            measured so, too.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | None = None,
+        format: str = "auto",
+        max_shard_size: str = SHARD_SIZE,
+        quantization: str | None = None,
+    ) -> None:
         self.folder = folder
+        self.format = format
+        self.max_shard_size = max_shard_size
+        self.quantization = quantization
         self.written: Path | None = None
-        self.format = ""
+        self.written_format = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse an unusable folder before hours of work, not after."""
+        """Refuse an unusable folder or format before hours of work, not after."""
         self.written = None
-        if stage == "fit":
-            check_output_folder(self._get_folder(trainer))
+        if stage != "fit":
+            return
+        check_output_folder(self._get_folder(trainer))
+        module = get_parts(trainer, pl_module)[0]
+        config = load_config(module.pretrained, module.trust_remote_code)
+        choose_format(config, self.format, self.quantization)
+        pruning = next((c for c in trainer.callbacks if isinstance(c, TaylorPruning)), None)  # type: ignore[attr-defined]
+        if self.format == "stock" and pruning is not None:
+            check_equal_counts(config, pruning.config)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export after training, while the strategy still holds the weights: the best ones, if some were kept."""
@@ -45,9 +72,22 @@ class CheckpointExport(Callback):
         folder = self._get_folder(trainer)
         state_dict = module.gather_state_dict()
         if trainer.is_global_zero:
-            self.format = save(module.model, data.tokenizer, folder, module.plan, state_dict, module.adapted)
+            self.written_format = self._save(module, data, folder, state_dict)
         self.written = folder
         trainer.strategy.barrier("export")
+
+    def _save(
+        self, module: CausalLMModule, data: TextDataModule, folder: Path, state_dict: dict[str, Tensor] | None
+    ) -> str:
+        what = (module.model, data.tokenizer, folder, module.plan, state_dict, module.adapted)
+        try:
+            return save(*what, self.format, self.max_shard_size, self.quantization)
+        except ValueError as error:
+            if self.format == "auto" and self.quantization is None:
+                raise
+            written = save(*what, max_shard_size=self.max_shard_size)  # the work is not lost for its wrapping
+            console.print(f"{error}; saved in {written} format")
+            return written
 
     def _get_folder(self, trainer: Trainer) -> Path:
         if self.folder is not None:

@@ -3,14 +3,18 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from gqaprune.architecture import read_geometry
 from gqaprune.callbacks.export import CheckpointExport
 from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
+from gqaprune.card import write_card
+from gqaprune.loading import load_config, load_model
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.plan import PLAN_FILE, PruningPlan
 from gqaprune.progress import console
@@ -70,11 +74,28 @@ class RunSummary(Callback):
             report.stages.append(describe_model("recovered", module.model, perplexity))
             if trainer.is_global_zero:
                 _log_perplexity(trainer, report.stages[-1])
+            self._measure_quantized(trainer, pl_module, report)
         self._finish(trainer, pl_module)
+
+    def _measure_quantized(self, trainer: Trainer, pl_module: LightningModule, report: Report) -> None:
+        """Measure what was written, if its weights are quantised."""
+        export = _get_export(trainer)
+        if export is None or export.written is None or export.quantization is None:
+            return
+        module, data = get_parts(trainer, pl_module)
+        model = load_model(export.written, attn_implementation=module.attn_implementation).to(module.device)
+        name = f"{report.stages[-1].name}, {export.quantization}"
+        perplexity = measure_perplexity(model, data.evaluation_batches(), name)
+        size = sum(file.stat().st_size for file in export.written.glob("*.safetensors"))
+        report.stages.append(describe_model(name, model, perplexity, size))
+        if trainer.is_global_zero:
+            _log_perplexity(trainer, report.stages[-1])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish where there was nothing to train."""
         if not self._finished:
+            if (report := _get_report(trainer)) is not None:
+                self._measure_quantized(trainer, pl_module, report)
             self._finish(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -92,6 +113,10 @@ class RunSummary(Callback):
             return
         folder = get_run_folder(trainer)
         report.save(folder / REPORT_FILE)
+        if (export := _get_export(trainer)) is not None and export.written is not None:
+            shapes = read_geometry(load_config(export.written))
+            command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+            write_card(export.written, plan, export.written_format, shapes, report, command)
         hparams = _flatten(report.settings | dict(pl_module.hparams))
         for logger in _get_tensorboards(trainer):
             if report.stages[-1].perplexity:
@@ -120,10 +145,9 @@ def _print_paths(trainer: Trainer, folder: Path) -> None:
         "figure": _shorten(folder / FIGURE_FILE),
         "report": _shorten(folder / REPORT_FILE),
     }
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, CheckpointExport) and callback.written is not None:
-            needs = " (load with trust_remote_code=True)" if callback.format == "per-layer" else ""
-            written["checkpoint"] = f"{_shorten(callback.written)}  {callback.format} format{needs}"
+    if (export := _get_export(trainer)) is not None and export.written is not None:
+        needs = " (load with trust_remote_code=True)" if export.written_format == "per-layer" else ""
+        written["checkpoint"] = f"{_shorten(export.written)}  {export.written_format} format{needs}"
     for what, path in written.items():
         console.print(f"{what:<14} {path}")
 
@@ -133,6 +157,11 @@ def _get_report(trainer: Trainer) -> Report | None:
         if isinstance(callback, TaylorPruning):
             return callback.report
     return None
+
+
+def _get_export(trainer: Trainer) -> CheckpointExport | None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, CheckpointExport)), None)
 
 
 def _get_tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

@@ -1,0 +1,65 @@
+"""`gqaprune export`: write a model that is already pruned, or a dense one, in another format."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from gqaprune.architecture import read_geometry
+from gqaprune.card import describe_padding
+from gqaprune.checkpoint import SHARD_SIZE, save
+from gqaprune.loading import load_config, load_model, load_tokenizer
+from gqaprune.plan import PLAN_FILE, PruningPlan
+from gqaprune.progress import console
+
+
+def export(
+    model: str,
+    folder: str,
+    format: str = "auto",
+    max_shard_size: str = SHARD_SIZE,
+    quantization: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a model in another format: pruned or dense, a folder, a GGUF file or a hub name.
+
+    Args:
+        model: what to write: a folder, a `.gguf` file, a hub name, or `smollm2-135m`.
+        folder: where to, a new or empty folder.
+        format: `stock` (plain transformers loads it; needs equal counts in every layer), `per-layer` (unequal ones,
+            with a small modeling file), `padded` (a stock class, zeros for what some layers lack), `gguf-f16` or
+            `gguf-q8_0` (for llama.cpp); `auto` is `stock` where counts are equal, else `per-layer`.
+        max_shard_size: weights above it are split into several files.
+        quantization: `int8` stores the matrices of the decoder layers in 8 bits, through torchao.
+        dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
+        trust_remote_code: run code that comes with the model. Pruned checkpoints do not need it here.
+
+    Raises:
+        ValueError: if there is no such model, or the format cannot hold it.
+    """
+    loaded = load_model(model, dtype, trust_remote_code=trust_remote_code)
+    plan = _find_plan(model, loaded)
+    written = save(
+        loaded,
+        load_tokenizer(model, trust_remote_code),
+        folder,
+        plan,
+        format=format,
+        max_shard_size=max_shard_size,
+        quantization=quantization,
+    )
+    size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in Path(folder).glob(pattern))
+    console.print(f"{folder}  {written} format, {size / 1e6:,.1f} MB of weights")
+    dense = None if plan is None else plan.geometry
+    if padding := describe_padding(read_geometry(loaded.config), read_geometry(load_config(folder)), dense):
+        console.print(padding)
+
+
+def _find_plan(source: str, model: PreTrainedModel) -> PruningPlan | None:
+    """The plan beside a model, if it is the one that made it."""
+    file = Path(source) / PLAN_FILE
+    if not file.is_file():
+        return None
+    plan, geometry = PruningPlan.load(file), read_geometry(model.config)
+    return plan if replace(plan.pruned_geometry, family=geometry.family) == geometry else None
