@@ -1,5 +1,6 @@
 """From scores to a plan: the blocks that may shrink, what allocations know of them, and the units that stay."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,11 +15,13 @@ from gqaprune.architecture import (
     count_parameters,
     find_blocks,
     get_family,
+    make_stock_config,
     read_geometry,
+    write_geometry,
 )
 from gqaprune.config import PruningConfig
 from gqaprune.importance import Scores
-from gqaprune.plan import KeptUnits, PruningPlan
+from gqaprune.plan import Geometry, KeptUnits, PruningPlan
 
 
 def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
@@ -88,6 +91,7 @@ def read_budget(model: PreTrainedModel, config: PruningConfig) -> Budget:
         attention_share=config.attention_share,
         kv_rate=config.kv_rate,
         kv_heads=sum(read_geometry(model.config).kv_heads),
+        spared_attention=_list_counts_without_stock_class(model, config),
     )
 
 
@@ -140,6 +144,35 @@ def keep_everything(model: PreTrainedModel) -> PruningPlan:
     geometry = read_geometry(model.config)
     counts = zip(geometry.kv_heads, geometry.channels, strict=True)
     return PruningPlan(geometry, tuple(KeptUnits(tuple(range(kv)), tuple(range(width))) for kv, width in counts))
+
+
+def _list_counts_without_stock_class(model: PreTrainedModel, config: PruningConfig) -> frozenset[int]:
+    """Numbers of an attention block's kept units that no stock class can hold, where all layers will keep equal counts.
+
+    Args:
+        model: the dense model.
+        config: what is to go from it.
+    """
+    try:
+        check_equal_counts(model.config, config)
+    except ValueError:
+        return frozenset()
+    dense = read_geometry(model.config)
+    if not dense.is_uniform:
+        return frozenset()
+    groups, ratio = dense.kv_heads[0], dense.ratios[0]
+    of_queries = config.granularity == "query"
+    counts = range(1, ratio if of_queries else groups)
+    heads = {count: (groups * count, groups) if of_queries else (count * ratio, count) for count in counts}
+    return frozenset(count for count, own in heads.items() if not _is_stock(model.config, dense, *own))
+
+
+def _is_stock(model_config: PretrainedConfig, dense: Geometry, query_heads: int, kv_heads: int) -> bool:
+    layers = dense.num_layers
+    pruned = replace(dense, query_heads=(query_heads,) * layers, kv_heads=(kv_heads,) * layers)
+    candidate = copy.deepcopy(model_config)
+    write_geometry(candidate, pruned)
+    return make_stock_config(candidate) is not None
 
 
 def _sum_scores(block: Block, score_U: Tensor) -> list[float]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from gqaprune import PruningConfig, apply_plan, prune
 from gqaprune.architecture import count_layer_parameters, count_parameters, find_blocks, read_geometry
+from gqaprune.checkpoint import choose_format
 from gqaprune.importance import score_units
 from gqaprune.plan import KeptUnits, PruningPlan
 from gqaprune.windows import make_batches
@@ -99,6 +100,20 @@ def test_limits_hold() -> None:
     for kept, before, after in zip(plan.layers, whole, count_layer_parameters(model), strict=True):
         assert len(kept.groups) >= 2 and len(kept.channels) >= 8 and len(kept.channels) % 8 == 0
         assert 1 - after / before <= 0.6
+
+
+@pytest.mark.parametrize("granularity", ["group", "query"])
+@pytest.mark.parametrize("variant", ["llama-biases", "gemma2"])
+def test_uniform_counts_of_the_whole_model_are_such_that_a_stock_class_has_them(variant: str, granularity: str) -> None:
+    whole = {"attention_layers": (0, 3), "mlp_layers": (0, 3)}
+    model = make_model(variant, kv_heads=4, ratio=4, channels=64)  # width 64, which 12 heads do not divide
+    settings = {"granularity": granularity, "split": "free", **whole}
+    plan, _ = prune(model, BATCHES, make_plain(rate=0.25, allocation="uniform", **settings))
+    assert set(plan.pruned_geometry.query_heads) in ({16}, {8})
+    assert choose_format(model.config, "auto") == "stock"
+    model = make_model(variant, kv_heads=4, ratio=4, channels=64)
+    plan, _ = prune(model, BATCHES, make_plain(rate=0.25, allocation="uniform", **settings | {"mlp_layers": (0, 2)}))
+    assert set(plan.pruned_geometry.query_heads) == {12} and choose_format(model.config, "auto") == "per-layer"
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])

@@ -58,6 +58,7 @@ class Budget:
         kv_rate: share of the KV heads, and so of the KV-cache bytes of each token, to remove, to the nearest group; 0
             lets the allocation choose.
         kv_heads: KV heads of all layers, that `kv_rate` is a share of.
+        spared_attention: numbers of kept units that `uniform` avoids in attention blocks, for no stock class has them.
 
     Raises:
         ValueError: if a share is out of its bounds, or attention is told twice how much to give.
@@ -71,6 +72,7 @@ class Budget:
     attention_share: float | None = None
     kv_rate: float = 0.0
     kv_heads: int = 0
+    spared_attention: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.attention_share is not None and not 0 <= self.attention_share <= 1:

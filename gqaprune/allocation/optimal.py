@@ -53,9 +53,11 @@ def allocate_optimal(
     curves = {block.key: _read_curve(block, options) for block in free}
     best = greedy = allocate_global(free, budget)
     for finer in (False, True):
-        solved = _solve(free, budget, curves, greedy, best if finer else None)
-        filled = _fill_up(free, budget, curves, solved or greedy)
-        best = min(best, filled, key=lambda removed: _sum_damage(curves, removed))
+        solved = _solve(free, budget, curves, greedy, best if finer else None) or greedy
+        candidates = [best, _fill_up(free, budget, curves, solved)]
+        if _count_parameters(free, solved) >= _count_parameters(free, greedy):
+            candidates.append(solved)  # filling may cost more than it has to
+        best = min(candidates, key=lambda removed: _sum_damage(curves, removed))
     return keep_frozen(blocks, best)
 
 
@@ -95,6 +97,10 @@ def _read_curve(block: BlockBudget, options: AllocationOptions) -> NDArray[np.fl
 
 def _sum_damage(curves: Curves, removed: Removed) -> float:
     return float(sum(curve[removed[key]] for key, curve in curves.items()))
+
+
+def _count_parameters(blocks: Sequence[BlockBudget], removed: Removed) -> int:
+    return sum(removed[block.key] * block.unit_parameters for block in blocks)
 
 
 def _solve(
@@ -160,7 +166,7 @@ def _list_constraints(
     layers = np.array([level.key.layer for level in levels])
 
     one_each = csr_array((np.ones(len(levels)), ([level.block for level in levels], np.arange(len(levels)))))
-    total = sum(greedy[block.key] * block.unit_parameters for block in blocks)
+    total = _count_parameters(blocks, greedy)
     constraints = [
         LinearConstraint(one_each, 1, 1),
         LinearConstraint(parameters, (total - slack) / unit, max(math.floor(budget.target), total) / unit),

@@ -24,7 +24,8 @@ def allocate_uniform(
 
     Attention and MLP lose the same share, or what the budget says, as nearly as whole groups allow; channels make up
     the difference. The budget is met within half a step, a step being the smallest removal that is alike in every
-    layer. Layers that `frozen_layers` names lose nothing.
+    layer. Layers that `frozen_layers` names lose nothing. Counts of heads that the budget spares are taken only where
+    no others meet it.
 
     Raises:
         ValueError: if no pair of counts meets the budget, with the nearest reachable rate.
@@ -69,7 +70,8 @@ def _remove_equal_counts(blocks: Sequence[BlockBudget], budget: Budget) -> Remov
     if not met:
         nearest = min(options, key=lambda option: option.miss)
         raise budget.unreachable("equal counts in every layer do not come nearer", nearest.parameters)
-    best = _choose_split(met, attention, sum(block.units * block.unit_parameters for block in blocks), budget)
+    stock = [option for option in met if not any(b.units - option.groups in budget.spared_attention for b in attention)]
+    best = _choose_split(stock or met, attention, sum(block.units * block.unit_parameters for block in blocks), budget)
     return remove(best.groups, best.channels)
 
 

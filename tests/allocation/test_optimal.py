@@ -75,6 +75,17 @@ def test_optimal_is_what_trying_every_combination_finds(
         assert sum_damage(blocks, removed, curves) == pytest.approx(least, rel=1e-5, abs=1e-5 * max(1, least))
 
 
+def test_channels_that_fit_but_cost_more_than_they_have_to_stay() -> None:
+    attention, mlp = BlockKey(0, "attention"), BlockKey(0, "mlp")
+    blocks = [
+        BlockBudget(attention, [0.0, 1.0, 1.0, 1.0], 7, unit_kv_heads=1),
+        BlockBudget(mlp, [0.0] * 6, 1, min_kept=4),
+    ]
+    curves = {attention: [(count, 0.0) for count in range(4)], mlp: [(0, 0.0), (1, 1.0), (2, 1.0)]}
+    budget = Budget(rate=0.46875, base_parameters=34, layer_parameters=[34])
+    assert allocate_optimal(blocks, budget, AllocationOptions(curves=curves)) == {attention: 2, mlp: 0}
+
+
 def make_large(seed: int, layers: int = 6, channels: int = 300) -> list[BlockBudget]:
     dice = random.Random(seed)
     blocks = []
