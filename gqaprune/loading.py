@@ -1,6 +1,7 @@
 """Load dense and pruned models in any format; nothing here unpickles, or runs remote code unless asked to."""
 
 import importlib.util
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-from gqaprune.architecture import get_family
+from gqaprune.architecture import get_family, read_geometry
 from gqaprune.errors import first_line
 from gqaprune.per_layer import get_per_layer_class
 
@@ -29,8 +30,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 QUANTIZATIONS = ("int8",)
 """What weights can be stored in besides their type."""
 
-_LOADING_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError, StrictDataclassError)
-"""What transformers raises on missing or broken files."""
+_LOADING_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What transformers raises on missing, broken or forged files."""
 
 
 def load_model(
@@ -65,17 +76,32 @@ def load_model(
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     try:
+        read_geometry(config)
         model_class = AutoModelForCausalLM
         if config.is_heterogeneous:
             model_class = get_per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
             del arguments["trust_remote_code"]
         if not gguf:
             arguments |= {"config": config, "use_safetensors": True}
-        model = model_class.from_pretrained(place, **arguments)
+        model, found = model_class.from_pretrained(place, output_loading_info=True, **arguments)
+        _check_keys(found, get_family(config).layers)
     except _LOADING_ERRORS as error:
         raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
     _forget_quantization(model)
     return model
+
+
+def _check_keys(found: Mapping[str, Collection[str]], layers: str) -> None:
+    """Refuse weights that are not those of the config: transformers would make up what is missing.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"its files lack {missing[0]} ({len(missing)} in all), which its config promises")
+    places = [name for name in found["unexpected_keys"] if name.startswith(f"{layers}.") and name.endswith("weight")]
+    if places:
+        raise ValueError(f"its files hold {min(places)} ({len(places)} in all), which its config has no place for")
 
 
 def load_config(source: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
