@@ -88,18 +88,21 @@ _LLAMA = Family(
 _WITH_BIASES = dataclasses.replace(_LLAMA, biases={"attention": "attention_bias", "mlp": "mlp_bias"})
 _WITH_ATTENTION_BIAS = dataclasses.replace(_LLAMA, biases={"attention": "attention_bias"})
 _OUTPUT_NORMS: Mapping[BlockKind, str] = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+_OLMO = dataclasses.replace(
+    _WITH_ATTENTION_BIAS,
+    whole={"attention": "one norm spans all its query heads, so that those that stay would change with the others"},
+    output_norms=_OUTPUT_NORMS,
+)
 
 FAMILIES: Mapping[str, Family] = {
+    "exaone4": dataclasses.replace(_LLAMA, output_norms=_OUTPUT_NORMS),
     "gemma2": dataclasses.replace(_WITH_ATTENTION_BIAS, output_norms=_OUTPUT_NORMS),
     "gemma3_text": dataclasses.replace(_WITH_ATTENTION_BIAS, output_norms=_OUTPUT_NORMS),
     "granite": _WITH_BIASES,
     "llama": _WITH_BIASES,
     "mistral": _LLAMA,
-    "olmo2": dataclasses.replace(
-        _WITH_ATTENTION_BIAS,
-        whole={"attention": "one norm spans all its query heads, so that those that stay would change with the others"},
-        output_norms=_OUTPUT_NORMS,
-    ),
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
     "phi3": Family(
         layers="model.layers",
         attention=BlockLayout("self_attn", {"qkv_proj": ("query", "key", "value")}, "o_proj"),
@@ -110,6 +113,13 @@ FAMILIES: Mapping[str, Family] = {
     "smollm3": _WITH_BIASES,
 }
 """Supported `model_type`s."""
+_LLAMA_SETTINGS = {
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+}
 
 
 @dataclass(frozen=True)
@@ -155,17 +165,22 @@ class Block:
 
 
 def get_family(config: PretrainedConfig) -> Family:
-    """Find the family of a model.
+    """Find the family of a model; a dense one that is not known, but has Llama's settings, is taken for a Llama.
+
+    `likeness.check_likeness` looks at its layers.
 
     Raises:
         ValueError: if the family is not supported, with those that are.
     """
     family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ValueError(
-            f"models of type {config.model_type!r} cannot be pruned yet; supported types: {', '.join(sorted(FAMILIES))}"
-        )
-    return family
+    if family is not None:
+        return family
+    settings = config.to_dict()
+    if settings.keys() >= _LLAMA_SETTINGS and not any("expert" in name and settings[name] for name in settings):
+        return _LLAMA
+    raise ValueError(
+        f"models of type {config.model_type!r} cannot be pruned yet; supported types: {', '.join(sorted(FAMILIES))}"
+    )
 
 
 def get_layers(model: PreTrainedModel) -> nn.ModuleList:

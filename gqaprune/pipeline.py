@@ -17,6 +17,7 @@ from gqaprune.counts import (
     refine_counts,
 )
 from gqaprune.importance import check_finite_weights, score_units
+from gqaprune.likeness import check_likeness
 from gqaprune.perplexity import Evaluation
 from gqaprune.plan import PruningPlan
 from gqaprune.reconstruction import BlockRepair, apply_plan_with_repair
@@ -106,6 +107,7 @@ class Pruner:
         seed: int = 0,
         corpora: Sequence[str] = (),
     ) -> None:
+        check_likeness(model)
         check_finite_weights(model)
         self.model, self.batches, self.config = model, batches, config
         self.accumulate, self.evaluation = accumulate, evaluation or {}

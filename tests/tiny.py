@@ -7,12 +7,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -25,12 +27,14 @@ from gqaprune import PruningConfig
 
 VOCABULARY = 260
 CONFIGS: dict[str, type[Any]] = {
+    "exaone4": Exaone4Config,
     "gemma2": Gemma2Config,
     "gemma3": Gemma3TextConfig,
     "granite": GraniteConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "olmo2": Olmo2Config,
+    "olmo3": Olmo3Config,
     "phi3": Phi3Config,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
@@ -53,11 +57,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.4,
         "logits_scaling": 1.5,
     },
+    "exaone4": {"sliding_window": 5, "sliding_window_pattern": 2},
     "smollm3": {"no_rope_layer_interval": 2, "mlp_bias": True},
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
 }
 """Families and their variations: biases, q/k norms, norms of outputs, tied embeddings, sliding windows, fused rows."""
-WHOLE_ATTENTION: dict[str, dict[str, Any]] = {"olmo2": {}}
+WHOLE_ATTENTION: dict[str, dict[str, Any]] = {"olmo2": {}, "olmo3": {"sliding_window": 5}}
 """Families that lose MLP channels only."""
 
 PLAIN: dict[str, Any] = {"criterion": "fisher", "split": "free", "repair": "none"}

@@ -1,0 +1,117 @@
+"""Models that follow Llama's names without being known: checked by their shapes and by what one layer computes."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gqaprune.architecture import FAMILIES, Block, compute_addition, find_blocks, get_layers, read_geometry, write_heads
+from gqaprune.gates import apply_gates, freeze_parameters
+from gqaprune.layerwise import embed_batches, run_layer
+from gqaprune.surgery import keep_units
+
+_TOLERANCE = 1e-3
+"""Largest relative difference of hidden states that rounding explains, in float32; ten times it in narrower types."""
+_TOKENS = 8
+
+
+@torch.no_grad()
+def check_likeness(model: PreTrainedModel) -> None:
+    """Refuse a model of an unknown family that only looks like a Llama; nothing is done to one of a known family.
+
+    Checked are what its layers hold and, on the first layer, that the outputs of attention and MLP are added to the
+    residual stream as they are and that a unit that is cut does what one with its gate at 0 does.
+
+    Raises:
+        ValueError: with what is different.
+    """
+    if model.config.model_type in FAMILIES:
+        return
+    try:
+        layers = get_layers(model)
+    except AttributeError:
+        raise _make_error(model, "its decoder layers are not where Llama's are") from None
+    for index, layer in enumerate(layers):
+        _check_parts(model, index, layer)
+    blocks = find_blocks(model)[:2]
+    tokens_BT = torch.arange(_TOKENS)[None] % model.get_input_embeddings().num_embeddings
+    with freeze_parameters(model):
+        (stream,) = embed_batches(model, [tokens_BT])
+        with _record_outputs(blocks) as outputs_BTD:
+            after_BTD = run_layer(model, 0, stream)
+        added_BTD = sum(
+            compute_addition(model, block.key, output) for block, output in zip(blocks, outputs_BTD, strict=True)
+        )
+        _check_equal(model, stream.hidden_BTD + added_BTD, after_BTD, "adds more to the residual stream, or less")
+        gates = {block.key: torch.ones(1, block.units, device=after_BTD.device) for block in blocks}
+        cut = [block for block in blocks if block.units > 1]
+        for block in cut:
+            gates[block.key][:, 0] = 0
+        with apply_gates(blocks, gates):
+            gated_BTD = run_layer(model, 0, stream)
+        with _replaced_layer(model):
+            attention, mlp = find_blocks(model)[:2]
+            for block in (attention, mlp):
+                if block.units > 1:
+                    keep_units(block, tuple(range(1, block.units)))
+            groups = max(1, attention.units - 1)
+            write_heads(model, 0, groups * read_geometry(model.config).ratios[0], groups)
+            cut_BTD = run_layer(model, 0, stream)
+        _check_equal(model, gated_BTD, cut_BTD, "computes something else when units are cut than when they are silent")
+
+
+def _check_parts(model: PreTrainedModel, index: int, layer: nn.Module) -> None:
+    """What a layer may hold: attention and MLP with Llama's projections, norms of heads, other norms."""
+    head_dim = read_geometry(model.config).head_dim
+    projections = {
+        "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+        "mlp": {"gate_proj", "up_proj", "down_proj"},
+    }
+    for name, parameter in layer.named_parameters():
+        block, _, rest = name.partition(".")
+        module, _, kind = rest.rpartition(".")
+        if block not in projections:
+            is_fine = parameter.ndim == 1
+        elif block == "self_attn" and module in ("q_norm", "k_norm"):
+            is_fine = parameter.shape == (head_dim,)
+        else:
+            is_fine = module in projections[block] and kind in ("weight", "bias")
+        if not is_fine:
+            raise _make_error(model, f"layer {index} holds {name} of shape {list(parameter.shape)}")
+
+
+@contextmanager
+def _record_outputs(blocks: list[Block]) -> Iterator[list[Tensor]]:
+    outputs: list[Tensor] = []
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.output.register_forward_hook(lambda _, __, output: outputs.append(output)).remove)
+        yield outputs
+
+
+@contextmanager
+def _replaced_layer(model: PreTrainedModel) -> Iterator[None]:
+    """A copy in the place of the first layer while the context lasts."""
+    layers = get_layers(model)
+    own = layers[0]
+    layers[0] = copy.deepcopy(own)
+    try:
+        yield
+    finally:
+        layers[0] = own
+
+
+def _check_equal(model: PreTrainedModel, expected: Tensor, found: Tensor, what: str) -> None:
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    if not error <= (_TOLERANCE if model.dtype == torch.float32 else 10 * _TOLERANCE):
+        raise _make_error(model, f"its first layer {what} (relative difference {float(error):.1e})")
+
+
+def _make_error(model: PreTrainedModel, reason: str) -> ValueError:
+    return ValueError(
+        f"models of type {model.config.model_type!r} cannot be pruned yet: {reason}; supported types: "
+        f"{', '.join(sorted(FAMILIES))}, and what has their shapes"
+    )
