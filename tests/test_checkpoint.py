@@ -299,7 +299,7 @@ def test_unsupported_family_is_refused_on_loading(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="type 'gpt2' cannot be pruned yet; supported types: gemma2, "):
+    with pytest.raises(ValueError, match="type 'gpt2' cannot be pruned yet; supported types: exaone4, "):
         load_model(tmp_path)
 
 
