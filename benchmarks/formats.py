@@ -1,0 +1,116 @@
+"""Every format of one pruned model, loaded in an environment where gqaprune is not installed.
+
+    python -m venv ../plain && ../plain/bin/pip install torch transformers accelerate gguf torchao
+    python benchmarks/formats.py --model benchmarks/work/default@0.2 --python ../plain/bin/python
+
+The model is written in every format, then the other Python loads each folder with plain transformers and measures how far
+its logits are from those of the model in memory.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from quality_report import format_table, splice
+from safetensors.torch import save_file
+
+import gqaprune
+from gqaprune.checkpoint import save
+from gqaprune.windows import read_windows
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- formats:begin -->", "<!-- formats:end -->"
+WRITTEN = {
+    "per-layer": ("auto", None),
+    "padded": ("padded", None),
+    "per-layer, int8": ("auto", "int8"),
+    "padded, int8": ("padded", "int8"),
+    "gguf-f16": ("gguf-f16", None),
+    "gguf-q8_0": ("gguf-q8_0", None),
+}
+"""Row -> format and quantisation. A model of equal counts is `stock` where the first says `per-layer`."""
+
+LOADER = """
+import json, sys, time
+from pathlib import Path
+sys.modules["gqaprune"] = None  # any import of it fails
+import torch, transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+folder, expected = Path(sys.argv[1]), load_file(sys.argv[2])
+gguf = [file.name for file in folder.glob("*.gguf")]
+remote = (folder / "modeling_pruned.py").exists()
+extra = {"gguf_file": gguf[0]} if gguf else {"trust_remote_code": remote}
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **extra).eval()
+ids, logits = expected["ids"], expected["logits"]
+with torch.no_grad():
+    error = float((model(ids).logits - logits).norm() / logits.norm())
+    divergence = torch.nn.functional.kl_div(
+        model(ids).logits.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="sum"
+    ) / ids.numel()
+text = model.generate(ids[:1, :8], max_new_tokens=8, do_sample=False)
+same = model.generate(ids[:1, :8], max_new_tokens=8, do_sample=False, use_cache=False)
+print(json.dumps({"class": type(model).__name__, "error": error, "divergence": float(divergence), "remote": remote,
+                  "cached": bool(torch.equal(text, same)), "transformers": transformers.__version__}))
+"""
+
+
+def measure(options: argparse.Namespace) -> list[list[str]]:
+    """One line per format."""
+    model, tokenizer = gqaprune.load(options.model, dtype="float32")
+    ids = read_windows(tokenizer, ["embedded"], 128, 2, 0)
+    with torch.inference_mode():
+        logits = model.eval()(ids).logits
+    lines = []
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        save_file({"ids": ids.contiguous(), "logits": logits.contiguous()}, root / "expected.safetensors")
+        for name, (format, quantization) in WRITTEN.items():
+            folder = root / name.replace(", ", "-")
+            source = gqaprune.load(options.model, dtype="bfloat16")[0] if quantization else model
+            written = save(source, tokenizer, folder, format=format, quantization=quantization)
+            size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf"))
+            done = subprocess.run(
+                [options.python, "-c", LOADER, str(folder), str(root / "expected.safetensors")],
+                capture_output=True,
+                text=True,
+                cwd=root,
+            )
+            if done.returncode:
+                sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+            lines.append(
+                [
+                    name if written != "stock" else name.replace("per-layer", "stock"),
+                    found["class"],
+                    "yes" if found["remote"] else "no",
+                    f"{size / 1e6:.1f} MB",
+                    f"{found['error']:.1e}",
+                    f"{found['divergence']:.1e}",
+                    "same" if found["cached"] else "differs",
+                ]
+            )
+            print(" | ".join(lines[-1]), flush=True)
+    return lines
+
+
+def main() -> int:
+    """Measure, print, and write the table into RESULTS.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a pruned model")
+    parser.add_argument("--python", required=True, help="Python of an environment without gqaprune")
+    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
+    options = parser.parse_args()
+    header = ["format", "class", "remote code", "weights", "difference of logits", "KL divergence", "cached generation"]
+    lines = measure(options)
+    table = "\n".join(format_table(header, lines))
+    splice(options.results, f"{BEGIN}\n\n{table}\n\n{END}", BEGIN, END, "Formats, loaded without gqaprune")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
