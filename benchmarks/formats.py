@@ -3,8 +3,8 @@
     python -m venv ../plain && ../plain/bin/pip install torch transformers accelerate gguf torchao
     python benchmarks/formats.py --model benchmarks/work/default@0.2 --python ../plain/bin/python
 
-The model is written in every format, then the other Python loads each folder with plain transformers and measures how far
-its logits are from those of the model in memory.
+The model is written in every format, then the other Python loads each folder with plain transformers and measures how
+far its logits are from those of the model in memory.
 """
 
 import argparse
