@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 import gqaprune
 from gqaprune.progress import console
 
 from tiny import VARIANTS, WHOLE_ATTENTION, make_model, make_tokenizer
+
+settings.register_profile("any machine", deadline=None)  # how long an example takes says what else the machine does
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

@@ -95,7 +95,9 @@ def test_llama_with_biases_whose_heads_do_not_divide_its_width_has_no_stock_conf
 )  # fmt: skip
 def test_other_families_get_an_error_that_lists_what_works(config: object) -> None:
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="supported types: llama, mistral, qwen2, qwen3"):
+    with pytest.raises(
+        ValueError, match="supported types: exaone4, gemma2, .*, llama, mistral, .*, qwen2, qwen3, smollm3"
+    ):
         find_blocks(model)
 
 

@@ -93,7 +93,9 @@ def test_activation_is_the_norm_of_what_a_block_adds_to_what_it_adds_to(any_vari
     model = make_model(any_variant)
     found = SENSITIVITIES["activation"](model, find_blocks(model), BATCHES)
     for index, layer in enumerate(get_layers(model)):
-        names = ("pre_feedforward_layernorm", "mlp" if any_variant == "olmo2" else "post_attention_layernorm")
+        names = ("pre_feedforward_layernorm", "post_attention_layernorm")
+        if any_variant in ("olmo2", "olmo3", "exaone4"):  # no norm before the MLP
+            names = ("mlp",)
         before_mlp = next(getattr(layer, name) for name in names if hasattr(layer, name))
         seen: dict[str, list[Tensor]] = {"in": [], "middle": [], "out": []}
         hooks = [
