@@ -19,7 +19,7 @@ from quality_report import format_table, splice
 from safetensors.torch import save_file
 
 import gqaprune
-from gqaprune.checkpoint import save
+from gqaprune.checkpoint import measure_weights, save
 from gqaprune.windows import read_windows
 
 HERE = Path(__file__).parent
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace) -> list[list[str]]:
             folder = root / name.replace(", ", "-")
             source = gqaprune.load(options.model, dtype="bfloat16")[0] if quantization else model
             written = save(source, tokenizer, folder, format=format, quantization=quantization)
-            size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf"))
+            size = measure_weights(folder)
             done = subprocess.run(
                 [options.python, "-c", LOADER, str(folder), str(root / "expected.safetensors")],
                 capture_output=True,

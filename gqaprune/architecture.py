@@ -120,6 +120,7 @@ _LLAMA_SETTINGS = {
     "num_hidden_layers",
     "num_key_value_heads",
 }
+"""What the config of a Llama in all but name has."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def get_family(config: PretrainedConfig) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is not None:
         return family
-    settings = config.to_dict()
+    settings = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     if settings.keys() >= _LLAMA_SETTINGS and not any("expert" in name and settings[name] for name in settings):
         return _LLAMA
     raise ValueError(

@@ -10,6 +10,7 @@ from gqaprune.report import Report
 
 CARD_FILE = "README.md"
 
+_BASES = {"decoder": "decoder-layer parameters", "all": "parameters"}
 _LOADING = {
     "stock": 'AutoModelForCausalLM.from_pretrained("{folder}")',
     "per-layer": 'AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)',
@@ -42,24 +43,12 @@ def write_card(
         report: what was measured.
         command: that made it.
     """
-    write_atomically(folder / CARD_FILE, build_card(folder, plan, format, written, report, command).encode())
-
-
-def build_card(
-    folder: Path,
-    plan: PruningPlan,
-    format: str,
-    written: Geometry,
-    report: Report | None = None,
-    command: Sequence[str] = (),
-) -> str:
-    """The card as Markdown; arguments as in `write_card`."""
     name, kind = Path(plan.model).name or "a model", format.split("-")[0] if format.startswith("gguf") else format
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [gqaprune, pruned]"]
     if plan.model and not Path(plan.model).is_absolute() and plan.model.count("/") == 1:
         front.insert(0, f"base_model: {json.dumps(plan.model)}")
     file = next((path.name for path in folder.glob("*.gguf")), "")
-    asked = [f"{plan.rate:.1%} of its {_BASES[plan.rate_base]} parameters"] if plan.rate else []
+    asked = [f"{plan.rate:.1%} of its {_BASES[plan.rate_base]}"] if plan.rate else []
     asked += [f"{plan.kv_rate:.1%} of its KV heads"] if plan.kv_rate else []
     lines = [
         "---",
@@ -98,10 +87,7 @@ def build_card(
             "",
             "`plan.json` says which units stayed.",
         ]
-    return "\n".join(lines) + "\n"
-
-
-_BASES = {"decoder": "decoder-layer", "all": ""}
+    write_atomically(folder / CARD_FILE, ("\n".join(lines) + "\n").encode())
 
 
 def _list_layers(plan: PruningPlan) -> list[str]:

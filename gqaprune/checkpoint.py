@@ -78,13 +78,10 @@ def save(
     format = choose_format(model.config, format, quantization)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    whole = (
-        model.state_dict() if state_dict is None and (adapted or format not in ("stock", "per-layer")) else state_dict
-    )
+    whole = model.state_dict() if state_dict is None else state_dict
     try:
         temporary.mkdir()
         if adapted is not None:
-            assert whole is not None
             named = {f"base_model.model.{name}": tensor for name, tensor in whole.items()}  # as peft names them
             adapted.save_pretrained(str(temporary / ADAPTER_FOLDER), state_dict=named)
             whole = merge_adapters(adapted, whole)
@@ -155,6 +152,11 @@ def _join(numbers: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
+def measure_weights(folder: Path) -> int:
+    """Bytes of the weights in a checkpoint's folder."""
+    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in folder.glob(pattern))
+
+
 def check_output_folder(folder: Path) -> None:
     """Refuse a place where a checkpoint would overwrite something else.
 
@@ -183,7 +185,7 @@ def check_can_be_folder(folder: Path) -> None:
 def _write_weights(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    state_dict: dict[str, Tensor] | None,
+    state_dict: dict[str, Tensor],
     folder: Path,
     format: str,
     max_shard_size: str,
@@ -193,7 +195,6 @@ def _write_weights(
     if format.startswith("gguf-"):
         if tokenizer is None:
             raise ValueError("a GGUF file holds the tokenizer too, got none; save with the model's tokenizer")
-        assert state_dict is not None
         kind = format.removeprefix("gguf-")
         return write_gguf(folder / f"model-{kind}.gguf", config, state_dict, tokenizer, kind, _name_model(model))
     if tokenizer is not None:
@@ -205,7 +206,6 @@ def _write_weights(
         (folder / MODELING_FILE).write_text(write_modeling_source(base), encoding="utf-8")
     else:
         if format == "padded":
-            assert state_dict is not None
             config, state_dict = pad_checkpoint(config, state_dict)
         else:
             stock = make_stock_config(config)

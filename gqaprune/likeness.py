@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import FAMILIES, Block, compute_addition, find_blocks, get_layers, read_geometry, write_heads
+from gqaprune.architecture import (
+    FAMILIES,
+    Block,
+    compute_addition,
+    find_blocks,
+    get_family,
+    get_layers,
+    read_geometry,
+    write_heads,
+)
 from gqaprune.gates import apply_gates, freeze_parameters
 from gqaprune.layerwise import embed_batches, run_layer
 from gqaprune.surgery import keep_units
@@ -46,18 +55,17 @@ def check_likeness(model: PreTrainedModel) -> None:
             compute_addition(model, block.key, output) for block, output in zip(blocks, outputs_BTD, strict=True)
         )
         _check_equal(model, stream.hidden_BTD + added_BTD, after_BTD, "adds more to the residual stream, or less")
-        gates = {block.key: torch.ones(1, block.units, device=after_BTD.device) for block in blocks}
-        cut = [block for block in blocks if block.units > 1]
-        for block in cut:
-            gates[block.key][:, 0] = 0
+        gates = {block.key: torch.ones(1, block.units, device=after_BTD.device) for block in blocks if block.units > 1}
+        for gate_BU in gates.values():
+            gate_BU[:, 0] = 0
         with apply_gates(blocks, gates):
             gated_BTD = run_layer(model, 0, stream)
         with _replaced_layer(model):
             attention, mlp = find_blocks(model)[:2]
             for block in (attention, mlp):
-                if block.units > 1:
+                if block.key in gates:
                     keep_units(block, tuple(range(1, block.units)))
-            groups = max(1, attention.units - 1)
+            groups = attention.units - (attention.key in gates)
             write_heads(model, 0, groups * read_geometry(model.config).ratios[0], groups)
             cut_BTD = run_layer(model, 0, stream)
         _check_equal(model, gated_BTD, cut_BTD, "computes something else when units are cut than when they are silent")
@@ -65,17 +73,15 @@ def check_likeness(model: PreTrainedModel) -> None:
 
 def _check_parts(model: PreTrainedModel, index: int, layer: nn.Module) -> None:
     """What a layer may hold: attention and MLP with Llama's projections, norms of heads, other norms."""
-    head_dim = read_geometry(model.config).head_dim
-    projections = {
-        "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
-        "mlp": {"gate_proj", "up_proj", "down_proj"},
-    }
+    family, head_dim = get_family(model.config), read_geometry(model.config).head_dim
+    attention = family.attention.module
+    projections = {layout.module: {*layout.inputs, layout.output} for layout in (family.attention, family.mlp)}
     for name, parameter in layer.named_parameters():
         block, _, rest = name.partition(".")
         module, _, kind = rest.rpartition(".")
         if block not in projections:
             is_fine = parameter.ndim == 1
-        elif block == "self_attn" and module in ("q_norm", "k_norm"):
+        elif block == attention and module in ("q_norm", "k_norm"):
             is_fine = parameter.shape == (head_dim,)
         else:
             is_fine = module in projections[block] and kind in ("weight", "bias")

@@ -72,7 +72,7 @@ def load_model(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     place, gguf = _locate(source)
     config = load_config(source, trust_remote_code)
-    get_family(config)
+    family = get_family(config)
     arguments = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **gguf}
     if quantization is not None:
         arguments["quantization_config"] = make_quantization_config(quantization)
@@ -87,7 +87,7 @@ def load_model(
         if not gguf:
             arguments |= {"config": config, "use_safetensors": True}
         model, found = model_class.from_pretrained(place, output_loading_info=True, **arguments)
-        _check_keys(found, get_family(config).layers)
+        _check_keys(found, family.layers)
     except _LOADING_ERRORS as error:
         raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
     _forget_quantization(model)
@@ -102,7 +102,8 @@ def _check_keys(found: Mapping[str, Collection[str]], layers: str) -> None:
     """
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"its files lack {missing[0]} ({len(missing)} in all), which its config promises")
-    places = [name for name in found["unexpected_keys"] if name.startswith(f"{layers}.") and name.endswith("weight")]
+    strange = [name for name in found["unexpected_keys"] if name.startswith(f"{layers}.")]
+    places = [name for name in strange if name.endswith((".weight", ".bias"))]  # buffers of old versions do no harm
     if places:
         raise ValueError(f"its files hold {min(places)} ({len(places)} in all), which its config has no place for")
 

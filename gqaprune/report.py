@@ -66,18 +66,21 @@ class Report:
         before, after = getattr(self.stages[0], base), getattr(self.stages[-1], base)
         return float(1 - after / before)
 
-    def add_stage(self, name: str, model: PreTrainedModel, evaluation: Evaluation) -> None:
+    def add_stage(
+        self, name: str, model: PreTrainedModel, evaluation: Evaluation, weight_bytes: int | None = None
+    ) -> None:
         """Measure a model as the next stage.
 
         Args:
             name: of the stage.
             model: the causal LM.
             evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on.
+            weight_bytes: size of its weights, if that is not the size of its parameters.
 
         Raises:
             ValueError: if a perplexity is not finite.
         """
-        self.stages.append(describe_model(name, model, measure_perplexity(model, evaluation, name)))
+        self.stages.append(describe_model(name, model, measure_perplexity(model, evaluation, name), weight_bytes))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, as `report.json` holds them."""

@@ -47,16 +47,21 @@ def check_equal_counts(model_config: PretrainedConfig, config: PruningConfig) ->
     Raises:
         ValueError: with what would give equal ones.
     """
-    layers = read_geometry(model_config).num_layers
-    allowed = _list_allowed_layers(model_config, config)
-    whole = all(len(own) in (0, layers) for own in allowed.values())
-    alike = config.allocation == "uniform" and not config.frozen_layers and not config.swap_generations
-    if config.removes_something and not (whole and alike):
-        ranges = " and ".join(f"{kind}_layers: [0, {layers}]" for kind in allowed)
+    if config.removes_something and not _keeps_equal_counts(model_config, config):
+        layers = read_geometry(model_config).num_layers
+        ranges = " and ".join(f"{kind}_layers: [0, {layers}]" for kind in _list_allowed_layers(model_config, config))
         raise ValueError(
             f"a stock checkpoint needs equal counts in every layer: set allocation: uniform, frozen_layers: 0, "
             f"swap_generations: 0, {ranges}; or take the format per-layer, which keeps unequal ones, or padded"
         )
+
+
+def _keeps_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -> bool:
+    """Whether all layers of a model lose the same units, whatever the scores."""
+    dense = read_geometry(model_config)
+    whole = all(len(own) in (0, dense.num_layers) for own in _list_allowed_layers(model_config, config).values())
+    alike = config.allocation == "uniform" and not config.frozen_layers and not config.swap_generations
+    return dense.is_uniform and whole and alike
 
 
 def _list_allowed_layers(model_config: PretrainedConfig, config: PruningConfig) -> dict[str, range]:
@@ -153,13 +158,9 @@ def _list_counts_without_stock_class(model: PreTrainedModel, config: PruningConf
         model: the dense model.
         config: what is to go from it.
     """
-    try:
-        check_equal_counts(model.config, config)
-    except ValueError:
+    if not _keeps_equal_counts(model.config, config):
         return frozenset()
     dense = read_geometry(model.config)
-    if not dense.is_uniform:
-        return frozenset()
     groups, ratio = dense.kv_heads[0], dense.ratios[0]
     of_queries = config.granularity == "query"
     counts = range(1, ratio if of_queries else groups)

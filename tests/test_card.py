@@ -61,6 +61,11 @@ def test_card_says_how_much_padding_gave_back(format: str, file: str, tmp_path: 
     assert "trust_remote_code" not in body and (f'gguf_file="{file}"' in body) == bool(file)
 
 
+def test_card_counts_in_what_the_rate_is_a_share_of(tmp_path: Path) -> None:
+    _, body = read_card(tmp_path, plan=replace(PLAN, rate_base="all", kv_rate=0.5))
+    assert "asked to lose 25.0% of its parameters and 50.0% of its KV heads, by" in body
+
+
 def test_padding_counts_the_zeros_of_every_projection() -> None:
     dense, pruned = PLAN.geometry, PLAN.pruned_geometry
     zeros = 2 * 24 * 8 * (2 + 1) + 3 * 24 * 10  # 2 query heads, 1 KV head and 10 channels of a layer 24 wide

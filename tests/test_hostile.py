@@ -69,6 +69,7 @@ CHECKPOINTS: dict[str, tuple[Any, Callable[[Path], None]]] = {
     "huge width": (EVEN, set_config(intermediate_size=1000)),
     "more layers": (EVEN, set_config(num_hidden_layers=4)),
     "fewer layers": (EVEN, set_config(num_hidden_layers=2)),
+    "biases that the config denies": ("llama-biases", set_config(attention_bias=False, mlp_bias=False)),
     "head_dim": (EVEN, set_config(head_dim=16)),
     "a layer's heads": (UNEVEN, set_layer(num_attention_heads=4)),
     "a layer's width": (UNEVEN, set_layer(intermediate_size=3)),
@@ -96,7 +97,8 @@ def test_broken_and_forged_checkpoints_are_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept, spoil = CHECKPOINTS[name]
-    save(make_pruned("llama", kept), make_tokenizer(), tmp_path / "model")
+    model = make_model(kept) if isinstance(kept, str) else make_pruned("llama", kept)
+    save(model, make_tokenizer(), tmp_path / "model")
     spoil(tmp_path / "model")
     assert run(monkeypatch, "export", "--model", str(tmp_path / "model"), "--folder", str(tmp_path / "out")) == 1
     check_sentence(capsys.readouterr().err)

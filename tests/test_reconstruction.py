@@ -80,21 +80,27 @@ def tie_channels(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("key", [(1, "attention"), (1, "mlp")], ids=str)
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("ridge", [1e-8, 0.3])
-@pytest.mark.parametrize("variant", ["llama", "llama-biases"])
-def test_weights_solve_least_squares(variant: str, ridge: float, bias: bool, key: tuple[int, str]) -> None:
+@pytest.mark.parametrize(
+    ("variant", "bias"),
+    [("llama", False), ("llama", True), ("llama-biases", False), ("llama-biases", True), ("gemma2", False)],
+)
+def test_weights_solve_least_squares(variant: str, bias: bool, ridge: float, key: tuple[int, str]) -> None:
     model = make_model(variant)
     plan = plan_one(model, key)
     x_NC, y_ND = capture(model, key, BATCHES)
     block = get_block(model, key)
     kept = list_kept_columns(plan, block)
-    weight_DK, old_bias_D = block.output.weight.detach().double()[:, kept], block.output.bias
+    weight_DK = block.output.weight.detach().double()[:, kept]
+    old_bias_D = None if block.output.bias is None else block.output.bias.detach().clone()
     (repair,) = apply_plan_with_repair(model, plan, BATCHES, RepairOptions(ridges=(ridge,), bias=bias))
     assert repair.key == key and repair.ridge == ridge
 
+    # Where a norm comes next, each token's relative error counts alike.
+    size_N1 = y_ND.norm(dim=1, keepdim=True) if variant == "gemma2" else torch.ones(len(y_ND), 1)
     if not bias and old_bias_D is not None:
-        y_ND = y_ND - old_bias_D.detach().double()
+        y_ND = y_ND - old_bias_D.double()
+    x_NC, y_ND = x_NC / size_N1, y_ND / size_N1
     # The ridge is a penalty on moving a weight: as many more tokens, one for each column, without the constant.
     x_NK = x_NC[:, kept]
     penalty = (ridge * x_NK.square().sum(0).mean()).sqrt()
@@ -217,8 +223,10 @@ def test_pull_brings_the_last_hidden_states_nearer_and_everywhere_nearer_still()
 
 
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
-def test_full_pull_fits_to_the_dense_hidden_states(kind: str) -> None:
-    dense, model = make_model(), make_model()
+@pytest.mark.parametrize("variant", ["llama", "granite"])
+def test_full_pull_fits_to_the_dense_hidden_states(variant: str, kind: str) -> None:
+    dense, model = make_model(variant), make_model(variant)
+    multiplier = 0.6 if variant == "granite" else 1.0
     last = ([1], CHANNELS) if kind == "attention" else (GROUPS, HALF)
     plan = make_plan(dense, [[0], GROUPS, last[0]], [CHANNELS, CHANNELS, last[1]])
     apply_plan_with_repair(model, plan, BATCHES, RepairOptions(ridges=(1e-8,), pull=1.0))
@@ -226,13 +234,24 @@ def test_full_pull_fits_to_the_dense_hidden_states(kind: str) -> None:
     dense_ND, pruned_ND = (
         capture_hidden(m, 2, BATCHES)
         if kind == "mlp"
-        else capture_hidden(m, 1, BATCHES) + capture(m, (2, "attention"), BATCHES)[1]
+        else capture_hidden(m, 1, BATCHES) + multiplier * capture(m, (2, "attention"), BATCHES)[1]
         for m in (dense, model)
     )
     # What least squares leaves is at right angles to what it was given.
     left_ND = dense_ND - pruned_ND
     angles = (x_NK.T @ left_ND).abs() / (x_NK.norm(dim=0)[:, None] * left_ND.norm(dim=0))
     assert left_ND.norm() > 1 and angles.max() < 1e-3
+
+
+def test_pull_does_nothing_where_a_norm_follows() -> None:
+    """What a block gives is no longer what hidden states gain."""
+    weights = []
+    for options in ({}, {"pull": 1.0, "everywhere": True}):
+        model = make_model("gemma2")
+        repairs = apply_plan_with_repair(model, plan_cut(model), BATCHES[:4], RepairOptions(**options))
+        weights.append(model.state_dict())
+    assert len(repairs) == 4
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

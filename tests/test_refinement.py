@@ -92,6 +92,21 @@ def test_massive_tokens_do_not_drown_the_others() -> None:
     assert measure(mlp, held) < 0.7 * before
 
 
+def test_relative_errors_count_alike_where_a_norm_follows() -> None:
+    """Half of the tokens want a tenth of what the MLP gives: hardly any of the squared error, half of the relative."""
+    target, errors = make_mlp(), {}
+    fit, held = make_pairs(target, 2000, 1), make_pairs(target, 500, 2)
+    for pairs in (fit, held):
+        pairs.y_ND[::2] *= 0.1
+    for is_normed in (False, True):
+        mlp = move(make_mlp())
+        refinement = refine_mlp(mlp, fit, held, RefinementOptions(100, 0.05), 0, is_normed)
+        error_N = (mlp(held.x_ND) - held.y_ND).square().sum(1) / held.y_ND.square().sum(1)
+        errors[is_normed] = float(error_N.mean())
+    assert errors[True] < 0.5 * errors[False], errors
+    assert refinement.error_after == pytest.approx(errors[True], rel=1e-3)
+
+
 def test_without_held_out_tokens_those_of_the_fit_are_judged() -> None:
     target, mlp = make_mlp(), move(make_mlp())
     fit = make_pairs(target, 1000, 1)

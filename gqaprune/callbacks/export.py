@@ -54,7 +54,7 @@ class CheckpointExport(Callback):
         config = load_config(module.pretrained, module.trust_remote_code)
         choose_format(config, self.format, self.quantization)
         pruning = next((c for c in trainer.callbacks if isinstance(c, TaylorPruning)), None)  # type: ignore[attr-defined]
-        if self.format == "stock" and pruning is not None:
+        if self.format == "stock" and pruning is not None and module.plan is None:
             check_equal_counts(config, pruning.config)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,12 +13,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from gqaprune.architecture import read_geometry
 from gqaprune.callbacks.export import CheckpointExport
 from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
-from gqaprune.card import write_card
+from gqaprune.card import describe_padding, write_card
+from gqaprune.checkpoint import measure_weights
 from gqaprune.loading import load_config, load_model
-from gqaprune.perplexity import measure_perplexity
 from gqaprune.plan import PLAN_FILE, PruningPlan
 from gqaprune.progress import console
-from gqaprune.report import Report, Stage, build_table, describe_model, draw_plan, save_figure
+from gqaprune.report import Report, Stage, build_table, draw_plan, save_figure
 
 REPORT_FILE = "report.json"
 FIGURE_FILE = "pruning.png"
@@ -70,8 +70,7 @@ class RunSummary(Callback):
         report = _get_report(trainer)
         if report is not None:
             module, data = get_parts(trainer, pl_module)
-            perplexity = measure_perplexity(module.model, data.evaluation_batches(), "recovered")
-            report.stages.append(describe_model("recovered", module.model, perplexity))
+            report.add_stage("recovered", module.model, data.evaluation_batches())
             if trainer.is_global_zero:
                 _log_perplexity(trainer, report.stages[-1])
             self._measure_quantized(trainer, pl_module, report)
@@ -82,12 +81,12 @@ class RunSummary(Callback):
         export = _get_export(trainer)
         if export is None or export.written is None or export.quantization is None:
             return
+        if not hasattr(load_config(export.written), "quantization_config"):
+            return  # it could not be, and export has said so
         module, data = get_parts(trainer, pl_module)
         model = load_model(export.written, attn_implementation=module.attn_implementation).to(module.device)
         name = f"{report.stages[-1].name}, {export.quantization}"
-        perplexity = measure_perplexity(model, data.evaluation_batches(), name)
-        size = sum(file.stat().st_size for file in export.written.glob("*.safetensors"))
-        report.stages.append(describe_model(name, model, perplexity, size))
+        report.add_stage(name, model, data.evaluation_batches(), measure_weights(export.written))
         if trainer.is_global_zero:
             _log_perplexity(trainer, report.stages[-1])
 
@@ -113,10 +112,11 @@ class RunSummary(Callback):
             return
         folder = get_run_folder(trainer)
         report.save(folder / REPORT_FILE)
+        padding = ""
         if (export := _get_export(trainer)) is not None and export.written is not None:
             shapes = read_geometry(load_config(export.written))
-            command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-            write_card(export.written, plan, export.written_format, shapes, report, command)
+            write_card(export.written, plan, export.written_format, shapes, report, _get_command())
+            padding = describe_padding(plan.pruned_geometry, shapes, plan.geometry)
         hparams = _flatten(report.settings | dict(pl_module.hparams))
         for logger in _get_tensorboards(trainer):
             if report.stages[-1].perplexity:
@@ -126,6 +126,8 @@ class RunSummary(Callback):
             logger.save()
         console.print(build_table(report))
         console.print(plan.describe_ratio())
+        if padding:
+            console.print(padding)
         _print_paths(trainer, folder)
 
 
@@ -162,6 +164,12 @@ def _get_report(trainer: Trainer) -> Report | None:
 def _get_export(trainer: Trainer) -> CheckpointExport | None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, CheckpointExport)), None)
+
+
+def _get_command() -> list[str]:
+    """The command line that runs this, if it is gqaprune's."""
+    program = Path(sys.argv[0]).name
+    return [program, *sys.argv[1:]] if program in ("gqaprune", "cli.py") else []
 
 
 def _get_tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

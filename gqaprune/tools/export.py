@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.architecture import read_geometry
 from gqaprune.card import describe_padding
-from gqaprune.checkpoint import SHARD_SIZE, save
+from gqaprune.checkpoint import SHARD_SIZE, measure_weights, save
 from gqaprune.loading import load_config, load_model, load_tokenizer
 from gqaprune.plan import PLAN_FILE, PruningPlan
 from gqaprune.progress import console
@@ -49,7 +49,7 @@ def export(
         max_shard_size=max_shard_size,
         quantization=quantization,
     )
-    size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in Path(folder).glob(pattern))
+    size = measure_weights(Path(folder))
     console.print(f"{folder}  {written} format, {size / 1e6:,.1f} MB of weights")
     dense = None if plan is None else plan.geometry
     if padding := describe_padding(read_geometry(loaded.config), read_geometry(load_config(folder)), dense):
