@@ -1,6 +1,9 @@
 """The `gqaprune` command: LightningCLI with `fit`, `validate`, `test`, `predict`, `prune` and `search`."""
 
+import json
 import logging
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,14 +13,15 @@ from typing import Any, NoReturn
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gqaprune.callbacks import CheckpointExport, RunSummary, SplitSearch, TaylorPruning
+from gqaprune.callbacks import CheckpointExport, KeepRunNote, RunSummary, SplitSearch, TaylorPruning
 from gqaprune.checkpoint import check_can_be_folder
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.progress import console
+from gqaprune.resume import find_run
 from gqaprune.tools.export import export
 from gqaprune.tools.search import SearchSettings
 
@@ -121,11 +125,25 @@ class PruningCLI(LightningCLI):
         parser.add_lightning_class_args(PruningTrainer, "trainer")
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Go on with a run of the same settings that did not end: in its folder, from its last checkpoint."""
+        super().parse_arguments(parser, args)
+        self._folder: Path | None = None
+        if self.config.get("subcommand") == "fit":
+            settings, root = self.config.fit, Path(self.config.fit.trainer.default_root_dir or ".")
+            note = KeepRunNote(root, _list_settings(parser, self.config))
+            found = find_run(root, note.settings, settings.ckpt_path, is_first=_is_rank_0())
+            settings.ckpt_path = found.checkpoint
+            if found.folder is not None:
+                self._folder, self.save_config_kwargs = found.folder, {"overwrite": True}
+            self.trainer_defaults["callbacks"] = [RunSummary(), note]
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard, without Lightning's placeholder metric: the summary logs the real one."""
         settings = self._get(self.config_init, "trainer")
         if settings.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(settings.default_root_dir or ".", default_hp_metric=False)
+            root, version = settings.default_root_dir or ".", self._folder.name if self._folder else None
+            kwargs["logger"] = TensorBoardLogger(root, version=version, default_hp_metric=False)
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
@@ -146,6 +164,27 @@ class PruningCLI(LightningCLI):
             console.rule()
 
 
+def _is_rank_0() -> bool:
+    """As launchers say it to a process, before there is a process group."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+
+
+def _list_settings(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
+    """All settings of a command as plain data, by their full names, without the place that it begins at."""
+    dumped = json.loads(parser.dump(config, format="json", skip_none=False, skip_link_targets=False))
+    flat: dict[str, Any] = {}
+
+    def add(values: Mapping[str, Any], prefix: str) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict) and value:
+                add(value, f"{prefix}{name}.")
+            else:
+                flat[prefix + name] = value
+
+    add(dumped[config["subcommand"]], "")
+    return {name: value for name, value in flat.items() if name not in ("config", "ckpt_path")}
+
+
 def run_tool(name: str, arguments: list[str]) -> None:
     """Run a command that needs no trainer."""
     parser = _make_tool_parser(TOOLS[name], f"gqaprune {name}")
@@ -163,6 +202,7 @@ def _make_tool_parser(tool: Callable[..., None], prog: str | None = None) -> Pru
 def main() -> int:
     """Run the command line. Returns the exit code: 1 after an error that the user can mend, said in one sentence."""
     _quiet()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what is half-written goes
     try:
         if sys.argv[1:2] and sys.argv[1] in TOOLS:
             run_tool(sys.argv[1], sys.argv[2:])
@@ -171,6 +211,12 @@ def main() -> int:
     except (ValueError, OSError, MisconfigurationException) as error:
         print(f"gqaprune: error: {error}", file=sys.stderr)
         return 1
+    except (KeyboardInterrupt, SystemExit) as stop:
+        is_interrupt = isinstance(stop.__context__ or stop, KeyboardInterrupt)  # Lightning makes it an exit
+        if not is_interrupt and getattr(stop, "code", None) in (None, 0):
+            raise
+        print("gqaprune: stopped; the same command goes on from here", file=sys.stderr)
+        return 128 + signal.SIGINT if is_interrupt else int(getattr(stop, "code", 1))
     return 0
 
 

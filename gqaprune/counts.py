@@ -1,7 +1,8 @@
 """How many units each block loses: measures what the config's allocation looks at, and runs it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +11,13 @@ from transformers import PreTrainedModel
 from gqaprune.allocation import ALLOCATIONS, AllocationOptions, BlockBudget, Budget, Removed, refine_by_swaps
 from gqaprune.allocation.budget import find_free_blocks
 from gqaprune.allocation.optimal import thin_counts
-from gqaprune.architecture import Block, find_blocks
+from gqaprune.architecture import Block, BlockKey, find_blocks
 from gqaprune.config import PruningConfig
 from gqaprune.damage import measure_damage, measure_damage_curves
 from gqaprune.importance import CRITERIA, Scores
 from gqaprune.selection import budget_blocks
 from gqaprune.sensitivity import Importance, measure_sensitivity
+from gqaprune.stages import Stage, Stages, hash_tensors
 
 Allocation = Callable[[Sequence[BlockBudget], Budget], Removed]
 """An allocation that has its options."""
@@ -70,6 +72,7 @@ def measure_options(
     source: str = "",
     seed: int = 0,
     corpora: Sequence[str] = (),
+    stages: Stages,
 ) -> AllocationOptions:
     """What the allocation looks at besides scores: importance, where something depends on it.
 
@@ -81,11 +84,18 @@ def measure_options(
     if not config.uses_importance:
         return _make_options(config, None)
     blocks, path = find_blocks(model), config.sensitivity_path
-    sensitivity = measure_sensitivity(
-        model, blocks, batches, config.sensitivity, path, source=source, seed=seed, corpora=corpora
-    )
-    check_reachable(dense_blocks, budget, config, sensitivity.importance)
-    return _make_options(config, sensitivity.importance)
+
+    def measure() -> Stage:
+        sensitivity = measure_sensitivity(
+            model, blocks, batches, config.sensitivity, path, source=source, seed=seed, corpora=corpora
+        )
+        return Stage(list_values(sensitivity.importance))
+
+    # A path is a place of the user's own to keep it in, and to read it from.
+    stage = measure() if path else stages.recall("sensitivity", {"sensitivity": config.sensitivity}, measure)
+    importance = {BlockKey(layer, kind): value for layer, kind, value in stage.facts}
+    check_reachable(dense_blocks, budget, config, importance)
+    return _make_options(config, importance)
 
 
 def measure_curves(
@@ -95,13 +105,21 @@ def measure_curves(
     batches: Sequence[Tensor],
     config: PruningConfig,
     options: AllocationOptions,
+    stages: Stages,
 ) -> AllocationOptions:
     """Add measured damage of each block to the options, where the config asks for it."""
     if not config.uses_damage_curves:
         return options
     budgets = budget_blocks(dense_blocks, scores, config)
     levels = {block.key: thin_counts(block.removable_counts(), config.damage_levels) for block in budgets}
-    return replace(options, curves=measure_damage_curves(model, dense_blocks, scores, levels, batches))
+    inputs = {"scores": hash_tensors(list(scores.values())), "levels": list_values(levels)}
+    stage = stages.recall(
+        "damage curves",
+        inputs,
+        lambda: Stage(list_values(measure_damage_curves(model, dense_blocks, scores, levels, batches))),
+    )
+    curves = {BlockKey(layer, kind): [tuple(point) for point in points] for layer, kind, points in stage.facts}
+    return replace(options, curves=curves)
 
 
 def refine_counts(
@@ -127,6 +145,11 @@ def refine_counts(
         config.swap_offspring,
         seed,
     )
+
+
+def list_values(values: Mapping[BlockKey, Any]) -> list[list[Any]]:
+    """What blocks have, in plain types: layer, kind and value of each."""
+    return [[*key, value] for key, value in values.items()]
 
 
 def _make_options(config: PruningConfig, importance: Importance | None) -> AllocationOptions:

@@ -6,6 +6,7 @@ options of any criterion.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from gqaprune.criteria.base import NORMALIZATIONS, REDUCTIONS, Calibration, Crit
 from gqaprune.criteria.gates import GateFisher, GateTaylor
 from gqaprune.criteria.gradients import ParamFirst, ParamMix, ParamSecond, Vectorize
 from gqaprune.criteria.weights import MagnitudeL1, MagnitudeL2, Random
+from gqaprune.stages import Stage, Stages
 
 __all__ = [
     "CRITERIA",
@@ -55,6 +57,7 @@ def score_units(
     criterion: str,
     accumulate: int = 1,
     options: ScoringOptions | None = None,
+    stages: Stages | None = None,
 ) -> Scores:
     """Score the units of blocks on calibration batches.
 
@@ -68,22 +71,31 @@ def score_units(
         criterion: a name in `CRITERIA`, or two joined by `+`: the geometric mean of both, each normalised first.
         accumulate: micro-batches per accumulation window.
         options: what shapes the scores; the defaults leave the criterion as it is.
+        stages: of a run with this model and these batches, where each criterion's scores are kept.
 
     Raises:
         ValueError: if a criterion is unknown or has no text to read; if a loss, an activation or a score is NaN or
             infinite, with its place.
     """
-    options = options or ScoringOptions()
+    options, stages = options or ScoringOptions(), stages or Stages()
+    shapes = {name: value for name, value in asdict(options).items() if name != "normalization"}
+    inputs = {"blocks": [[*block.key, block.units] for block in blocks], "accumulation": accumulate, **shapes}
     scored = []
     for name in parse_criterion(criterion):
         if CRITERIA[name].needs_data and not batches:
             free = ", ".join(other for other, member in CRITERIA.items() if not member.needs_data)
             raise ValueError(f"criterion {name} needs at least one calibration batch, got none; {free} need no text")
         calibration = Calibration(model, blocks, batches, accumulate, f"calibration: {name}")
-        scores = CRITERIA[name](calibration, options).score()
-        check_finite_scores(scores)
+        stage = stages.recall(f"scores of {name}", inputs, lambda: _score(CRITERIA[name](calibration, options)))  # noqa: B023
+        scores = {block.key: stage.tensors[str(block.key)] for block in blocks}
         scored.append(normalize_scores(scores, options.normalization))
     return scored[0] if len(scored) == 1 else combine_scores(*scored)
+
+
+def _score(criterion: Criterion) -> Stage:
+    scores = criterion.score()
+    check_finite_scores(scores)
+    return Stage(tensors={str(key): score_U for key, score_U in scores.items()})
 
 
 def parse_criterion(text: str) -> list[str]:

@@ -1,7 +1,10 @@
 """The LightningModule around a causal LM: fine-tuning, perplexity, generation."""
 
+import hashlib
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -167,7 +170,8 @@ class CausalLMModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a batch in nats per token."""
-        loss = self._measure_loss(batch)
+        with _own_seed(self.trainer.current_epoch, batch_idx, self.global_rank):
+            loss = self._measure_loss(batch)
         if not torch.isfinite(loss):
             good = find_finite_checkpoint(_list_checkpoint_folders(self.trainer))
             restart = f"go on from {good} (--ckpt_path)" if good else "no checkpoint with finite weights was written"
@@ -330,6 +334,15 @@ def _read_plan(plan: str | dict[str, Any] | None) -> PruningPlan | None:
     if plan is None:
         return None
     return PruningPlan.load(plan) if isinstance(plan, str) else PruningPlan.from_dict(plan)
+
+
+@contextmanager
+def _own_seed(*place: int) -> Iterator[None]:
+    """Random numbers of a place in a run, and of its seed: dropout is the same in one that goes on."""
+    with torch.random.fork_rng():
+        content = hashlib.sha256(repr((torch.initial_seed(), *place)).encode()).digest()
+        torch.manual_seed(int.from_bytes(content[:7], "big"))
+        yield
 
 
 def _list_checkpoint_folders(trainer: Trainer) -> list[str | Path]:

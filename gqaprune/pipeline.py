@@ -1,6 +1,6 @@
 """The whole path from a dense model to a pruned one, without Lightning. Reads top to bottom like the method itself."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 from torch import Tensor
@@ -12,17 +12,19 @@ from gqaprune.counts import (
     bind_allocation,
     check_reachable,
     check_text,
+    list_values,
     measure_curves,
     measure_options,
     refine_counts,
 )
 from gqaprune.importance import check_finite_weights, score_units
 from gqaprune.likeness import check_likeness
-from gqaprune.perplexity import Evaluation
+from gqaprune.perplexity import Evaluation, measure_perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.reconstruction import BlockRepair, apply_plan_with_repair
-from gqaprune.report import Report
+from gqaprune.report import Report, describe_model
 from gqaprune.selection import budget_blocks, keep_everything, make_plan, read_budget, select_blocks
+from gqaprune.stages import Stage, Stages, hash_model, hash_tensors
 from gqaprune.steps import Spending, spend_share
 from gqaprune.surgery import apply_plan
 
@@ -37,6 +39,7 @@ def prune(
     source: str = "",
     seed: int = 0,
     corpora: Sequence[str] = (),
+    stages: Stages | None = None,
 ) -> tuple[PruningPlan, Report]:
     """Prune a dense model in place, in one step or several: score, allocate, plan, cut, repair; measure it.
 
@@ -49,6 +52,7 @@ def prune(
         source: name of the model, for the plan.
         seed: seed that chose the calibration windows; of `random` scores and of swaps, too.
         corpora: names of the calibration corpora, for the plan.
+        stages: where finished stages are kept, for a call that goes on if this one is killed.
 
     Returns:
         The plan from the dense to the pruned model, and the report of both.
@@ -66,6 +70,7 @@ def prune(
         source=source,
         seed=seed,
         corpora=corpora,
+        stages=stages,
     )
     pruner.measure("dense")
     pruner.spend()
@@ -84,6 +89,7 @@ class Pruner:
         source: name of the model, for the plan.
         seed: seed that chose the calibration windows; of `random` scores and of swaps, too.
         corpora: names of the calibration corpora, for the plan.
+        stages: where finished stages are kept, for a run that goes on if this one is killed.
 
     Attributes:
         plan: from the dense model to what it is now.
@@ -106,12 +112,14 @@ class Pruner:
         source: str = "",
         seed: int = 0,
         corpora: Sequence[str] = (),
+        stages: Stages | None = None,
     ) -> None:
         check_likeness(model)
         check_finite_weights(model)
         self.model, self.batches, self.config = model, batches, config
         self.accumulate, self.evaluation = accumulate, evaluation or {}
         self.source, self.seed, self.corpora = source, seed, tuple(corpora)
+        self.stages = stages or Stages()
         self.dense_blocks, self.budget = select_blocks(model, config), read_budget(model, config)
         if config.removes_something:
             check_reachable(self.dense_blocks, self.budget, config)
@@ -124,7 +132,12 @@ class Pruner:
 
     def measure(self, stage: str) -> None:
         """Measure the model as it is now, as a stage of the report."""
-        self.report.add_stage(stage, self.model, self.evaluation)
+        measured = self._stages_of_model().recall(
+            f"perplexity, {stage}",
+            {"test text": {name: _hash_batches(batches) for name, batches in self.evaluation.items()}},
+            lambda: Stage(measure_perplexity(self.model, self.evaluation, stage)),
+        )
+        self.report.stages.append(describe_model(stage, self.model, measured.facts))
 
     def spend(self, share: float = 1.0, stage: str = "pruned") -> None:
         """Score what is left, allocate, cut and repair until a share of the budget is spent, in the config's steps.
@@ -186,23 +199,49 @@ class Pruner:
                 source=self.source,
                 seed=self.seed,
                 corpora=self.corpora,
+                stages=self._stages_of_model(self.batches),
             )
         return self._options
 
     def _cut(self, share: float) -> list[BlockRepair]:
+        options = self._measure_options()
+        stages = self._stages_of_model(self.batches, "" if share == 1 else f"{share:.4g} of the budget,")
+        choice = {name: value for name, value in asdict(self.config).items() if not name.startswith("repair")}
+        inputs = {
+            **choice,
+            "accumulation": self.accumulate,
+            "seed": self.seed,
+            "importance": None if options.importance is None else list_values(options.importance),
+            "spent before": self.spending and self.spending.to_dict(),
+        }
+        facts = stages.recall("plan", inputs, lambda: self._choose(share, options, stages)).facts
+        plan, self.spending = PruningPlan.from_dict(facts["plan"]), Spending.from_dict(facts["spending"])
+        self.plan = self.plan.then(plan)
+        if (repair := self.config.repair_options()) is None:
+            apply_plan(self.model, plan)
+            return []
+        return apply_plan_with_repair(self.model, plan, self.batches, repair, stages)
+
+    def _choose(self, share: float, options: AllocationOptions, stages: Stages) -> Stage:
+        """The plan from the model as it is to what it is when a share of the budget is spent."""
         model, dense_blocks, batches, config = self.model, self.dense_blocks, self.batches, self.config
-        options, blocks = self._measure_options(), select_blocks(model, config)
-        settings = config.scoring_options(self.seed)
-        scores = score_units(model, blocks, batches, config.criterion, self.accumulate, settings)
-        options = measure_curves(model, dense_blocks, scores, batches, config, options)
+        blocks, settings = select_blocks(model, config), config.scoring_options(self.seed)
+        scores = score_units(model, blocks, batches, config.criterion, self.accumulate, settings, stages)
+        options = measure_curves(model, dense_blocks, scores, batches, config, options, stages)
         allocate, budgets = bind_allocation(config, options), budget_blocks(dense_blocks, scores, config)
-        self.spending = spend_share(budgets, self.budget, allocate, share, self.spending)
+        spending = spend_share(budgets, self.budget, allocate, share, self.spending)
         removed = refine_counts(
-            model, dense_blocks, scores, batches, config, options, self.budget, self.spending.so_far, self.seed
+            model, dense_blocks, scores, batches, config, options, self.budget, spending.so_far, self.seed
         )
         plan = make_plan(model, dense_blocks, scores, removed, config)
-        self.plan = self.plan.then(plan)
-        if (repair := config.repair_options()) is None:
-            apply_plan(model, plan)
-            return []
-        return apply_plan_with_repair(model, plan, batches, repair)
+        return Stage({"plan": plan.to_dict(), "spending": spending.to_dict()})
+
+    def _stages_of_model(self, batches: Sequence[Tensor] = (), part: str = "") -> Stages:
+        """Stages that depend on the model as it is now, and on calibration batches."""
+        if not self.stages.are_kept:
+            return self.stages
+        return self.stages.of(part, {"model": hash_model(self.model), "calibration text": hash_tensors(batches)})
+
+
+def _hash_batches(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    return hash_tensors([tensor for batch in batches for tensor in batch.values()])

@@ -13,7 +13,7 @@ projection and, last, a column of ones for its bias.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from gqaprune.least_squares import Moments
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import track
 from gqaprune.refinement import Refinement, RefinementOptions, TokenPairs, refine_mlp
+from gqaprune.stages import Stage, Stages
 from gqaprune.surgery import apply_plan, check_plan, cut_block, list_kept_columns, write_shapes
 
 
@@ -104,7 +105,11 @@ class BlockRepair:
 
 
 def apply_plan_with_repair(
-    model: PreTrainedModel, plan: PruningPlan, batches: Sequence[Tensor], options: RepairOptions | None = None
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    batches: Sequence[Tensor],
+    options: RepairOptions | None = None,
+    stages: Stages | None = None,
 ) -> list[BlockRepair]:
     """Cut a dense model to a plan, in place, as `apply_plan` does, and repair every block that loses units.
 
@@ -116,6 +121,8 @@ def apply_plan_with_repair(
         plan: which units stay.
         batches: calibration token ids, each `[batch, tokens]`; in a process group the same list on every rank.
         options: how; ridge least squares of the weights by default.
+        stages: of a run with this model and these batches, where each repaired block is kept; blocks that are there are
+            not repaired again.
 
     Returns:
         What was done, block by block.
@@ -125,7 +132,7 @@ def apply_plan_with_repair(
             bias, the model being untouched then; or if a block's activations are not finite, with its place, the model
             being cut up to there.
     """
-    options = options or RepairOptions()
+    options, stages = options or RepairOptions(), stages or Stages()
     if get_family(model.config).output_norms:
         options = replace(options, pull=0.0, everywhere=False)
     check_plan(model, plan)
@@ -139,21 +146,30 @@ def apply_plan_with_repair(
         kinds: tuple[BlockKind, ...] = ("attention", "mlp")
         add_biases(model, [kind for kind in kinds if any(key.kind == kind for key in repaired)])
     pairs = list(zip(find_blocks(model), find_blocks(model, "query"), strict=True))
-    first, last = min(repaired).layer, max(repaired).layer
+    inputs = {"plan": plan.to_dict()["layers"], "repair": asdict(options)}
+    are_there = set(stages.find([f"repair of {key}" for key in sorted(repaired)], inputs, "repaired blocks"))
+    left = [key for key in repaired if f"repair of {key}" not in are_there]
+    first, last = min(repaired).layer, max((key.layer for key in left), default=-1)
     is_normed = bool(get_family(model.config).output_norms)
     rank, world_size = get_rank_and_world_size()
     own, held_out = range(rank, len(batches), world_size), choose_held_out(len(batches), options.holdout)
     are_held = [index in held_out for index in own]
     repairs = []
     with freeze_parameters(model), torch.no_grad():
-        pruned = embed_batches(model, [batches[index] for index in own])
+        pruned = embed_batches(model, [batches[index] for index in own]) if left else []
         dense: list[Stream] = []
-        for layer in track(range(last + 1), "reconstruction", "layers"):
+        for layer in track(range(max(repaired).layer + 1), "reconstruction", "layers"):
+            if layer > last:  # all that is left is there: nothing is run for it
+                dense, pruned = [], []
             if layer == first and options.pull > 0:
                 dense = [replace(stream) for stream in pruned]  # until here the two are one
             goals = _advance_dense(model, pairs[2 * layer][0], dense)
             for block, heads in pairs[2 * layer : 2 * layer + 2]:
-                if block.key in repaired:
+                name = f"repair of {block.key}"
+                if name in are_there:
+                    cut_block(model, plan, block, heads)
+                    repairs.append(_read_repair(model, block.key, stages.read(name)))
+                elif block.key in repaired:
                     columns = list_kept_columns(plan, block)
                     goals_BTD = goals[block.key.kind]
                     refines = options.refinement.epochs > 0 and block.key.kind == "mlp"
@@ -165,10 +181,18 @@ def apply_plan_with_repair(
                         refinement = refine_mlp(mlp, *seen.tokens, options.refinement, layer, is_normed)
                         repair = replace(repair, refinement=refinement)
                     repairs.append(repair)
+                    stages.write(name, inputs, Stage(asdict(repair), get_module(model, block.key).state_dict()))
             for stream in pruned:
                 stream.hidden_BTD = run_layer(model, layer, stream)
     write_shapes(model, plan)
     return repairs
+
+
+def _read_repair(model: PreTrainedModel, key: BlockKey, stage: Stage) -> BlockRepair:
+    """Write the weights that a block was repaired to into it; what had been done."""
+    get_module(model, key).load_state_dict(dict(stage.tensors))
+    refinement = stage.facts["refinement"]
+    return BlockRepair(**stage.facts | {"key": key, "refinement": refinement and Refinement(**refinement)})
 
 
 def choose_held_out(batches: int, share: float) -> set[int]:

@@ -28,7 +28,7 @@ def replace_folder(new: Path, folder: Path) -> None:
             raise
     shutil.rmtree(old, ignore_errors=True)
     for left in folder.parent.glob(f".{folder.name}.*.tmp"):
-        if not _is_running(left.name.split(".")[-2]):
+        if not is_running(left.name.split(".")[-2]):
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -41,7 +41,8 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
 
 
-def _is_running(process: str) -> bool:
+def is_running(process: str | int) -> bool:
+    """Whether a process of that number runs on this machine."""
     try:
         os.kill(int(process), 0)
     except (ProcessLookupError, ValueError):

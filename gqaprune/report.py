@@ -12,10 +12,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import count_layer_parameters, count_parameters, read_geometry
+from gqaprune.architecture import BlockKey, count_layer_parameters, count_parameters, read_geometry
 from gqaprune.perplexity import Evaluation, measure_perplexity
 from gqaprune.plan import PruningPlan, write_atomically
 from gqaprune.reconstruction import BlockRepair
+from gqaprune.refinement import Refinement
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,17 @@ class Report:
             "stages": stages,
             "repairs": [asdict(repair) | {"key": str(repair.key)} for repair in self.repairs],
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Report":
+        """What `to_dict` gave."""
+        repairs = []
+        for repair in data["repairs"]:
+            _, layer, kind = repair["key"].split()
+            refinement = repair["refinement"] and Refinement(**repair["refinement"])
+            repairs.append(BlockRepair(**repair | {"key": BlockKey(int(layer), kind), "refinement": refinement}))
+        stages = [Stage(**stage) for stage in data["stages"]]
+        return cls(data["model"], dict(data["settings"]), data["protocol"], stages, repairs)
 
     def describe_repair(self) -> str:
         """What repair did to the blocks, in a sentence."""

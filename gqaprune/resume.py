@@ -1,10 +1,105 @@
-"""The last of a run's checkpoints whose weights are finite."""
+"""Runs that did not end: the note that they leave, and the last of their checkpoints whose weights are finite."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
+
+from gqaprune.plan import write_atomically
+from gqaprune.progress import console
+from gqaprune.replace import is_running
+from gqaprune.stages import describe_change
+
+UNFINISHED = Path("lightning_logs") / "unfinished"
+"""Where, under a run's root folder, its note and its stages are until it ends."""
+_NOTE = "run.json"
+
+
+@dataclass(frozen=True)
+class RunNote:
+    """What a run that has not ended says of itself.
+
+    Args:
+        settings: all of them, as plain data.
+        folder: that it writes its logs to.
+        checkpoints: folders that it writes checkpoints to.
+        process: its number.
+    """
+
+    settings: Mapping[str, Any]
+    folder: str
+    checkpoints: tuple[str, ...]
+    process: int
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the run still goes on, on this machine."""
+        return is_running(self.process)
+
+    def save(self, root: Path) -> None:
+        """Leave the note under a root folder."""
+        path = root / UNFINISHED / _NOTE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+    @staticmethod
+    def load(root: Path) -> "RunNote | None":
+        """The note under a root folder, if there is a whole one."""
+        try:
+            data = json.loads((root / UNFINISHED / _NOTE).read_text(encoding="utf-8"))
+            return RunNote(**data | {"checkpoints": tuple(data["checkpoints"])})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @staticmethod
+    def remove(root: Path) -> None:
+        """Remove the note, once the run has ended."""
+        folder = root / UNFINISHED
+        (folder / _NOTE).unlink(missing_ok=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """Where a run goes on.
+
+    Args:
+        folder: that it writes its logs to; null takes a new one.
+        checkpoint: that training goes on from; null begins it.
+    """
+
+    folder: Path | None
+    checkpoint: str | None
+
+
+def find_run(root: Path, settings: Mapping[str, Any], asked: str | None, is_first: bool) -> FoundRun:
+    """Find out where a run goes on: where one of the same settings was stopped, or where it is asked to.
+
+    Args:
+        root: the run's root folder.
+        settings: of this run, as plain data.
+        asked: a checkpoint; `last` is that of a stopped run, whatever its settings; null is the same, of this run's.
+        is_first: whether this is rank 0, which alone can tell a run that goes on from its own.
+    """
+    note = RunNote.load(root)
+    if asked not in (None, "last") or note is None or (is_first and note.is_running):
+        return FoundRun(None, asked)
+    change = describe_change(note.settings, settings)
+    if change and asked is None:
+        console.print(f"a run that did not end had other settings: {change}; training begins anew")
+        return FoundRun(None, None)
+    folder, path = Path(note.folder), find_finite_checkpoint(note.checkpoints)
+    console.print(
+        f"going on with the run in {folder}" + (f", from {path}" if path else ", of which no checkpoint is there")
+    )
+    if change:
+        console.print(f"its settings were others: {change}")
+    return FoundRun(None if change else folder, str(path) if path else None)
 
 
 def find_finite_checkpoint(folders: Iterable[str | Path]) -> Path | None:

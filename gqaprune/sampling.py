@@ -3,8 +3,6 @@
 Axes in tensor names: B samples, T tokens, V vocabulary.
 """
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere, sum_
 from gqaprune.gates import freeze_parameters
 from gqaprune.plan import write_atomically
 from gqaprune.progress import console, track
+from gqaprune.stages import hash_model
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqaprune" / "samples"
 """Where sampled windows are kept, one safetensors file per model and settings."""
@@ -184,11 +183,3 @@ def _draw(logits_BV: Tensor, top_p: float, generator: torch.Generator) -> Tensor
         sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= top_p] = 0
         probabilities_BV = torch.zeros_like(probabilities_BV).scatter_(1, order_BV, sorted_BV)
     return torch.multinomial(probabilities_BV, 1, generator=generator)[:, 0]
-
-
-def hash_model(model: PreTrainedModel, settings: Sequence[object]) -> str:
-    """A key for what depends on a model: a hash of its config, a sum of every weight, and the settings."""
-    sums = [parameter.detach().double().sum().item() for parameter in model.parameters()]
-    config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
-    content = json.dumps([config, str(model.dtype), sums, list(settings)], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]

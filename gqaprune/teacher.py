@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere
 from gqaprune.plan import write_atomically
 from gqaprune.progress import track
-from gqaprune.sampling import hash_model
+from gqaprune.stages import hash_model
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqaprune" / "teachers"
 """Where predictions are kept, a folder for each teacher, text and setting."""

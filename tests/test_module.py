@@ -112,7 +112,7 @@ def test_lightning_checkpoint_carries_the_plan_and_resumes_pruned(tiny_folder: P
     resumed = CausalLMModule(str(tiny_folder), plan=module.plan.to_dict())  # type: ignore[union-attr]
     trainer.fit(resumed, datamodule=make_data(tiny_folder), ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True)
     assert trainer.current_epoch == 2 and again.report is not None
-    assert [stage.name for stage in again.report.stages] == ["pruned"]  # shapes from the plan, nothing scored again
+    assert [stage.name for stage in again.report.stages] == ["dense", "pruned"]  # as the first run measured them
 
 
 def test_loss_that_is_not_finite_stops_with_the_step(tiny_folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from gqaprune.module import CausalLMModule
 from gqaprune.pipeline import Pruner
 from gqaprune.progress import console
 from gqaprune.report import Report
+from gqaprune.resume import UNFINISHED
+from gqaprune.stages import Stages
 from gqaprune.steps import Spending
 
 
@@ -28,6 +30,8 @@ class TaylorPruning(GradientAccumulationScheduler):
 
     Args:
         scheduling: epoch -> micro-batches per optimizer step, from that epoch on.
+        stages: folder for the finished stages of a run that has not ended; null means `lightning_logs/unfinished` under
+            `trainer.default_root_dir`. A run that ends removes them.
         settings: what to remove and how, the fields of `gqaprune.PruningConfig`.
 
     Raises:
@@ -38,8 +42,9 @@ class TaylorPruning(GradientAccumulationScheduler):
         Trainer(callbacks=[TaylorPruning(scheduling={0: 4}, rate=0.2, allocation="global")])
     """
 
-    def __init__(self, scheduling: dict[int, int] = {0: 1}, **settings: Any) -> None:  # noqa: B006
+    def __init__(self, scheduling: dict[int, int] = {0: 1}, stages: str | None = None, **settings: Any) -> None:  # noqa: B006
         super().__init__(dict(scheduling))
+        self.stages = stages
         self.config = PruningConfig(**settings)
         self.report: Report | None = None
         self._pruner: Pruner | None = None
@@ -51,7 +56,7 @@ class TaylorPruning(GradientAccumulationScheduler):
             return
         module, data = get_parts(trainer, pl_module)
         _check_rounds(trainer, module, self.config)
-        self._pruner = None
+        self._pruner = self.report = None
         calibrates = module.plan is None and self.config.needs_text
         if calibrates:
             data.read_calibration_windows()  # missing text is said before a model is loaded
@@ -62,13 +67,18 @@ class TaylorPruning(GradientAccumulationScheduler):
             dense = model if module.plan is None else module.load_dense().to(trainer.strategy.root_device)
             data.sample_train_windows(dense)
         if module.plan is not None:
-            self.report = Report(module.pretrained, protocol=data.protocol)
-            self.report.add_stage("pruned", model, data.evaluation_batches())
             return
-        self._pruner = self._start(module, data, model)
+        self._pruner = self._start(module, data, model, self._open_stages(trainer))
         self._pruner.measure("dense")
         self._pruner.spend(1 / module.recovery.rounds if trainer.limit_train_batches != 0 else 1.0)
         module.plan, self.report = self._pruner.plan, self._pruner.report
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure a model that was pruned by a plan it was given; a run that goes on has its report already."""
+        module, data = get_parts(trainer, pl_module)
+        if self.report is None:
+            self.report = Report(module.pretrained, protocol=data.protocol)
+            self.report.add_stage("pruned", module.model, data.evaluation_batches())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Prune on where a round of recovery has had its steps."""
@@ -80,7 +90,7 @@ class TaylorPruning(GradientAccumulationScheduler):
             return  # the plan was given, and is whole
         module.merge_adapters()
         if self._pruner is None:
-            self._pruner = self._resume(module, data, done / rounds)
+            self._pruner = self._resume(module, data, done / rounds, self._open_stages(trainer))
         self._pruner.spend((done + 1) / rounds, f"pruned, round {done + 1}")
         module.plan, module.rounds_done = self._pruner.plan, done
         module.prepare_recovery()
@@ -97,17 +107,29 @@ class TaylorPruning(GradientAccumulationScheduler):
                 "or set recovery.rounds to 1"
             )
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the stages of a run that has ended; one that is stopped does not come here."""
+        if stage == "fit":
+            self._open_stages(trainer).clear()
+
     def state_dict(self) -> dict[str, Any]:
-        """What later rounds have to know of earlier ones."""
+        """What a run that goes on has to know: what was measured, and of later rounds, what earlier ones spent."""
         spending = self._pruner.spending if self._pruner is not None else self._spending
-        return {} if spending is None else {"spending": spending.to_dict()}
+        state = {} if self.report is None else {"report": self.report.to_dict()}
+        return state if spending is None else state | {"spending": spending.to_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
+        if "report" in state_dict:
+            self.report = Report.from_dict(state_dict["report"])
         if "spending" in state_dict:
             self._spending = Spending.from_dict(state_dict["spending"])
 
-    def _start(self, module: CausalLMModule, data: TextDataModule, dense: PreTrainedModel) -> Pruner:
+    def _open_stages(self, trainer: Trainer) -> Stages:
+        folder = Path(self.stages) if self.stages else Path(trainer.default_root_dir) / UNFINISHED
+        return Stages(folder, trainer.strategy.root_device)
+
+    def _start(self, module: CausalLMModule, data: TextDataModule, dense: PreTrainedModel, stages: Stages) -> Pruner:
         pruner = Pruner(
             dense,
             data.calibration_batches(dense) if self.config.needs_text else [],
@@ -117,14 +139,15 @@ class TaylorPruning(GradientAccumulationScheduler):
             source=module.pretrained,
             seed=data.seed,
             corpora=data.calibration_sources if self.config.needs_text else [],
+            stages=stages,
         )
         pruner.report.protocol = data.protocol
         return pruner
 
-    def _resume(self, module: CausalLMModule, data: TextDataModule, share: float) -> Pruner:
+    def _resume(self, module: CausalLMModule, data: TextDataModule, share: float, stages: Stages) -> Pruner:
         """Go on from what the checkpoint carries."""
         assert module.plan is not None and self._spending is not None and self.report is not None
-        pruner = self._start(module, data, module.load_dense().to(module.device))
+        pruner = self._start(module, data, module.load_dense().to(module.device), stages)
         pruner.resume(module.model, module.plan, share, self._spending)
         pruner.report = self.report
         return pruner

@@ -25,6 +25,7 @@ from gqaprune.gates import apply_gates
 from gqaprune.importance import Scores, check_finite_weights, score_units
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.selection import budget_blocks, read_budget, select_blocks
+from gqaprune.stages import Stages
 from gqaprune.tools.trials import Trial, Trials
 
 SEARCH_FILE = "search.json"
@@ -241,12 +242,20 @@ class GatedSplits:
         model, config, (batches, accumulate, source, seed, corpora) = self.model, self.config, self.calibration
         try:
             options = measure_options(
-                model, self.blocks, self.budget, batches, config, source=source, seed=seed, corpora=corpora
+                model,
+                self.blocks,
+                self.budget,
+                batches,
+                config,
+                source=source,
+                seed=seed,
+                corpora=corpora,
+                stages=Stages(),
             )
         except UnreachableError as error:
             raise ValueError(str(error)) from None  # whatever the split
         scores = score_units(model, self.blocks, batches, config.criterion, accumulate, config.scoring_options(seed))
-        options = measure_curves(model, self.blocks, scores, batches, config, options)
+        options = measure_curves(model, self.blocks, scores, batches, config, options, Stages())
         return _Choice(scores, budget_blocks(self.blocks, scores, config), bind_allocation(config, options))
 
 

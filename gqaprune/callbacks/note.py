@@ -1,0 +1,37 @@
+"""Leave a note of a run while it trains, so that the same command finds where it stopped."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from gqaprune.callbacks.pruning import get_run_folder
+from gqaprune.resume import RunNote
+
+
+class KeepRunNote(Callback):
+    """Says under the run's root folder what the run is and where its checkpoints are, until it has ended.
+
+    Args:
+        root: the run's root folder.
+        settings: all settings of the run, as plain data.
+    """
+
+    def __init__(self, root: Path, settings: Mapping[str, Any]) -> None:
+        self.root, self.settings = root, settings
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the note: from here on there may be checkpoints."""
+        if trainer.is_global_zero:
+            folder = get_run_folder(trainer)
+            writers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+            checkpoints = tuple(str(writer.dirpath) for writer in writers)
+            RunNote(self.settings, str(folder), checkpoints, os.getpid()).save(self.root)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove it; a run that is stopped does not come here."""
+        if stage == "fit" and trainer.is_global_zero:
+            RunNote.remove(self.root)
