@@ -15,13 +15,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from gqaprune.callbacks import CheckpointExport, KeepRunNote, RunSummary, SplitSearch, TaylorPruning
 from gqaprune.checkpoint import check_can_be_folder
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.progress import console
-from gqaprune.resume import find_run
+from gqaprune.resume import find_run, read_plan
 from gqaprune.tools.export import export
 from gqaprune.tools.search import SearchSettings
 
@@ -131,12 +132,14 @@ class PruningCLI(LightningCLI):
         self._folder: Path | None = None
         if self.config.get("subcommand") == "fit":
             settings, root = self.config.fit, Path(self.config.fit.trainer.default_root_dir or ".")
-            note = KeepRunNote(root, _list_settings(parser, self.config))
-            found = find_run(root, note.settings, settings.ckpt_path, is_first=_is_rank_0())
+            listed = _list_settings(parser, self.config)
+            found = find_run(root, listed, settings.ckpt_path, is_first=_is_rank_0())
             settings.ckpt_path = found.checkpoint
+            if found.checkpoint and Path(found.checkpoint).is_dir():
+                settings.model.plan = read_plan(Path(found.checkpoint))  # Lightning does it for files
             if found.folder is not None:
                 self._folder, self.save_config_kwargs = found.folder, {"overwrite": True}
-            self.trainer_defaults["callbacks"] = [RunSummary(), note]
+            self.trainer_defaults["callbacks"] = [RunSummary(), KeepRunNote(root, listed, found.searched)]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard, without Lightning's placeholder metric: the summary logs the real one."""
@@ -147,7 +150,9 @@ class PruningCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
-        """Refuse an unusable folder for logs before any work."""
+        """Refuse a checkpoint that the strategy cannot go on from, or an unusable folder for logs, before any work."""
+        if self.subcommand == "fit" and (path := self.config_init.fit.ckpt_path):
+            check_checkpoint(Path(path), self.trainer)
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 check_can_be_folder(Path(logger.log_dir))
@@ -162,6 +167,22 @@ class PruningCLI(LightningCLI):
         for ids in self.trainer.predict(**kwargs) or []:
             console.print(self.datamodule.tokenizer.decode(ids[0], skip_special_tokens=True), markup=False)
             console.rule()
+
+
+def check_checkpoint(path: Path, trainer: Trainer) -> None:
+    """Refuse to go on from a checkpoint of a strategy whose checkpoints the trainer's cannot read.
+
+    Raises:
+        ValueError: with what can.
+    """
+    is_sharding = isinstance(trainer.strategy, ModelParallelStrategy)
+    if is_sharding != path.is_dir() and path.exists():
+        name = type(trainer.strategy).__name__
+        kind, other = ("one file", "folders") if is_sharding else ("a folder of shards", "single files")
+        raise ValueError(
+            f"{name} goes on from {other} and {path} is {kind}: set trainer.strategy to what wrote it; one device, "
+            "ddp, and ModelParallelStrategy with save_distributed_checkpoint false write single files"
+        )
 
 
 def _is_rank_0() -> bool:

@@ -50,7 +50,8 @@ class CausalLMModule(LightningModule):
         schedule: course of the learning rate after the warm-up, down to 0 (`cosine`, `linear`) or `constant`.
         warmup_steps: optimizer steps over which the learning rate rises from 0; null takes a twentieth of them.
         max_new_tokens: tokens that `predict` adds to each prompt.
-        plan: a pruning plan to apply on loading, instead of calibrating: the path of a `plan.json`, or its content.
+        plan: a pruning plan to apply on loading, instead of calibrating: the path of a `plan.json`, or its content, as
+            a Lightning checkpoint carries it, whose weights are loaded next.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class CausalLMModule(LightningModule):
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.max_new_tokens = max_new_tokens
-        self.plan = _read_plan(plan)
+        self.plan, self.goes_on = _read_plan(plan), isinstance(plan, dict)
         self.rounds_done = 0
         self._model: PreTrainedModel | None = None
         self._adapted: list[PeftModel] = []  # in lists, or Lightning would keep them with the module's own weights
@@ -279,7 +280,7 @@ class CausalLMModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on in the round that the checkpoint was written in, with adapters if it has some."""
         self.rounds_done = checkpoint.get("rounds_done", 0)
-        if not self._adapted and any(".lora_" in name for name in checkpoint["state_dict"]):
+        if not self._adapted and any(".lora_" in name for name in checkpoint.get("state_dict", ())):
             self.load()
             self._adapted.append(add_adapters(self.model, RecoveryConfig(**checkpoint["recovery"])))
 

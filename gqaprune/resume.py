@@ -17,6 +17,8 @@ from gqaprune.stages import describe_change
 UNFINISHED = Path("lightning_logs") / "unfinished"
 """Where, under a run's root folder, its note and its stages are until it ends."""
 _NOTE = "run.json"
+_SHARDED = "meta.pt"
+"""What Lightning writes last into the folder of a sharded checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,12 @@ class FoundRun:
     Args:
         folder: that it writes its logs to; null takes a new one.
         checkpoint: that training goes on from; null begins it.
+        searched: folders that it was looked for in.
     """
 
-    folder: Path | None
-    checkpoint: str | None
+    folder: Path | None = None
+    checkpoint: str | None = None
+    searched: tuple[str, ...] = ()
 
 
 def find_run(root: Path, settings: Mapping[str, Any], asked: str | None, is_first: bool) -> FoundRun:
@@ -88,28 +92,36 @@ def find_run(root: Path, settings: Mapping[str, Any], asked: str | None, is_firs
     """
     note = RunNote.load(root)
     if asked not in (None, "last") or note is None or (is_first and note.is_running):
-        return FoundRun(None, asked)
+        return FoundRun(checkpoint=asked)
     change = describe_change(note.settings, settings)
     if change and asked is None:
         console.print(f"a run that did not end had other settings: {change}; training begins anew")
-        return FoundRun(None, None)
-    folder, path = Path(note.folder), find_finite_checkpoint(note.checkpoints)
-    console.print(
-        f"going on with the run in {folder}" + (f", from {path}" if path else ", of which no checkpoint is there")
-    )
+        return FoundRun()
+    path = find_finite_checkpoint(note.checkpoints)
+    place = f"from {path}" if path else "which has no checkpoint yet"
+    console.print(f"going on with the run in {note.folder}, {place}")
     if change:
         console.print(f"its settings were others: {change}")
-    return FoundRun(None if change else folder, str(path) if path else None)
+    return FoundRun(None if change else Path(note.folder), str(path) if path else None, note.checkpoints)
+
+
+def read_plan(checkpoint: Path) -> dict[str, Any] | None:
+    """The plan that a sharded checkpoint, a folder, carries in plain types; null where it has none."""
+    plan = torch.load(checkpoint / _SHARDED, weights_only=True).get("hyper_parameters", {}).get("plan")
+    assert plan is None or isinstance(plan, dict)
+    return plan
 
 
 def find_finite_checkpoint(folders: Iterable[str | Path]) -> Path | None:
-    """The newest of the checkpoint files in folders whose weights are all finite."""
-    paths = [path for folder in set(folders) for path in Path(folder).glob("*.ckpt") if path.is_file()]
+    """The newest of the checkpoints in folders that are whole, and whose weights are all finite if they are a file."""
+    paths = [path for folder in set(folders) for path in Path(folder).glob("*.ckpt")]
     newest_first = sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     return next((path for path in newest_first if _is_finite(path)), None)
 
 
 def _is_finite(path: Path) -> bool:
+    if path.is_dir():
+        return (path / _SHARDED).exists()
     try:
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
     except (OSError, RuntimeError, KeyError, UnpicklingError):

@@ -1,6 +1,7 @@
 """Invariant 4: one process or several, same plan, same weights, same perplexity (gloo, CPU)."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import product
@@ -21,16 +22,36 @@ from gqaprune.windows import make_batches
 
 from tiny import make_model, make_tokens
 
+SCRIPT = """
+import os, signal
+from gqaprune.cli import main
+from gqaprune.module import CausalLMModule
+step, done = CausalLMModule.training_step, []
+def stop_or_train(*arguments):
+    if len(done) == int(os.environ.get("STEPS", "-1")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(1)
+    return step(*arguments)
+CausalLMModule.training_step = stop_or_train
+raise SystemExit(main())
+"""
+"""The command, in a file that Lightning starts other ranks from; ranks kill themselves after so many micro-batches."""
+
 
 def run(folder: Path, command: str, config: Path, *arguments: str) -> Path:
     """Run a command in a folder; returns the folder of its logs."""
-    folder.mkdir()
-    # Lightning starts the other ranks from a file.
-    (folder / "run.py").write_text("from gqaprune.cli import main; raise SystemExit(main())")
-    line = [sys.executable, "run.py", command, "--config", str(config), *arguments]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120)
+    done = start(folder, command, config, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "lightning_logs/version_0"
+
+
+def start(folder: Path, command: str, config: Path, *arguments: str, steps: int = -1) -> Any:
+    """The same, whatever comes of it; killed after so many micro-batches."""
+    folder.mkdir(exist_ok=True)
+    (folder / "run.py").write_text(SCRIPT)
+    line = [sys.executable, "run.py", command, "--config", str(config), *arguments]
+    environment = os.environ | {"STEPS": str(steps)}
+    return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120, env=environment)
 
 
 def read_stages(logs: Path) -> list[dict[str, Any]]:
@@ -133,6 +154,32 @@ def test_two_processes_prune_and_recover_in_rounds(config: Path, tmp_path: Path)
     events.Reload()
     (measured,) = events.Scalars("ppl/embedded")
     assert measured.value == pytest.approx(stages[-1]["perplexity"]["val/embedded"], rel=1e-5)
+
+
+CHECKPOINTS = (
+    "--trainer.enable_checkpointing", "true", "--trainer.max_epochs", "2", "--trainer.val_check_interval", "4",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", [DDP, FSDP2 + DISTILL], ids=["ddp", "fsdp2-lora-distill"])
+def test_two_killed_processes_end_as_others_do(config: Path, tmp_path: Path, strategy: list[str]) -> None:
+    run(tmp_path / "whole", "fit", config, *CHECKPOINTS, *strategy)
+    assert start(tmp_path / "killed", "fit", config, *CHECKPOINTS, *strategy, steps=6).returncode == -9
+    assert start(tmp_path / "killed", "fit", config, *CHECKPOINTS, *strategy).returncode == 0
+    assert not (tmp_path / "killed/lightning_logs/unfinished").exists()
+    whole, killed = (load_file(tmp_path / name / "out/model.safetensors") for name in ("whole", "killed"))
+    assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []
+
+
+def test_checkpoints_go_on_under_another_strategy_or_say_why_not(config: Path, tmp_path: Path) -> None:
+    for name, strategy in (("ddp", DDP), ("fsdp2", FSDP2)):
+        assert start(tmp_path / name, "fit", config, *CHECKPOINTS, *strategy, steps=6).returncode == -9
+    done = start(tmp_path / "ddp", "fit", config, *CHECKPOINTS, "--ckpt_path", "last")
+    assert done.returncode == 0 and ", from lightning_logs/version_0/checkpoints/epoch=0-step=2.ckpt" in done.stdout
+    assert "its settings were others: trainer.strategy was" in done.stdout
+    done = start(tmp_path / "fsdp2", "fit", config, *CHECKPOINTS, "--ckpt_path", "last")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "SingleDeviceStrategy goes on from single files and lightning_logs/version_0/checkpoints" in done.stderr
 
 
 def test_rounds_are_refused_where_the_model_is_split(config: Path, tmp_path: Path) -> None:

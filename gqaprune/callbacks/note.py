@@ -1,7 +1,7 @@
 """Leave a note of a run while it trains, so that the same command finds where it stopped."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,19 @@ class KeepRunNote(Callback):
     Args:
         root: the run's root folder.
         settings: all settings of the run, as plain data.
+        before: folders with checkpoints of the run that it goes on with.
     """
 
-    def __init__(self, root: Path, settings: Mapping[str, Any]) -> None:
-        self.root, self.settings = root, settings
+    def __init__(self, root: Path, settings: Mapping[str, Any], before: Sequence[str] = ()) -> None:
+        self.root, self.settings, self.before = root, settings, before
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the note: from here on there may be checkpoints."""
         if trainer.is_global_zero:
             folder = get_run_folder(trainer)
             writers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-            checkpoints = tuple(str(writer.dirpath) for writer in writers)
-            RunNote(self.settings, str(folder), checkpoints, os.getpid()).save(self.root)
+            checkpoints = dict.fromkeys([*self.before, *(str(writer.dirpath) for writer in writers)])
+            RunNote(self.settings, str(folder), tuple(checkpoints), os.getpid()).save(self.root)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove it; a run that is stopped does not come here."""

@@ -67,18 +67,14 @@ class TaylorPruning(GradientAccumulationScheduler):
             dense = model if module.plan is None else module.load_dense().to(trainer.strategy.root_device)
             data.sample_train_windows(dense)
         if module.plan is not None:
+            if not module.goes_on:
+                self.report = Report(module.pretrained, protocol=data.protocol)
+                self.report.add_stage("pruned", model, data.evaluation_batches())
             return
         self._pruner = self._start(module, data, model, self._open_stages(trainer))
         self._pruner.measure("dense")
         self._pruner.spend(1 / module.recovery.rounds if trainer.limit_train_batches != 0 else 1.0)
         module.plan, self.report = self._pruner.plan, self._pruner.report
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure a model that was pruned by a plan it was given; a run that goes on has its report already."""
-        module, data = get_parts(trainer, pl_module)
-        if self.report is None:
-            self.report = Report(module.pretrained, protocol=data.protocol)
-            self.report.add_stage("pruned", module.model, data.evaluation_batches())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Prune on where a round of recovery has had its steps."""
