@@ -1,17 +1,12 @@
-"""The only file that knows Hugging Face attribute names: finds decoder layers, blocks, units and their shapes.
-
-A family is data: where its decoder layers are, which projections feed a block, which parts are stacked in the rows of
-each, and through which projection the block's units leave. A fused projection (Phi-3's `qkv_proj`) is one entry with
-several parts.
-"""
+"""Finds a model's decoder layers, blocks, units and shapes; it and `families.py` are all that knows attribute names."""
 
 import copy
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -19,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import MistralConfig, PretrainedConfig, PreTrainedModel
 
+from gqaprune.families import FAMILIES, BlockKind, BlockLayout, get_family
 from gqaprune.per_layer import LayerConfig
 from gqaprune.plan import Geometry
 
-BlockKind = Literal["attention", "mlp"]
 GRANULARITIES = ("group", "query")
 """What the units of an attention block can be: GQA groups, or query heads."""
 
@@ -35,92 +30,6 @@ class BlockKey(NamedTuple):
 
     def __str__(self) -> str:
         return f"layer {self.layer} {self.kind}"
-
-
-@dataclass(frozen=True)
-class BlockLayout:
-    """Where a block's weights are.
-
-    Args:
-        module: the block's attribute in the decoder layer.
-        inputs: projection -> parts stacked in its rows, each one of `query` (always first), `key`, `value`, `gate`,
-            `up`.
-        output: projection whose columns carry the units into the residual stream.
-    """
-
-    module: str
-    inputs: Mapping[str, tuple[str, ...]]
-    output: str
-
-
-@dataclass(frozen=True)
-class Family:
-    """One model family: path of its decoder layers and the layout of their two blocks.
-
-    Args:
-        layers: path of the decoder layers in the model.
-        attention: layout of the attention blocks.
-        mlp: layout of the MLPs.
-        biases: kind of block -> flag of the config that gives all its projections biases, the output's among them.
-        whole: kind of block -> why its units cannot be removed.
-        output_norms: kind of block -> norm of the decoder layer that its output passes on the way to the residual
-            stream, where there is one.
-    """
-
-    layers: str
-    attention: BlockLayout
-    mlp: BlockLayout
-    biases: Mapping[BlockKind, str] = field(default_factory=dict)
-    whole: Mapping[BlockKind, str] = field(default_factory=dict)
-    output_norms: Mapping[BlockKind, str] = field(default_factory=dict)
-
-
-_LLAMA = Family(
-    layers="model.layers",
-    attention=BlockLayout(
-        module="self_attn",
-        inputs={"q_proj": ("query",), "k_proj": ("key",), "v_proj": ("value",)},
-        output="o_proj",
-    ),
-    mlp=BlockLayout(module="mlp", inputs={"gate_proj": ("gate",), "up_proj": ("up",)}, output="down_proj"),
-)
-
-_WITH_BIASES = dataclasses.replace(_LLAMA, biases={"attention": "attention_bias", "mlp": "mlp_bias"})
-_WITH_ATTENTION_BIAS = dataclasses.replace(_LLAMA, biases={"attention": "attention_bias"})
-_OUTPUT_NORMS: Mapping[BlockKind, str] = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
-_OLMO = dataclasses.replace(
-    _WITH_ATTENTION_BIAS,
-    whole={"attention": "one norm spans all its query heads, so that those that stay would change with the others"},
-    output_norms=_OUTPUT_NORMS,
-)
-
-FAMILIES: Mapping[str, Family] = {
-    "exaone4": dataclasses.replace(_LLAMA, output_norms=_OUTPUT_NORMS),
-    "gemma2": dataclasses.replace(_WITH_ATTENTION_BIAS, output_norms=_OUTPUT_NORMS),
-    "gemma3_text": dataclasses.replace(_WITH_ATTENTION_BIAS, output_norms=_OUTPUT_NORMS),
-    "granite": _WITH_BIASES,
-    "llama": _WITH_BIASES,
-    "mistral": _LLAMA,
-    "olmo2": _OLMO,
-    "olmo3": _OLMO,
-    "phi3": Family(
-        layers="model.layers",
-        attention=BlockLayout("self_attn", {"qkv_proj": ("query", "key", "value")}, "o_proj"),
-        mlp=BlockLayout("mlp", {"gate_up_proj": ("gate", "up")}, "down_proj"),
-    ),
-    "qwen2": _LLAMA,
-    "qwen3": _WITH_ATTENTION_BIAS,
-    "smollm3": _WITH_BIASES,
-}
-"""Supported `model_type`s."""
-_LLAMA_SETTINGS = {
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-}
-"""What the config of a Llama in all but name has."""
 
 
 @dataclass(frozen=True)
@@ -165,25 +74,6 @@ class Block:
         return rows + self.columns_per_unit * self.output.out_features
 
 
-def get_family(config: PretrainedConfig) -> Family:
-    """Find the family of a model; a dense one that is not known, but has Llama's settings, is taken for a Llama.
-
-    `likeness.check_likeness` looks at its layers.
-
-    Raises:
-        ValueError: if the family is not supported, with those that are.
-    """
-    family = FAMILIES.get(config.model_type)
-    if family is not None:
-        return family
-    settings = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    if settings.keys() >= _LLAMA_SETTINGS and not any("expert" in name and settings[name] for name in settings):
-        return _LLAMA
-    raise ValueError(
-        f"models of type {config.model_type!r} cannot be pruned yet; supported types: {', '.join(sorted(FAMILIES))}"
-    )
-
-
 def get_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of a model of a supported family."""
     layers = _get(model, get_family(model.config).layers)
@@ -194,15 +84,14 @@ def get_layers(model: PreTrainedModel) -> nn.ModuleList:
 def get_module(model: PreTrainedModel, key: BlockKey) -> nn.Module:
     """The module of a block: a decoder layer's attention or MLP."""
     family = get_family(model.config)
-    layout = family.attention if key.kind == "attention" else family.mlp
-    module = getattr(get_layers(model)[key.layer], layout.module)
+    module = _get(get_layers(model)[key.layer], family.layouts[key.kind].module)
     assert isinstance(module, nn.Module)
     return module
 
 
 def read_geometry(config: PretrainedConfig) -> Geometry:
     """Read the shapes of a model from its config, layer by layer."""
-    get_family(config)
+    family = get_family(config)
     layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
     first = layers[0]
     return Geometry(
@@ -211,7 +100,7 @@ def read_geometry(config: PretrainedConfig) -> Geometry:
         head_dim=getattr(first, "head_dim", None) or config.hidden_size // first.num_attention_heads,
         query_heads=tuple(layer.num_attention_heads for layer in layers),
         kv_heads=tuple(layer.num_key_value_heads for layer in layers),
-        channels=tuple(layer.intermediate_size for layer in layers),
+        channels=tuple(getattr(layer, family.width) if family.mlp else 0 for layer in layers),
     )
 
 
@@ -220,8 +109,9 @@ def write_geometry(config: PretrainedConfig, geometry: Geometry) -> None:
 
     `head_dim` becomes explicit, for it no longer follows from the number of heads.
     """
+    family = get_family(config)
     shapes = [
-        {"num_attention_heads": query, "num_key_value_heads": kv, "intermediate_size": channels}
+        {"num_attention_heads": query, "num_key_value_heads": kv} | ({family.width: channels} if family.mlp else {})
         for query, kv, channels in zip(geometry.query_heads, geometry.kv_heads, geometry.channels, strict=True)
     ]
     config.per_layer_config = None
@@ -273,8 +163,18 @@ def read_residual_multiplier(config: PretrainedConfig) -> float:
     return float(getattr(config, "residual_multiplier", 1.0))
 
 
+def find_adder(model: PreTrainedModel, block: Block) -> nn.Module:
+    """The module that gives what a block adds: its output projection; of an MLP beside experts, the whole of both."""
+    family = get_family(model.config)
+    if block.key.kind not in family.scaled:
+        return block.output
+    module = _get(get_layers(model)[block.key.layer], family.layouts[block.key.kind].module.split(".")[0])
+    assert isinstance(module, nn.Module)
+    return module
+
+
 def compute_addition(model: PreTrainedModel, key: BlockKey, output_BTD: Tensor) -> Tensor:
-    """What a block adds to the residual stream, from what its output projection gives; `[batch, tokens, width]`."""
+    """What a block adds to the residual stream, from what its adder gives; `[batch, tokens, width]`."""
     norm = get_family(model.config).output_norms.get(key.kind)
     if norm is not None:
         output_BTD = getattr(get_layers(model)[key.layer], norm)(output_BTD)
@@ -309,7 +209,7 @@ def add_biases(model: PreTrainedModel, kinds: Collection[BlockKind]) -> None:
 
 
 def find_blocks(model: PreTrainedModel, granularity: str = "group") -> list[Block]:
-    """All blocks of a model, attention before MLP, layer by layer.
+    """All blocks of a model, attention before MLP, layer by layer; experts are none.
 
     Args:
         model: a model of a supported family.
@@ -328,8 +228,10 @@ def find_blocks(model: PreTrainedModel, granularity: str = "group") -> list[Bloc
         attention = _find_block(layer, family.attention, key, geometry.kv_heads[index], parts, group_rows)
         if granularity == "query":
             attention = _split_groups(attention, family.attention, geometry.ratios[index])
-        mlp = _find_block(layer, family.mlp, BlockKey(index, "mlp"), geometry.channels[index], parts, 1)
-        blocks += [attention, mlp]
+        blocks.append(attention)
+        if family.mlp is not None:
+            mlp = _find_block(layer, family.mlp, BlockKey(index, "mlp"), geometry.channels[index], parts, 1)
+            blocks.append(mlp)
     return blocks
 
 
@@ -341,6 +243,17 @@ def count_parameters(model: PreTrainedModel) -> int:
 def count_layer_parameters(model: PreTrainedModel) -> list[int]:
     """Parameters of each decoder layer, norms and biases included, LoRA adapters left out."""
     return [_count_without_adapters(layer) for layer in get_layers(model)]
+
+
+def describe_experts(model: PreTrainedModel) -> str:
+    """What is left alone of a mixture of experts, in a sentence; empty where there is none."""
+    if not get_family(model.config).has_experts:
+        return ""
+    experts = sum(
+        parameter.numel() for name, parameter in get_layers(model).named_parameters() if ".experts." in f".{name}"
+    )
+    share = experts / sum(count_layer_parameters(model))
+    return f"experts are left alone: {share:.1%} of the decoder's parameters"
 
 
 def _count_without_adapters(module: nn.Module) -> int:
@@ -366,7 +279,7 @@ def named_floating_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.
 def _find_block(
     layer: nn.Module, layout: BlockLayout, key: BlockKey, units: int, parts: Mapping[str, int], columns_per_unit: int
 ) -> Block:
-    module = getattr(layer, layout.module, None)
+    module = reduce(lambda owner, name: getattr(owner, name, None), layout.module.split("."), cast(Any, layer))
     inputs = []
     for name, stacked in layout.inputs.items():
         rows_per_unit = tuple(parts[part] for part in stacked)

@@ -83,9 +83,10 @@ def freeze_parameters(model: nn.Module) -> Iterator[None]:
 
 def _multiply_gate(gate_BU: Tensor, columns_per_unit: int) -> Any:
     def multiply(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        (x_BTC,) = inputs
+        (x,) = inputs
+        x_BTC = x if x.ndim == 3 else x.unflatten(0, (len(gate_BU), -1))  # MLPs beside experts see no samples
         gate_B1C = gate_BU.repeat_interleave(columns_per_unit, dim=1)[:, None]
         # The gate stays float32: its gradient is then summed over tokens in float32 whatever the activations' type.
-        return ((x_BTC * gate_B1C).to(x_BTC.dtype),)
+        return ((x_BTC * gate_B1C).to(x.dtype).view_as(x),)
 
     return multiply

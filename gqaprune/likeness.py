@@ -8,16 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import (
-    FAMILIES,
-    Block,
-    compute_addition,
-    find_blocks,
-    get_family,
-    get_layers,
-    read_geometry,
-    write_heads,
-)
+from gqaprune.architecture import Block, compute_addition, find_blocks, get_layers, read_geometry, write_heads
+from gqaprune.families import FAMILIES, get_family
 from gqaprune.gates import apply_gates, freeze_parameters
 from gqaprune.layerwise import embed_batches, run_layer
 from gqaprune.surgery import keep_units
@@ -75,7 +67,7 @@ def _check_parts(model: PreTrainedModel, index: int, layer: nn.Module) -> None:
     """What a layer may hold: attention and MLP with Llama's projections, norms of heads, other norms."""
     family, head_dim = get_family(model.config), read_geometry(model.config).head_dim
     attention = family.attention.module
-    projections = {layout.module: {*layout.inputs, layout.output} for layout in (family.attention, family.mlp)}
+    projections = {layout.module: {*layout.inputs, layout.output} for layout in family.layouts.values()}
     for name, parameter in layer.named_parameters():
         block, _, rest = name.partition(".")
         module, _, kind = rest.rpartition(".")

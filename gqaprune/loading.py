@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gqaprune.architecture import get_family, read_geometry
+from gqaprune.architecture import read_geometry
 from gqaprune.errors import first_line
+from gqaprune.families import get_family
 from gqaprune.per_layer import get_per_layer_class
 
 if TYPE_CHECKING:

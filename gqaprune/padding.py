@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from gqaprune.architecture import get_family, make_stock_config, read_geometry, write_geometry
+from gqaprune.architecture import make_stock_config, read_geometry, write_geometry
+from gqaprune.families import get_family
 from gqaprune.plan import Geometry
 
 _MOST_HEADS = 4
@@ -60,7 +61,7 @@ def pad_state_dict(
     weights = dict(state_dict)
     for layer in range(old.num_layers):
         places, sizes = _place_units(old, new, layer)
-        for kind, layout in (("attention", family.attention), ("mlp", family.mlp)):
+        for kind, layout in family.layouts.items():
             size = head if kind == "attention" else 1
             prefix = f"{family.layers}.{layer}.{layout.module}"
             for name, parts in layout.inputs.items():

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.allocation import AllocationOptions
+from gqaprune.architecture import describe_experts
 from gqaprune.config import PruningConfig
 from gqaprune.counts import (
     bind_allocation,
@@ -125,7 +126,7 @@ class Pruner:
             check_reachable(self.dense_blocks, self.budget, config)
             check_text(batches, config)
         self.plan = replace(keep_everything(model), model=source)
-        self.report = Report(source, asdict(config))
+        self.report = Report(source, asdict(config), note=describe_experts(model))
         self.share = 0.0
         self.spending: Spending | None = None
         self._options: AllocationOptions | None = None

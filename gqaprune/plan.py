@@ -46,7 +46,8 @@ class Geometry:
         for layer, (query, kv) in enumerate(zip(self.query_heads, self.kv_heads, strict=True)):
             if kv < 1 or query < kv or query % kv:
                 raise ValueError(f"layer {layer} has {query} query heads on {kv} KV heads: not a whole ratio")
-        if min(self.channels) < 1 or self.head_dim < 1 or self.hidden_size < 1:
+        has_mlps = any(self.channels)  # a mixture of experts may have none that is always there
+        if min(self.channels) < has_mlps or self.head_dim < 1 or self.hidden_size < 1:
             raise ValueError("MLP channels, head_dim and hidden_size of a geometry must be at least 1")
 
     @property
@@ -152,7 +153,8 @@ class PruningPlan:
             raise ValueError(f"the plan has {len(self.layers)} layers, its geometry {self.geometry.num_layers}")
         for layer, kept in enumerate(self.layers):
             _check_indexes(kept.groups, self.geometry.kv_heads[layer], f"layer {layer} GQA groups")
-            _check_indexes(kept.channels, self.geometry.channels[layer], f"layer {layer} MLP channels")
+            if kept.channels or self.geometry.channels[layer]:  # none beside experts alone
+                _check_indexes(kept.channels, self.geometry.channels[layer], f"layer {layer} MLP channels")
             if kept.queries is not None:
                 _check_indexes(kept.queries, self.geometry.query_heads[layer], f"layer {layer} query heads")
                 _check_same_number(kept.queries, kept.groups, self.geometry.ratios[layer], f"layer {layer} query heads")
@@ -228,7 +230,8 @@ class PruningPlan:
         width = len(str(before.num_layers - 1))
         attention = f"{before.query_heads[layer]}Q:{before.kv_heads[layer]}KV"
         attention += f" → {after.query_heads[layer]}Q:{after.kv_heads[layer]}KV"
-        return f"layer {layer:>{width}}  {attention}  MLP {before.channels[layer]} → {after.channels[layer]}"
+        mlp = f"  MLP {before.channels[layer]} → {after.channels[layer]}" if before.channels[layer] else ""
+        return f"layer {layer:>{width}}  {attention}{mlp}"
 
     def describe_ratio(self) -> str:
         """What became of the ratio of query heads to KV heads, in words; it is a whole number in every layer."""

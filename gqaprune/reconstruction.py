@@ -23,15 +23,15 @@ from transformers import PreTrainedModel
 from gqaprune.architecture import (
     Block,
     BlockKey,
-    BlockKind,
     add_biases,
     compute_addition,
     find_blocks,
-    get_family,
+    get_layers,
     get_module,
     read_residual_multiplier,
 )
 from gqaprune.distributed import get_rank_and_world_size, sum_across_ranks
+from gqaprune.families import BlockKind, get_family
 from gqaprune.gates import freeze_parameters
 from gqaprune.layerwise import Stream, embed_batches, run_layer
 from gqaprune.least_squares import Moments
@@ -114,7 +114,8 @@ def apply_plan_with_repair(
     """Cut a dense model to a plan, in place, as `apply_plan` does, and repair every block that loses units.
 
     Where what a block gives passes a norm before it is added to the residual stream, there is no pull, and every
-    token's relative error counts alike. A plan that removes nothing changes no bit.
+    token's relative error counts alike; where every token scales it by itself, there is no pull either. A plan that
+    removes nothing changes no bit.
 
     Args:
         model: the model that the plan was made for.
@@ -133,7 +134,8 @@ def apply_plan_with_repair(
             being cut up to there.
     """
     options, stages = options or RepairOptions(), stages or Stages()
-    if get_family(model.config).output_norms:
+    family = get_family(model.config)
+    if family.output_norms or family.scaled:
         options = replace(options, pull=0.0, everywhere=False)
     check_plan(model, plan)
     repaired = {block.key for block in _select_blocks(find_blocks(model), plan, options)}
@@ -145,12 +147,14 @@ def apply_plan_with_repair(
     if options.bias:
         kinds: tuple[BlockKind, ...] = ("attention", "mlp")
         add_biases(model, [kind for kind in kinds if any(key.kind == kind for key in repaired)])
-    pairs = list(zip(find_blocks(model), find_blocks(model, "query"), strict=True))
+    layers: list[list[tuple[Block, Block]]] = [[] for _ in get_layers(model)]
+    for pair in zip(find_blocks(model), find_blocks(model, "query"), strict=True):
+        layers[pair[0].key.layer].append(pair)
     inputs = {"plan": plan.to_dict()["layers"], "repair": asdict(options)}
     are_there = set(stages.find([f"repair of {key}" for key in sorted(repaired)], inputs, "repaired blocks"))
     left = [key for key in repaired if f"repair of {key}" not in are_there]
     first, last = min(repaired).layer, max((key.layer for key in left), default=-1)
-    is_normed = bool(get_family(model.config).output_norms)
+    is_normed = bool(family.output_norms)
     rank, world_size = get_rank_and_world_size()
     own, held_out = range(rank, len(batches), world_size), choose_held_out(len(batches), options.holdout)
     are_held = [index in held_out for index in own]
@@ -163,8 +167,8 @@ def apply_plan_with_repair(
                 dense, pruned = [], []
             if layer == first and options.pull > 0:
                 dense = [replace(stream) for stream in pruned]  # until here the two are one
-            goals = _advance_dense(model, pairs[2 * layer][0], dense)
-            for block, heads in pairs[2 * layer : 2 * layer + 2]:
+            goals = _advance_dense(model, layers[layer][0][0], dense)
+            for block, heads in layers[layer]:
                 name = f"repair of {block.key}"
                 if name in are_there:
                     cut_block(model, plan, block, heads)
@@ -247,6 +251,8 @@ def _run_to_block(model: PreTrainedModel, block: Block, stream: Stream) -> tuple
         handle.remove()
         first.remove()
     (input_BTD,), ((x_BTC, _),) = inputs_BTD, calls
+    if x_BTC.ndim == 2:  # MLPs beside experts see no samples
+        input_BTD, x_BTC = (tensor.unflatten(0, hidden_BTD.shape[:2]) for tensor in (input_BTD, x_BTC))
     return input_BTD, x_BTC, hidden_BTD
 
 

@@ -1,6 +1,6 @@
 """How a pruned model is trained back: every weight, LoRA adapters, or either towards the dense model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import get_family
+from gqaprune.families import get_family
 
 MODES = ("none", "full", "lora", "distill", "lora+distill")
 
@@ -136,5 +136,4 @@ def merge_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor]) -> dict
 def list_projections(model: PreTrainedModel) -> list[str]:
     """Names of the projections in a model's blocks."""
     family = get_family(model.config)
-    layouts: Sequence[tuple[str, ...]] = [(*layout.inputs, layout.output) for layout in (family.attention, family.mlp)]
-    return [name for layout in layouts for name in layout]
+    return [name for layout in family.layouts.values() for name in (*layout.inputs, layout.output)]

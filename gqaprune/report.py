@@ -50,6 +50,7 @@ class Report:
         protocol: how the perplexities were measured, in words.
         stages: in the order they were measured.
         repairs: what repair did to each block, in the last cut.
+        note: what else has to be known of the model, in a sentence.
     """
 
     model: str = ""
@@ -57,6 +58,7 @@ class Report:
     protocol: str = ""
     stages: list[Stage] = field(default_factory=list)
     repairs: list[BlockRepair] = field(default_factory=list)
+    note: str = ""
 
     @property
     def rate_reached(self) -> float | None:
@@ -90,6 +92,7 @@ class Report:
             "model": self.model,
             "settings": self.settings,
             "protocol": self.protocol,
+            "note": self.note,
             "rate_reached": self.rate_reached,
             "stages": stages,
             "repairs": [asdict(repair) | {"key": str(repair.key)} for repair in self.repairs],
@@ -104,7 +107,7 @@ class Report:
             refinement = repair["refinement"] and Refinement(**repair["refinement"])
             repairs.append(BlockRepair(**repair | {"key": BlockKey(int(layer), kind), "refinement": refinement}))
         stages = [Stage(**stage) for stage in data["stages"]]
-        return cls(data["model"], dict(data["settings"]), data["protocol"], stages, repairs)
+        return cls(data["model"], dict(data["settings"]), data["protocol"], stages, repairs, data["note"])
 
     def describe_repair(self) -> str:
         """What repair did to the blocks, in a sentence."""
@@ -147,7 +150,12 @@ def describe_model(
 
 def build_table(report: Report) -> Table:
     """One row per quantity, one column per stage."""
-    table = Table(title=_title(report), caption=report.protocol or None, caption_style="dim", title_justify="left")
+    table = Table(
+        title=_title(report),
+        caption="; ".join(filter(None, (report.protocol, report.note))) or None,
+        caption_style="dim",
+        title_justify="left",
+    )
     table.add_column("", no_wrap=True)
     for stage in report.stages:
         table.add_column(stage.name, justify="right", no_wrap=True)
@@ -175,11 +183,11 @@ def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
     attention = ("Attention: KV heads (one GQA group each)", before.kv_heads, after.kv_heads, "#3b6fb6")
     if before.ratios != after.ratios:
         attention = ("Attention: query heads", before.query_heads, after.query_heads, "#3b6fb6")
-    panels = (
-        attention,
-        ("MLP: channels", before.channels, after.channels, "#d9822b"),
-    )
-    for axes, (title, dense, kept, color) in zip(figure.subplots(2, 1, sharex=True), panels, strict=True):
+    panels = [attention]
+    if any(before.channels):
+        panels.append(("MLP: channels", before.channels, after.channels, "#d9822b"))
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
+    for axes, (title, dense, kept, color) in zip(rows[:, 0], panels, strict=True):
         axes.bar(layers, dense, color="#e4e4e4", label="removed", width=0.85)
         axes.bar(layers, kept, color=color, label="kept", width=0.85)
         axes.set_title(f"{title} – {sum(kept) / sum(dense):.1%} kept", loc="left", fontsize=11)

@@ -14,12 +14,12 @@ from gqaprune.architecture import (
     count_layer_parameters,
     count_parameters,
     find_blocks,
-    get_family,
     make_stock_config,
     read_geometry,
     write_geometry,
 )
 from gqaprune.config import PruningConfig
+from gqaprune.families import get_family
 from gqaprune.importance import Scores
 from gqaprune.plan import Geometry, KeptUnits, PruningPlan
 
@@ -31,6 +31,11 @@ def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
         ValueError: if a range leaves the model, or attention has to give where the family's cannot.
     """
     whole = get_family(model.config).whole
+    if "mlp" in whole and config.attention_share == 0:
+        raise ValueError(
+            f"MLPs of {model.config.model_type} models stay whole: {whole['mlp']}; set split: free, or kv_rate, to "
+            "remove GQA groups"
+        )
     if "attention" in whole and (config.attention_share or config.kv_rate or config.granularity == "query"):
         raise ValueError(
             f"attention of {model.config.model_type} models stays whole: {whole['attention']}; "

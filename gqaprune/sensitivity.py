@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import Block, BlockKey, compute_addition, read_geometry
+from gqaprune.architecture import Block, BlockKey, compute_addition, find_adder, read_geometry
 from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
 from gqaprune.gates import freeze_parameters
 from gqaprune.layerwise import record_layer_inputs, resume_at
@@ -207,10 +207,10 @@ def measure_block_removal(model: PreTrainedModel, blocks: Sequence[Block], batch
 
 
 def measure_activation(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Importance:
-    """Mean over tokens of `‖what a block adds‖ / ‖the residual stream it adds to‖`, per block."""
+    """Mean over tokens of `‖what a block adds‖ / ‖the residual stream it adds to‖`; an MLP with experts beside it."""
 
     def measure(batch_BT: Tensor) -> Importance:
-        with _record_block_outputs(blocks) as outputs_BTD:
+        with _record_outputs({block.key: find_adder(model, block) for block in blocks}) as outputs_BTD:
             inputs_BTD = record_layer_inputs(model, batch_BT)
         ratios = {}
         for key, output_BTD in outputs_BTD.items():
@@ -247,16 +247,16 @@ SENSITIVITIES: Mapping[str, Callable[[PreTrainedModel, Sequence[Block], Sequence
 
 
 @contextmanager
-def _record_block_outputs(blocks: Sequence[Block]) -> Iterator[dict[BlockKey, Tensor]]:
-    """What each block's output projection gives in the context's last forward, `[batch, tokens, width]`."""
+def _record_outputs(adders: Mapping[BlockKey, nn.Module]) -> Iterator[dict[BlockKey, Tensor]]:
+    """What each module gives in the context's last forward, `[batch, tokens, width]`."""
     outputs_BTD: dict[BlockKey, Tensor] = {}
 
     def record(key: BlockKey, output_BTD: Tensor) -> None:
         outputs_BTD[key] = output_BTD
 
     with ExitStack() as hooks:
-        for block in blocks:
-            handle = block.output.register_forward_hook(lambda _, __, output, key=block.key: record(key, output))
+        for key, module in adders.items():
+            handle = module.register_forward_hook(lambda _, __, output, key=key: record(key, output))
             hooks.callback(handle.remove)
         yield outputs_BTD
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import Block, find_blocks, get_family, read_geometry, write_geometry, write_heads
+from gqaprune.architecture import Block, find_blocks, read_geometry, write_geometry, write_heads
+from gqaprune.families import get_family
 from gqaprune.plan import PruningPlan, list_query_heads
 
 

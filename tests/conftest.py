@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import gqaprune
 from gqaprune.progress import console
 
-from tiny import VARIANTS, WHOLE_ATTENTION, make_model, make_tokenizer
+from tiny import VARIANTS, WHOLE_ATTENTION, WHOLE_MLP, make_model, make_tokenizer
 
 settings.register_profile("any machine", deadline=None)  # how long an example takes says what else the machine does
 settings.load_profile("any machine")
@@ -34,7 +34,7 @@ def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=[*VARIANTS, *WHOLE_ATTENTION])
+@pytest.fixture(params=[*VARIANTS, *WHOLE_ATTENTION, *WHOLE_MLP])
 def any_variant(request: pytest.FixtureRequest) -> str:
     """Every family and variation."""
     return str(request.param)

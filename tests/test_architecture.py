@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+from transformers import AutoModelForCausalLM, GPT2Config, OlmoeConfig
 
 from gqaprune.architecture import (
     count_layer_parameters,
@@ -86,9 +86,9 @@ def test_llama_with_biases_whose_heads_do_not_divide_its_width_has_no_stock_conf
     "config",
     [
         GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16),
-        MixtralConfig(
+        OlmoeConfig(
             num_hidden_layers=1, hidden_size=8, num_attention_heads=2, num_key_value_heads=1, vocab_size=16,
-            intermediate_size=8, num_local_experts=2,
+            intermediate_size=8, num_experts=2,
         ),
     ],
     ids=["gpt2", "mixture of experts"],
@@ -96,7 +96,7 @@ def test_llama_with_biases_whose_heads_do_not_divide_its_width_has_no_stock_conf
 def test_other_families_get_an_error_that_lists_what_works(config: object) -> None:
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(
-        ValueError, match="supported types: exaone4, gemma2, .*, llama, mistral, .*, qwen2, qwen3, smollm3"
+        ValueError, match="supported types: exaone4, gemma2, .*, llama, mistral, .*, qwen2, .*, qwen3, .*, smollm3"
     ):
         find_blocks(model)
 
@@ -130,7 +130,8 @@ def test_parts_stacked_in_one_projection_are_cut_part_by_part() -> None:
 
 
 def test_query_heads_of_a_fused_projection_go_without_its_keys_and_values() -> None:
-    from gqaprune.architecture import Block, BlockKey, BlockLayout, Projection, _split_groups
+    from gqaprune.architecture import Block, BlockKey, Projection, _split_groups
+    from gqaprune.families import BlockLayout
     from gqaprune.surgery import keep_units
 
     fused, output = torch.nn.Linear(4, 2 * (3 * 2 + 2 + 2)), torch.nn.Linear(12, 4)  # 6 query heads of 2 rows, 2 KV

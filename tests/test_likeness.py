@@ -96,5 +96,5 @@ def test_an_mlp_that_a_cut_changes_otherwise_is_refused() -> None:
 
 
 def test_mixtures_of_experts_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="models of type 'mixtral' cannot be pruned yet; supported types"):
-        prune(make_unknown("mixtral", num_local_experts=2), [make_tokens()], PruningConfig(rate=0.2))
+    with pytest.raises(ValueError, match="models of type 'olmoe' cannot be pruned yet; supported types"):
+        prune(make_unknown("olmoe", num_experts=2), [make_tokens()], PruningConfig(rate=0.2))

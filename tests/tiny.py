@@ -13,13 +13,16 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -33,11 +36,14 @@ CONFIGS: dict[str, type[Any]] = {
     "granite": GraniteConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
+    "mixtral": MixtralConfig,
     "olmo2": Olmo2Config,
     "olmo3": Olmo3Config,
     "phi3": Phi3Config,
     "qwen2": Qwen2Config,
+    "qwen2_moe": Qwen2MoeConfig,
     "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
     "smollm3": SmolLM3Config,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -59,11 +65,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "exaone4": {"sliding_window": 5, "sliding_window_pattern": 2},
     "smollm3": {"no_rope_layer_interval": 2, "mlp_bias": True},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+    },
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
 }
 """Families and their variations: biases, q/k norms, norms of outputs, tied embeddings, sliding windows, fused rows."""
 WHOLE_ATTENTION: dict[str, dict[str, Any]] = {"olmo2": {}, "olmo3": {"sliding_window": 5}}
 """Families that lose MLP channels only."""
+WHOLE_MLP: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+}
+"""Families that lose GQA groups only."""
 
 PLAIN: dict[str, Any] = {"criterion": "fisher", "split": "free", "repair": "none"}
 """One criterion and the cut alone, so that a test sees what it is about."""
@@ -101,7 +117,8 @@ def make_model(
         eos_token_id=257,
         pad_token_id=257,
         **({} if head_dim is None else {"head_dim": head_dim}),
-        **(VARIANTS | WHOLE_ATTENTION)[variant],
+        **({"shared_expert_intermediate_size": channels} if variant == "qwen2_moe" else {}),
+        **(VARIANTS | WHOLE_ATTENTION | WHOLE_MLP)[variant],
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()

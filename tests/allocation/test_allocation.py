@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gqaprune.allocation import BlockBudget, Budget, Removed, allocate_global, allocate_uniform
-from gqaprune.architecture import BlockKey, BlockKind
+from gqaprune.architecture import BlockKey
+from gqaprune.families import BlockKind
 
 from budgets import (
     ALLOCATE,
