@@ -1,0 +1,148 @@
+"""Kills a run of the demo at random moments and goes on, until it ends; compares its files with those of a whole run.
+
+    python benchmarks/kills.py --kills 20
+
+The run is `make demo`'s with less text, on SmolLM2-135M, with a checkpoint after every fourth step. Each trial is
+killed (SIGKILL) once, at a moment drawn from the length of the whole run, and begun again by the same command. It has to
+give what the whole run gave: plan, report, and every bit of the weights.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quality_report import format_table, splice
+
+HERE = Path(__file__).parent
+COMMAND = [
+    sys.executable, str(HERE.parent / "cli.py"), "fit", "--config", str(HERE.parent / "configs" / "demo.yaml"),
+    "--data.calibration_windows", "4", "--data.calibration_window", "128", "--pruning.repair_epochs", "1",
+    "--data.train_window", "64", "--data.eval_window", "128", "--data.eval_tokens", "1024",
+    "--trainer.limit_train_batches", "16", "--trainer.enable_checkpointing", "true",
+    "--trainer.val_check_interval", "4", "--pruning.scheduling", "{0: 1}",
+]  # fmt: skip
+BEGIN, END = "<!-- kills:begin -->", "<!-- kills:end -->"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run that was killed.
+
+    Args:
+        moment: seconds after its start.
+        stage: what its console said last.
+        there: stages and checkpoints that the second run went on from.
+        seconds: of the second run.
+        is_same: whether its files are those of the whole run.
+    """
+
+    moment: float
+    stage: str
+    there: str
+    seconds: float
+    is_same: bool
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the trials; the exit code is 1 if one differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="how many")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md", help="Markdown file for the table")
+    options = parser.parse_args(arguments)
+    moments = random.Random(options.seed)
+    trials = []
+    with tempfile.TemporaryDirectory() as root:
+        start = time.perf_counter()
+        run(Path(root) / "whole")
+        length = time.perf_counter() - start
+        whole = read_files(Path(root) / "whole")
+        for number in range(options.kills):
+            trials.append(kill_and_go_on(Path(root) / str(number), moments.uniform(0, length), whole))
+            print(trials[-1], flush=True)
+    rows = [
+        [f"{t.moment:.0f} s", t.stage, t.there, f"{t.seconds:.0f} s", "yes" if t.is_same else "**no**"] for t in trials
+    ]
+    head = ["killed after", "during", "went on from", "took then", "same files"]
+    outcome = (
+        f"{sum(trial.is_same for trial in trials)} of {len(trials)} killed runs end with its plan, report and weights"
+    )
+    lines = [
+        BEGIN,
+        "",
+        *format_table(head, rows),
+        "",
+        f"The whole run takes {length:.0f} s; {outcome}, bit for bit.",
+        "",
+        END,
+    ]
+    splice(options.results, "\n".join(lines), BEGIN, END, "Killed runs")
+    return 0 if all(trial.is_same for trial in trials) else 1
+
+
+def kill_and_go_on(folder: Path, moment: float, whole: dict[str, bytes]) -> Trial:
+    """Kill a run at a moment, begin it again, and compare."""
+    said = run(folder, moment)
+    start = time.perf_counter()
+    again = run(folder)
+    seconds = time.perf_counter() - start
+    is_same = read_files(folder) == whole and not list(folder.rglob("*.tmp"))
+    shutil.rmtree(folder)
+    return Trial(moment, find_stage(said), find_start(again), seconds, is_same)
+
+
+def run(folder: Path, moment: float | None = None) -> str:
+    """Run the command in a folder, killed at a moment if there is one; what it said."""
+    folder.mkdir(exist_ok=True)
+    output = folder / "output"
+    with output.open("w") as file:
+        process = subprocess.Popen(COMMAND, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait(moment)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return output.read_text()
+    if code != 0:
+        raise RuntimeError(f"the run ended with exit code {code}: {output.read_text()[-2000:]}")
+    return output.read_text()
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """What a run has made."""
+    (checkpoint,) = folder.glob("lightning_logs/version_*/checkpoint")
+    report = json.loads((checkpoint.parent / "report.json").read_text())
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.suffix in (".safetensors", ".json")}
+    return files | {"report": json.dumps(report, sort_keys=True).encode()}
+
+
+def find_stage(output: str) -> str:
+    """The stage that a console's last line is of."""
+    stages = ("dense:", "calibration: fisher", "calibration: obs", "reconstruction", "pruned:", "Epoch", "recovered:")
+    found = [(output.rfind(stage), stage) for stage in stages]
+    place, stage = max(found)
+    return "loading" if place < 0 else {"Epoch": "training"}.get(stage, stage.rstrip(":"))
+
+
+def find_start(output: str) -> str:
+    """What a run that went on found there."""
+    lines = [line for line in output.splitlines() if "there already" in line or ", from " in line]
+    if any(", from " in line and "ckpt" in line for line in lines):
+        return "a checkpoint"
+    names = [line.split(":")[0] for line in lines]
+    blocks = next((line.split(": ")[1].split(" are")[0] for line in lines if line.startswith("repaired blocks")), "")
+    if blocks:
+        return f"{blocks} blocks"
+    return names[-1] if names else "nothing"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
