@@ -241,7 +241,13 @@ class Pruner:
         """Stages that depend on the model as it is now, and on calibration batches."""
         if not self.stages.are_kept:
             return self.stages
-        return self.stages.of(part, {"model": hash_model(self.model), "calibration text": hash_tensors(batches)})
+        inputs = {
+            "model": hash_model(self.model),
+            "calibration text": hash_tensors(batches),
+            "attention kernel": self.model.config._attn_implementation,
+            "device": self.model.device.type,
+        }
+        return self.stages.of(part, inputs)
 
 
 def _hash_batches(batches: Sequence[Mapping[str, Tensor]]) -> str:

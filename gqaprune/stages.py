@@ -6,6 +6,7 @@ changed is said, it is done again, and the file is replaced. A run that ends cle
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -142,7 +143,7 @@ class Stages:
 
     def _locate(self, name: str) -> Path:
         assert self.folder is not None
-        return self.folder / f"{self._part}{name}{_ENDING}".replace(" ", "-")
+        return self.folder / (re.sub(r"[^\w.]+", "-", self._part + name) + _ENDING)
 
     def _describe(self, inputs: Inputs) -> dict[str, Any]:
         """All that a stage depends on, as JSON gives it back."""
