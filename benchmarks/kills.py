@@ -3,8 +3,8 @@
     python benchmarks/kills.py --kills 20
 
 The run is `make demo`'s with less text, on SmolLM2-135M, with a checkpoint after every fourth step. Each trial is
-killed (SIGKILL) once, at a moment drawn from the length of the whole run, and begun again by the same command. It has to
-give what the whole run gave: plan, report, and every bit of the weights.
+killed (SIGKILL) once, at a moment drawn from the length of the whole run, and begun again by the same command. It has
+to give what the whole run gave: plan, report, and every bit of the weights.
 """
 
 import argparse

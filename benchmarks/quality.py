@@ -179,10 +179,14 @@ def check_methods(methods: Mapping[str, Mapping[str, Any]]) -> None:
 def select_names(patterns: str, names: Sequence[str] = (DENSE, *PEERS, *METHODS)) -> list[str]:
     """Names of the rows that match any of the patterns, in the order that they are listed in.
 
+    Args:
+        patterns: with commas between them; or one name, which may have commas itself.
+        names: of the rows.
+
     Raises:
         ValueError: if a pattern matches none.
     """
-    wanted = [pattern.strip() for pattern in patterns.split(",")]
+    wanted = [patterns] if patterns in names else [pattern.strip() for pattern in patterns.split(",")]
     for pattern in wanted:
         if not any(fnmatch(name, pattern) for name in names):
             raise ValueError(f"no row {pattern!r}; rows are {'; '.join(names)}")

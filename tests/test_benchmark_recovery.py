@@ -124,6 +124,7 @@ def test_the_sweeps_lowest_is_marked_and_drawn(tmp_path: Path) -> None:
 
 def test_every_row_is_a_known_one() -> None:
     recovery.check_rows(recovery.list_rows())
+    assert quality.select_names("full, two rounds", list(recovery.list_rows())) == ["full, two rounds"]
     assert quality.select_names("sweep full*, dense", list(recovery.list_rows())) == [
         "dense",
         *(f"sweep full {r:g}" for r in recovery.SWEEP_RATES["full"]),
