@@ -6,7 +6,6 @@ options of any criterion.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -78,14 +77,14 @@ def score_units(
             infinite, with its place.
     """
     options, stages = options or ScoringOptions(), stages or Stages()
-    shapes = {name: value for name, value in asdict(options).items() if name != "normalization"}
-    inputs = {"blocks": [[*block.key, block.units] for block in blocks], "accumulation": accumulate, **shapes}
     scored = []
     for name in parse_criterion(criterion):
         if CRITERIA[name].needs_data and not batches:
             free = ", ".join(other for other, member in CRITERIA.items() if not member.needs_data)
             raise ValueError(f"criterion {name} needs at least one calibration batch, got none; {free} need no text")
         calibration = Calibration(model, blocks, batches, accumulate, f"calibration: {name}")
+        inputs = {"blocks": [[*block.key, block.units] for block in blocks], "accumulation": accumulate}
+        inputs |= {option: getattr(options, option) for option in CRITERIA[name].uses}
         stage = stages.recall(f"scores of {name}", inputs, lambda: _score(CRITERIA[name](calibration, options)))  # noqa: B023
         scores = {block.key: stage.tensors[str(block.key)] for block in blocks}
         scored.append(normalize_scores(scores, options.normalization))

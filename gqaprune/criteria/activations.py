@@ -115,6 +115,8 @@ class BrainSurgeon(ActivationCriterion):
     derivatives for network pruning: optimal brain surgeon"; for structures of language models, ZipLM, arXiv 2302.04089.
     """
 
+    uses = ("obs_ridge",)
+
     def measure(self, x_NC: Tensor) -> Statistics:
         """Number and Gram matrix; products in float32, sums of batches in float64."""
         return {"tokens": x_NC.new_tensor(len(x_NC), dtype=torch.float64), "gram_CC": (x_NC.T @ x_NC).double()}

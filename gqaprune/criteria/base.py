@@ -115,6 +115,8 @@ class Criterion(ABC):
 
     needs_data: ClassVar[bool] = True
     """Whether it reads calibration batches."""
+    uses: ClassVar[tuple[str, ...]] = ()
+    """Names of the options that shape it."""
 
     def __init__(self, calibration: Calibration, options: ScoringOptions) -> None:
         self.calibration = calibration

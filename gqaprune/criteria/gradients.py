@@ -31,6 +31,7 @@ from gqaprune.perplexity import sum_token_losses
 class GradientCriterion(BackwardCriterion):
     """Adds up what weights and their gradients say about each member of a unit."""
 
+    uses = ("reduction",)
     by_sample: ClassVar[bool] = False
     """Whether the formula needs every sample's own gradient, and so one backward pass per sample."""
 

@@ -55,6 +55,7 @@ class Magnitude(Criterion):
     """Sizes up each member of a unit and combines them by `reduction`."""
 
     needs_data = False
+    uses = ("reduction",)
 
     @abstractmethod
     def measure(self, weight_UE: Tensor) -> Tensor:
@@ -94,6 +95,7 @@ class Random(Criterion):
     """Uniform in [0, 1) from `seed`: what any criterion has to beat."""
 
     needs_data = False
+    uses = ("seed",)
 
     def score(self) -> Scores:
         """Draw block by block."""
