@@ -88,21 +88,23 @@ def find_run(root: Path, settings: Mapping[str, Any], asked: str | None, is_firs
         root: the run's root folder.
         settings: of this run, as plain data.
         asked: a checkpoint; `last` is that of a stopped run, whatever its settings; null is the same, of this run's.
-        is_first: whether this is rank 0, which alone can tell a run that goes on from its own.
+        is_first: whether this is rank 0, which alone can tell a run that goes on from its own, and says what is found.
     """
     note = RunNote.load(root)
     if asked not in (None, "last") or note is None or (is_first and note.is_running):
         return FoundRun(checkpoint=asked)
     change = describe_change(note.settings, settings)
     if change and asked is None:
-        console.print(f"a run that did not end had other settings: {change}; training begins anew")
-        return FoundRun()
-    path = find_finite_checkpoint(note.checkpoints)
-    place = f"from {path}" if path else "which has no checkpoint yet"
-    console.print(f"going on with the run in {note.folder}, {place}")
-    if change:
-        console.print(f"its settings were others: {change}")
-    return FoundRun(None if change else Path(note.folder), str(path) if path else None, note.checkpoints)
+        found, sentence = FoundRun(), f"a run that did not end had other settings: {change}; training begins anew"
+    else:
+        path = find_finite_checkpoint(note.checkpoints)
+        found = FoundRun(None if change else Path(note.folder), str(path) if path else None, note.checkpoints)
+        place = f"from {path}" if path else "which has no checkpoint yet"
+        sentence = f"going on with the run in {note.folder}, {place}"
+        sentence += f"; its settings were others: {change}" if change else ""
+    if is_first:
+        console.print(sentence)
+    return found
 
 
 def read_plan(checkpoint: Path) -> dict[str, Any] | None:

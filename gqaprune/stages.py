@@ -106,11 +106,13 @@ class Stages:
         are_there = torch.tensor([kept[name] == wanted for name in names], dtype=torch.float32, device=self.device)
         are_there = sum_across_ranks({"there": are_there})["there"] == get_rank_and_world_size()[1]
         found = [name for name, is_there in zip(names, are_there.tolist(), strict=True) if is_there]
-        if found:
-            part = f"{len(found)} of {len(names)} are" if len(names) > 1 else "is"
-            console.print(f"{self._part}{group}: {part} there already, from a run that did not end")
-        if others := [own for own in kept.values() if own is not None and own != wanted]:
-            console.print(f"{self._part}{group}: done again, for {describe_change(others[0], wanted)}")
+        others = [own for own in kept.values() if own is not None and own != wanted]
+        if get_rank_and_world_size()[0] == 0:
+            if found:
+                part = f"{len(found)} of {len(names)} are" if len(names) > 1 else "is"
+                console.print(f"{self._part}{group}: {part} there already, from a run that did not end")
+            if others:
+                console.print(f"{self._part}{group}: done again, for {describe_change(others[0], wanted)}")
         return found
 
     def read(self, name: str) -> Stage:

@@ -24,18 +24,22 @@ from tiny import make_model, make_tokens
 
 SCRIPT = """
 import os, signal
+import gqaprune.reconstruction
 from gqaprune.cli import main
 from gqaprune.module import CausalLMModule
-step, done = CausalLMModule.training_step, []
-def stop_or_train(*arguments):
-    if len(done) == int(os.environ.get("STEPS", "-1")):
-        os.kill(os.getpid(), signal.SIGKILL)
-    done.append(1)
-    return step(*arguments)
-CausalLMModule.training_step = stop_or_train
+def stop(owner, name, calls):
+    function, done = getattr(owner, name), []
+    def call(*arguments):
+        if len(done) == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(1)
+        return function(*arguments)
+    setattr(owner, name, call)
+stop(CausalLMModule, "training_step", int(os.environ["STEPS"]))
+stop(gqaprune.reconstruction, "refine_mlp", int(os.environ["REPAIRS"]))
 raise SystemExit(main())
 """
-"""The command, in a file that Lightning starts other ranks from; ranks kill themselves after so many micro-batches."""
+"""The command, in a file that Lightning starts other ranks from; ranks kill themselves after so many calls."""
 
 
 def run(folder: Path, command: str, config: Path, *arguments: str) -> Path:
@@ -45,12 +49,12 @@ def run(folder: Path, command: str, config: Path, *arguments: str) -> Path:
     return folder / "lightning_logs/version_0"
 
 
-def start(folder: Path, command: str, config: Path, *arguments: str, steps: int = -1) -> Any:
-    """The same, whatever comes of it; killed after so many micro-batches."""
+def start(folder: Path, command: str, config: Path, *arguments: str, steps: int = -1, repairs: int = -1) -> Any:
+    """The same, whatever comes of it; killed after so many micro-batches, or MLPs that were repaired."""
     folder.mkdir(exist_ok=True)
     (folder / "run.py").write_text(SCRIPT)
     line = [sys.executable, "run.py", command, "--config", str(config), *arguments]
-    environment = os.environ | {"STEPS": str(steps)}
+    environment = os.environ | {"STEPS": str(steps), "REPAIRS": str(repairs)}
     return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120, env=environment)
 
 
@@ -164,8 +168,11 @@ CHECKPOINTS = (
 @pytest.mark.parametrize("strategy", [DDP, FSDP2 + DISTILL], ids=["ddp", "fsdp2-lora-distill"])
 def test_two_killed_processes_end_as_others_do(config: Path, tmp_path: Path, strategy: list[str]) -> None:
     run(tmp_path / "whole", "fit", config, *CHECKPOINTS, *strategy)
-    assert start(tmp_path / "killed", "fit", config, *CHECKPOINTS, *strategy, steps=6).returncode == -9
-    assert start(tmp_path / "killed", "fit", config, *CHECKPOINTS, *strategy).returncode == 0
+    command = (tmp_path / "killed", "fit", config, *CHECKPOINTS, *strategy)
+    assert start(*command, repairs=2).returncode == -9
+    done = start(*command, steps=6)
+    assert done.returncode == -9 and done.stdout.count("blocks: 4 of 5 are there already") == 1
+    assert start(*command).returncode == 0
     assert not (tmp_path / "killed/lightning_logs/unfinished").exists()
     whole, killed = (load_file(tmp_path / name / "out/model.safetensors") for name in ("whole", "killed"))
     assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []
@@ -176,7 +183,7 @@ def test_checkpoints_go_on_under_another_strategy_or_say_why_not(config: Path, t
         assert start(tmp_path / name, "fit", config, *CHECKPOINTS, *strategy, steps=6).returncode == -9
     done = start(tmp_path / "ddp", "fit", config, *CHECKPOINTS, "--ckpt_path", "last")
     assert done.returncode == 0 and ", from lightning_logs/version_0/checkpoints/epoch=0-step=2.ckpt" in done.stdout
-    assert "its settings were others: trainer.strategy was" in done.stdout
+    assert "; its settings were others: trainer.strategy was" in done.stdout
     done = start(tmp_path / "fsdp2", "fit", config, *CHECKPOINTS, "--ckpt_path", "last")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "SingleDeviceStrategy goes on from single files and lightning_logs/version_0/checkpoints" in done.stderr
