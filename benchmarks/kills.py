@@ -9,6 +9,7 @@ to give what the whole run gave: plan, report, and every bit of the weights.
 
 import argparse
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trials = []
     with tempfile.TemporaryDirectory() as root:
         start = time.perf_counter()
-        run(Path(root) / "whole")
+        run_to_end(Path(root) / "whole")
         length = time.perf_counter() - start
         whole = read_files(Path(root) / "whole")
         for number in range(options.kills):
@@ -89,31 +90,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def kill_and_go_on(folder: Path, moment: float, whole: dict[str, bytes]) -> Trial:
-    """Kill a run at a moment, begin it again, and compare."""
-    said = run(folder, moment)
+    """Kill a run at a moment, begin it again, and compare; a run that has ended by then is killed a tenth sooner."""
+    while (said := run(folder, moment)) is None:
+        shutil.rmtree(folder)
+        moment *= 0.9
     start = time.perf_counter()
-    again = run(folder)
+    again = run_to_end(folder)
     seconds = time.perf_counter() - start
     is_same = read_files(folder) == whole and not list(folder.rglob("*.tmp"))
     shutil.rmtree(folder)
     return Trial(moment, find_stage(said), find_start(again), seconds, is_same)
 
 
-def run(folder: Path, moment: float | None = None) -> str:
-    """Run the command in a folder, killed at a moment if there is one; what it said."""
+def run(folder: Path, moment: float) -> str | None:
+    """Run the command in a folder and kill it at a moment; what it said, None if it ended before."""
     folder.mkdir(exist_ok=True)
     output = folder / "output"
     with output.open("w") as file:
         process = subprocess.Popen(COMMAND, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
         try:
-            code = process.wait(moment)
+            code = process.wait(None if math.isinf(moment) else moment)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             return output.read_text()
     if code != 0:
         raise RuntimeError(f"the run ended with exit code {code}: {output.read_text()[-2000:]}")
-    return output.read_text()
+    return None
+
+
+def run_to_end(folder: Path) -> str:
+    """Run the command in a folder; what it said."""
+    run(folder, math.inf)
+    return (folder / "output").read_text()
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
