@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, OlmoeConfig
 
 from gqaprune.architecture import (
     count_layer_parameters,
@@ -80,25 +79,6 @@ def test_llama_with_biases_whose_heads_do_not_divide_its_width_has_no_stock_conf
     config = make_model("llama-biases", kv_heads=4, ratio=4).config
     write_geometry(config, Geometry("llama", 64, 8, (12,) * 3, (3,) * 3, (20,) * 3))
     assert make_stock_config(config) is None
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16),
-        OlmoeConfig(
-            num_hidden_layers=1, hidden_size=8, num_attention_heads=2, num_key_value_heads=1, vocab_size=16,
-            intermediate_size=8, num_experts=2,
-        ),
-    ],
-    ids=["gpt2", "mixture of experts"],
-)  # fmt: skip
-def test_other_families_get_an_error_that_lists_what_works(config: object) -> None:
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(
-        ValueError, match="supported types: exaone4, gemma2, .*, llama, mistral, .*, qwen2, .*, qwen3, .*, smollm3"
-    ):
-        find_blocks(model)
 
 
 def test_weights_that_do_not_fit_the_config_are_refused_by_name() -> None:

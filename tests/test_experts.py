@@ -70,12 +70,3 @@ def test_every_format_loads_with_the_same_logits(variant: str, format: str, tmp_
 def test_mlps_that_are_experts_alone_cannot_be_asked_to_give(variant: str) -> None:
     with pytest.raises(ValueError, match=r"MLPs of \w+ models stay whole: its MLPs are experts.*set split: free"):
         prune(make_model(variant), BATCHES, PruningConfig(rate=0.1))
-
-
-@pytest.mark.parametrize("setting", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}], ids=str)
-def test_layers_with_and_without_experts_are_refused(setting: dict[str, object]) -> None:
-    config = make_model("qwen2_moe").config
-    for name, value in setting.items():
-        setattr(config, name, value)
-    with pytest.raises(ValueError, match="layers with experts and layers without"):
-        read_geometry(config)
