@@ -30,6 +30,16 @@ COMMAND = [
     "--trainer.limit_train_batches", "16", "--trainer.enable_checkpointing", "true",
     "--trainer.val_check_interval", "4", "--pruning.scheduling", "{0: 1}",
 ]  # fmt: skip
+STAGES = {
+    "dense: ": "perplexity of the dense model",
+    "calibration: fisher": "scores of fisher",
+    "calibration: obs": "scores of obs",
+    "reconstruction": "repair",
+    "pruned: ": "perplexity of the pruned model",
+    "GQA ratio: ": "training",
+    "recovered: ": "the end",
+}
+"""What the console says -> what it is doing then."""
 BEGIN, END = "<!-- kills:begin -->", "<!-- kills:end -->"
 
 
@@ -135,10 +145,8 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 def find_stage(output: str) -> str:
     """The stage that a console's last line is of."""
-    stages = ("dense:", "calibration: fisher", "calibration: obs", "reconstruction", "pruned:", "Epoch", "recovered:")
-    found = [(output.rfind(stage), stage) for stage in stages]
-    place, stage = max(found)
-    return "loading" if place < 0 else {"Epoch": "training"}.get(stage, stage.rstrip(":"))
+    place, stage = max((output.rfind(sign), stage) for sign, stage in STAGES.items())
+    return stage if place >= 0 else "loading"
 
 
 def find_start(output: str) -> str:
