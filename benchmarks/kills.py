@@ -36,10 +36,10 @@ STAGES = {
     "calibration: obs": "scores of obs",
     "reconstruction": "repair",
     "pruned: ": "perplexity of the pruned model",
-    "GQA ratio: ": "training",
-    "recovered: ": "the end",
+    "GQA ratio: ": "all before training",
+    "recovered: ": "training",
 }
-"""What the console says -> what it is doing then."""
+"""What the console says -> what is done then; a progress bar is written to a file once it is full."""
 BEGIN, END = "<!-- kills:begin -->", "<!-- kills:end -->"
 
 
@@ -49,7 +49,7 @@ class Trial:
 
     Args:
         moment: seconds after its start.
-        stage: what its console said last.
+        stage: what its console said last to be done.
         there: stages and checkpoints that the second run went on from.
         seconds: of the second run.
         is_same: whether its files are those of the whole run.
@@ -79,10 +79,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number in range(options.kills):
             trials.append(kill_and_go_on(Path(root) / str(number), moments.uniform(0, length), whole))
             print(trials[-1], flush=True)
+    write_table(trials, length, options.results)
+    return 0 if all(trial.is_same for trial in trials) else 1
+
+
+def write_table(trials: Sequence[Trial], length: float, path: Path) -> None:
+    """Put the trials into RESULTS.md, in the order of their moments."""
+    head = ["killed after", "last said to be done", "went on from", "took then", "same files"]
     rows = [
-        [f"{t.moment:.0f} s", t.stage, t.there, f"{t.seconds:.0f} s", "yes" if t.is_same else "**no**"] for t in trials
+        [f"{t.moment:.0f} s", t.stage, t.there, f"{t.seconds:.0f} s", "yes" if t.is_same else "**no**"]
+        for t in sorted(trials, key=lambda trial: trial.moment)
     ]
-    head = ["killed after", "during", "went on from", "took then", "same files"]
     outcome = (
         f"{sum(trial.is_same for trial in trials)} of {len(trials)} killed runs end with its plan, report and weights"
     )
@@ -95,8 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "",
         END,
     ]
-    splice(options.results, "\n".join(lines), BEGIN, END, "Killed runs")
-    return 0 if all(trial.is_same for trial in trials) else 1
+    splice(path, "\n".join(lines), BEGIN, END, "Killed runs")
 
 
 def kill_and_go_on(folder: Path, moment: float, whole: dict[str, bytes]) -> Trial:
@@ -144,9 +150,9 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def find_stage(output: str) -> str:
-    """The stage that a console's last line is of."""
+    """The last stage that a console says is done."""
     place, stage = max((output.rfind(sign), stage) for sign, stage in STAGES.items())
-    return stage if place >= 0 else "loading"
+    return stage if place >= 0 else "nothing"
 
 
 def find_start(output: str) -> str:

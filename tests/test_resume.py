@@ -38,6 +38,7 @@ def start(folder: Path, arguments: list[str], place: str, name: str, calls: int,
 
         setattr(target, name, call)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs that ignore it
     sys.argv = ["gqaprune", *arguments]
     sys.exit(main())
 
