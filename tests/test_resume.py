@@ -48,6 +48,7 @@ WHERE = {
     "calibration": ("gqaprune.criteria.gates", "compute_gate_gradients", 3),
     "plan": ("gqaprune.pipeline", "apply_plan_with_repair", 0),
     "repair": ("gqaprune.reconstruction", "refine_mlp", 2),
+    "stage write": ("pathlib:Path", "replace", 5),
     "first steps": ("gqaprune.module:CausalLMModule", "training_step", 2),
     "mid-epoch": ("gqaprune.module:CausalLMModule", "training_step", 5),
     "second epoch": ("gqaprune.module:CausalLMModule", "training_step", 13),
