@@ -1,7 +1,7 @@
 """Every format of one pruned model, loaded in an environment where gqaprune is not installed.
 
     python -m venv ../plain && ../plain/bin/pip install torch transformers accelerate gguf torchao
-    python benchmarks/formats.py --model benchmarks/work/default@0.2 --python ../plain/bin/python
+    python benchmarks/formats.py --model benchmarks/work/default@0.2 --python OTHER_ENVIRONMENT/bin/python
 
 The model is written in every format, then the other Python loads each folder with plain transformers and measures how
 far its logits are from those of the model in memory.

@@ -31,6 +31,12 @@ class BlockKey(NamedTuple):
     def __str__(self) -> str:
         return f"layer {self.layer} {self.kind}"
 
+    @classmethod
+    def parse(cls, text: str) -> "BlockKey":
+        """What `str` made."""
+        _, layer, kind = text.split()
+        return cls(int(layer), cast(BlockKind, kind))
+
 
 @dataclass(frozen=True)
 class Projection:

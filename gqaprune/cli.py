@@ -236,7 +236,8 @@ def main() -> int:
         is_interrupt = isinstance(stop.__context__ or stop, KeyboardInterrupt)  # Lightning makes it an exit
         if not is_interrupt and getattr(stop, "code", None) in (None, 0):
             raise
-        print("gqaprune: stopped; the same command goes on from here", file=sys.stderr)
+        goes_on = "; the same command goes on from here" if {"fit", "prune"} & set(sys.argv[1:]) else ""
+        print(f"gqaprune: stopped{goes_on}", file=sys.stderr)
         return 128 + signal.SIGINT if is_interrupt else int(getattr(stop, "code", 1))
     return 0
 

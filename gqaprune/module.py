@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -171,10 +170,10 @@ class CausalLMModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a batch in nats per token."""
-        with _own_seed(self.trainer.current_epoch, batch_idx, self.global_rank):
+        with _own_seed(self.device, self.trainer.current_epoch, batch_idx, self.global_rank):
             loss = self._measure_loss(batch)
         if not torch.isfinite(loss):
-            good = find_finite_checkpoint(_list_checkpoint_folders(self.trainer))
+            good = find_finite_checkpoint(list_checkpoint_folders(self.trainer))
             restart = f"go on from {good} (--ckpt_path)" if good else "no checkpoint with finite weights was written"
             raise ValueError(
                 f"the training loss is {loss.item()} at step {self.global_step}, batch {batch_idx}: "
@@ -338,14 +337,15 @@ def _read_plan(plan: str | dict[str, Any] | None) -> PruningPlan | None:
 
 
 @contextmanager
-def _own_seed(*place: int) -> Iterator[None]:
+def _own_seed(device: torch.device, *place: int) -> Iterator[None]:
     """Random numbers of a place in a run, and of its seed: dropout is the same in one that goes on."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         content = hashlib.sha256(repr((torch.initial_seed(), *place)).encode()).digest()
         torch.manual_seed(int.from_bytes(content[:7], "big"))
         yield
 
 
-def _list_checkpoint_folders(trainer: Trainer) -> list[str | Path]:
+def list_checkpoint_folders(trainer: Trainer) -> list[str]:
+    """Where a trainer writes checkpoints; known once it has set up its callbacks."""
     writers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    return [writer.dirpath for writer in writers if writer.dirpath]
+    return [str(writer.dirpath) for writer in writers if writer.dirpath]

@@ -200,7 +200,7 @@ class Pruner:
                 source=self.source,
                 seed=self.seed,
                 corpora=self.corpora,
-                stages=self._stages_of_model(self.batches),
+                stages=self._stages_of_model(self.batches) if self.config.uses_importance else Stages(),
             )
         return self._options
 

@@ -12,8 +12,9 @@ Axes in tensor names: B samples, T tokens, N tokens of all samples, D hidden wid
 projection and, last, a column of ones for its bias.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,16 @@ class BlockRepair:
     error_after: float
     refinement: Refinement | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, as reports and stages hold them."""
+        return asdict(self) | {"key": str(self.key)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "BlockRepair":
+        """What `to_dict` gave."""
+        refinement = data["refinement"] and Refinement(**data["refinement"])
+        return cls(**dict(data) | {"key": BlockKey.parse(data["key"]), "refinement": refinement})
+
 
 def apply_plan_with_repair(
     model: PreTrainedModel,
@@ -172,7 +183,9 @@ def apply_plan_with_repair(
                 name = f"repair of {block.key}"
                 if name in are_there:
                     cut_block(model, plan, block, heads)
-                    repairs.append(_read_repair(model, block.key, stages.read(name)))
+                    stage = stages.read(name)
+                    get_module(model, block.key).load_state_dict(dict(stage.tensors))
+                    repairs.append(BlockRepair.from_dict(stage.facts))
                 elif block.key in repaired:
                     columns = list_kept_columns(plan, block)
                     goals_BTD = goals[block.key.kind]
@@ -185,18 +198,11 @@ def apply_plan_with_repair(
                         refinement = refine_mlp(mlp, *seen.tokens, options.refinement, layer, is_normed)
                         repair = replace(repair, refinement=refinement)
                     repairs.append(repair)
-                    stages.write(name, inputs, Stage(asdict(repair), get_module(model, block.key).state_dict()))
+                    stages.write(name, inputs, Stage(repair.to_dict(), get_module(model, block.key).state_dict()))
             for stream in pruned:
                 stream.hidden_BTD = run_layer(model, layer, stream)
     write_shapes(model, plan)
     return repairs
-
-
-def _read_repair(model: PreTrainedModel, key: BlockKey, stage: Stage) -> BlockRepair:
-    """Write the weights that a block was repaired to into it; what had been done."""
-    get_module(model, key).load_state_dict(dict(stage.tensors))
-    refinement = stage.facts["refinement"]
-    return BlockRepair(**stage.facts | {"key": key, "refinement": refinement and Refinement(**refinement)})
 
 
 def choose_held_out(batches: int, share: float) -> set[int]:

@@ -12,11 +12,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import BlockKey, count_layer_parameters, count_parameters, read_geometry
+from gqaprune.architecture import count_layer_parameters, count_parameters, read_geometry
 from gqaprune.perplexity import Evaluation, measure_perplexity
 from gqaprune.plan import PruningPlan, write_atomically
 from gqaprune.reconstruction import BlockRepair
-from gqaprune.refinement import Refinement
 
 
 @dataclass(frozen=True)
@@ -95,17 +94,13 @@ class Report:
             "note": self.note,
             "rate_reached": self.rate_reached,
             "stages": stages,
-            "repairs": [asdict(repair) | {"key": str(repair.key)} for repair in self.repairs],
+            "repairs": [repair.to_dict() for repair in self.repairs],
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Report":
         """What `to_dict` gave."""
-        repairs = []
-        for repair in data["repairs"]:
-            _, layer, kind = repair["key"].split()
-            refinement = repair["refinement"] and Refinement(**repair["refinement"])
-            repairs.append(BlockRepair(**repair | {"key": BlockKey(int(layer), kind), "refinement": refinement}))
+        repairs = [BlockRepair.from_dict(repair) for repair in data["repairs"]]
         stages = [Stage(**stage) for stage in data["stages"]]
         return cls(data["model"], dict(data["settings"]), data["protocol"], stages, repairs, data["note"])
 

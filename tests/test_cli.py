@@ -24,7 +24,7 @@ from gqaprune.sampling import sample_from_model
 from gqaprune.selection import keep_everything
 from gqaprune.surgery import apply_plan
 
-from tiny import PLAIN, make_model, make_tokenizer
+from tiny import DATA, PLAIN, make_model, make_tokenizer
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 MODEL_CONFIGS = [path for path in CONFIGS if path.parent.name == "configs"]
@@ -40,16 +40,7 @@ def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     """Run a command in an empty folder on the tiny model; returns the exit code."""
     config = {
         "model": {"pretrained": str(tiny_folder), "dtype": "float32"},
-        "data": {
-            "calibration_windows": 8,
-            "calibration_window": 32,
-            "calibration_batch_size": 2,
-            "train_window": 32,
-            "train_tokens": 1024,
-            "eval_window": 32,
-            "eval_tokens": 512,
-            "eval_batch_size": 4,
-        },
+        "data": DATA,
         "pruning": {"scheduling": {0: 2}, "rate": 0.3, "allocation": "global", **PLAIN},
         "trainer": {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False, "enable_progress_bar": False},
     }
@@ -415,6 +406,18 @@ def test_interrupt_during_calibration_leaves_nothing_half_written(run: Run, monk
     assert run("fit", "--export.folder", "out") == 128 + signal.SIGINT
     assert len(calls) == 3
     assert list_files() == [DENSE]
+
+
+@pytest.mark.parametrize(("command", "sentence"), [("prune", "; the same command goes on from here"), ("validate", "")])
+def test_a_stopped_command_says_that_it_goes_on_where_it_does(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, sentence: str
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gqaprune.module.CausalLMModule.load", interrupt)
+    assert run(command) == 128 + signal.SIGINT
+    assert capsys.readouterr().err.splitlines()[-1] == f"gqaprune: stopped{sentence}"
 
 
 def list_files() -> list[str]:

@@ -16,7 +16,7 @@ import yaml
 from gqaprune.cli import main
 from gqaprune.resume import UNFINISHED
 
-from tiny import PLAIN
+from tiny import DATA, PLAIN
 
 
 def start(folder: Path, arguments: list[str], place: str, name: str, calls: int, number: int) -> None:
@@ -72,17 +72,7 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("runs")
     config = {
         "model": {"pretrained": str(tiny_folder), "dtype": "float32"},
-        "data": {
-            "calibration_windows": 8,
-            "calibration_window": 32,
-            "calibration_batch_size": 2,
-            "train_window": 32,
-            "train_tokens": 1024,
-            "batch_size": 4,
-            "eval_window": 32,
-            "eval_tokens": 512,
-            "eval_batch_size": 4,
-        },
+        "data": {**DATA, "batch_size": 4},
         "pruning": {**PLAIN, "rate": 0.3, "allocation": "global", "repair": "least_squares", "repair_epochs": 2},
         "trainer": {"accelerator": "cpu", "max_epochs": 2, "val_check_interval": 3, "enable_progress_bar": False},
     }

@@ -85,6 +85,19 @@ PLAIN: dict[str, Any] = {"criterion": "fisher", "split": "free", "repair": "none
 """One criterion and the cut alone, so that a test sees what it is about."""
 
 
+DATA: dict[str, Any] = {
+    "calibration_windows": 8,
+    "calibration_window": 32,
+    "calibration_batch_size": 2,
+    "train_window": 32,
+    "train_tokens": 1024,
+    "eval_window": 32,
+    "eval_tokens": 512,
+    "eval_batch_size": 4,
+}
+"""Streams of a run that takes seconds."""
+
+
 def make_plain(**settings: Any) -> PruningConfig:
     """A config of one criterion and the cut alone."""
     return PruningConfig(**{**PLAIN, **settings})

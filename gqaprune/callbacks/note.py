@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gqaprune.callbacks.pruning import get_run_folder
+from gqaprune.module import list_checkpoint_folders
 from gqaprune.resume import RunNote
 
 
@@ -28,8 +28,7 @@ class KeepRunNote(Callback):
         """Leave the note: from here on there may be checkpoints."""
         if trainer.is_global_zero:
             folder = get_run_folder(trainer)
-            writers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-            checkpoints = dict.fromkeys([*self.before, *(str(writer.dirpath) for writer in writers)])
+            checkpoints = dict.fromkeys([*self.before, *list_checkpoint_folders(trainer)])
             RunNote(self.settings, str(folder), tuple(checkpoints), os.getpid()).save(self.root)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
