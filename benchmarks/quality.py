@@ -31,7 +31,7 @@ import gqaprune
 from gqaprune.allocation import ALLOCATIONS
 from gqaprune.corpora import Corpus, read_corpus
 from gqaprune.importance import CRITERIA
-from gqaprune.plan import write_atomically
+from gqaprune.replace import write_atomically
 
 HERE = Path(__file__).parent
 

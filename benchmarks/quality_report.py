@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
-from gqaprune.plan import write_atomically
+from gqaprune.replace import write_atomically
 
 Row = Mapping[str, Any]
 

@@ -5,7 +5,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from gqaprune.plan import Geometry, PruningPlan, write_atomically
+from gqaprune.plan import Geometry, PruningPlan
+from gqaprune.replace import write_atomically
 from gqaprune.report import Report
 
 CARD_FILE = "README.md"

@@ -5,13 +5,14 @@ This file imports no sibling, so that a plan can be read and checked without a m
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from gqaprune.replace import write_atomically
 
 PLAN_FILE = "plan.json"
 FORMAT = "gqaprune-plan/1"
@@ -315,16 +316,6 @@ class PruningPlan:
 def list_query_heads(groups: Sequence[int], ratio: int) -> tuple[int, ...]:
     """All query heads of KV heads, in order: KV head k is read by the consecutive heads `k * ratio … + ratio - 1`."""
     return tuple(group * ratio + head for group in groups for head in range(ratio))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, then rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...]:

@@ -1,12 +1,25 @@
-"""Put a new folder in the place of an old one, so that a killed program leaves either."""
+"""Put a new file or folder in the place of an old one, so that a killed program leaves either."""
 
 import ctypes
+import glob
 import os
 import shutil
 from pathlib import Path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary name beside `path`, then rename; what killed writes of it left there is removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    for left in _list_left(path):
+        left.unlink(missing_ok=True)
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -27,9 +40,14 @@ def replace_folder(new: Path, folder: Path) -> None:
             old.rename(folder)
             raise
     shutil.rmtree(old, ignore_errors=True)
-    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
-        if not is_running(left.name.split(".")[-2]):
-            shutil.rmtree(left, ignore_errors=True)
+    for left in _list_left(folder):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _list_left(path: Path) -> list[Path]:
+    """Temporary names of a path whose processes are gone from this machine."""
+    names = path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+    return [name for name in names if not is_running(name.name.split(".")[-2])]
 
 
 def _exchange(one: Path, other: Path) -> bool:

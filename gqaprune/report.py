@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from gqaprune.architecture import count_layer_parameters, count_parameters, read_geometry
 from gqaprune.perplexity import Evaluation, measure_perplexity
-from gqaprune.plan import PruningPlan, write_atomically
+from gqaprune.plan import PruningPlan
 from gqaprune.reconstruction import BlockRepair
+from gqaprune.replace import write_atomically
 
 
 @dataclass(frozen=True)

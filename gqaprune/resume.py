@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from gqaprune.plan import write_atomically
 from gqaprune.progress import console
-from gqaprune.replace import is_running
+from gqaprune.replace import is_running, write_atomically
 from gqaprune.stages import describe_change
 
 UNFINISHED = Path("lightning_logs") / "unfinished"

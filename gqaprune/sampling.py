@@ -16,8 +16,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
 from gqaprune.gates import freeze_parameters
-from gqaprune.plan import write_atomically
 from gqaprune.progress import console, track
+from gqaprune.replace import write_atomically
 from gqaprune.stages import hash_model
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqaprune" / "samples"

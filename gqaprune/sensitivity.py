@@ -22,8 +22,9 @@ from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere, sum_
 from gqaprune.gates import freeze_parameters
 from gqaprune.layerwise import record_layer_inputs, resume_at
 from gqaprune.perplexity import sum_token_losses
-from gqaprune.plan import Geometry, write_atomically
+from gqaprune.plan import Geometry
 from gqaprune.progress import track
+from gqaprune.replace import write_atomically
 
 FORMAT = "gqaprune-sensitivity/1"
 

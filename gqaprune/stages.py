@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.distributed import get_rank_and_world_size, sum_across_ranks
-from gqaprune.plan import write_atomically
 from gqaprune.progress import console
+from gqaprune.replace import write_atomically
 
 Inputs = Mapping[str, Any]
 """What a stage depends on, by the name that a user knows it by; plain types."""

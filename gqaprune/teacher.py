@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere
-from gqaprune.plan import write_atomically
 from gqaprune.progress import track
+from gqaprune.replace import write_atomically
 from gqaprune.stages import hash_model
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqaprune" / "teachers"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gqaprune import replace
-from gqaprune.replace import replace_folder
+from gqaprune.replace import replace_folder, write_atomically
 
 
 def make_folder(path: Path, content: str) -> Path:
@@ -74,3 +74,22 @@ def test_a_killed_program_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -
         process.wait()
         process.stdout.close()
         assert (tmp_path / "out/file").read_text().isdigit()
+
+
+def test_failed_save_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_text("old")
+    with pytest.raises(TypeError):
+        write_atomically(path, "text where bytes belong")  # type: ignore[arg-type]  # fails once the file is open
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_removes_what_killed_writes_of_the_same_name_left(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    others = [f".[x].json.{os.getppid()}.tmp", f".y.json.{ended.pid}.tmp"]
+    for name in (f".[x].json.{ended.pid}.tmp", *others):
+        (tmp_path / name).write_text("half")
+    write_atomically(tmp_path / "[x].json", b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"[x].json", *others}

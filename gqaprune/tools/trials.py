@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.figure
 from rich.table import Table
 
-from gqaprune.plan import write_atomically
+from gqaprune.replace import write_atomically
 
 FORMAT = "gqaprune-search/1"
 
