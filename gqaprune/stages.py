@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from gqaprune.distributed import get_rank_and_world_size, sum_across_ranks
@@ -28,6 +29,10 @@ Inputs = Mapping[str, Any]
 """What a stage depends on, by the name that a user knows it by; plain types."""
 
 _ENDING = ".safetensors"
+_RUN = 2**16
+"""Values whose bits are summed together: 32 bits times a place in it, added up, stay below 2^63."""
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+"""Bytes of a value -> whole numbers as wide."""
 _SHOWN = 30
 """Characters of an input that are shown at most when it has changed: hashes and lists are not."""
 
@@ -176,11 +181,24 @@ def describe_change(old: Inputs, new: Inputs) -> str:
 
 
 def hash_model(model: PreTrainedModel, settings: Sequence[object] = ()) -> str:
-    """A key for what depends on a model: a hash of its config, a sum of every weight, and the settings."""
-    sums = [parameter.detach().double().sum().item() for parameter in model.parameters()]
+    """A key for what depends on a model: a hash of its config, of every weight, and of the settings."""
     config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
-    content = json.dumps([config, str(model.dtype), sums, list(settings)], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+    content = hashlib.sha256(json.dumps([config, list(settings)], sort_keys=True, default=str).encode())
+    for parameter in model.parameters():
+        weights = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        content.update(str((weights.shape, weights.dtype)).encode())
+        content.update(_sum_bits(weights.detach()).cpu().numpy().tobytes())
+    return content.hexdigest()[:32]
+
+
+def _sum_bits(values: Tensor) -> Tensor:
+    """The bits of each 65,536 values as whole numbers, times their places, summed.
+
+    Exact, unlike a sum of floats: the same on every device and any number of threads.
+    """
+    bits = values.flatten().view(_WHOLE[values.element_size()])
+    places = torch.arange(1, _RUN + 1, device=values.device)
+    return torch.stack([(run * places[: len(run)]).sum() for run in bits.split(_RUN)])
 
 
 def hash_tensors(tensors: Sequence[Tensor]) -> str:

@@ -18,7 +18,7 @@ from gqaprune.criteria.gates import GateFisher
 from gqaprune.pipeline import prune
 from gqaprune.progress import console
 from gqaprune.report import Report
-from gqaprune.stages import Stage, Stages
+from gqaprune.stages import Stage, Stages, hash_model
 
 from tiny import make_model, make_tokens
 
@@ -195,3 +195,21 @@ def test_inputs_and_facts_come_back_as_they_went(tmp_path: Path) -> None:
     assert json.dumps(read.facts) == json.dumps(facts) and torch.equal(read.tensors["x"], tensors["x"])
     stages.clear()
     assert not tmp_path.exists()
+
+
+def test_a_model_is_known_again_on_any_number_of_threads_and_not_with_other_weights() -> None:
+    model = make_model(channels=40_000)  # large enough for several threads to share a sum
+    embedding, threads, keys = model.get_input_embeddings().weight.data, torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            keys.append(hash_model(model))
+    finally:
+        torch.set_num_threads(threads)
+    embedding[[0, 1]] = embedding[[1, 0]]
+    keys.append(hash_model(model))
+    embedding[0, 0] = embedding[0, 0].nextafter(torch.tensor(9.0))
+    keys.append(hash_model(model))
+    assert keys[0] == keys[1] == keys[2]
+    assert len(set(keys)) == 3
+    assert hash_model(model.bfloat16()) not in keys
