@@ -4,7 +4,7 @@
     python benchmarks/formats.py --model benchmarks/work/default@0.2 --python OTHER_ENVIRONMENT/bin/python
 
 The model is written in every format, then the other Python loads each folder with plain transformers and measures how
-far its logits are from those of the model in memory.
+far its logits are from those of the model in memory. llama.cpp reads the GGUF files, and the text, by itself.
 """
 
 import argparse
@@ -58,6 +58,49 @@ print(json.dumps({"class": type(model).__name__, "error": error, "divergence": f
                   "cached": bool(torch.equal(text, same)), "transformers": transformers.__version__}))
 """
 
+LLAMA_CPP = """
+import json, sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = sys.argv[1], 512, 1, 0
+server, answers = xllamacpp.Server(params), []
+for prompt in json.loads(sys.argv[2]):
+    answer = server.handle_completions({"prompt": prompt, "max_tokens": 1, "logprobs": 20, "temperature": 0})
+    likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    answers.append([answer["usage"]["prompt_tokens"], [(each["id"], each["logprob"]) for each in likeliest]])
+print(json.dumps(answers))
+"""
+PROMPT_TOKENS = (5, 8, 12, 16, 24, 32, 48, 64)
+
+
+def measure_llama_cpp(options: argparse.Namespace) -> list[list[str]]:
+    """One line per GGUF format: how far llama.cpp's log-probabilities are from those of the model in memory."""
+    model, tokenizer = gqaprune.load(options.model, dtype="float32")
+    windows = read_windows(tokenizer, ["embedded"], max(PROMPT_TOKENS), len(PROMPT_TOKENS), 0)
+    prompts = [tokenizer.decode(window[:count]) for window, count in zip(windows, PROMPT_TOKENS, strict=True)]
+    inputs = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
+    with torch.inference_mode():
+        expected = [model.eval()(ids).logits[0, -1].log_softmax(-1) for ids in inputs]
+    lines = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in ("gguf-f16", "gguf-q8_0"):
+            save(model, tokenizer, Path(temporary) / name, format=name)
+            (file,) = (Path(temporary) / name).glob("*.gguf")
+            command = [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(prompts)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+            counts, answers = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
+            errors = [
+                abs(log_probabilities[token].item() - found)
+                for log_probabilities, answer in zip(expected, answers, strict=True)
+                for token, found in answer
+            ]
+            is_same = list(counts) == [ids.shape[1] for ids in inputs]
+            line = [name, f"{sum(errors) / len(errors):.1e}", f"{max(errors):.1e}", "yes" if is_same else "**no**"]
+            print(" | ".join(line), flush=True)
+            lines.append(line)
+    return lines
+
 
 def measure(options: argparse.Namespace) -> list[list[str]]:
     """One line per format."""
@@ -108,6 +151,8 @@ def main() -> int:
     header = ["format", "class", "remote code", "weights", "difference of logits", "KL divergence", "cached generation"]
     lines = measure(options)
     table = "\n".join(format_table(header, lines))
+    header = ["llama.cpp", "mean difference of log-probabilities", "largest", "as many tokens"]
+    table += "\n\n" + "\n".join(format_table(header, measure_llama_cpp(options)))
     splice(options.results, f"{BEGIN}\n\n{table}\n\n{END}", BEGIN, END, "Formats, loaded without gqaprune")
     return 0
 

@@ -1,5 +1,8 @@
-"""GGUF files: read back by transformers with the same logits and the same tokens."""
+"""GGUF files: read back by transformers and by llama.cpp with the same logits and the same tokens."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,28 @@ from gqaprune.surgery import apply_plan
 from tiny import make_model, make_tokenizer
 
 TOKENIZER = make_tokenizer([("e", "d"), ("r", "u")])
+LLAMA_CPP = """
+import json, sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = sys.argv[1], 512, 1, 0
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+server, answers = xllamacpp.Server(params), []
+settings = {"max_tokens": 1, "logprobs": 20, "logit_bias": [["a", 1000]]}  # half a character is no answer
+for prompt in json.loads(sys.argv[2]):
+    answer = server.handle_completions({"prompt": prompt, **settings})
+    likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    answers.append([answer["usage"]["prompt_tokens"], [(each["id"], each["logprob"]) for each in likeliest]])
+print(json.dumps(answers))
+"""
+"""Asks llama.cpp how many tokens each prompt has, and for the log-probabilities of the likeliest next ones."""
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def write(model: PreTrainedModel, file: Path, kind: str = "f16") -> Any:
@@ -47,6 +72,41 @@ def test_models_are_read_back_with_logits_within_the_formats_rounding(
     expected = get_logits(model)
     error = (get_logits(loaded) - expected).norm() / expected.norm()
     assert 0 < error < tolerance
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind", "tolerance"),
+    [
+        ("llama", "f16", 0.02),
+        ("llama", "q8_0", 0.3),
+        ("llama-3.1", "f16", 0.02),
+        ("mistral", "f16", 0.02),
+        ("qwen2", "f16", 0.02),
+        ("qwen2-tied", "f16", 0.02),
+    ],
+)
+def test_llama_cpp_reads_the_same_model_and_the_same_tokens(
+    variant: str, kind: str, tolerance: float, tmp_path: Path
+) -> None:
+    model = make_model(variant.removesuffix("-3.1"), kv_heads=4, ratio=4, head_dim=4 if "qwen2" in variant else 8)
+    if variant == "llama-3.1":
+        model.config.rope_parameters = LLAMA_3_ROPE
+        model.model.rotary_emb = LlamaRotaryEmbedding(model.config)
+    model.resize_token_embeddings(len(TOKENIZER))
+    model.config.sliding_window = None
+    apply_plan(model, make_plan(model, [[0, 1, 3], [2], [1]], [[3, 9], [1], list(range(20))]))
+    write(model, tmp_path / "model.gguf", kind)
+    prompts = ["Pruned: 1234 heads", "  def f(x):\n\treturn 'x'", "x" * 40 + " ran the editor"]
+    command = [sys.executable, "-c", LLAMA_CPP, str(tmp_path / "model.gguf"), json.dumps(prompts)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for prompt, (count, likeliest) in zip(prompts, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        ids = TOKENIZER(prompt, return_tensors="pt")["input_ids"]
+        assert count == ids.shape[1]
+        expected = model(ids).logits[0, -1].log_softmax(-1)
+        assert len(likeliest) == 20
+        for token, log_probability in likeliest:
+            assert log_probability == pytest.approx(expected[token].item(), abs=tolerance)
 
 
 def test_llamas_saved_as_mistrals_are_written_as_llamas_again(tmp_path: Path) -> None:
