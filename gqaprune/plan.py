@@ -1,7 +1,7 @@
 """The pruning plan: which units of which layer stay, as plain data.
 
 Everything after a plan is mechanical: surgery cuts what it says, a checkpoint carries it, a second run re-applies it.
-This file imports no sibling, so that a plan can be read and checked without a model.
+This file imports no sibling but the one that writes files, so that a plan can be read and checked without a model.
 """
 
 import json

@@ -1,5 +1,8 @@
 """The core stands without Lightning; the plan stands without the rest."""
 
+import ast
+import importlib
+import inspect
 import subprocess
 import sys
 
@@ -21,12 +24,8 @@ def test_core_imports_without_lightning(module: str) -> None:
     subprocess.run([sys.executable, "-c", SCRIPT.format(blocked=blocked, module=module)], check=True)
 
 
-def test_plan_imports_no_sibling() -> None:
-    import ast
-    import inspect
-
-    import gqaprune.plan
-
-    tree = ast.parse(inspect.getsource(gqaprune.plan))
+@pytest.mark.parametrize(("module", "siblings"), [("plan", {"gqaprune.replace"}), ("replace", set())])
+def test_the_plan_needs_files_and_nothing_else(module: str, siblings: set[str]) -> None:
+    tree = ast.parse(inspect.getsource(importlib.import_module(f"gqaprune.{module}")))
     imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not {name for name in imported if name.startswith("gqaprune")}
+    assert {name for name in imported if name.startswith("gqaprune")} == siblings
