@@ -137,12 +137,16 @@ def draw_points(rows: Sequence[Row], path: Path) -> None:
     untouched = dense["points"][0]["perplexity"]
     figure = Figure(figsize=(4 * len(untouched), 4), layout="constrained")
     panels = figure.subplots(1, len(untouched), squeeze=False)[0]
+    pruned = (find_row(rows, "full") or dense)["points"][:1]  # which rows of the pruned model share
+    colours = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(_name_mode(row) for row in chosen))}
     for axes, text in zip(panels, untouched, strict=True):
-        for index, row in enumerate(chosen):
-            tokens = [point["tokens"] / 1000 for point in row["points"]]
-            gaps = [compute_gap(point["perplexity"], untouched)[text] for point in row["points"]]
-            style = "k--" if row is dense else f"C{index % 10}" + ("o-" if index < 10 else "s:")
-            axes.plot(tokens, gaps, style, markersize=4, linewidth=1.2, label=row["name"])
+        for row in chosen:
+            points = row["points"] if row["points"][0]["tokens"] == 0 else pruned + row["points"]
+            tokens = [point["tokens"] / 1000 for point in points]
+            gaps = [compute_gap(point["perplexity"], untouched)[text] for point in points]
+            colour = "k" if row is dense else colours[_name_mode(row)]
+            style = "-" if _name_mode(row) == row["name"] else "--"
+            axes.plot(tokens, gaps, f"o{style}", color=colour, markersize=4, linewidth=1.2, label=row["name"])
         axes.set_title(text, fontsize=10)
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.set_xlabel("thousand tokens")
@@ -152,6 +156,11 @@ def draw_points(rows: Sequence[Row], path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     save_figure(figure, path)
+
+
+def _name_mode(row: Row) -> str:
+    """What a row is besides its text: rows that differ in it alone share a colour."""
+    return str(row["name"]).removesuffix(", sampled text")
 
 
 def draw_sweep(rows: Sequence[Row], path: Path) -> None:
