@@ -12,11 +12,13 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from quality_report import format_table, splice
 from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gqaprune
 from gqaprune.checkpoint import measure_weights, save
@@ -63,8 +65,9 @@ import json, sys, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = sys.argv[1], 512, 1, 0
 server, answers = xllamacpp.Server(params), []
+settings = {"max_tokens": 1, "logprobs": 20, "logit_bias": [["a", 1000]]}  # half a character is no answer
 for prompt in json.loads(sys.argv[2]):
-    answer = server.handle_completions({"prompt": prompt, "max_tokens": 1, "logprobs": 20, "temperature": 0})
+    answer = server.handle_completions({"prompt": prompt, **settings})
     likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     answers.append([answer["usage"]["prompt_tokens"], [(each["id"], each["logprob"]) for each in likeliest]])
 print(json.dumps(answers))
@@ -72,43 +75,42 @@ print(json.dumps(answers))
 PROMPT_TOKENS = (5, 8, 12, 16, 24, 32, 48, 64)
 
 
-def measure_llama_cpp(options: argparse.Namespace) -> list[list[str]]:
-    """One line per GGUF format: how far llama.cpp's log-probabilities are from those of the model in memory."""
-    model, tokenizer = gqaprune.load(options.model, dtype="float32")
+def ask_llama_cpp(file: Path, prompts: Sequence[str]) -> list[tuple[int, list[tuple[int, float]]]]:
+    """Of every prompt, its number of tokens as llama.cpp reads it, and its 20 likeliest next tokens.
+
+    Those with their log-probabilities in nats, before the bias that makes the answer a whole character.
+
+    Raises:
+        RuntimeError: if llama.cpp cannot read the file, with what it said last.
+    """
+    command = [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(list(prompts))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{file.name}: {done.stderr[-2000:]}")
+    return [(count, [(token, found) for token, found in answer]) for count, answer in json.loads(done.stdout)]
+
+
+def measure_llama_cpp(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> list[str]:
+    """How far llama.cpp's log-probabilities are from those of the model in memory, on average and at most."""
     windows = read_windows(tokenizer, ["embedded"], max(PROMPT_TOKENS), len(PROMPT_TOKENS), 0)
     prompts = [tokenizer.decode(window[:count]) for window, count in zip(windows, PROMPT_TOKENS, strict=True)]
-    inputs = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
-    with torch.inference_mode():
-        expected = [model.eval()(ids).logits[0, -1].log_softmax(-1) for ids in inputs]
-    lines = []
-    with tempfile.TemporaryDirectory() as temporary:
-        for name in ("gguf-f16", "gguf-q8_0"):
-            save(model, tokenizer, Path(temporary) / name, format=name)
-            (file,) = (Path(temporary) / name).glob("*.gguf")
-            command = [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(prompts)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-            counts, answers = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
-            errors = [
-                abs(log_probabilities[token].item() - found)
-                for log_probabilities, answer in zip(expected, answers, strict=True)
-                for token, found in answer
-            ]
-            is_same = list(counts) == [ids.shape[1] for ids in inputs]
-            line = [name, f"{sum(errors) / len(errors):.1e}", f"{max(errors):.1e}", "yes" if is_same else "**no**"]
-            print(" | ".join(line), flush=True)
-            lines.append(line)
-    return lines
+    errors, is_same = [], True
+    for prompt, (count, answer) in zip(prompts, ask_llama_cpp(file, prompts), strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            expected = model(ids).logits[0, -1].log_softmax(-1)
+        errors += [abs(expected[token].item() - found) for token, found in answer]
+        is_same = is_same and count == ids.shape[1]
+    return [f"{sum(errors) / len(errors):.1e}", f"{max(errors):.1e}", "yes" if is_same else "**no**"]
 
 
-def measure(options: argparse.Namespace) -> list[list[str]]:
-    """One line per format."""
+def measure(options: argparse.Namespace) -> tuple[list[list[str]], list[list[str]]]:
+    """One line per format as transformers loads it, and one per GGUF format as llama.cpp does."""
     model, tokenizer = gqaprune.load(options.model, dtype="float32")
     ids = read_windows(tokenizer, ["embedded"], 128, 2, 0)
     with torch.inference_mode():
         logits = model.eval()(ids).logits
-    lines = []
+    lines, of_llama_cpp = [], []
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         save_file({"ids": ids.contiguous(), "logits": logits.contiguous()}, root / "expected.safetensors")
@@ -138,7 +140,10 @@ def measure(options: argparse.Namespace) -> list[list[str]]:
                 ]
             )
             print(" | ".join(lines[-1]), flush=True)
-    return lines
+            for file in folder.glob("*.gguf"):
+                of_llama_cpp.append([name, *measure_llama_cpp(model, tokenizer, file)])
+                print(" | ".join(of_llama_cpp[-1]), flush=True)
+    return lines, of_llama_cpp
 
 
 def main() -> int:
@@ -149,10 +154,10 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
     options = parser.parse_args()
     header = ["format", "class", "remote code", "weights", "difference of logits", "KL divergence", "cached generation"]
-    lines = measure(options)
+    lines, of_llama_cpp = measure(options)
     table = "\n".join(format_table(header, lines))
     header = ["llama.cpp", "mean difference of log-probabilities", "largest", "as many tokens"]
-    table += "\n\n" + "\n".join(format_table(header, measure_llama_cpp(options)))
+    table += "\n\n" + "\n".join(format_table(header, of_llama_cpp))
     splice(options.results, f"{BEGIN}\n\n{table}\n\n{END}", BEGIN, END, "Formats, loaded without gqaprune")
     return 0
 

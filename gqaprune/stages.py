@@ -31,8 +31,8 @@ Inputs = Mapping[str, Any]
 _ENDING = ".safetensors"
 _RUN = 2**16
 """Values whose bits are summed together: 32 bits times a place in it, added up, stay below 2^63."""
-_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-"""Bytes of a value -> whole numbers as wide."""
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+"""Bytes of a value -> whole numbers as wide, or two of them."""
 _SHOWN = 30
 """Characters of an input that are shown at most when it has changed: hashes and lists are not."""
 

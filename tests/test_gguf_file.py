@@ -1,7 +1,5 @@
 """GGUF files: read back by transformers and by llama.cpp with the same logits and the same tokens."""
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,21 +22,11 @@ from gqaprune.surgery import apply_plan
 
 from tiny import make_model, make_tokenizer
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from formats import ask_llama_cpp
+
 TOKENIZER = make_tokenizer([("e", "d"), ("r", "u")])
-LLAMA_CPP = """
-import json, sys, xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = sys.argv[1], 512, 1, 0
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-server, answers = xllamacpp.Server(params), []
-settings = {"max_tokens": 1, "logprobs": 20, "logit_bias": [["a", 1000]]}  # half a character is no answer
-for prompt in json.loads(sys.argv[2]):
-    answer = server.handle_completions({"prompt": prompt, **settings})
-    likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    answers.append([answer["usage"]["prompt_tokens"], [(each["id"], each["logprob"]) for each in likeliest]])
-print(json.dumps(answers))
-"""
-"""Asks llama.cpp how many tokens each prompt has, and for the log-probabilities of the likeliest next ones."""
 LLAMA_3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 1e4,
@@ -97,10 +85,7 @@ def test_llama_cpp_reads_the_same_model_and_the_same_tokens(
     apply_plan(model, make_plan(model, [[0, 1, 3], [2], [1]], [[3, 9], [1], list(range(20))]))
     write(model, tmp_path / "model.gguf", kind)
     prompts = ["Pruned: 1234 heads", "  def f(x):\n\treturn 'x'", "x" * 40 + " ran the editor"]
-    command = [sys.executable, "-c", LLAMA_CPP, str(tmp_path / "model.gguf"), json.dumps(prompts)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for prompt, (count, likeliest) in zip(prompts, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    for prompt, (count, likeliest) in zip(prompts, ask_llama_cpp(tmp_path / "model.gguf", prompts), strict=True):
         ids = TOKENIZER(prompt, return_tensors="pt")["input_ids"]
         assert count == ids.shape[1]
         expected = model(ids).logits[0, -1].log_softmax(-1)
