@@ -21,6 +21,7 @@ from gqaprune.callbacks import CheckpointExport, KeepRunNote, RunSummary, SplitS
 from gqaprune.checkpoint import check_can_be_folder
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
+from gqaprune.processor import avoid_illegal_instructions
 from gqaprune.progress import console
 from gqaprune.resume import find_run, read_plan
 from gqaprune.tools.export import export
@@ -222,6 +223,7 @@ def _make_tool_parser(tool: Callable[..., None], prog: str | None = None) -> Pru
 
 def main() -> int:
     """Run the command line. Returns the exit code: 1 after an error that the user can mend, said in one sentence."""
+    avoid_illegal_instructions()
     _quiet()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what is half-written goes
     try:
