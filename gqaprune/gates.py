@@ -4,19 +4,21 @@ For a unit that leaves its block through columns C of W with input x, the deriva
 `Σ_t x_tC · ∂L/∂x_tC = Σ_{ij∈C} W_ij · ∂L/∂W_ij`: the summed Taylor term of those columns, with no weight gradient ever
 computed. Gates are multiplied in by a forward-pre-hook, which survives gradient checkpointing and sharding.
 
-Axes in tensor names: B samples, U units, T tokens, C columns.
+Axes in tensor names: B samples, U units, T tokens, C columns, c columns of one unit.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gqaprune.architecture import Block, BlockKey
-from gqaprune.perplexity import sum_token_losses
+from gqaprune.layerwise import run_decoder
+from gqaprune.losses import differentiate_losses
 
 Gates = Mapping[BlockKey, Tensor]
 
@@ -29,12 +31,7 @@ def apply_gates(blocks: Sequence[Block], gates_BU: Gates) -> Iterator[None]:
         blocks: blocks of one model.
         gates_BU: factors of each block, `[batch, units]` or `[1, units]`; blocks without an entry are left alone.
     """
-    with ExitStack() as hooks:
-        for block in blocks:
-            if block.key in gates_BU:
-                hook = _multiply_gate(gates_BU[block.key], block.columns_per_unit)
-                handle = block.output.register_forward_pre_hook(hook)
-                hooks.callback(handle.remove)
+    with _hook_gates(blocks, gates_BU, _multiply_gate):
         yield
 
 
@@ -53,25 +50,30 @@ def compute_gate_gradients(
     Returns:
         Gradients by block, float32 `[batch, units]`, and the mean loss of each sample in nats per token, `[batch]`.
     """
-    device = input_ids.device
     gates_BU = {
-        block.key: torch.ones(len(input_ids), block.units, device=device, requires_grad=True) for block in blocks
+        block.key: torch.ones(len(input_ids), block.units, device=input_ids.device, requires_grad=True)
+        for block in blocks
     }
-    with apply_gates(blocks, gates_BU):
-        logits = model(input_ids=input_ids, use_cache=False).logits
-        losses_B, tokens_B = sum_token_losses(logits, input_ids)
-        losses_B = losses_B / tokens_B
+    with _hook_gates(blocks, gates_BU, _OpenGate.apply):
+        hidden_BTD = run_decoder(model, input_ids)
         # Samples do not touch each other, so the gradient of the sum holds each sample's own gradient.
-        gradients = torch.autograd.grad(losses_B.sum(), list(gates_BU.values()))
-    return dict(zip(gates_BU, gradients, strict=True)), losses_B.detach()
+        losses_B, gradient_BTD = differentiate_losses(model, hidden_BTD, input_ids)
+        gradients = torch.autograd.grad([hidden_BTD], list(gates_BU.values()), [gradient_BTD])
+    return dict(zip(gates_BU, gradients, strict=True)), losses_B
 
 
 @contextmanager
 def freeze_parameters(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients while the context lasts; restores both, also on parameters cut meanwhile."""
+    """Eval mode and no parameter gradients while the context lasts; restores both, also on parameters cut meanwhile.
+
+    A model set to recompute activations in backward passes (`activation_checkpointing_enable`) does so here too.
+    """
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     was_training = model.training
     model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # which recomputes by its own flag; what is in it stays
+            module.training = module.gradient_checkpointing
     model.requires_grad_(False)
     try:
         yield
@@ -81,12 +83,46 @@ def freeze_parameters(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required[name])
 
 
-def _multiply_gate(gate_BU: Tensor, columns_per_unit: int) -> Any:
-    def multiply(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        (x,) = inputs
-        x_BTC = x if x.ndim == 3 else x.unflatten(0, (len(gate_BU), -1))  # MLPs beside experts see no samples
-        gate_B1C = gate_BU.repeat_interleave(columns_per_unit, dim=1)[:, None]
-        # The gate stays float32: its gradient is then summed over tokens in float32 whatever the activations' type.
-        return ((x_BTC * gate_B1C).to(x.dtype).view_as(x),)
+@contextmanager
+def _hook_gates(
+    blocks: Sequence[Block], gates_BU: Gates, pass_gate: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[None]:
+    """Send the input of each block's output projection, `[batch, tokens, units, columns]`, through a gate."""
 
-    return multiply
+    def make_hook(units: int, gate_BU: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            (x,) = inputs
+            x_BTC = x if x.ndim == 3 else x.unflatten(0, (len(gate_BU), -1))  # MLPs beside experts see no samples
+            return (pass_gate(x_BTC.unflatten(-1, (units, -1)), gate_BU).view_as(x),)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            if block.key in gates_BU:
+                hook = make_hook(block.units, gates_BU[block.key])
+                hooks.callback(block.output.register_forward_pre_hook(hook).remove)
+        yield
+
+
+def _multiply_gate(x_BTUc: Tensor, gate_BU: Tensor) -> Tensor:
+    return (x_BTUc * gate_BU[:, None, :, None]).to(x_BTUc.dtype)
+
+
+class _OpenGate(torch.autograd.Function):
+    """A gate of 1: lets its input through as it is; its own gradient is `Σ x · g` over tokens and columns, in float32.
+
+    A product with ones would cost a pass over the activations and a copy of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BTUc: Tensor, gate_BU: Tensor) -> Tensor:
+        """The input itself."""
+        ctx.save_for_backward(x_BTUc)
+        return x_BTUc.view_as(x_BTUc)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient as it is, and its products with the input."""
+        (x_BTUc,), (gradient_BTUc,) = ctx.saved_tensors, gradients
+        return gradient_BTUc, (x_BTUc.float() * gradient_BTUc.float()).sum((1, 3))

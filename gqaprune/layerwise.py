@@ -1,7 +1,7 @@
 """Runs the decoder layer by layer over many batches, so that only one layer's inputs are held at a time.
 
 Or enters a forward of the model in its middle, so that what comes before a changed layer is not computed again:
-`record_layer_inputs` once, then `resume_at`.
+`record_layer_inputs` once, then `resume_at`. Or runs the decoder and the head apart: `run_decoder`, `run_head`.
 
 Reconstruction and the criteria that look at activations walk a model this way: `embed_batches` once, then for every
 layer `run_layer` on each stream, whose output is the next layer's input. A consumer hooks or changes the layer between
@@ -117,13 +117,37 @@ def record_layer_inputs(model: PreTrainedModel, batch_BT: Tensor) -> list[Tensor
 def resume_at(model: PreTrainedModel, index: int, hidden_BTD: Tensor) -> Iterator[None]:
     """Forwards of the model enter decoder layer `index` with these hidden states; the layers before it do nothing.
 
-    With `index` the number of layers, only the model's head runs.
+    With `index` the number of layers, only the model's head runs. Contexts nest: the innermost one counts.
     """
     with ExitStack() as restored:
         for layer in get_layers(model)[:index]:
+            if "forward" in layer.__dict__:
+                restored.callback(setattr, layer, "forward", layer.forward)
+            else:
+                restored.callback(layer.__dict__.pop, "forward")
             layer.forward = lambda *_, **__: hidden_BTD
-            restored.callback(layer.__dict__.pop, "forward")
         yield
+
+
+def run_decoder(model: PreTrainedModel, batch_BT: Tensor) -> Tensor:
+    """Output of the last decoder layer for token ids, `[batch, tokens, width]`, with its graph where there is one."""
+    outputs_BTD: list[Tensor] = []
+    last = get_layers(model)[-1]
+    handle = last.register_forward_hook(lambda _, __, output: outputs_BTD.append(_get_hidden(output)))
+    try:
+        model.base_model(input_ids=batch_BT, use_cache=False)
+    finally:
+        handle.remove()
+    return outputs_BTD[0]
+
+
+def run_head(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
+    """Logits `[batch, tokens, vocabulary]` of what the last decoder layer gave: final norm, head, scaling."""
+    # Any token ids of that shape: what becomes of them is thrown away.
+    ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden_BTD.device)
+    with resume_at(model, len(get_layers(model)), hidden_BTD):
+        logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False).logits
+    return logits_BTV
 
 
 def _get_hidden(output: Any) -> Tensor:

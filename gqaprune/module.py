@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, get_scheduler
 from gqaprune.architecture import get_layers
 from gqaprune.distillation import measure_distance, measure_divergence, measure_divergence_from_top
 from gqaprune.loading import load_model
+from gqaprune.losses import measure_losses
 from gqaprune.perplexity import Perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.recovery import RecoveryConfig, add_adapters
@@ -322,7 +323,9 @@ class CausalLMModule(LightningModule):
         self._perplexity = {label: Perplexity().to(self.device) for label in labels}
 
     def _update_perplexity(self, batch: Batch, dataloader_idx: int) -> None:
-        list(self._perplexity.values())[dataloader_idx].update(self(batch["input_ids"]), batch["labels"])
+        list(self._perplexity.values())[dataloader_idx].update(
+            *measure_losses(self.model, batch["input_ids"], batch["labels"])
+        )
 
     def _log_perplexity(self) -> None:
         for label, metric in self._perplexity.items():

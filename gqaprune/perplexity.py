@@ -5,15 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere
+from gqaprune.losses import measure_losses
 from gqaprune.progress import track
-
-IGNORED = -100
-"""Label of tokens that are context only."""
 
 Evaluation = Mapping[str, Sequence[Mapping[str, Tensor]]]
 """Corpus name -> batches of `input_ids` and `labels`."""
@@ -37,37 +34,19 @@ class Perplexity(Metric):
         self.add_state("loss_sum", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("token_count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch.
+    def update(self, losses_B: Tensor, tokens_B: Tensor) -> None:
+        """Add a batch, as `losses.measure_losses` or `losses.sum_token_losses` give it.
 
         Args:
-            logits: `[batch, tokens, vocabulary]`; position t predicts label t + 1.
-            labels: `[batch, tokens]`, `IGNORED` where a token is context only.
+            losses_B: sum of the negative log-likelihoods of each sample, in nats, `[batch]`.
+            tokens_B: numbers of scored tokens, `[batch]`.
         """
-        losses_B, tokens_B = sum_token_losses(logits, labels)
         self.loss_sum += losses_B.double().sum()
         self.token_count += tokens_B.sum()
 
     def compute(self) -> Tensor:
         """Perplexity so far; NaN if no token was scored."""
         return torch.exp(self.loss_sum / self.token_count)
-
-
-def sum_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of every sample.
-
-    Args:
-        logits: `[batch, tokens, vocabulary]`.
-        labels: `[batch, tokens]`.
-
-    Returns:
-        Sums in nats, float32 `[batch]`, and numbers of scored tokens, `[batch]`.
-    """
-    targets = labels[:, 1:]
-    losses = functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.view_as(targets).sum(1), (targets != IGNORED).sum(1)
 
 
 @torch.inference_mode()
@@ -102,9 +81,9 @@ def measure_perplexity(
             for start in track(range(0, len(batches), world_size), f"{description}: {name}", "batches"):
                 index = min(start + rank, len(batches) - 1)
                 batch = batches[index]
-                logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
+                losses = measure_losses(model, batch["input_ids"].to(device), batch["labels"].to(device))
                 if start + rank < len(batches):
-                    metric.update(logits, batch["labels"].to(device))
+                    metric.update(*losses)
                 if not overflow and not torch.isfinite(metric.loss_sum):
                     overflow = f"batch {index}"
             if is_true_anywhere(bool(overflow), device):

@@ -21,7 +21,7 @@ from gqaprune.architecture import Block, BlockKey, compute_addition, find_adder,
 from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
 from gqaprune.gates import freeze_parameters
 from gqaprune.layerwise import record_layer_inputs, resume_at
-from gqaprune.perplexity import sum_token_losses
+from gqaprune.losses import measure_losses
 from gqaprune.plan import Geometry
 from gqaprune.progress import track
 from gqaprune.replace import write_atomically
@@ -318,7 +318,7 @@ def _check_finite(values: Mapping[Any, float]) -> None:
 def _measure_loss(model: PreTrainedModel, layer: int, hidden_BTD: Tensor, batch_BT: Tensor) -> float:
     """Mean loss in nats per token of a forward that enters decoder layer `layer` with hidden states."""
     with resume_at(model, layer, hidden_BTD):
-        losses_B, tokens_B = sum_token_losses(model(input_ids=batch_BT, use_cache=False).logits, batch_BT)
+        losses_B, tokens_B = measure_losses(model, batch_BT, batch_BT)
     return float(losses_B.double().sum() / tokens_B.sum())
 
 

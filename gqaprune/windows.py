@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gqaprune.corpora import SEPARATOR, Corpus, parse_corpus, read_corpus
-from gqaprune.perplexity import IGNORED
+from gqaprune.losses import IGNORED
 
 Batch = dict[str, Tensor]
 """`input_ids` and `labels`, each `[batch, tokens]`; labels are `IGNORED` where a token is context only.

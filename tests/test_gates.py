@@ -60,16 +60,23 @@ def test_losses_are_mean_nats_per_token() -> None:
     assert float(losses) == pytest.approx(float(functional.cross_entropy(logits, tokens[0, 1:])), rel=1e-5)
 
 
-def test_gradients_survive_gradient_checkpointing() -> None:
-    model, tokens = make_model("mistral"), make_tokens()
+def test_gradients_are_the_same_where_activations_are_recomputed_and_dropout_stays_off() -> None:
+    model, tokens, calls = make_model("mistral"), make_tokens(), []
     blocks = find_blocks(model)
+    model.train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     with freeze_parameters(model):
         plain, _ = compute_gate_gradients(model, blocks, tokens)
-        model.activation_checkpointing_enable()
-        model.train()  # checkpointing works in train mode only; these models have no dropout
-        checkpointed, _ = compute_gate_gradients(model, blocks, tokens)
+    assert len(calls) == 3
+    model.activation_checkpointing_enable()
+    with freeze_parameters(model):
+        recomputed, _ = compute_gate_gradients(model, blocks, tokens)
+    assert len(calls) == 3 * 3
+    assert all(module.training for module in model.modules())
     for key, gradient in plain.items():
-        torch.testing.assert_close(checkpointed[key], gradient)
+        torch.testing.assert_close(recomputed[key], gradient)
 
 
 def test_bfloat16_models_give_float32_gradients() -> None:

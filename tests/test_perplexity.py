@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from gqaprune.perplexity import IGNORED, Perplexity, measure_perplexity, sum_token_losses
+from gqaprune.losses import IGNORED, sum_token_losses
+from gqaprune.perplexity import Perplexity, measure_perplexity
 from gqaprune.windows import cut_windows, make_batches
 
 from tiny import make_model, make_tokens
@@ -33,7 +34,7 @@ def test_metric_is_exp_of_the_mean_token_loss_of_a_model() -> None:
     model, tokens = make_model("qwen2"), make_tokens(3, 12)
     metric = Perplexity()
     with torch.no_grad():
-        metric.update(model(tokens).logits, tokens)
+        metric.update(*sum_token_losses(model(tokens).logits, tokens))
     losses = [loss for ids in tokens for loss in list_model_losses(model, ids)]
     assert len(losses) == 3 * 11
     assert float(metric.compute()) == pytest.approx(math.exp(mean(losses)), rel=1e-5)
@@ -43,7 +44,7 @@ def test_metric_weighs_batches_by_their_tokens() -> None:
     metric, losses = Perplexity(), []
     for batch, length in ((1, 3), (4, 9)):
         logits, labels = torch.randn(batch, length, 7) * 3, torch.randint(0, 7, (batch, length))
-        metric.update(logits, labels)
+        metric.update(*sum_token_losses(logits, labels))
         for sample in range(batch):
             losses += list_token_losses(logits[sample], labels[sample].tolist())
     assert float(metric.compute()) == pytest.approx(math.exp(mean(losses)), rel=1e-6)
@@ -51,7 +52,7 @@ def test_metric_weighs_batches_by_their_tokens() -> None:
 
 def test_metric_of_logits_that_know_nothing_is_the_size_of_the_vocabulary() -> None:
     metric = Perplexity()
-    metric.update(torch.zeros(2, 5, 37), torch.randint(0, 37, (2, 5)))
+    metric.update(*sum_token_losses(torch.zeros(2, 5, 37), torch.randint(0, 37, (2, 5))))
     assert float(metric.compute()) == pytest.approx(37)
 
 
@@ -60,7 +61,7 @@ def test_metric_does_not_count_ignored_labels() -> None:
     labels[0, :4] = IGNORED
     labels[1, 5] = IGNORED
     metric = Perplexity()
-    metric.update(logits, labels)
+    metric.update(*sum_token_losses(logits, labels))
     scores = log_softmax(logits.double(), dim=-1)
     scored = [(0, 4), (0, 5), (1, 1), (1, 2), (1, 3), (1, 4)]
     losses = [-float(scores[sample, position - 1, labels[sample, position]]) for sample, position in scored]
@@ -71,38 +72,23 @@ def test_metric_does_not_count_ignored_labels() -> None:
 def test_metric_does_not_change_by_windows_without_labels() -> None:
     logits, labels = torch.randn(2, 6, 11), torch.randint(0, 11, (2, 6))
     metric = Perplexity()
-    metric.update(logits, labels)
+    metric.update(*sum_token_losses(logits, labels))
     before = metric.compute()
-    metric.update(torch.randn(3, 6, 11), torch.full((3, 6), IGNORED))
+    metric.update(*sum_token_losses(torch.randn(3, 6, 11), torch.full((3, 6), IGNORED)))
     assert metric.compute() == before
 
 
 def test_metric_is_nan_before_any_token_is_scored() -> None:
     metric = Perplexity()
-    metric.update(torch.randn(1, 4, 5), torch.full((1, 4), IGNORED))
+    metric.update(*sum_token_losses(torch.randn(1, 4, 5), torch.full((1, 4), IGNORED)))
     assert math.isnan(metric.compute())
 
 
 def test_metric_adds_small_losses_to_large_sums() -> None:
     metric = Perplexity()
     metric.loss_sum += 1e9
-    metric.update(torch.zeros(1, 2, 2), torch.ones(1, 2, dtype=torch.long))
+    metric.update(*sum_token_losses(torch.zeros(1, 2, 2), torch.ones(1, 2, dtype=torch.long)))
     assert float(metric.loss_sum) - 1e9 == pytest.approx(math.log(2), rel=1e-5)
-
-
-def test_losses_are_summed_and_counted_sample_by_sample() -> None:
-    logits, labels = torch.randn(2, 5, 9), torch.randint(0, 9, (2, 5))
-    labels[1, :3] = IGNORED
-    sums, counts = sum_token_losses(logits, labels)
-    assert counts.tolist() == [4, 2]
-    assert float(sums[0]) == pytest.approx(sum(list_token_losses(logits[0], labels[0].tolist())), rel=1e-5)
-
-
-def test_losses_of_bfloat16_logits_are_computed_in_float32() -> None:
-    logits, labels = (torch.randn(1, 50, 300) * 4).bfloat16(), torch.randint(0, 300, (1, 50))
-    sums, _ = sum_token_losses(logits, labels)
-    assert sums.dtype == torch.float32
-    assert float(sums[0]) == pytest.approx(sum(list_token_losses(logits[0], labels[0].tolist())), rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import gqaprune.sensitivity as sensitivity_module
 from gqaprune.architecture import BlockKey, find_blocks, get_layers, read_geometry
-from gqaprune.perplexity import sum_token_losses
+from gqaprune.losses import sum_token_losses
 from gqaprune.sensitivity import SENSITIVITIES, Origin, Sensitivity, measure_sensitivity
 
 from tiny import WHOLE_MLP, make_model, make_tokens

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gqaprune import windows
 from gqaprune.corpora import SEPARATOR, Corpus
-from gqaprune.perplexity import IGNORED
+from gqaprune.losses import IGNORED
 from gqaprune.windows import cut_windows, make_batches, read_windows, sample_windows, tokenize_corpus
 
 DOCUMENTS = [f"Document {number} says {'so ' * (number % 7)}much.\n" for number in range(300)]

@@ -25,7 +25,8 @@ from gqaprune.architecture import BlockKey
 from gqaprune.criteria.backward import BackwardCriterion
 from gqaprune.criteria.base import REDUCTIONS, Calibration, Scores, ScoringOptions
 from gqaprune.criteria.weights import Member, find_members
-from gqaprune.perplexity import sum_token_losses
+from gqaprune.layerwise import run_decoder
+from gqaprune.losses import differentiate_losses
 
 
 class GradientCriterion(BackwardCriterion):
@@ -76,11 +77,10 @@ class GradientCriterion(BackwardCriterion):
         losses = []
         for index, pass_BT in enumerate(passes):
             self.folds = ends_window and index == len(passes) - 1
-            logits = self.calibration.model(input_ids=pass_BT, use_cache=False).logits
-            losses_B, tokens_B = sum_token_losses(logits, pass_BT)
-            losses_B = losses_B / tokens_B
-            losses_B.sum().backward()
-            losses.append(losses_B.detach())
+            hidden_BTD = run_decoder(self.calibration.model, pass_BT)
+            losses_B, gradient_BTD = differentiate_losses(self.calibration.model, hidden_BTD, pass_BT)
+            hidden_BTD.backward(gradient_BTD)
+            losses.append(losses_B)
         return torch.cat(losses)
 
     def fold(self, key: BlockKey, members: dict[int, Member], weight: Tensor) -> None:

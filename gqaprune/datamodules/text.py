@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.corpora import HUB, Corpus, parse_corpus, read_corpus
 from gqaprune.loading import load_tokenizer
-from gqaprune.perplexity import IGNORED
+from gqaprune.losses import IGNORED
 from gqaprune.sampling import sample_from_model
 from gqaprune.windows import Batch, cut_windows, make_batches, read_windows, tokenize_corpus
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gqaprune.datamodules import TextDataModule
 from gqaprune.loading import load_model
-from gqaprune.perplexity import IGNORED
+from gqaprune.losses import IGNORED
 from gqaprune.sampling import sample_from_model
 
 LINES = [f"Line {number} of the book, as it was written.\n" for number in range(200)]

@@ -1,0 +1,110 @@
+"""Losses of a causal LM's tokens, without the logits of a whole batch at once.
+
+The head runs over a piece of the window at a time: a vocabulary of 128,000 makes the logits of 2,048 tokens a gibibyte
+in float32, and their gradient and softmax as much again.
+
+Axes in tensor names: B samples, T tokens, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from gqaprune.architecture import get_layers
+from gqaprune.layerwise import run_decoder, run_head
+
+IGNORED = -100
+"""Label of tokens that are context only."""
+
+_PIECE_LOGITS = 2**24
+"""Logits that exist at once, in float32 64 MiB; more are no faster."""
+
+
+def sum_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of every sample.
+
+    Args:
+        logits: `[batch, tokens, vocabulary]`; position t predicts label t + 1.
+        labels: `[batch, tokens]`, `IGNORED` where a token is context only.
+
+    Returns:
+        Sums in nats, float32 `[batch]`, and numbers of scored tokens, `[batch]`.
+    """
+    return _sum_losses(logits[:, :-1], labels[:, 1:]), count_scored(labels)
+
+
+def count_scored(labels: Tensor) -> Tensor:
+    """Numbers of tokens that have a loss, `[batch]`, of labels `[batch, tokens]`: the first of a window has none."""
+    return (labels[:, 1:] != IGNORED).sum(1)
+
+
+def measure_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What `sum_token_losses` gives of a model's logits, a piece of them at a time; without gradients.
+
+    Of a model that is split over devices, whose parts are whole only within its own forward, all logits exist at once.
+
+    Args:
+        model: the causal LM.
+        input_ids: tokens `[batch, tokens]`.
+        labels: `[batch, tokens]`.
+    """
+    if _is_split(model):
+        return sum_token_losses(model(input_ids=input_ids, use_cache=False).logits, labels)
+    with torch.no_grad():
+        hidden_BTD = run_decoder(model, input_ids)
+        sums_B = torch.zeros(len(labels), device=labels.device)
+        for piece in _cut_pieces(model, labels):
+            sums_B += _sum_losses(run_head(model, hidden_BTD[:, piece]), labels[:, 1:][:, piece])
+    return sums_B, count_scored(labels)
+
+
+def differentiate_losses(model: PreTrainedModel, hidden_BTD: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Every sample's mean loss and its gradient by the output of the last decoder layer.
+
+    The second half of a forward pass and the first of a backward pass, piece by piece; `hidden_BTD.backward(gradient)`
+    is the other. Parameters must not require gradients.
+
+    Args:
+        model: the causal LM.
+        hidden_BTD: what `run_decoder` gave, `[batch, tokens, width]`.
+        labels: `[batch, tokens]`.
+
+    Returns:
+        Mean losses in nats per token, float32 `[batch]`, and the gradient of their sum, `[batch, tokens, width]`.
+    """
+    tokens_B = count_scored(labels)
+    losses_B = torch.zeros(len(labels), device=labels.device)
+    gradient_BTD = torch.zeros_like(hidden_BTD)
+    for piece in _cut_pieces(model, labels):
+        part_BTD = hidden_BTD.detach()[:, piece].requires_grad_()
+        with torch.enable_grad():
+            part_B = _sum_losses(run_head(model, part_BTD), labels[:, 1:][:, piece]) / tokens_B
+        (gradient_BTD[:, piece],) = torch.autograd.grad(part_B.sum(), [part_BTD])
+        losses_B += part_B.detach()
+    return losses_B, gradient_BTD
+
+
+def _sum_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    losses = functional.cross_entropy(
+        logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view_as(targets_BT).sum(1)
+
+
+def _cut_pieces(model: PreTrainedModel, labels: Tensor) -> Iterator[slice]:
+    """Runs of positions that predict a token, so short that their logits are few."""
+    batch, last = len(labels), labels.shape[1] - 1
+    size = max(1, _PIECE_LOGITS // (batch * model.config.vocab_size))
+    return (slice(start, min(start + size, last)) for start in range(0, last, size))
+
+
+def _is_split(model: PreTrainedModel) -> bool:
+    """Whether a strategy has split the weights over devices: FSDP2, FSDP or DeepSpeed's stage 3."""
+    if any(isinstance(layer, FullyShardedDataParallel) for layer in get_layers(model)):
+        return True
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
