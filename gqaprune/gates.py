@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gqaprune.architecture import Block, BlockKey
 from gqaprune.perplexity import sum_token_losses
@@ -68,10 +69,17 @@ def compute_gate_gradients(
 
 @contextmanager
 def freeze_parameters(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients while the context lasts; restores both, also on parameters cut meanwhile."""
+    """Eval mode and no parameter gradients while the context lasts; restores both, also on parameters cut meanwhile.
+
+    Where gradient checkpointing is on, it stays so: transformers' layers ask for their own training mode. What is in
+    them, dropout among it, is in eval mode like all else.
+    """
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     was_training = model.training
     model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = module.gradient_checkpointing
     model.requires_grad_(False)
     try:
         yield

@@ -60,14 +60,19 @@ def test_losses_are_mean_nats_per_token() -> None:
     assert float(losses) == pytest.approx(float(functional.cross_entropy(logits, tokens[0, 1:])), rel=1e-5)
 
 
-def test_gradients_survive_gradient_checkpointing() -> None:
-    model, tokens = make_model("mistral"), make_tokens()
-    blocks = find_blocks(model)
+@pytest.mark.parametrize("is_training", [False, True])
+def test_gradient_checkpointing_is_in_effect_and_changes_no_gradient(is_training: bool) -> None:
+    model, tokens = make_model("mistral").train(is_training), make_tokens()
+    blocks, runs = find_blocks(model), []
     with freeze_parameters(model):
         plain, _ = compute_gate_gradients(model, blocks, tokens)
-        model.activation_checkpointing_enable()
-        model.train()  # checkpointing works in train mode only; these models have no dropout
+    blocks[0].output.register_forward_pre_hook(lambda *_: runs.append(1))
+    model.activation_checkpointing_enable()
+    with freeze_parameters(model):
         checkpointed, _ = compute_gate_gradients(model, blocks, tokens)
+        assert not any(module.training for module in blocks[0].output.modules())
+    assert len(runs) == 2, "a layer runs again in the backward pass"
+    assert {module.training for module in model.modules()} == {is_training}
     for key, gradient in plain.items():
         torch.testing.assert_close(checkpointed[key], gradient)
 
