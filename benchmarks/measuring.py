@@ -1,0 +1,94 @@
+"""What the benchmarks of speed share: models of random weights, peak memory, and words for a machine."""
+
+import copy
+import ctypes
+import gc
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peers import read_peak_rss, read_versions
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
+
+GEOMETRIES: Mapping[str, PretrainedConfig] = {
+    "llama-3-8b": LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+    ),
+    "qwen2.5-7b": Qwen2Config(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+        max_position_embeddings=32768,
+    ),
+    "tiny": LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+    ),
+}
+"""Shapes of models by name; `tiny` is for tests."""
+
+
+def make_model(config: PretrainedConfig, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """A model of random weights, made where it stays."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        own = copy.deepcopy(config)  # pruning changes it
+        return AutoModelForCausalLM.from_config(own, dtype=dtype).eval()
+
+
+def make_tokens(config: PretrainedConfig, windows: int, length: int) -> Tensor:
+    """Random token ids `[windows, length]`, the same every time."""
+    return torch.randint(config.vocab_size, (windows, length), generator=torch.Generator().manual_seed(0))
+
+
+def start_peak(device: str) -> int:
+    """Let go of what is unused and watch peak memory from now on; bytes in use.
+
+    On a GPU those of torch's tensors. Else the whole process's: Linux is asked to begin its mark anew.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # else freed weights count on
+    Path("/proc/self/clear_refs").write_text("5")
+    return read_peak_rss()
+
+
+def read_peak(device: str) -> int:
+    """Largest number of bytes in use since `start_peak`."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else read_peak_rss()
+
+
+def read_clock(device: str) -> float:
+    """Seconds, once a device is done; of the processor where one thread does all, so that other work counts little."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def describe_machine(device: str) -> str:
+    """What was measured on, in words."""
+    versions = read_versions(["torch", "transformers"])
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    place = f"{cores} CPU cores, {threads} thread" + ("s" if threads > 1 else ", seconds of the processor")
+    if device == "cuda":
+        place = f"one {torch.cuda.get_device_name()}"
+    return f"{place}; torch {versions['torch']}, transformers {versions['transformers']}"

@@ -1,0 +1,243 @@
+"""benchmarks/inference.py, growth.py and gpu.py: what they measure on tiny models, and what their tables say."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu
+import growth
+import inference
+import inference_report
+import measuring
+
+import gqaprune
+
+CASE = inference_report.Case("tiny", "float32", "cpu", 32, 4)
+VARIANTS = {
+    "rounded": {"rate": 0.2, "channel_multiple": 8},
+    "own widths": {"rate": 0.2, "channel_multiple": 8, "allocation": "global"},
+    "groups": {"rate": 0.0, "kv_rate": 0.5},
+}
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch) -> list[inference_report.Result]:
+    peaks = iter((1000, 900, 800, 700))
+    monkeypatch.setattr(inference, "measure_peak_apart", lambda case, settings: next(peaks))
+    return inference.measure(CASE, VARIANTS, turns=2)
+
+
+def test_the_caches_tensors_are_as_large_as_the_plans_shapes_say(results: list[inference_report.Result]) -> None:
+    dense = 2 * 8 * 2 * 16 * 4 * (32 + 4)  # keys and values, layers, KV heads, features, bytes, tokens
+    assert {run.cache_bytes for result in results for run in result.dense} == {dense}
+    for result, expected in zip(results, (dense, dense, dense // 2), strict=True):
+        assert {run.cache_bytes for run in result.pruned} == {expected}
+        assert result.cache == expected
+
+
+def test_variants_are_cut_in_all_layers_and_stand_beside_the_dense_model(
+    results: list[inference_report.Result],
+) -> None:
+    rounded, own, groups = results
+    assert rounded.widths == (112, 112) and rounded.removed == pytest.approx(0.214, abs=0.001)
+    assert own.widths[0] < own.widths[1] and own.widths[0] % 8 == own.widths[1] % 8 == 0
+    assert groups.widths == (160, 160) and groups.removed > 0.1
+    assert [result.peaks for result in results] == [(1000, 900), (1000, 800), (1000, 700)]
+    for result in results:
+        assert len(result.dense) == len(result.pruned) == 2
+        assert all(run.prefill > 0 and run.decode > 0 for run in [*result.dense, *result.pruned])
+        assert all(1 < ideal < 1.5 for ideal in result.ideal.values()) and result.weights[1] < result.weights[0]
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_ideal_work_is_that_of_the_weights_a_token_meets(is_tied: bool) -> None:
+    config = measuring.GEOMETRIES["tiny"].__class__(**measuring.GEOMETRIES["tiny"].to_dict())
+    config.tie_word_embeddings = is_tied
+    model = measuring.make_model(config, torch.float32, "cpu")
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    weights = sum(linear.weight.numel() for linear in linears)
+    head = model.lm_head.weight.numel()
+    norms = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
+    cache_bytes = 2 * 8 * 2 * 16 * 4 * (32 + 2)
+    work = inference.count_work(model, CASE)
+    assert work == {"prefill": (weights - head) * 32 + head, "decode": 4 * (weights + norms) + cache_bytes}
+
+
+def test_a_run_writes_what_generate_writes() -> None:
+    model, _ = inference.load(CASE, VARIANTS["own widths"])
+    prompt_BT, seen = measuring.make_tokens(model.config, 1, 32), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    inference.run(model, prompt_BT, 4)
+    written = torch.cat(seen, dim=1)
+    model.generation_config.eos_token_id = None
+    assert torch.equal(written, model.generate(prompt_BT, max_new_tokens=4, do_sample=False))
+
+
+def test_every_variant_is_a_valid_config() -> None:
+    for settings in inference.VARIANTS.values():
+        assert gqaprune.PruningConfig(**settings).removes_something
+
+
+def make_result(**changes: Any) -> inference_report.Result:
+    run = inference_report.Run
+    return inference_report.Result(
+        **{
+            "name": "mine",
+            "dense": [run(1.0, 2.0, 4096), run(2.0, 2.0, 4096), run(4.0, 2.0, 4096)],
+            "pruned": [run(0.5, 2.0, 2048), run(1.6, 2.0, 2048), run(3.2, 1.0, 2048)],
+            "ideal": {"prefill": 1.25, "decode": 2.0},
+            "peaks": (4 * 2**20, 3 * 2**20),
+            "weights": (2 * 2**20, 2**20),
+            "cache": 2048,
+            "widths": (8, 16),
+            "removed": 0.2,
+        }
+        | changes
+    )
+
+
+def test_tables_give_speed_up_ideal_and_the_share_of_it() -> None:
+    text = inference_report.describe([make_result()], CASE)
+    assert (
+        "| mine | 20.0% | 8 to 16 | 16.0 (8.0 to 32.0) | 20.0 (10.0 to 64.0) | 1.25 (1.25 to 2.00) | 1.25 | 1.00 |"
+        in text
+    )
+    assert "| 1.00 (1.00 to 2.00) | 2.00 | 0.50 |" in text
+    assert "| mine | 1 MiB (0.50) | 3 MiB (0.75) | 2,048 | 2,048 | 0.50 |" in text
+    assert "weights 2 MiB, peak 4 MiB, KV cache 4,096 bytes" in text
+    equal = inference_report.build_speed_line(make_result(widths=(8, 8)), CASE, "prefill")
+    assert equal[2] == "8"
+
+
+def test_peak_memory_is_that_since_the_start() -> None:
+    begun = measuring.start_peak("cpu")
+    torch.ones(2**24).sum()
+    assert measuring.read_peak("cpu") - begun > 2**26 * 0.9
+    assert measuring.start_peak("cpu") - begun < 2**25
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_seconds_of_one_thread_are_the_processors(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    begun = measuring.read_clock("cpu")
+    time.sleep(0.3)
+    waited = measuring.read_clock("cpu") - begun
+    said = measuring.describe_machine("cpu")
+    torch.set_num_threads(before)
+    assert waited < 0.1 if threads == 1 else waited >= 0.3
+    assert ("seconds of the processor" in said) == (threads == 1)
+
+
+def test_random_models_share_no_config() -> None:
+    first, second = (measuring.make_model(measuring.GEOMETRIES["tiny"], torch.bfloat16, "cpu") for _ in range(2))
+    assert first.config is not second.config and first.dtype == torch.bfloat16
+    assert torch.equal(first.lm_head.weight, second.lm_head.weight)
+
+
+def test_the_exponent_of_a_power_is_found() -> None:
+    sizes = [2.0, 4.0, 8.0, 16.0]
+    assert growth.fit_exponent(sizes, [3 * size**1.7 for size in sizes]) == pytest.approx(1.7)
+    noisy = [seconds * factor for seconds, factor in zip(sizes, (1.1, 0.9, 0.9, 1.1), strict=True)]
+    assert growth.fit_exponent(sizes, noisy) == pytest.approx(1.0)
+
+
+def make_points() -> growth.Points:
+    return {
+        "layers": [(size, {"scores of fisher": size**1.0, "least squares": 2.0 * size}) for size in (2, 4, 8)],
+        "width": [(size, {"scores of fisher": size**2.0, "least squares": size**3.0}) for size in (128, 256)],
+    }
+
+
+def test_growth_is_told_and_drawn_by_exponents(tmp_path: Path) -> None:
+    text = growth.describe(make_points(), growth.BASE, 3)
+    assert "| exponent (seconds) | layers, 2 to 8 | width, 128 to 256 |" in text
+    assert "| scores of fisher | 1.00 (2.00 to 8.00) | 2.00 (16384.00 to 65536.00) |" in text
+    assert "| least squares | 1.00 (4.00 to 16.00) | 3.00 (" in text
+    assert "2 layers, width 256, 2,048 tokens" in text and "3 turns" in text
+    growth.draw(make_points(), tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 5000
+
+
+def test_growth_measures_every_part_at_every_size() -> None:
+    base = growth.Size(1, 128, 256)
+    points = growth.measure(base, {"layers": (1, 2), "tokens": (256,)}, turns=1)
+    assert [size for size, _ in points["layers"]] == [1, 2] and [size for size, _ in points["tokens"]] == [256]
+    parts = {"scores of fisher", "scores of obs", "least squares", "least squares and refinement"}
+    assert all(set(seconds) == parts for own in points.values() for _, seconds in own)
+    assert all(value > 0 for own in points.values() for _, seconds in own for value in seconds.values())
+
+
+def run_tiny(cap: int | None = None) -> list[gpu.Row]:
+    rows: list[gpu.Row] = []
+    gpu.run_stages("tiny", cap, "cpu", rows.append)
+    return rows
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("no more")
+
+
+def test_every_stage_of_a_geometry_is_measured() -> None:
+    rows = run_tiny()
+    assert [row.stage for row in rows] == list(gpu.STAGES)
+    assert all(row.seconds > 0 and row.peak > 2**20 and row.outcome == "done" for row in rows)
+
+
+@pytest.mark.parametrize("part", ["fisher", "both", "repair"])
+def test_a_stage_that_does_not_fit_says_so_and_the_others_go_on(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if part == "repair":
+        monkeypatch.setattr(gpu, "apply_plan_with_repair", fail)
+    else:
+        real: Callable[..., Any] = gpu.score_units
+        broken = ("fisher",) if part == "fisher" else ("fisher", "obs")
+        monkeypatch.setattr(gpu, "score_units", lambda m, b, x, name: (fail if name in broken else real)(m, b, x, name))
+    failed = {"fisher": [1], "both": [1, 2], "repair": [3]}[part]
+    outcomes = [row.outcome for row in run_tiny()]
+    assert outcomes == ["**out of memory**" if index in failed else "done" for index in range(4)]
+
+
+def test_a_cap_makes_layers_checkpoint_their_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, real = [], gpu.score_units
+    monkeypatch.setattr(
+        gpu, "score_units", lambda model, *rest: seen.append(model.is_activation_checkpointing) or real(model, *rest)
+    )
+    run_tiny()
+    run_tiny(cap=24)
+    assert seen == [False, False, True, True]
+
+
+def test_the_plan_of_the_scores_removes_what_the_config_says() -> None:
+    model = measuring.make_model(measuring.GEOMETRIES["tiny"], torch.float32, "cpu")
+    config = gqaprune.PruningConfig(criterion="l2", repair="none", repair_epochs=0)
+    scores = gpu.score_units(model, gpu.select_blocks(model, config), [], "l2")
+    assert gpu.choose_units(model, config, scores).layers == gqaprune.prune(model, [], config)[0].layers
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
+def test_what_time_left_out_says_so(seconds: float) -> None:
+    rows = gpu.run_apart("tiny", None, "cpu", seconds)
+    assert [(row.stage, row.outcome) for row in rows] == [(stage, "no time left") for stage in gpu.STAGES]
+
+
+def test_a_run_ends_with_its_table_which_results_have_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--device", "cpu", "--geometry", "tiny", "--results", str(tmp_path / "r.md")]) == 0
+    text, printed = (tmp_path / "r.md").read_text(), capsys.readouterr().out.rstrip()
+    lines = printed.splitlines()[-4:]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {stage}" for stage in gpu.STAGES]
+    assert all(line.endswith("| done |") and line in text for line in lines)
+    assert "<!-- gpu-tiny:begin -->" in text and "4 windows of 32 random tokens" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu_it_says_what_can_be_tried(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no CUDA device: .* --device cpu --geometry tiny"):
+        gpu.main(["--results", str(tmp_path / "r.md")])
