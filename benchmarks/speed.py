@@ -56,7 +56,8 @@ def run_plain_perplexity(model: PreTrainedModel, batches: Batches) -> None:
 
 def run_perplexity(model: PreTrainedModel, batches: Batches) -> None:
     """gqaprune's, on the same batches."""
-    measure_perplexity(model, {"text": make_batches(torch.cat(list(batches)), torch.cat(list(batches)), len(batches[0]))})
+    windows = torch.cat(list(batches))
+    measure_perplexity(model, {"text": make_batches(windows, windows, len(batches[0]))})
 
 
 def keep_gradients(model: PreTrainedModel, batches: Batches) -> None:
