@@ -15,14 +15,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from gqaprune.callbacks import CheckpointExport, KeepRunNote, RunSummary, SplitSearch, TaylorPruning
 from gqaprune.checkpoint import check_can_be_folder
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.progress import console
-from gqaprune.resume import find_run, read_plan
+from gqaprune.resume import find_run, read_plan, read_strategy
 from gqaprune.tools.export import export
 from gqaprune.tools.search import SearchSettings
 
@@ -175,14 +175,21 @@ def check_checkpoint(path: Path, trainer: Trainer) -> None:
     Raises:
         ValueError: with what can.
     """
-    is_sharding = isinstance(trainer.strategy, ModelParallelStrategy)
-    if is_sharding != path.is_dir() and path.exists():
-        name = type(trainer.strategy).__name__
+    if not path.exists():
+        return  # Lightning says so
+    name = type(trainer.strategy).__name__
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise ValueError(f"{name} goes on from nothing but files that have to be unpickled: begin anew, or under FSDP")
+    is_sharding = isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy))
+    if is_sharding != path.is_dir():
         kind, other = ("one file", "folders") if is_sharding else ("a folder of shards", "single files")
         raise ValueError(
             f"{name} goes on from {other} and {path} is {kind}: set trainer.strategy to what wrote it; one device, "
-            "ddp, and ModelParallelStrategy with save_distributed_checkpoint false write single files"
+            "ddp, ModelParallelStrategy with save_distributed_checkpoint false and FSDPStrategy with state_dict_type "
+            "full write single files"
         )
+    if is_sharding and (writer := read_strategy(path)) != name:
+        raise ValueError(f"{name} cannot read what {writer} wrote, {path}: set trainer.strategy to {writer}")
 
 
 def _is_rank_0() -> bool:

@@ -58,9 +58,10 @@ def start(folder: Path, command: str, config: Path, *arguments: str, steps: int 
     """The same, whatever comes of it; killed after so many micro-batches, or MLPs that were repaired."""
     folder.mkdir(exist_ok=True)
     (folder / "run.py").write_text(SCRIPT)
+    (folder / "cpu.py").write_text(CPU_STRATEGIES)
     line = [sys.executable, "run.py", command, "--config", str(config), *arguments]
-    environment = os.environ | {"STEPS": str(steps), "REPAIRS": str(repairs)}
-    return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120, env=environment)
+    environment = os.environ | {"STEPS": str(steps), "REPAIRS": str(repairs), "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def read_stages(logs: Path) -> list[dict[str, Any]]:
@@ -178,6 +179,27 @@ def test_one_process_agrees_with_itself() -> None:
     check_same_on_all_ranks("the plans", "any", torch.device("cpu"))
 
 
+CPU_STRATEGIES = """
+import torch
+import lightning.pytorch.strategies as strategies
+class FSDPStrategy(strategies.FSDPStrategy):
+    '''Lightning's, which refuses CPUs by its name; torch does not.'''
+class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
+    '''Lightning's, which refuses CPUs; deepspeed does not. Stage 3 leaves no parameter whole, small as these are.'''
+    def __init__(self, stage: int = 2, parallel_devices=None, cluster_environment=None, accelerator=None):
+        super().__init__(stage=stage)
+        self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    def setup_environment(self) -> None:
+        super(strategies.DeepSpeedStrategy, self).setup_environment()
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)
+"""
+"""Strategies for GPUs, as a file beside the command, on CPUs."""
+
 DDP = ("--trainer.strategy", "ddp", "--trainer.devices", "2")
 FSDP2 = (
     "--trainer.strategy", "ModelParallelStrategy", "--trainer.strategy.data_parallel_size", "2",
@@ -197,14 +219,40 @@ def test_two_processes_prune_as_one(config: Path, tmp_path: Path) -> None:
         assert theirs["perplexity"] == pytest.approx(mine["perplexity"], rel=1e-6)
 
 
+FSDP1 = (
+    "--trainer.strategy", "cpu.FSDPStrategy", "--trainer.strategy.state_dict_type", "sharded",
+    "--trainer.devices", "2", "--trainer.gradient_clip_val", "1.0",
+)  # fmt: skip
+DEEPSPEED_2, DEEPSPEED_3 = (
+    ("--trainer.strategy", "cpu.DeepSpeedStrategy", "--trainer.strategy.stage", stage, "--trainer.devices", "2")
+    for stage in "23"
+)
 DISTILL = ("--model.recovery.mode", "lora+distill")
 
 
-@pytest.mark.parametrize("strategy", [DDP, FSDP2, FSDP2 + DISTILL], ids=["ddp", "fsdp2", "fsdp2-lora-distill"])
-def test_two_processes_recover_and_export_what_they_measured(config: Path, tmp_path: Path, strategy: list[str]) -> None:
-    dense, pruned, recovered = read_stages(run(tmp_path / "fit", "fit", config, *strategy))
+STRATEGIES = {
+    "ddp": DDP,
+    "fsdp2": FSDP2,
+    "fsdp2-lora-distill": FSDP2 + DISTILL,
+    "fsdp-lora-distill": FSDP1 + DISTILL,
+    "deepspeed-2": DEEPSPEED_2,
+    "deepspeed-3-lora-distill": DEEPSPEED_3 + DISTILL,
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_processes_recover_and_export_what_they_measured(config: Path, tmp_path: Path, name: str) -> None:
+    if name.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    logs = run(tmp_path / "fit", "fit", config, *STRATEGIES[name])
+    dense, pruned, recovered = read_stages(logs)
     assert recovered["parameters"] == pruned["parameters"] < dense["parameters"]
     assert recovered["perplexity"]["val/embedded"] != pruned["perplexity"]["val/embedded"]
+
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    first, *_, last = (event.value for event in events.Scalars("train/learning_rate"))
+    assert 0 < last < first  # the schedule is the run's own
 
     # 7 windows on two processes: none may count twice.
     logs = run(tmp_path / "validate", "validate", config, "--model.pretrained", str(tmp_path / "fit/out"), *DDP)
@@ -233,7 +281,7 @@ CHECKPOINTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", [DDP, FSDP2 + DISTILL], ids=["ddp", "fsdp2-lora-distill"])
+@pytest.mark.parametrize("strategy", [DDP, FSDP2 + DISTILL, FSDP1], ids=["ddp", "fsdp2-lora-distill", "fsdp"])
 def test_two_killed_processes_end_as_others_do(config: Path, tmp_path: Path, strategy: list[str]) -> None:
     run(tmp_path / "whole", "fit", config, *CHECKPOINTS, *strategy)
     command = (tmp_path / "killed", "fit", config, *CHECKPOINTS, *strategy)
