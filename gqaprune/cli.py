@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ from gqaprune.module import CausalLMModule
 from gqaprune.progress import console
 from gqaprune.resume import find_run, read_plan, read_strategy
 from gqaprune.tools.export import export
+from gqaprune.tools.inspect import inspect
 from gqaprune.tools.search import SearchSettings
 
 DESCRIPTIONS = {
@@ -33,12 +35,13 @@ DESCRIPTIONS = {
     "predict": "Continue prompts with any model, dense or pruned.",
     "prune": "Calibrate, prune and save a model, without training.",
     "export": "Write a model, pruned or dense, in another format: stock, per-layer, padded, GGUF, in 8 bits.",
+    "inspect": "Print what a model holds and the memory that work on it needs, from its config.",
     "search": "Find the split of attention and MLP (pruning.split) that costs the least perplexity on data.val. "
     "Splits are tried by gates on the dense model, scored once: later steps, swaps, repair and training are not seen.",
 }
 
 
-TOOLS: Mapping[str, Callable[..., None]] = {"export": export}
+TOOLS: Mapping[str, Callable[..., None]] = {"export": export, "inspect": inspect}
 """Commands that need no trainer: name -> function, whose arguments are the command's."""
 
 
@@ -223,7 +226,8 @@ def run_tool(name: str, arguments: list[str]) -> None:
 
 def _make_tool_parser(tool: Callable[..., None], prog: str | None = None) -> PruningArgumentParser:
     parser = PruningArgumentParser(prog=prog)
-    parser.add_function_arguments(tool)
+    required = [name for name, setting in signature(tool).parameters.items() if setting.default is Parameter.empty]
+    parser.add_function_arguments(tool, as_positional=len(required) == 1)  # the one thing that a tool is about
     return parser
 
 

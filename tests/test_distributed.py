@@ -308,3 +308,30 @@ def test_checkpoints_go_on_under_another_strategy_or_say_why_not(config: Path, t
 def test_rounds_are_refused_where_the_model_is_split(config: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="recovery.rounds 2 cuts whole models between steps, which ModelParallel"):
         run(tmp_path / "fit", "fit", config, "--model.recovery.rounds", "2", *FSDP2)
+
+
+LAUNCHERS = Path(__file__).parent.parent / "configs/strategy"
+SRUN = """#!/bin/sh
+for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" & done
+wait $! && wait
+"""
+"""Starts what it is told to twice, as SLURM's would on one node of two tasks."""
+
+
+@pytest.mark.parametrize("launcher", ["torchrun.sh", "slurm.sbatch"])
+def test_launchers_run_one_command_on_two_processes(config: Path, tmp_path: Path, launcher: str) -> None:
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    settings = ("--pruning.repair", "none", "--trainer.strategy", "ddp", "--trainer.devices", "2")
+    slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": "1234"}
+    slurm |= {"SLURM_JOB_NAME": "gqaprune", "SLURM_JOB_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1"}
+    own = slurm if launcher == "slurm.sbatch" else {"PROCESSES": "2"}
+    line = ["bash", str(LAUNCHERS / launcher), "prune", "--config", str(config), *settings]
+    done = subprocess.run(
+        line, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | {"PATH": path} | own
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in done.stderr
+    assert not PruningPlan.load(tmp_path / "out/plan.json").removes_nothing
+    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
