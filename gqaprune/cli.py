@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from gqaprune.callbacks import CheckpointExport, KeepRunNote, RunSummary, SplitSearch, TaylorPruning
 from gqaprune.checkpoint import check_can_be_folder
@@ -23,8 +24,9 @@ from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.processor import avoid_illegal_instructions
 from gqaprune.progress import console
-from gqaprune.resume import find_run, read_plan
+from gqaprune.resume import find_run, read_plan, read_strategy
 from gqaprune.tools.export import export
+from gqaprune.tools.inspect import inspect
 from gqaprune.tools.search import SearchSettings
 
 DESCRIPTIONS = {
@@ -34,12 +36,13 @@ DESCRIPTIONS = {
     "predict": "Continue prompts with any model, dense or pruned.",
     "prune": "Calibrate, prune and save a model, without training.",
     "export": "Write a model, pruned or dense, in another format: stock, per-layer, padded, GGUF, in 8 bits.",
+    "inspect": "Print what a model holds and the memory that work on it needs, from its config.",
     "search": "Find the split of attention and MLP (pruning.split) that costs the least perplexity on data.val. "
     "Splits are tried by gates on the dense model, scored once: later steps, swaps, repair and training are not seen.",
 }
 
 
-TOOLS: Mapping[str, Callable[..., None]] = {"export": export}
+TOOLS: Mapping[str, Callable[..., None]] = {"export": export, "inspect": inspect}
 """Commands that need no trainer: name -> function, whose arguments are the command's."""
 
 
@@ -176,14 +179,21 @@ def check_checkpoint(path: Path, trainer: Trainer) -> None:
     Raises:
         ValueError: with what can.
     """
-    is_sharding = isinstance(trainer.strategy, ModelParallelStrategy)
-    if is_sharding != path.is_dir() and path.exists():
-        name = type(trainer.strategy).__name__
+    if not path.exists():
+        return  # Lightning says so
+    name = type(trainer.strategy).__name__
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise ValueError(f"{name} goes on from nothing but files that have to be unpickled: begin anew, or under FSDP")
+    is_sharding = isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy))
+    if is_sharding != path.is_dir():
         kind, other = ("one file", "folders") if is_sharding else ("a folder of shards", "single files")
         raise ValueError(
             f"{name} goes on from {other} and {path} is {kind}: set trainer.strategy to what wrote it; one device, "
-            "ddp, and ModelParallelStrategy with save_distributed_checkpoint false write single files"
+            "ddp, ModelParallelStrategy with save_distributed_checkpoint false and FSDPStrategy with state_dict_type "
+            "full write single files"
         )
+    if is_sharding and (writer := read_strategy(path)) != name:
+        raise ValueError(f"{name} cannot read what {writer} wrote, {path}: set trainer.strategy to {writer}")
 
 
 def _is_rank_0() -> bool:
@@ -217,7 +227,8 @@ def run_tool(name: str, arguments: list[str]) -> None:
 
 def _make_tool_parser(tool: Callable[..., None], prog: str | None = None) -> PruningArgumentParser:
     parser = PruningArgumentParser(prog=prog)
-    parser.add_function_arguments(tool)
+    required = [name for name, setting in signature(tool).parameters.items() if setting.default is Parameter.empty]
+    parser.add_function_arguments(tool, as_positional=len(required) == 1)  # the one thing that a tool is about
     return parser
 
 

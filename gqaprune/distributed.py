@@ -1,5 +1,6 @@
 """What the core needs of torch.distributed; every function also works without a process group."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -35,3 +36,28 @@ def sum_across_ranks(tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
 def is_true_anywhere(flag: bool, device: torch.device) -> bool:
     """Whether a flag is set on any rank, so that all of them stop together instead of waiting for one another."""
     return bool(sum_across_ranks({"flag": torch.tensor(float(flag), device=device)})["flag"] > 0)
+
+
+def check_same_on_all_ranks(what: str, key: str, device: torch.device) -> None:
+    """Stop all ranks where one has something else than rank 0; every rank has to call it.
+
+    Args:
+        what: each rank has, in a sentence.
+        key: text that is the same where it is.
+        device: that the process group reduces on.
+
+    Raises:
+        ValueError: on every rank, naming those that differ.
+    """
+    rank, world_size = get_rank_and_world_size()
+    if world_size == 1:
+        return
+    digest = torch.tensor(list(hashlib.sha256(key.encode()).digest()))
+    digests = torch.zeros(world_size, len(digest), dtype=digest.dtype)
+    digests[rank] = digest
+    digests = sum_across_ranks({"digests": digests.to(device)})["digests"]
+    if others := [other for other in range(world_size) if not digests[other].equal(digests[0])]:
+        raise ValueError(
+            f"{what} of rank {', '.join(map(str, others))} differ from rank 0's, of {world_size} ranks: give all of "
+            "them the same files, package versions and kind of device, or prune on one (trainer.devices 1)"
+        )

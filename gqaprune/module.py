@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,8 +17,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, get_scheduler
 
@@ -30,6 +29,7 @@ from gqaprune.perplexity import Perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.recovery import RecoveryConfig, add_adapters
 from gqaprune.resume import find_finite_checkpoint
+from gqaprune.sharding import gather_state_dict, shard_model, unwrap_model, wrap_model
 from gqaprune.surgery import apply_plan
 from gqaprune.teacher import CachedTeacher, Predictions, cache_teacher
 from gqaprune.windows import Batch
@@ -116,16 +116,22 @@ class CausalLMModule(LightningModule):
             pretrained or self.pretrained, dtype or self.dtype_name, self.attn_implementation, self.trust_remote_code
         )
 
-    def configure_model(self) -> None:
-        """Load what the pruning callback has not, make it ready to train, and shard all where the strategy asks."""
+    def setup(self, stage: str) -> None:
+        """Load what the pruning callback has not, and make it ready to train, before strategies build models split."""
         self.load()
         if self._trains:
             self.prepare_recovery()
-        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+
+    def configure_model(self) -> None:
+        """Split the model, and its teacher, over devices where the strategy asks."""
+        self.load()  # for `load_from_checkpoint`, which calls no other hook
+        if self.device_mesh is not None:
             for model in [self.model, *self._teacher]:
-                for layer in get_layers(model):
-                    fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-                fully_shard(model, mesh=self.device_mesh["data_parallel"])
+                shard_model(model, self.device_mesh["data_parallel"])
+        elif self._trainer is not None:
+            device = self._trainer.strategy.root_device
+            self._model = wrap_model(self.model, device)
+            self._teacher = [wrap_model(teacher, device) for teacher in self._teacher]
 
     @property
     def _trains(self) -> bool:
@@ -157,12 +163,14 @@ class CausalLMModule(LightningModule):
         """The model as peft sees it, if it has LoRA adapters."""
         return self._adapted[0] if self._adapted else None
 
+    @property
+    def plain_model(self) -> PreTrainedModel:
+        """The causal LM out of what a strategy wraps it in; its weights may be split."""
+        return unwrap_model(self.model)
+
     def gather_state_dict(self) -> dict[str, Tensor] | None:
-        """The causal LM's whole weights on rank 0 if they are sharded, else None. Every rank has to call it."""
-        if not isinstance(self.model, FSDPModule):
-            return None
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return cast(dict[str, Tensor], get_model_state_dict(cast(torch.nn.Module, self.model), options=options))
+        """The causal LM's whole weights on rank 0 if they are split, else None. Every rank has to call it."""
+        return gather_state_dict(self.model)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits `[batch, tokens, vocabulary]` of token ids `[batch, tokens]`."""
@@ -258,13 +266,17 @@ class CausalLMModule(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip as the trainer says, a fused optimizer's gradients too.
+        """Clip as the trainer says, a fused optimizer's gradients and those of FSDP1 too.
 
-        Lightning refuses those under any mixed precision, though only float16 has a scaler that fused steps would undo
-        after the clipping.
+        Lightning refuses the first under any mixed precision, though only float16 has a scaler that fused steps would
+        undo after the clipping, and the second by their norm, for it does not know the outermost wrapper.
         """
         precision = self.trainer.precision_plugin
-        if type(precision) is MixedPrecision and precision.scaler is None:
+        is_by_norm = gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM)
+        if isinstance(self.model, FullyShardedDataParallel) and is_by_norm:
+            if gradient_clip_val:
+                self.model.clip_grad_norm_(gradient_clip_val)
+        elif type(precision) is MixedPrecision and precision.scaler is None:
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
             Precision.clip_gradients(precision, optimizer, gradient_clip_val or 0.0, algorithm)
         else:
@@ -276,6 +288,7 @@ class CausalLMModule(LightningModule):
             checkpoint["hyper_parameters"]["plan"] = self.plan.to_dict()
         checkpoint["recovery"] = asdict(self.recovery)
         checkpoint["rounds_done"] = self.rounds_done
+        checkpoint["strategy"] = type(self.trainer.strategy).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on in the round that the checkpoint was written in, with adapters if it has some."""

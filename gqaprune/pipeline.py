@@ -1,5 +1,6 @@
 """The whole path from a dense model to a pruned one, without Lightning. Reads top to bottom like the method itself."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
@@ -18,6 +19,7 @@ from gqaprune.counts import (
     measure_options,
     refine_counts,
 )
+from gqaprune.distributed import check_same_on_all_ranks, get_rank_and_world_size
 from gqaprune.importance import check_finite_weights, score_units
 from gqaprune.likeness import check_likeness
 from gqaprune.perplexity import Evaluation, measure_perplexity
@@ -60,7 +62,8 @@ def prune(
 
     Raises:
         ValueError: if the model, the batches or the budget do not allow it, the model being untouched then; or if the
-            scores after an earlier step, the activations under repair or the pruned perplexity are not finite.
+            scores after an earlier step, the activations under repair or the pruned perplexity are not finite, or
+            ranks end with different plans or weights.
     """
     pruner = Pruner(
         model,
@@ -149,7 +152,7 @@ class Pruner:
 
         Raises:
             ValueError: if the budget cannot be met, the model being untouched then; or if scores, activations or the
-                perplexity are not finite.
+                perplexity are not finite, or ranks end with different plans or weights.
         """
         assert self.share < share <= 1, f"{self.share} of the budget is spent already, got {share}"
         config, steps, start = self.config, self.config.steps, self.share
@@ -159,6 +162,8 @@ class Pruner:
             return
         for step in range(1, steps + 1):
             self.report.repairs = self._cut(start + (share - start) * step / steps if step < steps else share)
+        if get_rank_and_world_size()[1] > 1:
+            check_same_on_all_ranks("the pruned weights", hash_model(self.model), self.model.device)
         self.plan = replace(
             self.plan,
             criterion=config.criterion,
@@ -216,6 +221,8 @@ class Pruner:
             "spent before": self.spending and self.spending.to_dict(),
         }
         facts = stages.recall("plan", inputs, lambda: self._choose(share, options, stages)).facts
+        # Before the cut: ranks that cut differently would wait for one another in repair.
+        check_same_on_all_ranks("the pruning plans", json.dumps(facts), self.model.device)
         plan, self.spending = PruningPlan.from_dict(facts["plan"]), Spending.from_dict(facts["spending"])
         self.plan = self.plan.then(plan)
         if (repair := self.config.repair_options()) is None:

@@ -124,7 +124,8 @@ def merge_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor]) -> dict
         state_dict: whole weights of the model under it, adapters included.
     """
     weights = {name.replace(".base_layer.", "."): tensor for name, tensor in state_dict.items() if ".lora_" not in name}
-    for name, module in adapted.get_base_model().named_modules():
+    for path, module in adapted.get_base_model().named_modules():
+        name = path.replace("_fsdp_wrapped_module.", "")  # of FSDP1's wrappers, which weights are not named by
         if isinstance(module, LoraLinear):
             (adapter,) = module.active_adapters
             down, up = (state_dict[f"{name}.lora_{part}.{adapter}.weight"].float() for part in "AB")

@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,9 @@ class Report:
     def add_stage(
         self, name: str, model: PreTrainedModel, evaluation: Evaluation, weight_bytes: int | None = None
     ) -> None:
-        """Measure a model as the next stage.
+        """Measure a model as the next stage; its counts are those of the stage before, if there is one.
+
+        Training changes no shape, and parameters that are split over devices do not tell theirs.
 
         Args:
             name: of the stage.
@@ -83,7 +85,13 @@ class Report:
         Raises:
             ValueError: if a perplexity is not finite.
         """
-        self.stages.append(describe_model(name, model, measure_perplexity(model, evaluation, name), weight_bytes))
+        perplexity = measure_perplexity(model, evaluation, name)
+        if not self.stages:
+            self.stages.append(describe_model(name, model, perplexity, weight_bytes))
+            return
+        last = self.stages[-1]
+        size = last.weight_bytes if weight_bytes is None else weight_bytes
+        self.stages.append(replace(last, name=name, perplexity=perplexity, weight_bytes=size))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, as `report.json` holds them."""

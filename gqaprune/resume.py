@@ -108,9 +108,30 @@ def find_run(root: Path, settings: Mapping[str, Any], asked: str | None, is_firs
 
 def read_plan(checkpoint: Path) -> dict[str, Any] | None:
     """The plan that a sharded checkpoint, a folder, carries in plain types; null where it has none."""
-    plan = torch.load(checkpoint / _SHARDED, weights_only=True).get("hyper_parameters", {}).get("plan")
+    plan = _read_sharded(checkpoint).get("hyper_parameters", {}).get("plan")
     assert plan is None or isinstance(plan, dict)
     return plan
+
+
+def read_strategy(checkpoint: Path) -> str:
+    """The strategy that wrote a sharded checkpoint, a folder, which no other can read."""
+    return str(_read_sharded(checkpoint).get("strategy", "ModelParallelStrategy"))
+
+
+def _read_sharded(checkpoint: Path) -> dict[str, Any]:
+    """What a sharded checkpoint holds besides tensors.
+
+    Raises:
+        ValueError: if it has no such file, which nothing but unpickling could replace.
+    """
+    path = checkpoint / _SHARDED
+    if not path.is_file():
+        raise ValueError(
+            f"{checkpoint} has no {_SHARDED}: gqaprune goes on from Lightning's files and from folders of FSDP and "
+            "FSDP2, not from DeepSpeed's, which would have to be unpickled; begin anew with --ckpt_path null"
+        )
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    return content
 
 
 def find_finite_checkpoint(folders: Iterable[str | Path]) -> Path | None:

@@ -5,18 +5,27 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from gqaprune.cli import PruningCLI, main
+from gqaprune.cli import PruningCLI, check_checkpoint, main
 from gqaprune.gates import compute_gate_gradients
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import console
@@ -28,7 +37,8 @@ from tiny import DATA, PLAIN, make_model, make_tokenizer
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 MODEL_CONFIGS = [path for path in CONFIGS if path.parent.name == "configs"]
-ADDED_CONFIGS = [path for path in CONFIGS if path.parent.name != "configs"]
+GPU_CONFIGS = [path for path in CONFIGS if path.stem in ("fsdp", "deepspeed_2", "deepspeed_3")]
+ADDED_CONFIGS = [path for path in CONFIGS if path.parent.name != "configs" and path not in GPU_CONFIGS]
 
 Run = Callable[..., int]
 DENSE = "lightning_logs/unfinished/perplexity-dense.safetensors"
@@ -447,6 +457,53 @@ def test_every_recovery_and_strategy_config_composes_with_a_model_config(
     if path.parent.name == "strategy":
         expected = {"ddp": "DDPStrategy", "fsdp2": "ModelParallelStrategy", "single_gpu": "DDPStrategy"}[path.stem]
         assert type(cli.trainer.strategy).__name__ == expected
+
+
+@pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: path.stem)
+def test_every_strategy_config_that_lightning_refuses_without_gpus_is_parsed(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["gqaprune"])
+    monkeypatch.setattr(PruningCLI, "instantiate_classes", lambda _: None)
+    monkeypatch.setattr(PruningCLI, "after_instantiate_classes", lambda _: None)
+    base = next(config for config in MODEL_CONFIGS if config.stem == "llama3_8b")
+    trainer = PruningCLI(run=False, args=["--config", str(base), "--config", str(path)]).config.trainer
+    name, settings = {
+        "fsdp": ("FSDPStrategy", {"state_dict_type": "sharded"}),
+        "deepspeed_2": ("DeepSpeedStrategy", {"stage": 2}),
+        "deepspeed_3": ("DeepSpeedStrategy", {"stage": 3}),
+    }[path.stem]
+    assert trainer.strategy.class_path.split(".")[-1] == name and trainer.precision == "bf16-true"
+    assert settings.items() <= trainer.strategy.init_args.as_dict().items()
+
+
+@pytest.mark.parametrize(
+    ("reader", "writer", "sentence"),
+    [
+        (FSDPStrategy, "FSDPStrategy", None),
+        (ModelParallelStrategy, "ModelParallelStrategy", None),
+        (FSDPStrategy, "ModelParallelStrategy", "FSDPStrategy cannot read what ModelParallelStrategy wrote"),
+        (ModelParallelStrategy, "FSDPStrategy", "set trainer.strategy to FSDPStrategy"),
+        (SingleDeviceStrategy, "FSDPStrategy", "goes on from single files"),
+        (FSDPStrategy, "one file", "goes on from folders"),
+        (DeepSpeedStrategy, "one file", "goes on from nothing but files that have to be unpickled"),
+        (FSDPStrategy, "DeepSpeedStrategy", "has no meta.pt"),
+    ],
+)
+def test_training_goes_on_under_what_can_read_the_checkpoint(
+    tmp_path: Path, reader: type[Strategy], writer: str, sentence: str | None
+) -> None:
+    path = tmp_path / "epoch=0.ckpt"
+    if writer == "one file":
+        path.touch()
+    else:
+        path.mkdir()
+        if writer != "DeepSpeedStrategy":
+            torch.save({"strategy": writer}, path / "meta.pt")
+    trainer: Any = SimpleNamespace(strategy=reader.__new__(reader))
+    with nullcontext() if sentence is None else pytest.raises(ValueError, match=sentence):
+        check_checkpoint(path, trainer)
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "prune", "search"])

@@ -79,7 +79,7 @@ class CheckpointExport(Callback):
     def _save(
         self, module: CausalLMModule, data: TextDataModule, folder: Path, state_dict: dict[str, Tensor] | None
     ) -> str:
-        what = (module.model, data.tokenizer, folder, module.plan, state_dict, module.adapted)
+        what = (module.plain_model, data.tokenizer, folder, module.plan, state_dict, module.adapted)
         try:
             return save(*what, self.format, self.max_shard_size, self.quantization)
         except ValueError as error:

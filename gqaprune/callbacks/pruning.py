@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from transformers import PreTrainedModel
 
 from gqaprune.config import PruningConfig
@@ -56,6 +56,8 @@ class TaylorPruning(GradientAccumulationScheduler):
             return
         module, data = get_parts(trainer, pl_module)
         _check_rounds(trainer, module, self.config)
+        if trainer.strategy.handles_gradient_accumulation:
+            trainer.accumulate_grad_batches = self._get_only_factor(trainer)
         self._pruner = self.report = None
         calibrates = module.plan is None and self.config.needs_text
         if calibrates:
@@ -75,6 +77,11 @@ class TaylorPruning(GradientAccumulationScheduler):
         self._pruner.measure("dense")
         self._pruner.spend(1 / module.recovery.rounds if trainer.limit_train_batches != 0 else 1.0)
         module.plan, self.report = self._pruner.plan, self._pruner.report
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the trainer's own accumulation, except where `setup` has set it for a strategy that accumulates."""
+        if not trainer.strategy.handles_gradient_accumulation:
+            super().on_train_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Prune on where a round of recovery has had its steps."""
@@ -121,6 +128,16 @@ class TaylorPruning(GradientAccumulationScheduler):
         if "spending" in state_dict:
             self._spending = Spending.from_dict(state_dict["spending"])
 
+    def _get_only_factor(self, trainer: Trainer) -> int:
+        """Micro-batches per optimizer step, where a strategy wants to know them before training."""
+        factors = sorted(set(self.scheduling.values()))
+        if len(factors) > 1:
+            raise ValueError(
+                f"{type(trainer.strategy).__name__} accumulates the same number of micro-batches in every epoch, "
+                f"pruning.scheduling has {self.scheduling}: leave one, such as {{0: {factors[0]}}}"
+            )
+        return factors[0]
+
     def _open_stages(self, trainer: Trainer) -> Stages:
         folder = Path(self.stages) if self.stages else Path(trainer.default_root_dir) / UNFINISHED
         return Stages(folder, trainer.strategy.root_device)
@@ -154,7 +171,8 @@ def _check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfi
     rounds = module.recovery.rounds
     if rounds == 1:
         return
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    is_whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    if not is_whole or isinstance(trainer.strategy, DeepSpeedStrategy):
         name = type(trainer.strategy).__name__
         raise ValueError(
             f"recovery.rounds {rounds} cuts whole models between steps, which {name} splits: set rounds to 1, or "

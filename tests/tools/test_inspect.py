@@ -1,0 +1,119 @@
+"""What `gqaprune inspect` prints is what the model holds; memory grows and falls with what it depends on."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_surgery import make_plan
+from transformers import PreTrainedTokenizerFast
+
+import gqaprune
+from gqaprune.cli import main
+from gqaprune.recovery import RecoveryConfig, add_adapters
+from gqaprune.selection import keep_everything
+from gqaprune.surgery import apply_plan
+from gqaprune.tools.inspect import GIB, ModelSizes, estimate_memory, inspect, read_sizes
+
+from tiny import make_model
+
+
+def read(model: Path | str, capsys: pytest.CaptureFixture[str], **settings: object) -> dict[str, object]:
+    capsys.readouterr()
+    inspect(str(model), json=True, **settings)  # type: ignore[arg-type]
+    return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+
+def test_sizes_are_those_of_the_loaded_model(any_variant: str) -> None:
+    model = make_model(any_variant)
+    sizes, geometry = read_sizes(model.config), keep_everything(model).geometry
+    assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    assert (sizes.decoder_parameters, sizes.layer_parameters) == (sum(layers), max(layers))
+    assert (sizes.query_heads, sizes.kv_heads, sizes.channels) == (
+        sum(geometry.query_heads),
+        sum(geometry.kv_heads),
+        sum(geometry.channels),
+    )
+
+
+def test_adapters_are_counted_as_recovery_adds_them() -> None:
+    model = make_model("qwen2")
+    adapted = add_adapters(model, RecoveryConfig(mode="lora"))
+    added = sum(parameter.numel() for name, parameter in adapted.named_parameters() if ".lora_" in name)
+    assert read_sizes(make_model("qwen2").config).adapter_parameters == added
+
+
+def test_pruned_checkpoint_is_inspected_layer_by_layer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model("qwen2")
+    plan = make_plan(model, [[0, 1], [0], [1]], [list(range(20)), [0, 1], [3]])
+    apply_plan(model, plan)
+    gqaprune.save(model, tokenizer, tmp_path / "pruned", plan)
+    found = read(tmp_path / "pruned", capsys)
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert (found["kv_head_range"], found["channel_range"], found["ratio_range"]) == ([1, 2], [1, 20], [3, 3])
+    assert found["kv_cache_bytes_per_token"] == 2 * 4 * 8 * 4
+
+
+def test_embedded_gguf_is_inspected_without_loading_weights(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    found = read("smollm2-135m", capsys)
+    assert found["parameters"] == 134_515_008 and found["kv_cache_bytes_per_token"] == 46_080
+    assert found["weight_bytes"] == {"float32": 538_060_032, "bfloat16": 269_030_016, "float16": 269_030_016}
+
+
+def make_sizes() -> ModelSizes:
+    return read_sizes(make_model(channels=200).config)
+
+
+def test_memory_of_full_recovery_is_weights_gradients_moments_and_activations() -> None:
+    sizes = make_sizes()
+    needed, longer = (estimate_memory(sizes, 4, 2, tokens, 100)["recovery, full"] for tokens in (16, 32))
+    assert needed["one device"] is not None and longer["one device"] is not None
+    assert 2 * needed["one device"] - longer["one device"] == pytest.approx(16 * sizes.parameters)
+    assert needed["ddp"] == needed["one device"] + 4 * sizes.parameters
+
+
+def test_fsdp_needs_less_on_more_devices_and_ddp_shares_calibration_out() -> None:
+    few, many = (estimate_memory(make_sizes(), 2, devices, 16, 4096) for devices in (2, 8))
+    for mode in ("full", "lora", "distill"):
+        row = f"recovery, {mode}"
+        assert many[row]["fsdp"] < few[row]["fsdp"] and many[row]["ddp"] == few[row]["ddp"]  # type: ignore[operator]
+    assert many["repair"]["ddp"] < few["repair"]["ddp"] < few["repair"]["one device"]  # type: ignore[operator]
+    assert few["recovery, full"]["offload"] is None and few["scoring"]["offload"] < few["scoring"]["ddp"]  # type: ignore[operator]
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["gqaprune", "inspect", *arguments])
+    return main()
+
+
+def test_command_prints_tables_and_the_same_as_json(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_main(monkeypatch, str(tiny_folder), "--devices", "4") == 0
+    shown = capsys.readouterr().out
+    assert "KV-cache bytes/token" in shown and "fsdp, 4" in shown and "recovery, distill" in shown
+    found = read(tiny_folder, capsys, devices=4)
+    memory = found["memory_gib"]
+    assert isinstance(memory, dict)
+    sizes = estimate_memory(read_sizes(make_model(channels=32).config), 4, 4, 2048, 65536)
+    assert memory["repair"]["ddp"] == pytest.approx(sizes["repair"]["ddp"] / GIB)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("/no/such/model",), "no model at /no/such/model"),
+        (("smollm2-135m", "--devices", "0"), "devices must be at least 1, got 0"),
+        (("smollm2-135m", "--dtype", "int3"), "dtype must be one of float32"),
+    ],
+)
+def test_what_cannot_be_inspected_gets_a_sentence(
+    arguments: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_main(monkeypatch, *arguments) == 1
+    assert sentence in capsys.readouterr().err
