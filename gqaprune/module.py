@@ -43,7 +43,8 @@ class CausalLMModule(LightningModule):
         dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
         attn_implementation: attention kernel, `sdpa` or `eager`; transformers' choice by default.
         trust_remote_code: run code that comes with the checkpoint. Pruned checkpoints do not need it here.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, one more forward pass.
+        gradient_checkpointing: recompute activations in the backward pass, of training and of scores: less memory, one
+            more forward pass.
         recovery: what training trains, and on which loss.
         optimizer: optimizer class and its arguments; built on the parameters that pruning left, weight decay for
             matrices only.

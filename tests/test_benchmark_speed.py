@@ -72,7 +72,8 @@ def test_ideal_work_is_that_of_the_weights_a_token_meets(is_tied: bool) -> None:
 
 
 def test_a_run_writes_what_generate_writes() -> None:
-    model, _ = inference.load(CASE, VARIANTS["own widths"])
+    model = inference.load(CASE)
+    inference.cut(model, VARIANTS["own widths"])
     prompt_BT, seen = measuring.make_tokens(model.config, 1, 32), []
     model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     inference.run(model, prompt_BT, 4)
