@@ -10,13 +10,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import get_layers
 from gqaprune.layerwise import run_decoder, run_head
+from gqaprune.sharding import is_split
 
 IGNORED = -100
 """Label of tokens that are context only."""
@@ -53,7 +51,7 @@ def measure_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) ->
         input_ids: tokens `[batch, tokens]`.
         labels: `[batch, tokens]`.
     """
-    if _is_split(model):
+    if is_split(model):
         return sum_token_losses(model(input_ids=input_ids, use_cache=False).logits, labels)
     with torch.no_grad():
         hidden_BTD = run_decoder(model, input_ids)
@@ -101,10 +99,3 @@ def _cut_pieces(model: PreTrainedModel, labels: Tensor) -> Iterator[slice]:
     batch, last = len(labels), labels.shape[1] - 1
     size = max(1, _PIECE_LOGITS // (batch * model.config.vocab_size))
     return (slice(start, min(start + size, last)) for start in range(0, last, size))
-
-
-def _is_split(model: PreTrainedModel) -> bool:
-    """Whether a strategy has split the weights over devices: FSDP2, FSDP or DeepSpeed's stage 3."""
-    if any(isinstance(layer, FullyShardedDataParallel) for layer in get_layers(model)):
-        return True
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())

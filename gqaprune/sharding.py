@@ -49,16 +49,23 @@ def unwrap_model(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.module) if isinstance(model, FullyShardedDataParallel) else model
 
 
+def is_split(model: PreTrainedModel) -> bool:
+    """Whether a strategy has split the weights, so that they are whole only within the model's own forward."""
+    if isinstance(model, (FSDPModule, FullyShardedDataParallel)):
+        return True
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def gather_state_dict(model: PreTrainedModel) -> dict[str, Tensor] | None:
     """A model's whole weights on rank 0 if they are split, else None. Every rank has to call it."""
-    parameters = list(model.parameters())
+    if not is_split(model):
+        return None
+    is_on_cpu = next(model.parameters()).device.type == "cpu"
     if isinstance(model, (FSDPModule, FullyShardedDataParallel)):
         # FSDP1 would free what is on the CPU already when it moves it there.
-        options = StateDictOptions(full_state_dict=True, cpu_offload=parameters[0].device.type != "cpu")
+        options = StateDictOptions(full_state_dict=True, cpu_offload=not is_on_cpu)
         return cast(dict[str, Tensor], get_model_state_dict(cast(nn.Module, model), options=options))
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return _gather_from_deepspeed(model)
-    return None
+    return _gather_from_deepspeed(model)
 
 
 def _gather_from_deepspeed(model: PreTrainedModel) -> dict[str, Tensor]:
