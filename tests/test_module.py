@@ -1,6 +1,7 @@
 """The module in Lightning's loop: pruned before the optimizer, accumulated, scheduled, resumed."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,6 +114,18 @@ def test_lightning_checkpoint_carries_the_plan_and_resumes_pruned(tiny_folder: P
     trainer.fit(resumed, datamodule=make_data(tiny_folder), ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True)
     assert trainer.current_epoch == 2 and again.report is not None
     assert [stage.name for stage in again.report.stages] == ["dense", "pruned"]  # as the first run measured them
+
+
+def test_strategies_that_accumulate_by_themselves_get_one_factor_before_training(tiny_folder: Path) -> None:
+    trainer: Any = SimpleNamespace(
+        datamodule=make_data(tiny_folder), strategy=SimpleNamespace(handles_gradient_accumulation=True)
+    )
+    module = CausalLMModule(str(tiny_folder))
+    with pytest.raises(ValueError, match=r"pruning.scheduling has \{0: 4, 2: 8\}: leave one, such as \{0: 4\}"):
+        TaylorPruning(scheduling={0: 4, 2: 8}).setup(trainer, module, "fit")
+    with pytest.raises(AttributeError):  # past the check, there being no device to work on
+        TaylorPruning(scheduling={0: 4}, criterion="l1").setup(trainer, module, "fit")
+    assert trainer.accumulate_grad_batches == 4
 
 
 def test_loss_that_is_not_finite_stops_with_the_step(tiny_folder: Path, tmp_path: Path) -> None:
