@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere
+from gqaprune.offload import compute_logits
 from gqaprune.progress import track
 
 IGNORED = -100
@@ -99,14 +100,14 @@ def measure_perplexity(
             metric = Perplexity().to(device)
             overflow = ""
             # Every rank makes the same number of passes, as sharded models need; surplus ones are not counted.
-            for start in track(range(0, len(batches), world_size), f"{description}: {name}", "batches"):
-                index = min(start + rank, len(batches) - 1)
-                batch = batches[index]
-                logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
+            starts, title = range(0, len(batches), world_size), f"{description}: {name}"
+            own = [batches[min(start + rank, len(batches) - 1)] for start in starts]
+            all_logits = compute_logits(model, [batch["input_ids"] for batch in own], title)
+            for start, batch, logits in zip(track(starts, title, "batches"), own, all_logits, strict=True):
                 if start + rank < len(batches):
                     metric.update(logits, batch["labels"].to(device))
                 if not overflow and not torch.isfinite(metric.loss_sum):
-                    overflow = f"batch {index}"
+                    overflow = f"batch {start + rank}"
             if is_true_anywhere(bool(overflow), device):
                 raise ValueError(
                     f"the loss on {name}, {overflow or 'text of another rank'} is not finite: the model's activations "
