@@ -127,10 +127,19 @@ def load_offloaded_model(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     place, gguf = _locate(source)
+    if gguf:
+        raise ValueError(
+            f"offload reads layers from safetensors files, {source} is a GGUF file: write it as such first, with "
+            "gqaprune export --format stock"
+        )
     config = load_config(source, trust_remote_code)
     family = get_family(config)
-    if reason := _describe_mixed_layers(config, gguf):
-        raise ValueError(f"offload reads layer after layer from safetensors files, but {source} {reason}")
+    if family.has_experts or hasattr(config, "quantization_config"):
+        kind = "experts are" if family.has_experts else "quantised weights are"
+        raise ValueError(
+            f"{kind} not stored as they are computed with, so {source} cannot be read layer by layer: "
+            "prune it in memory, unquantised"
+        )
     try:
         read_geometry(config)
         checkpoint = (
@@ -149,17 +158,6 @@ def load_offloaded_model(
     except _LOADING_ERRORS as error:
         raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
     return model.eval()
-
-
-def _describe_mixed_layers(config: PretrainedConfig, gguf: Mapping[str, str]) -> str:
-    """Why a checkpoint's layers cannot be read as they are computed with, in part of a sentence; empty if they can."""
-    if gguf:
-        return "is a GGUF file: write it with gqaprune export --format stock first"
-    if get_family(config).has_experts:
-        return "has experts, which are not stored as they are computed with: load it whole"
-    if getattr(config, "quantization_config", None) is not None:
-        return "is quantised: give the model as it was before that"
-    return ""
 
 
 def _build_model(

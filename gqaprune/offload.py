@@ -109,13 +109,12 @@ def hold_layer(model: PreTrainedModel, index: int, changes: bool = False) -> Ite
         return
     store: LayersOnDisk = model.layers_on_disk
     try:
-        with torch.inference_mode(False):  # a tensor made in that mode could not leave it
-            _fill(model, store.files, _name_layer(model, index))
+        _fill(model, store.files, _name_layer(model, index))
         yield
         if changes:
             store.write(index, _name_layer(model, index))
     finally:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # what is made in that mode could never require gradients again
             get_layers(model)[index].to("meta")
 
 

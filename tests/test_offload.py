@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_likeness import make_unknown
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import gqaprune.loading
 import gqaprune.offload
 from gqaprune import PruningConfig, PruningPlan, apply_plan, load_model, load_offloaded_model, save
 from gqaprune.architecture import get_layers
@@ -39,7 +41,9 @@ PLAIN = [name for name in VARIANTS if name != "qwen2_moe"]
 
 
 def write_dense(folder: Path, variant: str = "llama", **settings: Any) -> Path:
-    make_model(variant, kv_heads=4).save_pretrained(folder / "dense", **settings)
+    model = make_model(variant, kv_heads=4)
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(folder / "dense", **settings)
     return folder / "dense"
 
 
@@ -122,6 +126,16 @@ def test_whatever_goes_layer_by_layer_is_the_same_as_in_memory(settings: dict[st
     assert_same(model, offloaded)
 
 
+def test_a_llama_in_all_but_name_is_checked_and_pruned_as_in_memory(tmp_path: Path) -> None:
+    make_unknown("seed_oss").save_pretrained(tmp_path / "dense")
+    model, offloaded = load_model(tmp_path / "dense"), open_dense(tmp_path)
+    assert run(offloaded) == run(model)
+    assert_same(model, offloaded)
+    make_unknown("apertus").save_pretrained(tmp_path / "other" / "dense")
+    with pytest.raises(ValueError, match="cannot be pruned yet: layer 0 holds"):
+        run(open_dense(tmp_path / "other"))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_layers_get_the_type_that_is_asked_for(dtype: str, tmp_path: Path) -> None:
     model, offloaded = load_model(write_dense(tmp_path), dtype), open_dense(tmp_path, dtype)
@@ -149,7 +163,7 @@ def test_what_is_written_is_what_a_run_in_memory_writes(
 ) -> None:
     model, offloaded = load_model(write_dense(tmp_path, variant)), open_dense(tmp_path)
     for name, each in (("whole", model), ("offloaded", offloaded)):
-        plan, _ = run(each, allocation=allocation, split=None)
+        plan, _ = run(each, allocation=allocation, split=None, rate=0.1)
         (tmp_path / name).mkdir()
         assert save(each, make_tokenizer(), tmp_path / name / "pruned", plan) == format
     whole, other = tmp_path / "whole" / "pruned", tmp_path / "offloaded" / "pruned"
@@ -230,6 +244,7 @@ def test_a_stopped_run_in_memory_goes_on_layer_by_layer(tmp_path: Path, monkeypa
     write_dense(tmp_path)
     model = load_model(tmp_path / "dense")
     assert hash_model(model) == hash_model(open_dense(tmp_path))
+    assert [name for name, _ in named_parameters(open_dense(tmp_path))] == list(dict(model.named_parameters()))
     config, stages = PruningConfig(**CONFIG), Stages(tmp_path / "stages")
     expected = prune(model, BATCHES, config, evaluation=TEXT, stages=stages)
     monkeypatch.setattr("gqaprune.reconstruction._refit_block", None)  # nothing is left to refit
@@ -281,16 +296,17 @@ def test_files_that_layers_cannot_be_read_from_are_refused(what: str, tmp_path: 
     settings, tensors = json.loads(config.read_text()), load_file(file)
     weight = "model.layers.1.mlp.up_proj.weight"
     message = {
-        "experts": "has experts",
-        "gguf": "is a GGUF file: write it with gqaprune export --format stock",
+        "experts": "experts are not stored as they are computed with",
+        "gguf": "is a GGUF file: .* gqaprune export --format stock",
         "pickle": "neither model.safetensors nor model.safetensors.index.json",
         "missing": rf"lack {weight} \(1 in all\)",
         "shape": rf"{weight} is \[3, 4\] in model.safetensors, its config promises \[20, 48\]",
-        "quantised": "is quantised",
+        "quantised": "quantised weights are not stored .* unquantised",
         "type": "dtype must be one of",
     }[what]
     if what == "gguf":
-        source = "smollm2-135m"  # type: ignore[assignment]
+        source = tmp_path / "model.gguf"
+        source.touch()
     elif what == "pickle":
         torch.save(tensors, folder / "pytorch_model.bin")
         file.unlink()
@@ -305,6 +321,24 @@ def test_files_that_layers_cannot_be_read_from_are_refused(what: str, tmp_path: 
         dtype = "int4"
     with pytest.raises(ValueError, match=message):
         load_offloaded_model(source, tmp_path / "work", dtype)
+
+
+def test_a_model_on_the_hub_is_fetched_in_safetensors_and_read_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, fetched = write_dense(tmp_path), []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        fetched.append(
+            (name, {p.name for p in folder.iterdir() if any(p.match(pattern) for pattern in allow_patterns)})
+        )
+        return str(folder)
+
+    config = gqaprune.loading.load_config(folder)
+    monkeypatch.setattr("gqaprune.loading.snapshot_download", fetch)
+    monkeypatch.setattr("gqaprune.loading.load_config", lambda *_: config)
+    assert_same(load_model(folder), load_offloaded_model("owner/name", tmp_path / "work"))
+    assert fetched == [("owner/name", {"config.json", "generation_config.json", "model.safetensors"})]
 
 
 def test_a_model_in_memory_is_not_offloaded(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ class TaylorPruning(GradientAccumulationScheduler):
         _check_rounds(trainer, module, self.config)
         if self.offload:
             _check_offload(trainer, module, data, self.config)
+            trainer.limit_val_batches = 0  # Lightning's own check would run the whole model
         self._pruner = self.report = None
         calibrates = module.plan is None and self.config.needs_text
         if calibrates:
