@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -273,13 +273,6 @@ def name_parameter_place(name: str) -> str:
         if before == "layers" and index.isdigit():
             return f"layer {index} ({name})"
     return name
-
-
-def named_floating_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters that can hold NaN or inf, with their names."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            yield name, parameter
 
 
 def _find_block(

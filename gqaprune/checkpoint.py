@@ -23,6 +23,7 @@ from gqaprune.architecture import make_stock_config, read_geometry
 from gqaprune.card import write_card
 from gqaprune.gguf_file import TYPES, check_architecture, write_gguf
 from gqaprune.loading import load_config, load_model, make_quantization_config
+from gqaprune.offload import is_offloaded, write_weights
 from gqaprune.padding import pad_checkpoint
 from gqaprune.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
 from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
@@ -62,7 +63,8 @@ def save(
         adapted: peft's view of the model, if it has LoRA adapters: they are merged into the weights that are saved, and
             saved by themselves in `adapter/` of the folder.
         format: one of `FORMATS`.
-        max_shard_size: weights above it are split into several files, such as `5GB`.
+        max_shard_size: weights above it are split into several files, such as `5GB`; where a model's decoder layers
+            are on disk, each gets a file instead.
         quantization: `int8` stores the matrices of the decoder layers in 8 bits, each row with its own scale, through
             torchao.
 
@@ -75,6 +77,8 @@ def save(
     """
     folder = Path(folder)
     check_output_folder(folder)
+    if is_offloaded(model):
+        check_written_by_layer(format, quantization)
     format = choose_format(model.config, format, quantization)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -123,6 +127,23 @@ def choose_format(config: PretrainedConfig, format: str, quantization: str | Non
             f"{_describe_difference(read_geometry(config))}; per-layer keeps it as it is, padded adds zeros"
         )
     return format
+
+
+def check_written_by_layer(format: str, quantization: str | None) -> None:
+    """Refuse what cannot be written layer by layer, where a model's decoder layers are on disk.
+
+    Raises:
+        ValueError: with what can, and how to get there from it.
+    """
+    for name, value, way_out in (
+        ("format", format if format not in ("auto", "stock", "per-layer") else None, "auto, stock or per-layer"),
+        ("quantization", quantization, "null"),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"{name} {value} needs the whole model in memory, which offload keeps on disk: set it to {way_out}, "
+                f"and where there is memory for it, gqaprune export --{name} {value}"
+            )
 
 
 def _describe_difference(geometry: Geometry) -> str:
@@ -240,7 +261,11 @@ def _save_pretrained(
     architectures = config.architectures
     own_config, model.config = model.config, config
     try:
-        model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
+        if is_offloaded(model):
+            write_weights(model, folder)
+            model.generation_config.save_pretrained(folder)
+        else:
+            model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
     finally:
         model.config = own_config
     # save_pretrained writes the class in memory; the checkpoint may be for another one.

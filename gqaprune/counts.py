@@ -14,7 +14,7 @@ from gqaprune.allocation.optimal import thin_counts
 from gqaprune.architecture import Block, BlockKey, find_blocks
 from gqaprune.config import PruningConfig
 from gqaprune.damage import measure_damage, measure_damage_curves
-from gqaprune.importance import CRITERIA, Scores
+from gqaprune.importance import CRITERIA, Scores, parse_criterion
 from gqaprune.selection import budget_blocks
 from gqaprune.sensitivity import Importance, measure_sensitivity
 from gqaprune.stages import Stage, Stages, hash_tensors
@@ -41,6 +41,35 @@ def check_text(batches: Sequence[Tensor], config: PruningConfig) -> None:
             f"least one calibration batch, got none; only {free} need no text, with repair none and where nothing else "
             "is measured either"
         )
+
+
+def check_goes_by_layer(config: PruningConfig) -> None:
+    """Refuse settings that need the whole model in memory, where its decoder layers stay on disk.
+
+    Raises:
+        ValueError: with what goes layer by layer instead.
+    """
+    if not config.removes_something:
+        return
+    names = [name for name, criterion in CRITERIA.items() if criterion.goes_by_layer]
+    if not set(parse_criterion(config.criterion)) <= set(names):
+        raise ValueError(
+            f"criterion {config.criterion} needs the whole model in memory, which offload keeps on disk: set criterion "
+            f"to one of {', '.join(names)}, or two of them joined by +"
+        )
+    for name, is_used, way_out in (
+        ("frozen_layers", config.frozen_layers > 0, "to 0"),
+        ("allocation", config.uses_importance, "to uniform, global or optimal"),
+        ("damage_levels", config.uses_damage_curves, "to 0"),
+        ("swap_generations", config.swap_generations > 0, "to 0"),
+        ("repair", config.repair == "bias", "to least_squares or none"),
+        ("repair_bias", config.repair_bias, "to false"),
+    ):
+        if is_used:
+            raise ValueError(
+                f"{name} {getattr(config, name)} needs the whole model in memory, which offload keeps on disk: "
+                f"set {name} {way_out}"
+            )
 
 
 def check_reachable(

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import Block, name_parameter_place, named_floating_parameters
+from gqaprune.architecture import Block, name_parameter_place
 from gqaprune.criteria.activations import BrainSurgeon, Wanda, WeightedVariance
 from gqaprune.criteria.base import NORMALIZATIONS, REDUCTIONS, Calibration, Criterion, Scores, ScoringOptions
 from gqaprune.criteria.gates import GateFisher, GateTaylor
 from gqaprune.criteria.gradients import ParamFirst, ParamMix, ParamSecond, Vectorize
 from gqaprune.criteria.weights import MagnitudeL1, MagnitudeL2, Random
+from gqaprune.offload import named_parameters
 from gqaprune.stages import Stage, Stages
 
 __all__ = [
@@ -147,8 +148,8 @@ def check_finite_weights(model: PreTrainedModel) -> None:
     Raises:
         ValueError: naming the first such parameter and its layer.
     """
-    for name, parameter in named_floating_parameters(model):
-        if not torch.isfinite(parameter).all():
+    for name, parameter in named_parameters(model):
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise ValueError(
                 f"weights of {name_parameter_place(name)} hold NaN or inf: the checkpoint is broken or was saved in "
                 "a type too narrow for it; load it again in bfloat16 or float32"

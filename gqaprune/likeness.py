@@ -12,6 +12,7 @@ from gqaprune.architecture import Block, compute_addition, find_blocks, get_laye
 from gqaprune.families import FAMILIES, get_family
 from gqaprune.gates import apply_gates, freeze_parameters
 from gqaprune.layerwise import embed_batches, run_layer
+from gqaprune.offload import hold_layer
 from gqaprune.surgery import keep_units
 
 _TOLERANCE = 1e-3
@@ -39,7 +40,7 @@ def check_likeness(model: PreTrainedModel) -> None:
         _check_parts(model, index, layer)
     blocks = find_blocks(model)[:2]
     tokens_BT = torch.arange(_TOKENS)[None] % model.get_input_embeddings().num_embeddings
-    with freeze_parameters(model):
+    with freeze_parameters(model), hold_layer(model, 0):
         (stream,) = embed_batches(model, [tokens_BT])
         with _record_outputs(blocks) as outputs_BTD:
             after_BTD = run_layer(model, 0, stream)

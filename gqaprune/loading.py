@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -13,14 +15,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from gqaprune.architecture import read_geometry
 from gqaprune.errors import first_line
 from gqaprune.families import get_family
+from gqaprune.offload import find_tensors, offload_layers
 from gqaprune.per_layer import get_per_layer_class
 
 if TYPE_CHECKING:
@@ -33,6 +38,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 QUANTIZATIONS = ("int8",)
 """What weights can be stored in besides their type."""
+
+_OFFLOADED_FILES = [CONFIG_NAME, GENERATION_CONFIG_NAME, "model*.safetensors", "model.safetensors.index.json"]
+"""What is fetched of a model on the hub whose layers stay in its files."""
 
 _LOADING_ERRORS = (
     ArithmeticError,
@@ -93,6 +101,75 @@ def load_model(
         raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
     _forget_quantization(model)
     return model
+
+
+def load_offloaded_model(
+    source: str | Path,
+    folder: str | Path,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM to prune whose decoder layers stay on disk: one at a time is in memory.
+
+    It can be pruned with what goes layer by layer, measured and saved; it cannot be run or trained otherwise.
+
+    Args:
+        source: a folder or hub name with safetensors files, which have to stay there.
+        folder: layers that change are kept under a temporary name beside it, as long as the model is used.
+        dtype: as for `load_model`.
+        attn_implementation: likewise.
+        trust_remote_code: likewise.
+
+    Raises:
+        ValueError: as `load_model`, or if its layers cannot be read one by one.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    place, gguf = _locate(source)
+    if gguf:
+        raise ValueError(
+            f"offload reads layers from safetensors files, {source} is a GGUF file: write it as such first, with "
+            "gqaprune export --format stock"
+        )
+    config = load_config(source, trust_remote_code)
+    family = get_family(config)
+    if family.has_experts or hasattr(config, "quantization_config"):
+        kind = "experts are" if family.has_experts else "quantised weights are"
+        raise ValueError(
+            f"{kind} not stored as they are computed with, so {source} cannot be read layer by layer: "
+            "prune it in memory, unquantised"
+        )
+    try:
+        read_geometry(config)
+        checkpoint = (
+            place if isinstance(place, Path) else Path(snapshot_download(place, allow_patterns=_OFFLOADED_FILES))
+        )
+        files = find_tensors(checkpoint)
+        with init_empty_weights(include_buffers=False):
+            model = _build_model(config, DTYPES[dtype], attn_implementation, trust_remote_code)
+        offload_layers(model, files, Path(folder))
+        missing = model.state_dict().keys() - files.keys()
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)  # what is tied is missing no longer
+        strange = files.keys() - model.state_dict().keys()
+        _check_keys({"missing_keys": missing, "unexpected_keys": strange}, family.layers)
+        if (checkpoint / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    except _LOADING_ERRORS as error:
+        raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
+    return model.eval()
+
+
+def _build_model(
+    config: PretrainedConfig, dtype: object, attn_implementation: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """A model of the class that `load_model` would load, with weights of no meaning."""
+    if dtype == "auto" and (dtype := config.dtype) is None:
+        raise ValueError("its config does not say which type the weights have: set dtype to bfloat16 or float32")
+    arguments = {"dtype": dtype} | ({} if attn_implementation is None else {"attn_implementation": attn_implementation})
+    if config.is_heterogeneous:
+        return get_per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])._from_config(config, **arguments)
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **arguments)
 
 
 def _check_keys(found: Mapping[str, Collection[str]], layers: str) -> None:

@@ -54,10 +54,15 @@ def measure_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) ->
     if is_split(model):
         return sum_token_losses(model(input_ids=input_ids, use_cache=False).logits, labels)
     with torch.no_grad():
-        hidden_BTD = run_decoder(model, input_ids)
-        sums_B = torch.zeros(len(labels), device=labels.device)
-        for piece in _cut_pieces(model, labels):
-            sums_B += _sum_losses(run_head(model, hidden_BTD[:, piece]), labels[:, 1:][:, piece])
+        return measure_head_losses(model, run_decoder(model, input_ids), labels)
+
+
+@torch.no_grad()
+def measure_head_losses(model: PreTrainedModel, hidden_BTD: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from the output of the last decoder layer, `[batch, tokens, width]`."""
+    sums_B = torch.zeros(len(labels), device=labels.device)
+    for piece in _cut_pieces(model, labels):
+        sums_B += _sum_losses(run_head(model, hidden_BTD[:, piece]), labels[:, 1:][:, piece])
     return sums_B, count_scored(labels)
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from gqaprune.architecture import get_layers
 from gqaprune.distillation import measure_distance, measure_divergence, measure_divergence_from_top
-from gqaprune.loading import load_model
+from gqaprune.loading import load_model, load_offloaded_model
 from gqaprune.losses import measure_losses
 from gqaprune.perplexity import Perplexity
 from gqaprune.plan import PruningPlan
@@ -84,7 +85,8 @@ class CausalLMModule(LightningModule):
         self.plan, self.goes_on = _read_plan(plan), isinstance(plan, dict)
         self.rounds_done = 0
         self._model: PreTrainedModel | None = None
-        self._adapted: list[PeftModel] = []  # in lists, or Lightning would keep them with the module's own weights
+        self._offloaded: list[PreTrainedModel] = []  # in lists, or Lightning would move them, or keep them with its own
+        self._adapted: list[PeftModel] = []
         self._teacher: list[PreTrainedModel] = []
         self._cached_teacher: CachedTeacher | None = None
         self._perplexity: dict[str, Perplexity] = {}
@@ -92,8 +94,9 @@ class CausalLMModule(LightningModule):
     @property
     def model(self) -> PreTrainedModel:
         """The causal LM; `load` it first."""
-        assert self._model is not None, "load() comes before the model is used"
-        return self._model
+        model = self._offloaded[0] if self._offloaded else self._model
+        assert model is not None, "load() comes before the model is used"
+        return model
 
     def configure_callbacks(self) -> list[Callback]:
         """None; but the first hook of a run, early enough to say that nothing will be trained."""
@@ -101,15 +104,25 @@ class CausalLMModule(LightningModule):
             self.trainer.limit_train_batches = 0
         return []
 
-    def load(self) -> None:
-        """Load the model, pruned if there is a plan. Does nothing the second time."""
-        if self._model is None:
+    def load(self, offload: Path | None = None) -> None:
+        """Load the model, pruned if there is a plan. Does nothing the second time.
+
+        Args:
+            offload: its decoder layers stay on disk, those that change beside this folder: to prune, not to train.
+        """
+        if self._offloaded or self._model is not None:
+            return
+        if offload is not None:
+            kernel, remote = self.attn_implementation, self.trust_remote_code
+            model = load_offloaded_model(self.pretrained, offload, self.dtype_name, kernel, remote)
+            self._offloaded.append(model)
+        else:
             self._model = self.load_dense()
-            if self.plan is not None:
-                apply_plan(self._model, self.plan)
-            if self.gradient_checkpointing:
-                self._model.activation_checkpointing_enable()
-            self._model.train()  # transformers loads in eval mode, where gradient checkpointing does nothing
+        if self.plan is not None:
+            apply_plan(self.model, self.plan)
+        if self.gradient_checkpointing:
+            self.model.activation_checkpointing_enable()
+        self.model.train()  # transformers loads in eval mode, where gradient checkpointing does nothing
 
     def load_dense(self, pretrained: str | None = None, dtype: str | None = None) -> PreTrainedModel:
         """Load the model again as it was before pruning, or another one, apart from the module's own."""

@@ -1,6 +1,6 @@
 """Token-weighted perplexity, as a torchmetrics Metric and as a function over batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,8 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere
-from gqaprune.losses import measure_losses
+from gqaprune.losses import measure_head_losses, measure_losses
+from gqaprune.offload import is_offloaded, run_decoder_by_layer
 from gqaprune.progress import track
 
 Evaluation = Mapping[str, Sequence[Mapping[str, Tensor]]]
@@ -78,14 +79,13 @@ def measure_perplexity(
             metric = Perplexity().to(device)
             overflow = ""
             # Every rank makes the same number of passes, as sharded models need; surplus ones are not counted.
-            for start in track(range(0, len(batches), world_size), f"{description}: {name}", "batches"):
-                index = min(start + rank, len(batches) - 1)
-                batch = batches[index]
-                losses = measure_losses(model, batch["input_ids"].to(device), batch["labels"].to(device))
+            own = [batches[min(start + rank, len(batches) - 1)] for start in range(0, len(batches), world_size)]
+            for index, losses in enumerate(_measure_batches(model, own, f"{description}: {name}")):
+                start = index * world_size
                 if start + rank < len(batches):
                     metric.update(*losses)
                 if not overflow and not torch.isfinite(metric.loss_sum):
-                    overflow = f"batch {index}"
+                    overflow = f"batch {start + rank}"
             if is_true_anywhere(bool(overflow), device):
                 raise ValueError(
                     f"the loss on {name}, {overflow or 'text of another rank'} is not finite: the model's activations "
@@ -95,3 +95,19 @@ def measure_perplexity(
     finally:
         model.train(was_training)
     return result
+
+
+def _measure_batches(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], description: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Losses of each batch in turn; with layers on disk all batches pass one layer before the next is read."""
+    device = next(model.parameters()).device
+    hidden: Sequence[Tensor | None] = [None] * len(batches)
+    if is_offloaded(model):
+        hidden = run_decoder_by_layer(model, [batch["input_ids"] for batch in batches], description)
+    for batch, hidden_BTD in zip(track(batches, description, "batches"), hidden, strict=True):
+        labels = batch["labels"].to(device)
+        if hidden_BTD is None:
+            yield measure_losses(model, batch["input_ids"].to(device), labels)
+        else:
+            yield measure_head_losses(model, hidden_BTD, labels)

@@ -12,6 +12,7 @@ from gqaprune.architecture import describe_experts
 from gqaprune.config import PruningConfig
 from gqaprune.counts import (
     bind_allocation,
+    check_goes_by_layer,
     check_reachable,
     check_text,
     list_values,
@@ -22,6 +23,7 @@ from gqaprune.counts import (
 from gqaprune.distributed import check_same_on_all_ranks, get_rank_and_world_size
 from gqaprune.importance import check_finite_weights, score_units
 from gqaprune.likeness import check_likeness
+from gqaprune.offload import is_offloaded
 from gqaprune.perplexity import Evaluation, measure_perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.reconstruction import BlockRepair, apply_plan_with_repair
@@ -118,6 +120,8 @@ class Pruner:
         corpora: Sequence[str] = (),
         stages: Stages | None = None,
     ) -> None:
+        if is_offloaded(model):
+            check_goes_by_layer(config)
         check_likeness(model)
         check_finite_weights(model)
         self.model, self.batches, self.config = model, batches, config

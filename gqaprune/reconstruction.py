@@ -36,6 +36,7 @@ from gqaprune.families import BlockKind, get_family
 from gqaprune.gates import freeze_parameters
 from gqaprune.layerwise import Stream, embed_batches, run_layer
 from gqaprune.least_squares import Moments
+from gqaprune.offload import hold_each
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import track
 from gqaprune.refinement import Refinement, RefinementOptions, TokenPairs, refine_mlp
@@ -173,7 +174,8 @@ def apply_plan_with_repair(
     with freeze_parameters(model), torch.no_grad():
         pruned = embed_batches(model, [batches[index] for index in own]) if left else []
         dense: list[Stream] = []
-        for layer in track(range(max(repaired).layer + 1), "reconstruction", "layers"):
+        changed = {key.layer for key in repaired}
+        for layer in hold_each(model, track(range(max(changed) + 1), "reconstruction", "layers"), changed):
             if layer > last:  # all that is left is there: nothing is run for it
                 dense, pruned = [], []
             if layer == first and options.pull > 0:

@@ -4,6 +4,7 @@ import ctypes
 import glob
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 _AT_FDCWD = -100
@@ -42,6 +43,14 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     for left in _list_left(folder):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def make_temporary_folder(path: Path) -> Path:
+    """Make a folder under a temporary name beside `path`; those that killed programs left there are removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in _list_left(path):
+        shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(f".{os.getpid()}.tmp", f".{path.name}.", path.parent))
 
 
 def _list_left(path: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from gqaprune.distributed import get_rank_and_world_size, sum_across_ranks
+from gqaprune.offload import named_parameters
 from gqaprune.progress import console
 from gqaprune.replace import write_atomically
 
@@ -184,7 +185,7 @@ def hash_model(model: PreTrainedModel, settings: Sequence[object] = ()) -> str:
     """A key for what depends on a model: a hash of its config, of every weight, and of the settings."""
     config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
     content = hashlib.sha256(json.dumps([config, list(settings)], sort_keys=True, default=str).encode())
-    for parameter in model.parameters():
+    for _, parameter in named_parameters(model):
         weights = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         content.update(str((weights.shape, weights.dtype)).encode())
         content.update(_sum_bits(weights.detach()).cpu().numpy().tobytes())

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.architecture import Block, find_blocks, read_geometry, write_geometry, write_heads
 from gqaprune.families import get_family
+from gqaprune.offload import hold_each
 from gqaprune.plan import PruningPlan, list_query_heads
 
 
@@ -27,8 +28,12 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
             then.
     """
     check_plan(model, plan)
-    for block, heads in zip(find_blocks(model), find_blocks(model, "query"), strict=True):
-        cut_block(model, plan, block, heads)
+    pairs = list(zip(find_blocks(model), find_blocks(model, "query"), strict=True))
+    cut = {block.key.layer for block, _ in pairs if len(list_kept_columns(plan, block)) < block.output.in_features}
+    for layer in hold_each(model, sorted(cut), cut):
+        for block, heads in pairs:
+            if block.key.layer == layer:
+                cut_block(model, plan, block, heads)
     write_shapes(model, plan)
 
 

@@ -170,6 +170,48 @@ def test_prune_cuts_and_saves_without_training(run: Run, tiny_folder: Path) -> N
     assert len(read_scalars(Path("lightning_logs/version_0"))["ppl/embedded/pruned"]) == 1
 
 
+def test_layers_on_disk_are_pruned_to_what_pruning_in_memory_gives(run: Run) -> None:
+    settings = ("--pruning.criterion", "obs", "--pruning.repair", "least_squares", "--pruning.repair_epochs", "1")
+    for folder, offload in (("memory", "false"), ("disk", "true")):
+        assert run("prune", *settings, "--export.folder", folder, "--pruning.offload", offload) == 0
+    plan = ("--model.plan", "disk/plan.json", "--model.recovery.mode", "none")
+    assert run("fit", *plan, "--export.folder", "plan", "--pruning.offload", "true") == 0  # nothing is trained
+    load = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
+    memory, disk, cut = (load(folder).state_dict() for folder in ("memory", "disk", "plan"))
+    assert memory.keys() == disk.keys() == cut.keys()
+    assert all(torch.equal(disk[name], tensor) for name, tensor in memory.items())
+    assert Path("memory/plan.json").read_text() == Path("disk/plan.json").read_text()
+    assert {name: tensor.shape for name, tensor in cut.items()} == {name: t.shape for name, t in disk.items()}
+    reports = [json.loads(Path(f"lightning_logs/version_{n}/report.json").read_text()) for n in (0, 1)]
+    assert reports[0] == reports[1]
+    assert len(list(Path("disk").glob("*.safetensors"))) == 4  # three layers, and what is outside of them
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("prune", [], "criterion fisher needs the whole model in memory"),
+        ("fit", ["--pruning.criterion", "obs"], "recovery.mode full would train: take gqaprune prune, or set"),
+        ("search", [], "search tries splits on the whole model in memory: set pruning.offload to false"),
+        ("prune", ["--data.sampled_windows", "4"], "data.sampled_windows 4 needs the whole model"),
+        ("prune", ["--export.format", "gguf-f16"], "format gguf-f16 needs the whole model in memory"),
+        (
+            "prune",
+            ["--trainer.strategy", "ddp", "--trainer.devices", "1"],
+            "offload works on one device, got DDPStrategy: set trainer.devices to 1",
+        ),
+    ],
+)
+def test_what_layers_on_disk_exclude_is_said_before_any_work(
+    run: Run, capsys: pytest.CaptureFixture[str], command: str, arguments: list[str], message: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gqaprune.module.load_model", lambda *_: pytest.fail("a model was loaded"))
+        patch.setattr("gqaprune.module.load_offloaded_model", lambda *_: pytest.fail("a model was loaded"))
+        assert run(command, "--pruning.offload", "true", *arguments) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_plan_of_one_run_is_reapplied_by_the_next_without_calibration(run: Run) -> None:
     assert run("prune", "--export.folder", "first") == 0
     assert run("prune", "--export.folder", "second", "--model.plan", "first/plan.json", "--data.calibration", "[]") == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gqaprune import replace
-from gqaprune.replace import replace_folder, write_atomically
+from gqaprune.replace import make_temporary_folder, replace_folder, write_atomically
 
 
 def make_folder(path: Path, content: str) -> Path:
@@ -93,3 +93,13 @@ def test_a_write_removes_what_killed_writes_of_the_same_name_left(tmp_path: Path
         (tmp_path / name).write_text("half")
     write_atomically(tmp_path / "[x].json", b"whole")
     assert {path.name for path in tmp_path.iterdir()} == {"[x].json", *others}
+
+
+def test_a_temporary_folder_is_new_and_those_of_killed_programs_go(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    make_folder(tmp_path / f".work.x.{ended.pid}.tmp", "half")
+    make_folder(tmp_path / f".work.x.{os.getppid()}.tmp", "half")
+    first, second = make_temporary_folder(tmp_path / "work"), make_temporary_folder(tmp_path / "work")
+    assert first != second
+    assert set(tmp_path.iterdir()) == {first, second, tmp_path / f".work.x.{os.getppid()}.tmp"}

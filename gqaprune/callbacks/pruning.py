@@ -9,9 +9,11 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from transformers import PreTrainedModel
 
 from gqaprune.config import PruningConfig
+from gqaprune.counts import check_goes_by_layer
 from gqaprune.datamodules import TextDataModule
 from gqaprune.loading import check_tokenizer
 from gqaprune.module import CausalLMModule
+from gqaprune.offload import move_model
 from gqaprune.pipeline import Pruner
 from gqaprune.progress import console
 from gqaprune.report import Report
@@ -32,6 +34,10 @@ class TaylorPruning(GradientAccumulationScheduler):
         scheduling: epoch -> micro-batches per optimizer step, from that epoch on.
         stages: folder for the finished stages of a run that has not ended; null means `lightning_logs/unfinished` under
             `trainer.default_root_dir`. A run that ends removes them.
+        offload: keep the model's decoder layers in its safetensors files and read them one at a time, so that a model
+            larger than memory is pruned, to the same result; layers that change are kept beside `stages` meanwhile.
+            Nothing is trained then, and criterion and allocation have to go layer by layer: `obs`, `wanda`, `wifv`,
+            `l1`, `l2`, `random` and two of them joined; `uniform`, `global`, `optimal`.
         settings: what to remove and how, the fields of `gqaprune.PruningConfig`.
 
     Raises:
@@ -42,9 +48,16 @@ class TaylorPruning(GradientAccumulationScheduler):
         Trainer(callbacks=[TaylorPruning(scheduling={0: 4}, rate=0.2, allocation="global")])
     """
 
-    def __init__(self, scheduling: dict[int, int] = {0: 1}, stages: str | None = None, **settings: Any) -> None:  # noqa: B006
+    def __init__(
+        self,
+        scheduling: dict[int, int] = {0: 1},  # noqa: B006
+        stages: str | None = None,
+        offload: bool = False,
+        **settings: Any,
+    ) -> None:
         super().__init__(dict(scheduling))
         self.stages = stages
+        self.offload = offload
         self.config = PruningConfig(**settings)
         self.report: Report | None = None
         self._pruner: Pruner | None = None
@@ -58,12 +71,15 @@ class TaylorPruning(GradientAccumulationScheduler):
         _check_rounds(trainer, module, self.config)
         if trainer.strategy.handles_gradient_accumulation:
             trainer.accumulate_grad_batches = self._get_only_factor(trainer)
+        if self.offload:
+            _check_offload(trainer, module, data, self.config)
+            trainer.limit_val_batches = 0  # Lightning's own check would run the whole model
         self._pruner = self.report = None
         calibrates = module.plan is None and self.config.needs_text
         if calibrates:
             data.read_calibration_windows()  # missing text is said before a model is loaded
-        module.load()
-        model = module.model.to(trainer.strategy.root_device)
+        module.load(self._get_folder(trainer).with_name("offloaded") if self.offload else None)
+        model = move_model(module.model, trainer.strategy.root_device)
         check_tokenizer(data.tokenizer, model)
         if data.train_sampled_windows and trainer.limit_train_batches != 0:
             dense = model if module.plan is None else module.load_dense().to(trainer.strategy.root_device)
@@ -138,9 +154,11 @@ class TaylorPruning(GradientAccumulationScheduler):
             )
         return factors[0]
 
+    def _get_folder(self, trainer: Trainer) -> Path:
+        return Path(self.stages) if self.stages else Path(trainer.default_root_dir) / UNFINISHED
+
     def _open_stages(self, trainer: Trainer) -> Stages:
-        folder = Path(self.stages) if self.stages else Path(trainer.default_root_dir) / UNFINISHED
-        return Stages(folder, trainer.strategy.root_device)
+        return Stages(self._get_folder(trainer), trainer.strategy.root_device)
 
     def _start(self, module: CausalLMModule, data: TextDataModule, dense: PreTrainedModel, stages: Stages) -> Pruner:
         pruner = Pruner(
@@ -181,6 +199,27 @@ def _check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfi
     if config.uses_damage_curves or config.swap_generations:
         name = "damage_levels" if config.uses_damage_curves else "swap_generations"
         raise ValueError(f"{name} measures cuts of the whole model, which several rounds have not: set rounds to 1")
+
+
+def _check_offload(trainer: Trainer, module: CausalLMModule, data: TextDataModule, config: PruningConfig) -> None:
+    """Refuse what needs the whole model in memory, before any work."""
+    if trainer.limit_train_batches != 0:
+        raise ValueError(
+            f"offload keeps on disk what recovery.mode {module.recovery.mode} would train: take gqaprune prune, or set "
+            "recovery.mode to none, and train what it writes afterwards"
+        )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise ValueError(
+            f"offload works on one device, got {type(trainer.strategy).__name__}: set trainer.devices to 1 and "
+            "trainer.strategy to auto"
+        )
+    if data.sampled_windows:
+        raise ValueError(
+            f"data.sampled_windows {data.sampled_windows} needs the whole model in memory, which offload keeps on "
+            "disk: set it to 0 and calibrate on corpora"
+        )
+    if module.plan is None:
+        check_goes_by_layer(config)
 
 
 def get_parts(trainer: Trainer, pl_module: LightningModule) -> tuple[CausalLMModule, TextDataModule]:

@@ -13,6 +13,7 @@ from gqaprune.criteria.base import Criterion, Scores
 from gqaprune.distributed import get_rank_and_world_size, sum_across_ranks
 from gqaprune.gates import freeze_parameters
 from gqaprune.layerwise import Stream, embed_batches, run_layer, watch_inputs
+from gqaprune.offload import hold_each
 from gqaprune.progress import track
 
 Statistics = dict[str, Tensor]
@@ -21,6 +22,8 @@ Statistics = dict[str, Tensor]
 
 class ActivationCriterion(Criterion):
     """Adds up statistics of a block's units over the tokens, and scores the units from them."""
+
+    goes_by_layer = True
 
     @abstractmethod
     def measure(self, x_NC: Tensor) -> Statistics:
@@ -40,7 +43,9 @@ class ActivationCriterion(Criterion):
         scores: Scores = {}
         with freeze_parameters(calibration.model):
             streams = embed_batches(calibration.model, [calibration.batches[i] for i in calibration.own_batches])
-            for layer in track(range(max(blocks, default=-1) + 1), calibration.name, "layers"):
+            for layer in hold_each(
+                calibration.model, track(range(max(blocks, default=-1) + 1), calibration.name, "layers")
+            ):
                 statistics = self._measure_layer(layer, blocks.get(layer, []), streams)
                 for block in blocks.get(layer, []):
                     total = sum_across_ranks(statistics.pop(block.key))

@@ -115,6 +115,8 @@ class Criterion(ABC):
 
     needs_data: ClassVar[bool] = True
     """Whether it reads calibration batches."""
+    goes_by_layer: ClassVar[bool] = False
+    """Whether it needs one decoder layer in memory at a time, not the whole model."""
     uses: ClassVar[tuple[str, ...]] = ()
     """Names of the options that shape it."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gqaprune.architecture import Block
 from gqaprune.criteria.base import REDUCTIONS, Criterion, Scores
+from gqaprune.offload import hold_layer
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Magnitude(Criterion):
     """Sizes up each member of a unit and combines them by `reduction`."""
 
     needs_data = False
+    goes_by_layer = True
     uses = ("reduction",)
 
     @abstractmethod
@@ -67,8 +69,9 @@ class Magnitude(Criterion):
         reduce = REDUCTIONS[self.options.reduction]
         scores = {}
         for block in self.calibration.blocks:
-            parts = [self.measure(member.split(member.linear.weight).float()) for member in find_members(block)]
-            scores[block.key] = reduce(torch.stack(parts)).cpu()
+            with hold_layer(self.calibration.model, block.key.layer):
+                parts = [self.measure(member.split(member.linear.weight).float()) for member in find_members(block)]
+                scores[block.key] = reduce(torch.stack(parts)).cpu()
         return scores
 
 
@@ -95,6 +98,7 @@ class Random(Criterion):
     """Uniform in [0, 1) from `seed`: what any criterion has to beat."""
 
     needs_data = False
+    goes_by_layer = True
     uses = ("seed",)
 
     def score(self) -> Scores:
