@@ -19,7 +19,7 @@ from gqaprune.sharding import is_split
 IGNORED = -100
 """Label of tokens that are context only."""
 
-_PIECE_LOGITS = 2**24
+PIECE_LOGITS = 2**24
 """Logits that exist at once, in float32 64 MiB; more are no faster."""
 
 
@@ -102,5 +102,5 @@ def _sum_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 def _cut_pieces(model: PreTrainedModel, labels: Tensor) -> Iterator[slice]:
     """Runs of positions that predict a token, so short that their logits are few."""
     batch, last = len(labels), labels.shape[1] - 1
-    size = max(1, _PIECE_LOGITS // (batch * model.config.vocab_size))
+    size = max(1, PIECE_LOGITS // (batch * model.config.vocab_size))
     return (slice(start, min(start + size, last)) for start in range(0, last, size))

@@ -25,7 +25,7 @@ def list_token_losses(logits: Tensor, ids: Sequence[int]) -> list[float]:
 @pytest.fixture(params=[1, 7, 1000])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Positions whose logits exist at once, for batches of two samples."""
-    monkeypatch.setattr(gqaprune.losses, "_PIECE_LOGITS", request.param * 2 * VOCABULARY)
+    monkeypatch.setattr(gqaprune.losses, "PIECE_LOGITS", request.param * 2 * VOCABULARY)
     return int(request.param)
 
 

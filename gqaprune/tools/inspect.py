@@ -13,6 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 from gqaprune.architecture import count_layer_parameters, count_parameters, get_layers, read_geometry
 from gqaprune.families import get_family
 from gqaprune.loading import DTYPES, load_config
+from gqaprune.losses import PIECE_LOGITS
 from gqaprune.per_layer import get_per_layer_class
 from gqaprune.recovery import RecoveryConfig, list_projections
 
@@ -152,38 +153,40 @@ def estimate_memory(
     projections and channels of the largest MLP, `A` those of the adapters, `H` the hidden size, `V` the vocabulary, `t`
     tokens of a micro-batch, `c` of calibration, over `N` devices:
 
-    - activations `a = t · (Σ over layers of b · (4H + 4·query + 4·KV width + 4·channels) + 8H, + V · (2b + 8))`: what
-      one backward pass keeps, the logits with their gradients in the weights' type and in float32
-    - scoring `b·P + a + 16 · C²`
+    - activations `a = t · (Σ over layers of b · (4H + 4·query + 4·KV width + 4·channels) + 8H)`: what one backward pass
+      keeps; logits `l = (2b + 8) · V` a token, with their gradients in the weights' type and in float32
+    - scoring `b·P + a + l · min(t, 2²⁴ / V) + 16 · C²`: it never has more logits than that at once
     - repair `b · (P + D) + 2 · b · H · c/n + H · (b + 4) · c/n + (20 + b) · M + 32 · C²`, `n` being `N`, or 1 on one
       device: two streams of hidden states, the tokens of one MLP, its float32 copies and optimizer, second moments
-    - recovery: full `4b·P + a` (weights, gradients, two moments of AdamW), LoRA `b·P + 16·A + a`, distillation full,
-      `b·P` of the teacher and `t · V · b` of its logits
+    - recovery: full `4b·P + a + l·t` (weights, gradients, two moments of AdamW), LoRA `b·P + 16·A + a + l·t`,
+      distillation full, `b·P` of the teacher and `t · V · b` of its logits
     - DDP adds a copy of the gradients, `b·P` or `4·A`
-    - FSDP divides all but activations by `N` and gathers `b · (3D + 2E)` at a time, twice with a teacher; scoring and
-      repair come before it and need what they need under DDP
-    - offload keeps two layers and what lies outside the decoder, `b · (2D + E)`, instead of `b·P`; recovery is not done
+    - FSDP divides all but activations and logits by `N` and gathers `b · (3D + 2E)` at a time, twice with a teacher;
+      scoring and repair come before it and need what they need under DDP
+    - offload keeps two layers and what lies outside the decoder, `b · (2D + E)`, instead of `b·P`; its scoring has no
+      backward pass, and keeps the hidden states of all windows, `b · H · c`, instead of `a` and `l`; no recovery
     """
     b, t, h = itemsize, tokens, sizes.hidden_size
     weights, layer = b * sizes.parameters, b * sizes.layer_parameters
     outside = weights - b * sizes.decoder_parameters
     heads = sizes.head_dim * (sizes.query_heads + sizes.kv_heads)
     kept = b * 4 * (sizes.layers * h + heads + sizes.channels) + sizes.layers * 8 * h
-    activations = t * (kept + sizes.vocabulary * (2 * b + 8))
+    activations, logit = t * kept, 2 * b + 8
+    trained = activations + t * sizes.vocabulary * logit
     moments = sizes.channel_range[1] ** 2
 
     def repair(share: float) -> float:
         own = calibration_tokens * share
         return layer + own * h * (3 * b + 4) + (20 + b) * sizes.mlp_parameters + 32 * moments
 
-    score = activations + 16 * moments
+    score = activations + min(t * sizes.vocabulary, PIECE_LOGITS) * logit + 16 * moments
     resident = 2 * layer + outside
     needed: dict[str, dict[str, float | None]] = {
         "scoring": {
             "one device": weights + score,
             "ddp": weights + score,
             "fsdp": weights + score,
-            "offload": resident + score,
+            "offload": resident + b * h * calibration_tokens + 16 * moments,
         },
         "repair": {
             "one device": weights + repair(1),
@@ -200,9 +203,9 @@ def estimate_memory(
     }
     for mode, (state, copied, models, logits) in recoveries.items():
         needed[f"recovery, {mode}"] = {
-            "one device": state + activations + logits,
-            "ddp": state + copied + activations + logits,
-            "fsdp": state / devices + models * (3 * layer + 2 * outside) + activations + logits,
+            "one device": state + trained + logits,
+            "ddp": state + copied + trained + logits,
+            "fsdp": state / devices + models * (3 * layer + 2 * outside) + trained + logits,
             "offload": None,
         }
     return needed

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import gqaprune
 from gqaprune.cli import main
+from gqaprune.losses import PIECE_LOGITS
 from gqaprune.recovery import RecoveryConfig, add_adapters
 from gqaprune.selection import keep_everything
 from gqaprune.surgery import apply_plan
@@ -117,3 +118,13 @@ def test_what_cannot_be_inspected_gets_a_sentence(
 ) -> None:
     assert run_main(monkeypatch, *arguments) == 1
     assert sentence in capsys.readouterr().err
+
+
+def test_scoring_needs_no_more_logits_for_longer_windows_and_no_activations_with_layers_on_disk() -> None:
+    sizes = make_sizes()
+    logit = (2 * 4 + 8) * sizes.vocabulary
+    few = PIECE_LOGITS // sizes.vocabulary
+    short, long, longer = (estimate_memory(sizes, 4, 2, few * n, 100)["scoring"] for n in (1, 2, 3))
+    a, b, c = (each["one device"] or 0 for each in (short, long, longer))
+    assert b - a == pytest.approx(c - b) and a > logit * few + (b - a)
+    assert short["offload"] == long["offload"]
