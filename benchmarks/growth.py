@@ -150,6 +150,7 @@ def draw(points: Points, path: Path) -> None:
     """Seconds by size, a panel for what grows, a mark and a fitted line for each part of the work."""
     exponents = fit_all(points)
     figure = Figure(figsize=(4.2 * len(points), 4.6), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)  # labels of neighbours' ends would touch
     panels = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
     for axes, (axis, own) in zip(panels, points.items(), strict=True):
         sizes = [value for value, _ in own]
