@@ -10,13 +10,14 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import offload
 import quality
 import quality_report
 import quality_row
 from peers import PEERS, _find_ratio, read_peak_rss
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from gqaprune.loading import load_model
+from gqaprune.loading import load, load_model
 
 from tiny import make_tokens
 
@@ -236,3 +237,10 @@ def test_the_ratio_for_torch_pruning_comes_within_half_a_percent_of_the_rate(rat
 def test_peak_memory_is_that_of_this_process() -> None:
     assert 2**20 < read_peak_rss() < 2**40
     assert all(peer.distribution in (ROOT / "benchmarks/requirements.txt").read_text() for peer in PEERS.values())
+
+
+def test_the_synthetic_model_is_one_that_loads_with_its_tokenizer(tmp_path: Path) -> None:
+    size = offload.write_model(tmp_path, layers=1)
+    model, tokenizer = load(tmp_path)
+    assert size == sum(parameter.nbytes for parameter in model.parameters())
+    assert tokenizer.decode(tokenizer("A word.")["input_ids"]) == "A word."

@@ -131,7 +131,7 @@ def test_a_llama_in_all_but_name_is_checked_and_pruned_as_in_memory(tmp_path: Pa
     model, offloaded = load_model(tmp_path / "dense"), open_dense(tmp_path)
     assert run(offloaded) == run(model)
     assert_same(model, offloaded)
-    make_unknown("apertus").save_pretrained(tmp_path / "other" / "dense")
+    make_unknown("diffllama").save_pretrained(tmp_path / "other" / "dense")
     with pytest.raises(ValueError, match="cannot be pruned yet: layer 0 holds"):
         run(open_dense(tmp_path / "other"))
 
