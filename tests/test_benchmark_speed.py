@@ -1,4 +1,4 @@
-"""benchmarks/inference.py, growth.py and gpu.py: what they measure on tiny models, and what their tables say."""
+"""The benchmarks of speed and memory: what they measure on tiny models, and what their tables say."""
 
 import sys
 import time
@@ -17,6 +17,7 @@ import growth
 import inference
 import inference_report
 import measuring
+import speed
 
 import gqaprune
 
@@ -242,3 +243,39 @@ def test_a_run_ends_with_its_table_which_results_have_too(tmp_path: Path, capsys
 def test_without_a_gpu_it_says_what_can_be_tried(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no CUDA device: .* --device cpu --geometry tiny"):
         gpu.main(["--results", str(tmp_path / "r.md")])
+
+
+def test_every_line_of_the_speed_table_is_measured_against_a_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(speed, "measure_apart", lambda name, options: 3 * 2**20)
+    arguments = ["--geometry", "tiny", "--windows", "4", "--window", "32", "--batch", "2", "--turns", "1"]
+    assert speed.main([*arguments, "--results", str(tmp_path / "R.md")]) == 0
+    text = (tmp_path / "R.md").read_text()
+    rows = {row[1].strip(): row[2:-1] for row in (line.split("|") for line in text.splitlines() if line[:1] == "|")}
+    assert {*speed.LINES, "GAQ-Aware-Prune's schedule: 8 of both"} < rows.keys()
+    assert rows["forward"][2].strip() == "1.00" and rows["prune as by default"][3].strip() == "3"
+    assert text.split(speed.BEGIN)[1].split("|")[0].strip() in capsys.readouterr().out
+
+
+def test_the_others_schedule_is_one_pass_with_gradients_and_one_perplexity_for_each_layer() -> None:
+    seconds = {
+        "forward": [2.0],
+        "element-wise Taylor, gradients kept": [6.0, 9.0, 7.0],
+        "perplexity, plain loop": [3.0],
+    }
+    _, rows = speed.build_table(seconds, {"forward": 2**20}, 30)
+    assert rows[-1] == ["GAQ-Aware-Prune's schedule: 30 of both", "300.0", "counted", "150.00", ""]
+    assert rows[1][1:4] == ["7.0", "6.0 to 9.0", "3.50"] and rows[0][4] == "1"
+
+
+def test_lines_leave_the_model_as_it_was_but_for_those_that_cut() -> None:
+    config = measuring.GEOMETRIES["tiny"]
+    model = measuring.make_model(config, torch.float32, "cpu").requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, line in speed.LINES.items():
+        if name not in speed.CUTTING:
+            line(model, measuring.make_tokens(config, 2, 16).split(1))
+            assert all(p.grad is None and not p.requires_grad for p in model.parameters()), name
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(layer.gradient_checkpointing for layer in model.model.layers)
