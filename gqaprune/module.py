@@ -142,9 +142,9 @@ class CausalLMModule(LightningModule):
         if self.device_mesh is not None:
             for model in [self.model, *self._teacher]:
                 shard_model(model, self.device_mesh["data_parallel"])
-        elif self._trainer is not None:
+        elif self._trainer is not None and self._model is not None:  # layers on disk are nothing to split
             device = self._trainer.strategy.root_device
-            self._model = wrap_model(self.model, device)
+            self._model = wrap_model(self._model, device)
             self._teacher = [wrap_model(teacher, device) for teacher in self._teacher]
 
     @property
