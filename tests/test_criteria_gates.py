@@ -1,7 +1,9 @@
 """Gate criteria against their formulas on gradients taken apart."""
 
+import pytest
 import torch
 
+import gqaprune.criteria.gates
 from gqaprune.architecture import find_blocks
 from gqaprune.gates import compute_gate_gradients, freeze_parameters
 from gqaprune.importance import score_units
@@ -42,3 +44,19 @@ def test_unit_without_effect_scores_zero() -> None:
     scores = score_units(model, find_blocks(model), BATCHES, "fisher")
     assert scores[1, "mlp"][7] == 0
     assert (scores[1, "mlp"] > 0).sum() == 19
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "taylor"])
+@pytest.mark.parametrize("tokens, passes", [(1, [1, 1, 1]), (40, [2, 1]), (1024, [3])])
+def test_few_samples_are_held_at_a_time_and_score_as_together(
+    criterion: str, tokens: int, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch, seen = make_model("llama"), make_tokens(3), []
+    monkeypatch.setattr(gqaprune.criteria.gates, "_PASS_TOKENS", 3 * 16)
+    together = score_units(model, find_blocks(model), [batch], criterion)
+    monkeypatch.setattr(gqaprune.criteria.gates, "_PASS_TOKENS", tokens)
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    apart = score_units(model, find_blocks(model), [batch], criterion)
+    assert seen == passes
+    for key, score in together.items():
+        torch.testing.assert_close(apart[key], score)

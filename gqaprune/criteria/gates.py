@@ -10,6 +10,9 @@ from gqaprune.criteria.backward import BackwardCriterion
 from gqaprune.criteria.base import Calibration, ScoringOptions
 from gqaprune.gates import Gates, compute_gate_gradients
 
+_PASS_TOKENS = 1024
+"""Tokens whose activations are held at once: samples do not touch each other, and more at once are hardly faster."""
+
 
 class GateCriterion(BackwardCriterion):
     """Adds up gate gradients."""
@@ -23,7 +26,7 @@ class GateCriterion(BackwardCriterion):
 
     @abstractmethod
     def add_gradients(self, gradients_BU: Gates) -> None:
-        """Take the gate gradients of one micro-batch."""
+        """Take the gate gradients of some samples of one micro-batch."""
 
     def end_window(self) -> None:
         """Close an accumulation window."""
@@ -33,12 +36,15 @@ class GateCriterion(BackwardCriterion):
         return nullcontext()
 
     def add(self, input_ids: Tensor, ends_window: bool) -> Tensor:
-        """Take the gate gradients of one micro-batch."""
-        gradients_BU, losses_B = compute_gate_gradients(self.calibration.model, self.calibration.blocks, input_ids)
-        self.add_gradients(gradients_BU)
+        """Take the gate gradients of one micro-batch, a few of its samples at a time."""
+        losses = []
+        for pass_BT in input_ids.split(max(1, _PASS_TOKENS // input_ids.shape[1])):
+            gradients_BU, losses_B = compute_gate_gradients(self.calibration.model, self.calibration.blocks, pass_BT)
+            self.add_gradients(gradients_BU)
+            losses.append(losses_B)
         if ends_window:
             self.end_window()
-        return losses_B
+        return torch.cat(losses)
 
 
 class GateFisher(GateCriterion):

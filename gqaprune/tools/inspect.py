@@ -155,7 +155,8 @@ def estimate_memory(
 
     - activations `a = t · (Σ over layers of b · (4H + 4·query + 4·KV width + 4·channels) + 8H)`: what one backward pass
       keeps; logits `l = (2b + 8) · V` a token, with their gradients in the weights' type and in float32
-    - scoring `b·P + a + l · min(t, 2²⁴ / V) + 16 · C²`: it never has more logits than that at once
+    - scoring `b·P + a + l · min(t, 2²⁴ / V) + 16 · C²`: it never has more logits than that at once, nor more
+      activations than 1,024 tokens or one window have: less where a micro-batch is several windows
     - repair `b · (P + D) + 2 · b · H · c/n + H · (b + 4) · c/n + (20 + b) · M + 32 · C²`, `n` being `N`, or 1 on one
       device: two streams of hidden states, the tokens of one MLP, its float32 copies and optimizer, second moments
     - recovery: full `4b·P + a + l·t` (weights, gradients, two moments of AdamW), LoRA `b·P + 16·A + a + l·t`,
