@@ -195,11 +195,6 @@ def test_layers_on_disk_are_pruned_to_what_pruning_in_memory_gives(run: Run) -> 
         ("search", [], "search tries splits on the whole model in memory: set pruning.offload to false"),
         ("prune", ["--data.sampled_windows", "4"], "data.sampled_windows 4 needs the whole model"),
         ("prune", ["--export.format", "gguf-f16"], "format gguf-f16 needs the whole model in memory"),
-        (
-            "prune",
-            ["--trainer.strategy", "ddp", "--trainer.devices", "1"],
-            "offload works on one device, got DDPStrategy: set trainer.devices to 1",
-        ),
     ],
 )
 def test_what_layers_on_disk_exclude_is_said_before_any_work(

@@ -305,6 +305,13 @@ def test_checkpoints_go_on_under_another_strategy_or_say_why_not(config: Path, t
     assert "SingleDeviceStrategy goes on from single files and lightning_logs/version_0/checkpoints" in done.stderr
 
 
+def test_layers_on_disk_are_refused_on_several_processes(config: Path, tmp_path: Path) -> None:
+    settings = ("--pruning.offload", "true", "--pruning.criterion", "obs")
+    done = start(tmp_path / "disk", "prune", config, *settings, *DDP)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "offload works on one device, got DDPStrategy: set trainer.devices to 1" in done.stderr
+
+
 def test_rounds_are_refused_where_the_model_is_split(config: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="recovery.rounds 2 cuts whole models between steps, which ModelParallel"):
         run(tmp_path / "fit", "fit", config, "--model.recovery.rounds", "2", *FSDP2)
