@@ -111,6 +111,8 @@ LINES: Mapping[str, Line] = {
 }
 """Name -> what is timed."""
 CUTTING = tuple(name for name in LINES if name.startswith(("cut", "prune")))
+WATCHED = tuple(name for name in LINES if name not in CUTTING or name == "prune as by default")
+"""Lines whose peak memory is measured: that of pruning as a whole is the largest of its parts'."""
 
 
 def prepare(options: argparse.Namespace) -> tuple[PreTrainedModel, list[Tensor]]:
@@ -153,7 +155,9 @@ def measure_peak(name: str, options: argparse.Namespace) -> int:
 def measure_apart(name: str, options: argparse.Namespace) -> int:
     """The same from another process."""
     with get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure_peak, (name, options))
+        peak = pool.apply(measure_peak, (name, options))
+    print(f"peak of {name}: {peak / 2**20:.0f} MiB", flush=True)
+    return peak
 
 
 def build_table(
@@ -187,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
     options = parser.parse_args(arguments)
     console.quiet = True
-    peaks = {name: measure_apart(name, options) for name in options.lines}
+    peaks = {name: measure_apart(name, options) for name in options.lines if name in WATCHED}
     seconds = time_lines(options)
     layers = 30 if options.geometry == "smollm2-135m" else GEOMETRIES[options.geometry].num_hidden_layers
     text = options.text if options.geometry == "smollm2-135m" else "random tokens"
