@@ -54,7 +54,7 @@ class Run:
     Args:
         name: of its row.
         limit: MiB that it was given; none if 0.
-    kind: what held it to that.
+        kind: what held it to that.
         code: exit code.
         seconds: until it ended.
         anonymous: bytes of anonymous memory at its peak.

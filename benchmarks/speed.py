@@ -121,7 +121,7 @@ def prepare(options: argparse.Namespace) -> tuple[PreTrainedModel, list[Tensor]]
         model, tokenizer = gqaprune.load("smollm2-135m", dtype="float32")
         windows = read_windows(tokenizer, [options.text], options.window, options.windows)
     else:
-        model = make_model(copy.deepcopy(GEOMETRIES[options.geometry]), torch.bfloat16, options.device)
+        model = make_model(GEOMETRIES[options.geometry], torch.bfloat16, options.device)
         windows = make_tokens(model.config, options.windows, options.window)
     model.requires_grad_(False)
     return model.to(options.device).eval(), list(windows.to(options.device).split(options.batch))

@@ -147,7 +147,7 @@ def load_offloaded_model(
         )
         files = find_tensors(checkpoint)
         with init_empty_weights(include_buffers=False):
-            model = _build_model(config, DTYPES[dtype], attn_implementation, trust_remote_code)
+            model = build_model(config, DTYPES[dtype], attn_implementation, trust_remote_code)
         offload_layers(model, files, Path(folder))
         missing = model.state_dict().keys() - files.keys()
         model.tie_weights(missing_keys=missing, recompute_mapping=False)  # what is tied is missing no longer
@@ -160,10 +160,23 @@ def load_offloaded_model(
     return model.eval()
 
 
-def _build_model(
-    config: PretrainedConfig, dtype: object, attn_implementation: str | None, trust_remote_code: bool
+def build_model(
+    config: PretrainedConfig,
+    dtype: object,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A model of the class that `load_model` would load, with weights of no meaning."""
+    """A model of the class that `load_model` would load, with weights of no meaning.
+
+    Args:
+        config: of the model, dense or pruned.
+        dtype: of the weights; `auto` is the config's own.
+        attn_implementation: attention kernel; transformers chooses if None.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: if the type is to be the config's own and it has none.
+    """
     if dtype == "auto" and (dtype := config.dtype) is None:
         raise ValueError("its config does not say which type the weights have: set dtype to bfloat16 or float32")
     arguments = {"dtype": dtype} | ({} if attn_implementation is None else {"attn_implementation": attn_implementation})

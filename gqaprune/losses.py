@@ -20,7 +20,7 @@ IGNORED = -100
 """Label of tokens that are context only."""
 
 PIECE_LOGITS = 2**24
-"""Logits that exist at once, in float32 64 MiB; more are no faster."""
+"""Logits that exist at once, in float32 64 MiB."""
 
 
 def sum_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

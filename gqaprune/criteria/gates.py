@@ -11,7 +11,7 @@ from gqaprune.criteria.base import Calibration, ScoringOptions
 from gqaprune.gates import Gates, compute_gate_gradients
 
 _PASS_TOKENS = 1024
-"""Tokens whose activations are held at once: samples do not touch each other, and more at once are hardly faster."""
+"""Tokens whose activations are held at once: samples do not touch each other."""
 
 
 class GateCriterion(BackwardCriterion):

@@ -8,13 +8,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from gqaprune.architecture import count_layer_parameters, count_parameters, get_layers, read_geometry
 from gqaprune.families import get_family
-from gqaprune.loading import DTYPES, load_config
+from gqaprune.loading import DTYPES, build_model, load_config
 from gqaprune.losses import PIECE_LOGITS
-from gqaprune.per_layer import get_per_layer_class
 from gqaprune.recovery import RecoveryConfig, list_projections
 
 GIB = 2**30
@@ -119,7 +118,8 @@ def read_sizes(config: PretrainedConfig, trust_remote_code: bool = False) -> Mod
         ValueError: if the family is not supported.
     """
     family, geometry = get_family(config), read_geometry(config)
-    model = _build_without_weights(config, trust_remote_code)
+    with torch.device("meta"):
+        model = build_model(config, torch.float32, trust_remote_code=trust_remote_code)
     linears = [(name, module) for name, module in get_layers(model).named_modules() if isinstance(module, nn.Linear)]
     projections = [module for name, module in linears if name.split(".")[-1] in list_projections(model)]
     adapters = sum(linear.in_features + linear.out_features for linear in projections) * RecoveryConfig.lora_rank
@@ -246,13 +246,6 @@ def build_memory_table(
     for work, row in bytes_needed.items():
         table.add_row(work, *("–" if row[place] is None else f"{(row[place] or 0) / GIB:,.2f}" for place in PLACES))
     return table
-
-
-def _build_without_weights(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    with torch.device("meta"):
-        if config.is_heterogeneous:
-            return get_per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _find_range(counts: tuple[int, ...]) -> tuple[int, int]:
