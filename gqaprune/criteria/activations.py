@@ -184,7 +184,7 @@ class BrainSurgeon(ActivationCriterion[Gram]):
             )
         factor_Ucc = torch.linalg.cholesky(statistics.invert_diagonal(size))
         score_U = torch.zeros_like(factor_Ucc[:, 0, 0])
-        for chosen in split_rows(units, size * block.output.out_features):
+        for chosen in split_rows(units, 2 * size * block.output.out_features):  # a solution is copied on its way
             columns = slice(chosen.start * size, chosen.stop * size)
             weight_UcO = block.output.weight[:, columns].double().T.reshape(-1, size, block.output.out_features)
             score_U[chosen] = (weight_UcO * torch.cholesky_solve(weight_UcO, factor_Ucc[chosen])).sum((1, 2))
