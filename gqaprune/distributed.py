@@ -1,7 +1,7 @@
 """What the core needs of torch.distributed; every function also works without a process group."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -31,6 +31,18 @@ def sum_across_ranks(tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
     dist.broadcast(flat, src=0)
     pieces = flat.split([tensor.numel() for tensor in tensors.values()])
     return {key: piece.view_as(tensor) for (key, tensor), piece in zip(tensors.items(), pieces, strict=True)}
+
+
+def add_across_ranks(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Add tensors over all ranks in place, one after the other; every rank gets the same bits.
+
+    Args:
+        tensors: as many of the same shapes on every rank; they may be kept elsewhere than on the device.
+        device: that the process group reduces on.
+    """
+    if get_rank_and_world_size()[1] > 1:
+        for tensor in tensors:
+            tensor.copy_(sum_across_ranks({"sum": tensor.to(device)})["sum"])
 
 
 def is_true_anywhere(flag: bool, device: torch.device) -> bool:

@@ -1,67 +1,104 @@
 """Ridge least squares from second moments: solve and measure without seeing a token again.
 
-Axes in tensor names: N tokens, D outputs, S inputs and, last among them, a constant 1 whose weight is the bias.
+Axes in tensor names: N tokens, D outputs, R some of them, S inputs and, where there is a bias, last among them a
+constant 1 whose weight it is.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from gqaprune.distributed import add_across_ranks
+from gqaprune.gram import Gram, Memory, Panels, split_rows
 
-@dataclass
+
 class Moments:
-    """Sums over tokens, float64: all that least squares of targets y on inputs x need.
+    """Sums over tokens, float64: all that least squares need of targets y on inputs x.
 
     Args:
-        gram_SS: `Σ x xᵀ`.
-        cross_SD: `Σ x yᵀ`.
+        inputs: how many.
+        outputs: how many.
+        memory: that keeps the sums.
+
+    Attributes:
+        gram: `Σ x xᵀ`.
+        rows: outputs that are worked on together.
+        cross: `Σ y xᵀ` of each of these rows, `[R, S]`.
         energy: `Σ ‖y‖²`, a scalar.
     """
 
-    gram_SS: Tensor
-    cross_SD: Tensor
-    energy: Tensor
-
-    @classmethod
-    def of_no_tokens(cls, inputs: int, weight_DC: Tensor) -> "Moments":
-        """Zeros for so many inputs, of a projection with as many rows as `weight_DC` and on its device."""
-        shapes = ((inputs, inputs), (inputs, len(weight_DC)), ())
-        return cls(*(weight_DC.new_zeros(shape, dtype=torch.float64) for shape in shapes))
+    def __init__(self, inputs: int, outputs: int, memory: Memory) -> None:
+        self.gram = Gram(inputs, memory)
+        self.rows = split_rows(outputs, inputs)
+        self.cross = [memory.make_zeros(rows.stop - rows.start, inputs) for rows in self.rows]
+        self.energy = torch.zeros((), dtype=torch.float64, device=memory.device)
 
     def add(self, x_NS: Tensor, y_ND: Tensor) -> None:
         """Add tokens, float32; products are float32."""
-        self.gram_SS += x_NS.T @ x_NS
-        self.cross_SD += x_NS.T @ y_ND
+        self.gram.add(x_NS)
+        for rows, cross_RS in zip(self.rows, self.cross, strict=True):
+            cross_RS += (y_ND[:, rows].T @ x_NS).to(cross_RS.device)
         self.energy += y_ND.square().sum(dtype=torch.float64)
 
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(self.gram_SS + other.gram_SS, self.cross_SD + other.cross_SD, self.energy + other.energy)
+    def sum_across_ranks(self) -> None:
+        """Add what all ranks saw; every rank gets the same bits."""
+        self.gram.sum_across_ranks()
+        add_across_ranks([*self.cross, self.energy], self.gram.device)
 
-    def measure_error(self, weight_SD: Tensor) -> float:
-        """`Σ ‖xᵀ w − y‖²` relative to `Σ ‖y‖²`; 0 where there is no target."""
-        error = self.energy + (weight_SD * (self.gram_SS @ weight_SD - 2 * self.cross_SD)).sum()
-        return float(error.clamp_min(0) / self.energy) if self.energy > 0 else 0.0
+    def is_finite(self) -> bool:
+        """Whether all sums are: no product is larger than both squares."""
+        return self.gram.is_finite() and bool(self.energy.isfinite())
 
-    def solve(self, weight_SD: Tensor, ridge: float, free: slice) -> Tensor:
-        """The weights that minimise `Σ ‖xᵀ w − y‖² + λ ‖w − w₀‖²`, with λ `ridge` times the columns' mean square.
+    def read_cross(self, index: int) -> Tensor:
+        """`Σ y xᵀ` of some outputs, on the device: a copy where it is kept elsewhere."""
+        return self.cross[index].to(self.gram.device)
 
-        A bias is free of the penalty.
+    def measure_change(self, index: int, weight_RS: Tensor) -> Tensor:
+        """`Σ ‖w x − y‖² − ‖y‖²` of some outputs, a scalar."""
+        change_RS = self.gram.multiply(weight_RS)
+        change_RS.sub_(self.read_cross(index), alpha=2)
+        return change_RS.mul_(weight_RS).sum()
 
-        Args:
-            weight_SD: the weights `w₀` to stay near.
-            ridge: strength of that.
-            free: which of them may change.
 
-        Returns:
-            The weights; `w₀` where the ridge is too weak for a solution.
-        """
-        penalty_S = torch.full_like(self.gram_SS[0], ridge * float(self.gram_SS.diagonal()[:-1].mean()))
-        penalty_S[-1] = 0
-        residual_SD = self.cross_SD - self.gram_SS @ weight_SD
-        factor, failed = torch.linalg.cholesky_ex((self.gram_SS + penalty_S.diag())[free, free])
-        if failed:
-            return weight_SD
-        solution_SD = weight_SD.clone()
-        solution_SD[free] += torch.cholesky_solve(residual_SD[free], factor)
-        return solution_SD
+def refit(
+    start_DS: Tensor,
+    parts: Sequence[Moments],
+    held: Moments,
+    ridge: float,
+    penalised: int,
+    factor: Panels,
+    write: Callable[[slice, Tensor], None] = lambda rows, weight_RS: None,
+) -> float:
+    """Weights that minimise `Σ ‖w x − t‖² + λ ‖w − w₀‖²`, with λ `ridge` times the mean square of penalised inputs.
+
+    Args:
+        start_DS: the weights `w₀` to stay near.
+        parts: moments to fit, together; their targets are what is missing with `w₀`, `y = t − w₀ x`.
+        held: the same on which to judge.
+        ridge: strength of the penalty.
+        penalised: how many inputs have it, from the first on: all but the constant.
+        factor: memory for the Cholesky factor.
+        write: gets some outputs and their new weights, in the type of `w₀`.
+
+    Returns:
+        `Σ ‖w x − t‖²` on the held tokens, of the weights in that type; infinite, and nothing is written, where the
+        ridge is too weak for a solution.
+    """
+    diagonal_S = torch.stack([part.gram.get_diagonal() for part in parts]).sum(0)
+    penalty_S = torch.zeros_like(diagonal_S)
+    if penalised:
+        penalty_S[:penalised] = ridge * float(diagonal_S[:penalised].mean())
+    if not factor.factorise([part.gram for part in parts], penalty_S):
+        return float("inf")
+    error = held.energy.clone()
+    for index, rows in enumerate(held.rows):
+        change_RS = parts[0].read_cross(index).clone()
+        for part in parts[1:]:
+            change_RS += part.read_cross(index)
+        factor.solve(change_RS)
+        start_RS = start_DS[rows].to(change_RS)
+        new_RS = change_RS.add_(start_RS).to(start_DS.dtype)  # judged as it will be stored
+        write(rows, new_RS)
+        error += held.measure_change(index, change_RS.copy_(new_RS).sub_(start_RS))
+    return float(error.clamp_min(0))

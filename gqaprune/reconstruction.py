@@ -8,8 +8,8 @@ Sources: least squares over the kept units, Kwon et al. 2022 (arXiv 2204.09656) 
 layer as in Týr-the-Pruner; bias compensation, FLAP (arXiv 2312.11983); targets of the dense model on inputs of the
 changed one ("asymmetric calibration"), GPTAQ (arXiv 2504.02692).
 
-Axes in tensor names: B samples, T tokens, N tokens of all samples, D hidden width, S kept columns of the output
-projection and, last, a column of ones for its bias.
+Axes in tensor names: B samples, T tokens, N tokens of all samples, D hidden width, R some rows of the output
+projection, C its columns, S what is free of it: the kept columns and, last, a column of ones for its bias.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,17 +31,21 @@ from gqaprune.architecture import (
     get_module,
     read_residual_multiplier,
 )
-from gqaprune.distributed import get_rank_and_world_size, sum_across_ranks
+from gqaprune.distributed import add_across_ranks, get_rank_and_world_size, sum_across_ranks
 from gqaprune.families import BlockKind, get_family
 from gqaprune.gates import freeze_parameters
+from gqaprune.gram import Memory, Panels, split_rows
 from gqaprune.layerwise import Stream, embed_batches, run_layer
-from gqaprune.least_squares import Moments
+from gqaprune.least_squares import Moments, refit
 from gqaprune.offload import hold_each
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import track
 from gqaprune.refinement import Refinement, RefinementOptions, TokenPairs, refine_mlp
 from gqaprune.stages import Stage, Stages
 from gqaprune.surgery import apply_plan, check_plan, cut_block, list_kept_columns, write_shapes
+
+_ROWS = 1024
+"""Rows of an output projection that are made float32 at a time."""
 
 
 @dataclass(frozen=True)
@@ -192,9 +196,12 @@ def apply_plan_with_repair(
                     columns = list_kept_columns(plan, block)
                     goals_BTD = goals[block.key.kind]
                     refines = options.refinement.epochs > 0 and block.key.kind == "mlp"
-                    seen = _measure_block(model, block, columns, pruned, are_held, goals_BTD, options.pull, refines)
+                    memory = Memory(block.output.weight.device)
+                    seen = _measure_block(
+                        model, block, columns, pruned, are_held, goals_BTD, options, memory, keep_tokens=refines
+                    )
                     cut_block(model, plan, block, heads)
-                    repair = _refit_block(block, *seen.moments, options)
+                    repair = _refit_block(block, seen, options, memory)
                     if refines:
                         mlp = get_module(model, block.key)
                         refinement = refine_mlp(mlp, *seen.tokens, options.refinement, layer, is_normed)
@@ -269,11 +276,13 @@ class _Seen:
     """What a block that is still whole was seen to take and asked to give: on windows to fit on, and on held-out ones.
 
     Args:
-        moments: of its output projection, all ranks' together.
+        moments: of the free weights' inputs and of what the cut block lacks of its targets, all ranks' together.
+        energy: `Σ ‖target‖²` on the windows that count when judging.
         tokens: of the whole block, this rank's; empty unless it is refined.
     """
 
     moments: tuple[Moments, Moments]
+    energy: float
     tokens: tuple[TokenPairs, TokenPairs]
 
 
@@ -284,7 +293,8 @@ def _measure_block(
     streams: Sequence[Stream],
     are_held: Sequence[bool],
     goals_BTD: Sequence[Tensor],
-    pull: float,
+    options: RepairOptions,
+    memory: Memory,
     keep_tokens: bool,
 ) -> _Seen:
     """Run this rank's streams through a block that is still whole.
@@ -296,69 +306,90 @@ def _measure_block(
         streams: this rank's streams, which stay.
         are_held: whether each is held out.
         goals_BTD: the dense model's hidden states after the block, one for each stream; none are needed without pull.
-        pull: how far the target goes from the block's own output to them.
+        options: what is free, and how far the target goes from the block's own output to those hidden states.
+        memory: that keeps the moments.
         keep_tokens: whether to keep inputs and targets, too.
     """
-    weight_DC, bias_D = block.output.weight.float(), block.output.bias
+    weight_DC, bias_D = block.output.weight, block.output.bias
+    is_gone_C = torch.ones_like(weight_DC[0], dtype=torch.bool)
+    is_gone_C[columns] = False
+    gone_DC = weight_DC[:, is_gone_C].float()
     is_normed = block.key.kind in get_family(model.config).output_norms
-    parts = [Moments.of_no_tokens(len(columns) + 1, weight_DC) for _ in range(2)]
-    none = block.output.weight.new_zeros(0, block.inputs[0].linear.in_features), weight_DC.new_zeros(0, len(weight_DC))
+    inputs = (len(columns) if options.refit else 0) + options.bias
+    parts = [Moments(inputs, len(weight_DC), memory) for _ in range(2)]
+    energies = [torch.zeros_like(part.energy) for part in parts]
+    none = weight_DC.new_zeros(0, block.inputs[0].linear.in_features), gone_DC.new_zeros(0, len(weight_DC))
     tokens = [[none], [none]]
     for index, (stream, is_held) in enumerate(zip(streams, are_held, strict=True)):
         input_BTD, x_BTC, after_BTD = _run_to_block(model, block, stream)
-        # Computed again, for in a narrow type the model's own output is rounded.
-        target_BTD = functional.linear(x_BTC.float(), weight_DC, None if bias_D is None else bias_D.float())
+        x_NC = x_BTC.flatten(0, 1).float()
+        # Computed again, for in a narrow type the model's own output is rounded; some rows at a time are made wide.
+        target_ND = torch.cat([functional.linear(x_NC, rows_RC.float()) for rows_RC in weight_DC.split(_ROWS)], dim=1)
+        if bias_D is not None:
+            target_ND += bias_D.float()
+        lacking_ND = functional.linear(x_NC[:, is_gone_C], gone_DC)
         if goals_BTD:
             missing_BTD = goals_BTD[index].float() - after_BTD.float()
-            target_BTD += pull / read_residual_multiplier(model.config) * missing_BTD
-        x_BTS = functional.pad(x_BTC[..., columns].float(), (0, 1), value=1.0)
-        weight_BT1 = torch.ones_like(x_BTS[..., :1])
+            missing_BTD *= options.pull / read_residual_multiplier(model.config)
+            target_ND += missing_BTD.flatten(0, 1)
+            lacking_ND += missing_BTD.flatten(0, 1)
+        x_NS = x_NC[:, columns] if options.refit else x_NC[:, :0]
+        if options.bias:
+            x_NS = functional.pad(x_NS, (0, 1), value=1.0)
+        energy_N = target_ND.square().sum(1, dtype=torch.float64)
         if is_normed:  # which makes all tokens' outputs alike in size: their relative errors count
-            weight_BT1 /= target_BTD.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        parts[is_held].add((weight_BT1 * x_BTS).flatten(0, 1), (weight_BT1 * target_BTD).flatten(0, 1))
+            size_N1 = target_ND.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+            x_NS /= size_N1
+            lacking_ND /= size_N1
+            energy_N /= size_N1[:, 0].double().square()
+        parts[is_held].add(x_NS, lacking_ND)
+        energies[is_held] += energy_N.sum()
         if keep_tokens:
-            tokens[is_held].append((input_BTD.flatten(0, 1), target_BTD.flatten(0, 1)))
-    sums = sum_across_ranks({(part, name): value for part in (0, 1) for name, value in vars(parts[part]).items()})
-    if not all(torch.isfinite(value).all() for value in sums.values()):
+            tokens[is_held].append((input_BTD.flatten(0, 1), target_ND))
+    for part in parts:
+        part.sum_across_ranks()
+    add_across_ranks(energies, memory.device)
+    if not all(part.is_finite() and energy.isfinite() for part, energy in zip(parts, energies, strict=True)):
         raise ValueError(
             f"{block.key}: the input or the target of its output projection is not finite on the calibration text: "
             "activations overflow; load the model with dtype bfloat16 or float32"
         )
-    fit, held = (Moments(*(sums[part, name] for name in vars(parts[part]))) for part in (0, 1))
     pairs = [TokenPairs(*map(torch.cat, zip(*part, strict=True))) for part in tokens]
-    return _Seen((fit, held), (pairs[0], pairs[1]))
+    judged = 1 if parts[1].gram.tokens > 0 else 0  # of one batch, none was held out
+    return _Seen((parts[0], parts[judged]), float(energies[judged]), (pairs[0], pairs[1]))
 
 
-def _refit_block(block: Block, fit: Moments, held: Moments, options: RepairOptions) -> BlockRepair:
-    """Write the best weights into a block that has been cut, those of rank 0 on every rank."""
-    linear = block.output
-    bias_D = torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias
-    cut_SD = torch.cat([linear.weight, bias_D[:, None]], dim=1).double().T
-    if held.gram_SS[-1, -1] == 0:  # the last is the number of tokens: of one batch, none was held out
-        held = fit
-    best_SD, repair = _choose_weights(block.key, cut_SD, linear.weight.dtype, fit, held, options)
+def _refit_block(block: Block, seen: _Seen, options: RepairOptions, memory: Memory) -> BlockRepair:
+    """Write the best weights into a block that has been cut, those of rank 0 on every rank.
+
+    Those of the best ridge, fitted on all windows; those of the cut where no ridge beats them.
+    """
+    linear, (fit, held) = block.output, seen.moments
+    free = [linear.weight] if options.refit else []
+    if options.bias:
+        free.append(linear.bias[:, None])
+    widths = [own.shape[1] for own in free]
+
+    def write(rows: slice, weight_RS: Tensor) -> None:
+        for own, part in zip(free, weight_RS.split(widths, dim=1), strict=True):
+            own[rows] = part
+
+    start_DS = memory.make_zeros(len(linear.weight), sum(widths), linear.weight.dtype)
+    for own, part in zip(free, start_DS.split(widths, dim=1), strict=True):
+        part.copy_(own)
+    penalised, factor = sum(widths) - options.bias, Panels(sum(widths), memory)
+    ridges = options.ridges if options.refit else (0.0,)
+    errors = {ridge: refit(start_DS, [fit], held, ridge, penalised, factor) for ridge in ridges}
+    ridge, before = min(errors, key=errors.__getitem__), float(held.energy)
+    if errors[ridge] < before:
+        for parts in ([fit, held], [fit]):  # all windows, unless what is stored were worse for them
+            if refit(start_DS, parts, held, ridge, penalised, factor, write) < before:
+                break
     rank, _ = get_rank_and_world_size()
-    best_SD = sum_across_ranks({"weights": best_SD * (rank == 0)})["weights"]
-    linear.weight.copy_(best_SD[:-1].T)
-    if linear.bias is not None:
-        linear.bias.copy_(best_SD[-1])
-    return repair
-
-
-def _choose_weights(
-    key: BlockKey, cut_SD: Tensor, dtype: torch.dtype, fit: Moments, held: Moments, options: RepairOptions
-) -> tuple[Tensor, BlockRepair]:
-    """The weights of the best ridge, fitted on all windows; those of the cut where no ridge beats them."""
-    free = slice(None if options.refit else -1, None if options.bias else -1)
-    before = held.measure_error(cut_SD)
-    best_SD, repair = cut_SD, BlockRepair(key, None, before, before)
-    for ridge in options.ridges if options.refit else (0.0,):
-        weight_SD = fit.solve(cut_SD, ridge, free).to(dtype).double()  # judged as it will be stored
-        error = held.measure_error(weight_SD)
-        if error < repair.error_after:
-            best_SD, repair = weight_SD, BlockRepair(key, ridge, before, error)
-    if repair.ridge is not None:
-        weight_SD = (fit + held).solve(cut_SD, repair.ridge, free).to(dtype).double()
-        if held.measure_error(weight_SD) < before:
-            best_SD = weight_SD
-    return best_SD, repair
+    for own in free:
+        for rows in split_rows(*own.shape):
+            own[rows] = sum_across_ranks({"weights": own[rows].double() * (rank == 0)})["weights"]
+    scale = seen.energy or 1.0
+    if errors[ridge] >= before:
+        return BlockRepair(block.key, None, before / scale, before / scale)
+    return BlockRepair(block.key, ridge, before / scale, errors[ridge] / scale)

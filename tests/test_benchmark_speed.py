@@ -18,6 +18,7 @@ import inference
 import inference_report
 import measuring
 import speed
+import wide
 
 import gqaprune
 
@@ -279,3 +280,44 @@ def test_lines_leave_the_model_as_it_was_but_for_those_that_cut() -> None:
             assert all(p.grad is None and not p.requires_grad for p in model.parameters()), name
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+def test_the_wide_mlps_parts_are_measured_apart_and_told_in_megabytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured in one process here: what a process of its own takes to start is no part of the test."""
+    small = ["--hidden", "64", "--width", "160", "--tokens", "1024", "--dtype", "float32"]
+    grown = []
+
+    class Here:
+        def __enter__(self) -> "Here":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def apply(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[int, int, float]:
+            grown.append(work(*arguments))
+            return 7_000_000, 23_000_000, 1234.56
+
+    monkeypatch.setattr(wide, "get_context", lambda _: type("Context", (), {"Pool": lambda self, count: Here()})())
+    assert wide.main([*small, "--results", str(tmp_path / "R.md")]) == 0
+    text = (tmp_path / "R.md").read_text()
+    assert len(grown) == len(wide.PARTS) and all(seconds > 0 for _, _, seconds in grown)
+    for part in wide.PARTS:
+        assert f"| {part} | 7 | 23 | 1,234.6 |" in text
+    assert "hidden size 64, 160 channels, random float32 weights; 1,024 random tokens" in capsys.readouterr().out
+
+
+def test_watched_memory_is_the_most_that_it_grew_and_of_which_kind(tmp_path: Path) -> None:
+    size = 2**25
+    with measuring.watch_memory() as growth:
+        own = torch.ones(size, dtype=torch.uint8)
+        time.sleep(0.1)
+        del own  # before the end
+    assert size / 2 < growth["RssAnon"] < 2 * size
+    (tmp_path / "f").write_bytes(bytes(size))
+    with measuring.watch_memory() as growth:
+        int(torch.from_file(str(tmp_path / "f"), shared=True, size=size, dtype=torch.uint8).max())
+        time.sleep(0.1)
+    assert growth["RssFile"] > size / 2 > growth["RssAnon"]

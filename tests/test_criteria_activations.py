@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gqaprune import gram
 from gqaprune.architecture import Block, find_blocks
 from gqaprune.importance import ScoringOptions, score_units
 
@@ -60,8 +61,12 @@ def test_a_constant_channel_is_nothing_to_wifv_and_much_to_wanda() -> None:
     assert norm.argmax() == 4
 
 
+@pytest.mark.parametrize("workspace", [2**29, 8 * 8 * 7 * 20], ids=["one panel", "some panels"])
 @pytest.mark.parametrize(("ridge", "tolerance"), [(1e-7, 1e-3), (0.1, 1e-5)])
-def test_obs_is_the_error_that_refitting_the_other_units_leaves(ridge: float, tolerance: float) -> None:
+def test_obs_is_the_error_that_refitting_the_other_units_leaves(
+    ridge: float, tolerance: float, workspace: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gram, "WORKSPACE", workspace)
     model = make_model("qwen3")
     scores = score_units(model, find_blocks(model), BATCHES, "obs", options=ScoringOptions(obs_ridge=ridge))
     for block in find_blocks(model):
@@ -122,7 +127,9 @@ def test_activations_that_overflow_are_named_with_their_block(criterion: str) ->
         score_units(model, find_blocks(model), BATCHES, criterion)
 
 
-def test_unsolvable_least_squares_name_block_and_ridge() -> None:
+@pytest.mark.parametrize("workspace", [2**29, 2048], ids=["one panel", "some panels"])
+def test_unsolvable_least_squares_name_block_and_ridge(workspace: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "WORKSPACE", workspace)
     model = make_model("llama")
     batches = [make_tokens(1, 5)]  # 5 tokens for 48 columns
     with pytest.raises(ValueError, match="layer 0 attention: .*no solution with obs_ridge 1e-30; set obs_ridge to 0.1"):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+import gqaprune.reconstruction
+from gqaprune import gram
 from gqaprune.architecture import Block, BlockKey, find_blocks, read_geometry
 from gqaprune.checkpoint import save
 from gqaprune.loading import load_model
@@ -180,6 +183,37 @@ def test_ridge_too_weak_for_a_solution_is_passed_over() -> None:
     few = [make_tokens(1, 3, seed=seed) for seed in range(4)]
     (repair,) = apply_plan_with_repair(model, plan_one(model, (1, "attention")), few, RepairOptions((1e-300, 1e3)))
     assert repair.ridge == 1e3
+
+
+@pytest.mark.parametrize("variant", ["llama-biases", "gemma2"])
+def test_repair_does_not_depend_on_the_panels(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, repairs = [], []
+    for workspace in (2**29, 4096):
+        monkeypatch.setattr(gram, "WORKSPACE", workspace)
+        models.append(make_model(variant))
+        options = RepairOptions(pull=0.5, bias=variant == "llama-biases")
+        repairs.append(apply_plan_with_repair(models[-1], plan_cut(models[-1]), BATCHES, options))
+    for one, other in zip(*repairs, strict=True):
+        assert (one.key, one.ridge) == (other.key, other.ridge) and one.ridge is not None
+        assert one.error_after == pytest.approx(other.error_after, rel=1e-5)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_where_all_windows_have_no_fit_that_of_the_judged_ridge_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, key = gqaprune.reconstruction.refit, (1, "mlp")
+    monkeypatch.setattr(
+        gqaprune.reconstruction,
+        "refit",
+        lambda start_DS, parts, *rest: float("inf") if len(parts) > 1 else real(start_DS, parts, *rest),
+    )
+    model = make_model()
+    plan = plan_one(model, key)
+    x_NC, y_ND = capture(model, key, [BATCHES[index] for index in choose_held_out(len(BATCHES), 0.1)])
+    (repair,) = apply_plan_with_repair(model, plan, BATCHES)
+    lost_ND = x_NC[:, HALF] @ get_block(model, key).output.weight.detach().double().T - y_ND
+    assert repair.error_after < repair.error_before
+    assert repair.error_after == pytest.approx(float(lost_ND.square().sum() / y_ND.square().sum()), rel=1e-4)
 
 
 def test_one_batch_is_enough() -> None:
@@ -390,12 +424,13 @@ def test_options_out_of_bounds_are_refused(options: dict[str, Any], sentence: st
 
 
 def repair_and_save(rank: int, world_size: int, folder: Path) -> None:
-    """Weights and errors, written by each rank."""
+    """Weights and errors, written by each rank; moments are in panels."""
     if world_size > 1:
         address = f"file://{folder / 'rendezvous'}"
         torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     model = make_model("llama")
-    repairs = apply_plan_with_repair(model, plan_cut(model), BATCHES[:5], RepairOptions(pull=0.5, bias=True))
+    with patch.object(gram, "WORKSPACE", 4096):
+        repairs = apply_plan_with_repair(model, plan_cut(model), BATCHES[:5], RepairOptions(pull=0.5, bias=True))
     errors = torch.tensor([(repair.ridge, repair.error_before, repair.error_after) for repair in repairs])
     torch.save(model.state_dict() | {"errors": errors}, folder / f"{world_size}-{rank}.pt")
 

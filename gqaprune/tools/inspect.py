@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from gqaprune.architecture import count_layer_parameters, count_parameters, get_layers, read_geometry
 from gqaprune.families import get_family
+from gqaprune.gram import WORKSPACE
 from gqaprune.loading import DTYPES, build_model, load_config
 from gqaprune.losses import PIECE_LOGITS
 from gqaprune.recovery import RecoveryConfig, list_projections
@@ -155,10 +156,12 @@ def estimate_memory(
 
     - activations `a = t · (Σ over layers of b · (4H + 4·query + 4·KV width + 4·channels) + 8H)`: what one backward pass
       keeps; logits `l = (2b + 8) · V` a token, with their gradients in the weights' type and in float32
-    - scoring `b·P + a + l · min(t, 2²⁴ / V) + 16 · C²`: it never has more logits than that at once, nor more
-      activations than 1,024 tokens or one window have: less where a micro-batch is several windows
-    - repair `b · (P + D) + 2 · b · H · c/n + H · (b + 4) · c/n + (20 + b) · M + 32 · C²`, `n` being `N`, or 1 on one
-      device: two streams of hidden states, the tokens of one MLP, its float32 copies and optimizer, second moments
+    - scoring `b·P + a + l · min(t, 2²⁴ / V) + min(W, 24 · C²)`: it never has more logits than that at once, nor more
+      activations than 1,024 tokens or one window have: less where a micro-batch is several windows; `W` bytes are the
+      most that Gram matrices and the work on them take on the device, `WORKSPACE`
+    - repair `b · (P + D) + 2 · b · H · c/n + H · (b + 4) · c/n + (20 + b) · M + min(W, 40 · C · (C + H))`, `n` being
+      `N`, or 1 on one device: two streams of hidden states, the tokens of one MLP, its float32 copies and optimizer,
+      second moments with their factor
     - recovery: full `4b·P + a + l·t` (weights, gradients, two moments of AdamW), LoRA `b·P + 16·A + a + l·t`,
       distillation full, `b·P` of the teacher and `t · V · b` of its logits
     - DDP adds a copy of the gradients, `b·P` or `4·A`
@@ -174,20 +177,22 @@ def estimate_memory(
     kept = b * 4 * (sizes.layers * h + heads + sizes.channels) + sizes.layers * 8 * h
     activations, logit = t * kept, 2 * b + 8
     trained = activations + t * sizes.vocabulary * logit
-    moments = sizes.channel_range[1] ** 2
+    channels = sizes.channel_range[1]
+    gram = min(WORKSPACE, 24 * channels**2)
 
     def repair(share: float) -> float:
         own = calibration_tokens * share
-        return layer + own * h * (3 * b + 4) + (20 + b) * sizes.mlp_parameters + 32 * moments
+        moments = min(WORKSPACE, 40 * channels * (channels + h))
+        return layer + own * h * (3 * b + 4) + (20 + b) * sizes.mlp_parameters + moments
 
-    score = activations + min(t * sizes.vocabulary, PIECE_LOGITS) * logit + 16 * moments
+    score = activations + min(t * sizes.vocabulary, PIECE_LOGITS) * logit + gram
     resident = 2 * layer + outside
     needed: dict[str, dict[str, float | None]] = {
         "scoring": {
             "one device": weights + score,
             "ddp": weights + score,
             "fsdp": weights + score,
-            "offload": resident + b * h * calibration_tokens + 16 * moments,
+            "offload": resident + b * h * calibration_tokens + gram,
         },
         "repair": {
             "one device": weights + repair(1),

@@ -1,6 +1,7 @@
 """What `gqaprune inspect` prints is what the model holds; memory grows and falls with what it depends on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import gqaprune
 from gqaprune.cli import main
+from gqaprune.gram import WORKSPACE
 from gqaprune.losses import PIECE_LOGITS
 from gqaprune.recovery import RecoveryConfig, add_adapters
 from gqaprune.selection import keep_everything
@@ -85,6 +87,17 @@ def test_fsdp_needs_less_on_more_devices_and_ddp_shares_calibration_out() -> Non
         assert many[row]["fsdp"] < few[row]["fsdp"] and many[row]["ddp"] == few[row]["ddp"]  # type: ignore[operator]
     assert many["repair"]["ddp"] < few["repair"]["ddp"] < few["repair"]["one device"]  # type: ignore[operator]
     assert few["recovery, full"]["offload"] is None and few["scoring"]["offload"] < few["scoring"]["ddp"]  # type: ignore[operator]
+
+
+def test_gram_matrices_of_wide_mlps_take_no_more_than_their_workspace() -> None:
+    sizes = make_sizes()  # 200 channels, 24 wide
+    narrow, wide, wider = (
+        estimate_memory(replace(sizes, channel_range=(n, n)), 4, 2, 16, 100) for n in (200, 14336, 28672)
+    )
+    for work, needed in (("scoring", 24 * 200**2), ("repair", 40 * 200 * 224)):
+        for place in ("one device", "ddp", "offload"):
+            least, most = narrow[work][place] or 0, wide[work][place]
+            assert most == wider[work][place] == least - needed + WORKSPACE, (work, place)
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
