@@ -116,8 +116,8 @@ def measure_models(models: Sequence[str], corpora: Sequence[str], measuring: Mea
 
 def _name_columns(models: Sequence[str]) -> list[str]:
     """Short names, no two alike: the last part where that tells them apart, with a number where nothing does."""
-    short = [Path(model).name for model in models]
-    names = [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
+    short = [Path(model).name for model in dict.fromkeys(models)]
+    names = [Path(model).name if short.count(Path(model).name) == 1 else model for model in models]
     return [
         name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
         for index, name in enumerate(names)
