@@ -110,9 +110,12 @@ def test_scores_are_read_with_metric_filter_and_standard_error() -> None:
         "acc,none": 0.5,
         "acc_stderr,none": 0.1,
         "f1,strict": 0.25,
-        "f1_stderr,strict": "N/A",
+        "f1_stderr,strict": 0.05,
+        "bleu,none": 2,
+        "bleu_stderr,none": "N/A",
     }
     assert _read_scores("letters", row) == [
         ("letters acc", Score(0.5, 0.1)),
-        ("letters f1 (strict)", Score(0.25, None)),
+        ("letters f1 (strict)", Score(0.25, 0.05)),
+        ("letters bleu", Score(2.0, None)),
     ]
