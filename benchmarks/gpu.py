@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from measuring import GEOMETRIES, describe_machine, make_model, make_tokens, read_clock, read_peak, start_peak
+from measuring import GEOMETRIES, describe_machine, make_model, make_tokens
 from quality_report import format_table, splice
 from transformers import PreTrainedModel
 
@@ -32,6 +32,7 @@ from gqaprune.importance import Scores, combine_scores, score_units
 from gqaprune.progress import console
 from gqaprune.reconstruction import apply_plan_with_repair
 from gqaprune.selection import budget_blocks, make_plan, read_budget, select_blocks
+from gqaprune.tools.speed import read_clock, read_peak, start_peak
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from statistics import linear_regression, median
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
-from measuring import describe_machine, make_model, make_tokens, read_clock
+from measuring import describe_machine, make_model, make_tokens
 from quality_report import format_table, save_figure, splice
 from transformers import LlamaConfig
 
@@ -27,6 +27,7 @@ from gqaprune.architecture import find_blocks
 from gqaprune.importance import score_units
 from gqaprune.progress import console
 from gqaprune.reconstruction import apply_plan_with_repair
+from gqaprune.tools.speed import read_clock
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- growth:begin -->", "<!-- growth:end -->"

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inference_report import Case, Result, Run, build_speed_line, describe
-from measuring import GEOMETRIES, make_model, make_tokens, read_clock, read_peak, start_peak
+from inference_report import Case, Result, build_speed_line, describe
+from measuring import GEOMETRIES, make_model, make_tokens
 from quality_report import splice
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import gqaprune
 from gqaprune.architecture import count_layer_parameters, read_geometry
+from gqaprune.tools.speed import read_peak, run, start_peak
 
 HERE = Path(__file__).parent
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -63,21 +63,6 @@ def cut(model: PreTrainedModel, settings: Mapping[str, Any]) -> gqaprune.Pruning
     whole = (0, read_geometry(model.config).num_layers)
     common = {"criterion": "l2", "repair": "none", "attention_layers": whole, "mlp_layers": whole}
     return gqaprune.prune(model, [], gqaprune.PruningConfig(**{**common, **settings}))[0]
-
-
-@torch.inference_mode()
-def run(model: PreTrainedModel, prompt_BT: Tensor, generated: int) -> Run:
-    """Read a prompt and continue it greedily, as `generate` does."""
-    device = prompt_BT.device.type
-    start = read_clock(device)
-    output = model(prompt_BT, use_cache=True, logits_to_keep=1)
-    middle = read_clock(device)
-    for _ in range(generated):
-        token_B1 = output.logits[:, -1:].argmax(-1)
-        output = model(token_B1, past_key_values=output.past_key_values, use_cache=True)
-    end = read_clock(device)
-    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
-    return Run(middle - start, end - middle, cache_bytes)
 
 
 def count_work(model: PreTrainedModel, case: Case) -> dict[str, int]:

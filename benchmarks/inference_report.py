@@ -7,6 +7,8 @@ from statistics import median
 from measuring import describe_machine
 from quality_report import format_table
 
+from gqaprune.tools.speed import Run
+
 
 @dataclass(frozen=True)
 class Case:
@@ -25,21 +27,6 @@ class Case:
     device: str
     prompt: int
     generated: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """One prompt read and continued.
-
-    Args:
-        prefill: seconds for the prompt.
-        decode: seconds for what was generated.
-        cache_bytes: size of the cache's tensors in the end.
-    """
-
-    prefill: float
-    decode: float
-    cache_bytes: int
 
 
 @dataclass(frozen=True)

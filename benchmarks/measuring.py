@@ -1,17 +1,16 @@
-"""What the benchmarks of speed share: models of random weights, peak memory, and words for a machine."""
+"""What the benchmarks of speed share: models of random weights, memory by kind, and words for a machine."""
 
 import copy
 import ctypes
 import gc
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peers import read_peak_rss, read_versions
+from peers import read_versions
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
@@ -59,26 +58,6 @@ def make_tokens(config: PretrainedConfig, windows: int, length: int) -> Tensor:
     return torch.randint(config.vocab_size, (windows, length), generator=torch.Generator().manual_seed(0))
 
 
-def start_peak(device: str) -> int:
-    """Let go of what is unused and watch peak memory from now on; bytes in use.
-
-    On a GPU those of torch's tensors. Else the whole process's: Linux is asked to begin its mark anew.
-    """
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # else freed weights count on
-    Path("/proc/self/clear_refs").write_text("5")
-    return read_peak_rss()
-
-
-def read_peak(device: str) -> int:
-    """Largest number of bytes in use since `start_peak`."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else read_peak_rss()
-
-
 def read_memory() -> dict[str, int]:
     """Bytes of this process that are in memory now: its own (`RssAnon`), and pages of mapped files (`RssFile`)."""
     lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Rss")]
@@ -104,13 +83,6 @@ def watch_memory() -> Iterator[dict[str, int]]:
     finally:
         done.set()
         watcher.join()
-
-
-def read_clock(device: str) -> float:
-    """Seconds, once a device is done; of the processor where one thread does all, so that other work counts little."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def describe_machine(device: str) -> str:

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from measuring import GEOMETRIES, describe_machine, make_model, make_tokens, read_clock, read_peak, start_peak
+from measuring import GEOMETRIES, describe_machine, make_model, make_tokens
 from quality_report import format_table, splice
 from torch import Tensor
 from torch.nn import functional
@@ -31,6 +31,7 @@ from gqaprune.perplexity import measure_perplexity
 from gqaprune.pipeline import prune
 from gqaprune.progress import console
 from gqaprune.selection import select_blocks
+from gqaprune.tools.speed import read_clock, read_peak, start_peak
 from gqaprune.windows import make_batches, read_windows
 
 HERE = Path(__file__).parent

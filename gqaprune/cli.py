@@ -25,6 +25,7 @@ from gqaprune.module import CausalLMModule
 from gqaprune.processor import avoid_illegal_instructions
 from gqaprune.progress import console
 from gqaprune.resume import find_run, read_plan, read_strategy
+from gqaprune.tools.compare import compare
 from gqaprune.tools.export import export
 from gqaprune.tools.inspect import inspect
 from gqaprune.tools.search import SearchSettings
@@ -35,6 +36,7 @@ DESCRIPTIONS = {
     "test": "Measure perplexity on the test corpora of any model, dense or pruned.",
     "predict": "Continue prompts with any model, dense or pruned.",
     "prune": "Calibrate, prune and save a model, without training.",
+    "compare": "Show models side by side, pruned or dense: what they hold, perplexity, speed, memory, tasks.",
     "export": "Write a model, pruned or dense, in another format: stock, per-layer, padded, GGUF, in 8 bits.",
     "inspect": "Print what a model holds and the memory that work on it needs, from its config.",
     "search": "Find the split of attention and MLP (pruning.split) that costs the least perplexity on data.val. "
@@ -42,7 +44,7 @@ DESCRIPTIONS = {
 }
 
 
-TOOLS: Mapping[str, Callable[..., None]] = {"export": export, "inspect": inspect}
+TOOLS: Mapping[str, Callable[..., None]] = {"compare": compare, "export": export, "inspect": inspect}
 """Commands that need no trainer: name -> function, whose arguments are the command's."""
 
 
@@ -227,8 +229,11 @@ def run_tool(name: str, arguments: list[str]) -> None:
 
 def _make_tool_parser(tool: Callable[..., None], prog: str | None = None) -> PruningArgumentParser:
     parser = PruningArgumentParser(prog=prog)
-    required = [name for name, setting in signature(tool).parameters.items() if setting.default is Parameter.empty]
-    parser.add_function_arguments(tool, as_positional=len(required) == 1)  # the one thing that a tool is about
+    required = [one for one in signature(tool).parameters.values() if one.default is Parameter.empty]
+    several: set[str | int] = {one.name for one in required if one.annotation == list[str]}
+    for name in several:  # added by itself: a list would else be one argument, in brackets
+        parser.add_argument(str(name), nargs="+", type=str, help="folders, .gguf files or hub names")
+    parser.add_function_arguments(tool, as_positional=len(required) == 1, skip=several)  # what a tool is about
     return parser
 
 

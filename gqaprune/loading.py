@@ -39,8 +39,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 QUANTIZATIONS = ("int8",)
 """What weights can be stored in besides their type."""
 
-_OFFLOADED_FILES = [CONFIG_NAME, GENERATION_CONFIG_NAME, "model*.safetensors", "model.safetensors.index.json"]
-"""What is fetched of a model on the hub whose layers stay in its files."""
+_CHECKPOINT_FILES = [CONFIG_NAME, GENERATION_CONFIG_NAME, "model*.safetensors", "model.safetensors.index.json"]
+"""What is fetched of a model on the hub whose files are read here."""
 
 _LOADING_ERRORS = (
     ArithmeticError,
@@ -142,9 +142,7 @@ def load_offloaded_model(
         )
     try:
         read_geometry(config)
-        checkpoint = (
-            place if isinstance(place, Path) else Path(snapshot_download(place, allow_patterns=_OFFLOADED_FILES))
-        )
+        checkpoint = _fetch(place)
         files = find_tensors(checkpoint)
         with init_empty_weights(include_buffers=False):
             model = build_model(config, DTYPES[dtype], attn_implementation, trust_remote_code)
@@ -158,6 +156,29 @@ def load_offloaded_model(
     except _LOADING_ERRORS as error:
         raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
     return model.eval()
+
+
+def find_weights(source: str | Path) -> list[Path]:
+    """The files that hold a model's weights; those of a model on the hub are fetched.
+
+    Args:
+        source: as for `load_model`.
+
+    Raises:
+        ValueError: if there are none, or their headers are broken.
+    """
+    place, gguf = _locate(source)
+    if gguf:
+        return [Path(place) / gguf["gguf_file"]]
+    try:
+        return sorted(set(find_tensors(_fetch(place)).values()))
+    except _LOADING_ERRORS as error:
+        raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
+
+
+def _fetch(place: Path | str) -> Path:
+    """The folder of a checkpoint with safetensors files, which comes from the hub if `place` is a name there."""
+    return place if isinstance(place, Path) else Path(snapshot_download(place, allow_patterns=_CHECKPOINT_FILES))
 
 
 def build_model(
@@ -183,6 +204,12 @@ def build_model(
     if config.is_heterogeneous:
         return get_per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])._from_config(config, **arguments)
     return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **arguments)
+
+
+def build_without_weights(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The same on the meta device: parameters have shapes alone."""
+    with torch.device("meta"):
+        return build_model(config, torch.float32, trust_remote_code=trust_remote_code)
 
 
 def _check_keys(found: Mapping[str, Collection[str]], layers: str) -> None:

@@ -80,9 +80,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     elif (folder / SAFE_WEIGHTS_NAME).is_file():
         paths = [folder / SAFE_WEIGHTS_NAME]
     else:
-        raise ValueError(
-            f"there is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, from which offload reads layers"
-        )
+        raise ValueError(f"there is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, which hold the weights")
     files: dict[str, Path] = {}
     for path in paths:
         with safe_open(path, "pt") as file:

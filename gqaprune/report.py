@@ -171,11 +171,18 @@ def build_table(report: Report) -> Table:
         ("KV-cache bytes/token", "kv_cache_bytes_per_token", 1, "{:,.0f}"),
     ):
         counts = [getattr(stage, name) for stage in report.stages]
-        table.add_row(label, *(pattern.format(n / divisor) + _change(n, counts[0]) for n in counts))
+        table.add_row(label, *(pattern.format(n / divisor) + show_change(n, counts[0]) for n in counts))
     for corpus in dense.perplexity:
         values = (stage.perplexity.get(corpus) for stage in report.stages)
         table.add_row(f"ppl {corpus}", *("–" if v is None else f"{v:.2f}" for v in values))
     return table
+
+
+def describe_protocol(window: int, stride: int | None, tokens: int | None) -> str:
+    """How perplexity is measured, in words: tokens of a window, from one window to the next, of each corpus at most."""
+    overlap = "non-overlapping windows" if stride in (None, window) else f"windows with stride {stride}"
+    limit = "whole split" if tokens is None else f"first {tokens:,} tokens"
+    return f"perplexity: token-weighted, {overlap} of {window} tokens, {limit}"
 
 
 def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
@@ -235,5 +242,6 @@ def _title(report: Report) -> str:
     return f"asked to remove {'; '.join(parts)}"
 
 
-def _change(value: int, dense: int) -> str:
+def show_change(value: float, dense: float) -> str:
+    """A relative change in parentheses; empty where there is none."""
     return "" if value == dense else f" ({value / dense - 1:+.1%})"

@@ -21,6 +21,7 @@ import speed
 import wide
 
 import gqaprune
+from gqaprune.tools.speed import Run, read_clock, read_peak, run, start_peak
 
 CASE = inference_report.Case("tiny", "float32", "cpu", 32, 4)
 VARIANTS = {
@@ -78,7 +79,7 @@ def test_a_run_writes_what_generate_writes() -> None:
     inference.cut(model, VARIANTS["own widths"])
     prompt_BT, seen = measuring.make_tokens(model.config, 1, 32), []
     model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    inference.run(model, prompt_BT, 4)
+    run(model, prompt_BT, 4)
     written = torch.cat(seen, dim=1)
     model.generation_config.eos_token_id = None
     assert torch.equal(written, model.generate(prompt_BT, max_new_tokens=4, do_sample=False))
@@ -90,12 +91,11 @@ def test_every_variant_is_a_valid_config() -> None:
 
 
 def make_result(**changes: Any) -> inference_report.Result:
-    run = inference_report.Run
     return inference_report.Result(
         **{
             "name": "mine",
-            "dense": [run(1.0, 2.0, 4096), run(2.0, 2.0, 4096), run(4.0, 2.0, 4096)],
-            "pruned": [run(0.5, 2.0, 2048), run(1.6, 2.0, 2048), run(3.2, 1.0, 2048)],
+            "dense": [Run(1.0, 2.0, 4096), Run(2.0, 2.0, 4096), Run(4.0, 2.0, 4096)],
+            "pruned": [Run(0.5, 2.0, 2048), Run(1.6, 2.0, 2048), Run(3.2, 1.0, 2048)],
             "ideal": {"prefill": 1.25, "decode": 2.0},
             "peaks": (4 * 2**20, 3 * 2**20),
             "weights": (2 * 2**20, 2**20),
@@ -121,19 +121,19 @@ def test_tables_give_speed_up_ideal_and_the_share_of_it() -> None:
 
 
 def test_peak_memory_is_that_since_the_start() -> None:
-    begun = measuring.start_peak("cpu")
+    begun = start_peak("cpu")
     torch.ones(2**24).sum()
-    assert measuring.read_peak("cpu") - begun > 2**26 * 0.9
-    assert measuring.start_peak("cpu") - begun < 2**25
+    assert read_peak("cpu") - begun > 2**26 * 0.9
+    assert start_peak("cpu") - begun < 2**25
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_seconds_of_one_thread_are_the_processors(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    begun = measuring.read_clock("cpu")
+    begun = read_clock("cpu")
     time.sleep(0.3)
-    waited = measuring.read_clock("cpu") - begun
+    waited = read_clock("cpu") - begun
     said = measuring.describe_machine("cpu")
     torch.set_num_threads(before)
     assert waited < 0.1 if threads == 1 else waited >= 0.3

@@ -17,7 +17,15 @@ import {module}
 
 
 @pytest.mark.parametrize(
-    "module", ["gqaprune", "gqaprune.pipeline", "gqaprune.report", "gqaprune.checkpoint", "gqaprune.tools.search"]
+    "module",
+    [
+        "gqaprune",
+        "gqaprune.pipeline",
+        "gqaprune.report",
+        "gqaprune.checkpoint",
+        "gqaprune.tools.compare",
+        "gqaprune.tools.search",
+    ],
 )
 def test_core_imports_without_lightning(module: str) -> None:
     blocked = ["lightning", "lightning.pytorch", "pytorch_lightning"]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gqaprune.corpora import HUB, Corpus, parse_corpus, read_corpus
 from gqaprune.loading import load_tokenizer
 from gqaprune.losses import IGNORED
+from gqaprune.report import describe_protocol
 from gqaprune.sampling import sample_from_model
 from gqaprune.windows import Batch, cut_windows, make_batches, read_windows, tokenize_corpus
 
@@ -139,10 +140,7 @@ class TextDataModule(LightningDataModule):
     @property
     def protocol(self) -> str:
         """How perplexity is measured, in words."""
-        stride = self.eval_stride or self.eval_window
-        overlap = "non-overlapping windows" if stride == self.eval_window else f"windows with stride {stride}"
-        limit = "whole split" if self.eval_tokens is None else f"first {self.eval_tokens:,} tokens"
-        return f"perplexity: token-weighted, {overlap} of {self.eval_window} tokens, {limit}"
+        return describe_protocol(self.eval_window, self.eval_stride, self.eval_tokens)
 
     def prepare_data(self) -> None:
         """Fill the hub's cache from one process, with what the command needs."""

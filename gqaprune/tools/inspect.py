@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from gqaprune.architecture import count_layer_parameters, count_parameters, get_layers, read_geometry
 from gqaprune.families import get_family
 from gqaprune.gram import WORKSPACE
-from gqaprune.loading import DTYPES, build_model, load_config
+from gqaprune.loading import DTYPES, build_without_weights, load_config
 from gqaprune.losses import PIECE_LOGITS
 from gqaprune.recovery import RecoveryConfig, list_projections
 
@@ -119,8 +119,7 @@ def read_sizes(config: PretrainedConfig, trust_remote_code: bool = False) -> Mod
         ValueError: if the family is not supported.
     """
     family, geometry = get_family(config), read_geometry(config)
-    with torch.device("meta"):
-        model = build_model(config, torch.float32, trust_remote_code=trust_remote_code)
+    model = build_without_weights(config, trust_remote_code)
     linears = [(name, module) for name, module in get_layers(model).named_modules() if isinstance(module, nn.Linear)]
     projections = [module for name, module in linears if name.split(".")[-1] in list_projections(model)]
     adapters = sum(linear.in_features + linear.out_features for linear in projections) * RecoveryConfig.lora_rank
@@ -135,10 +134,10 @@ def read_sizes(config: PretrainedConfig, trust_remote_code: bool = False) -> Mod
         query_heads=sum(geometry.query_heads),
         kv_heads=sum(geometry.kv_heads),
         channels=sum(geometry.channels),
-        query_head_range=_find_range(geometry.query_heads),
-        kv_head_range=_find_range(geometry.kv_heads),
-        channel_range=_find_range(geometry.channels),
-        ratio_range=_find_range(geometry.ratios),
+        query_head_range=find_range(geometry.query_heads),
+        kv_head_range=find_range(geometry.kv_heads),
+        channel_range=find_range(geometry.channels),
+        ratio_range=find_range(geometry.ratios),
         layer_parameters=max(count_layer_parameters(model)),
         mlp_parameters=3 * geometry.hidden_size * max(geometry.channels) if family.mlp else 0,
         adapter_parameters=adapters,
@@ -226,11 +225,11 @@ def build_sizes_table(model: str, sizes: ModelSizes, weights: Mapping[str, int],
         ("parameters", f"{sizes.parameters:,}"),
         ("decoder parameters", f"{sizes.decoder_parameters:,}"),
         ("layers", str(sizes.layers)),
-        ("query heads", _show_range(sizes.query_head_range)),
-        ("KV heads", _show_range(sizes.kv_head_range)),
-        ("query heads per KV head", _show_range(sizes.ratio_range)),
+        ("query heads", show_range(sizes.query_head_range)),
+        ("KV heads", show_range(sizes.kv_head_range)),
+        ("query heads per KV head", show_range(sizes.ratio_range)),
         ("head_dim", str(sizes.head_dim)),
-        ("MLP channels", _show_range(sizes.channel_range)),
+        ("MLP channels", show_range(sizes.channel_range)),
         ("KV-cache bytes/token", f"{cache:,}"),
         *((f"weights in {name}", f"{size / 1e6:,.1f} MB") for name, size in weights.items()),
     ):
@@ -253,9 +252,11 @@ def build_memory_table(
     return table
 
 
-def _find_range(counts: tuple[int, ...]) -> tuple[int, int]:
+def find_range(counts: tuple[int, ...]) -> tuple[int, int]:
+    """Smallest and largest."""
     return min(counts), max(counts)
 
 
-def _show_range(counts: tuple[int, int]) -> str:
+def show_range(counts: tuple[int, int]) -> str:
+    """Smallest and largest in words, once where they are equal."""
     return f"{counts[0]:,}" if counts[0] == counts[1] else f"{counts[0]:,} – {counts[1]:,}"
