@@ -176,3 +176,9 @@ def make_counting_model(step: int) -> PreTrainedModel:
         model.lm_head.weight.zero_()
         model.lm_head.weight[:256] = 4 * directions.roll(step, 0)
     return model
+
+
+_TEXT = "It was the best of times , it was the worst of times , and nobody knew which until much later"
+PROSE = _TEXT.split()
+"""Words that repeat no more than English does."""
+SENTENCE = ["boil", "an", "egg", "in", "water"]

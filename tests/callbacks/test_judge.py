@@ -13,8 +13,8 @@ import yaml
 
 import gqaprune
 from gqaprune.cli import main
-from gqaprune.judgement import measure_distinct, measure_repetition
 from gqaprune.progress import console
+from gqaprune.repetition import measure_distinct, measure_repetition
 from gqaprune.selection import keep_everything
 
 from tiny import CHAT_TEMPLATE, make_counting_model, make_tokenizer
