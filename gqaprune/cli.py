@@ -18,12 +18,19 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from gqaprune.callbacks import CheckpointExport, KeepRunNote, RunSummary, SplitSearch, TaylorPruning
+from gqaprune.callbacks import (
+    CheckpointExport,
+    KeepRunNote,
+    PredictionJudge,
+    RunSummary,
+    SampleGenerations,
+    SplitSearch,
+    TaylorPruning,
+)
 from gqaprune.checkpoint import check_can_be_folder
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.processor import avoid_illegal_instructions
-from gqaprune.progress import console
 from gqaprune.resume import find_run, read_plan, read_strategy
 from gqaprune.tools.compare import compare
 from gqaprune.tools.export import export
@@ -34,7 +41,7 @@ DESCRIPTIONS = {
     "fit": "Calibrate, prune, fine-tune, measure and save a model. Settings come from YAML files and the command line.",
     "validate": "Measure perplexity on the validation corpora of any model, dense or pruned.",
     "test": "Measure perplexity on the test corpora of any model, dense or pruned.",
-    "predict": "Continue prompts with any model, dense or pruned.",
+    "predict": "Continue prompts with a pruned model and the dense one, side by side, and judge what it writes.",
     "prune": "Calibrate, prune and save a model, without training.",
     "compare": "Show models side by side, pruned or dense: what they hold, perplexity, speed, memory, tasks.",
     "export": "Write a model, pruned or dense, in another format: stock, per-layer, padded, GGUF, in 8 bits.",
@@ -92,7 +99,7 @@ class PruningCLI(LightningCLI):
             trainer_defaults={
                 "log_every_n_steps": 1,
                 "enable_model_summary": False,
-                "callbacks": RunSummary(),
+                "callbacks": [RunSummary(), PredictionJudge()],
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,  # would hold the dense parameters: it is built before pruning
@@ -127,6 +134,7 @@ class PruningCLI(LightningCLI):
         parser.add_lightning_class_args(CausalLMModule, "model")
         parser.add_lightning_class_args(TextDataModule, "data")
         parser.add_lightning_class_args(CheckpointExport, "export")  # before pruning: it checks its folder first
+        parser.add_lightning_class_args(SampleGenerations, "samples")  # likewise its prompts
         parser.add_lightning_class_args(TaylorPruning, "pruning")
         parser.link_arguments("model.pretrained", "data.tokenizer")
         parser.add_lightning_class_args(PruningTrainer, "trainer")
@@ -153,6 +161,8 @@ class PruningCLI(LightningCLI):
         if settings.logger in (None, True):
             root, version = settings.default_root_dir or ".", self._folder.name if self._folder else None
             kwargs["logger"] = TensorBoardLogger(root, version=version, default_hp_metric=False)
+        if self.subcommand == "predict":
+            kwargs["use_distributed_sampler"] = False  # every rank writes every text: models split over them need it
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
@@ -167,12 +177,6 @@ class PruningCLI(LightningCLI):
         """Search with the settings under `search`."""
         assert isinstance(self.trainer, PruningTrainer)
         self.trainer.search(**kwargs, settings=self._get(self.config_init, "search"))
-
-    def predict(self, **kwargs: Any) -> None:
-        """Print the prompts with their continuations."""
-        for ids in self.trainer.predict(**kwargs) or []:
-            console.print(self.datamodule.tokenizer.decode(ids[0], skip_special_tokens=True), markup=False)
-            console.rule()
 
 
 def check_checkpoint(path: Path, trainer: Trainer) -> None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from gqaprune.architecture import get_layers
 from gqaprune.distillation import measure_distance, measure_divergence, measure_divergence_from_top
+from gqaprune.generation import continue_greedily
 from gqaprune.loading import load_model, load_offloaded_model
 from gqaprune.losses import measure_losses
 from gqaprune.perplexity import Perplexity
@@ -51,7 +52,7 @@ class CausalLMModule(LightningModule):
             matrices only.
         schedule: course of the learning rate after the warm-up, down to 0 (`cosine`, `linear`) or `constant`.
         warmup_steps: optimizer steps over which the learning rate rises from 0; null takes a twentieth of them.
-        max_new_tokens: tokens that `predict` adds to each prompt.
+        max_new_tokens: tokens that `predict` adds to each prompt at most; loops take some fifty to show.
         plan: a pruning plan to apply on loading, instead of calibrating: the path of a `plan.json`, or its content, as
             a Lightning checkpoint carries it, whose weights are loaded next.
     """
@@ -67,7 +68,7 @@ class CausalLMModule(LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.01, fused=True),
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         warmup_steps: int | None = None,
-        max_new_tokens: int = 40,
+        max_new_tokens: int = 60,
         plan: str | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -129,6 +130,10 @@ class CausalLMModule(LightningModule):
         return load_model(
             pretrained or self.pretrained, dtype or self.dtype_name, self.attn_implementation, self.trust_remote_code
         )
+
+    def release(self) -> None:
+        """Let the model go, so that another one has its memory; `load` brings it back."""
+        self._model = None
 
     def setup(self, stage: str) -> None:
         """Load what the pruning callback has not, and make it ready to train, before strategies build models split."""
@@ -260,9 +265,7 @@ class CausalLMModule(LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Continue a prompt greedily; returns prompt and continuation as token ids `[1, tokens]`."""
-        output = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False)
-        assert isinstance(output, Tensor)
-        return output
+        return continue_greedily(self.model, batch, self.max_new_tokens)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule on the live parameters, after pruning."""

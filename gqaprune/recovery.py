@@ -29,7 +29,8 @@ class RecoveryConfig:
         distill_weight: share of the divergence from the teacher in the loss, 0 to 1; the rest is the language model's.
         hidden_weight: weight of the distance to the teacher's hidden states, added to the loss.
         hidden_layers: decoder layers after which that is measured; null takes the last.
-        teacher: the dense model to learn from, as `model.pretrained`; null takes that.
+        teacher: the dense model to learn from, and for `predict` to compare with, as `model.pretrained`; null takes
+            that, or in `predict` what a checkpoint's plan names.
         teacher_dtype: type of its weights, as `model.dtype`.
         teacher_top_k: this many of the teacher's likeliest tokens stand for its predictions: they are computed before
             training, once for the same text, and kept on disk (6 bytes each for every training token); then the teacher

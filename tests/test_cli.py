@@ -310,12 +310,6 @@ def test_validate_does_not_prune(run: Run) -> None:
     assert dense[1] == pytest.approx(report["stages"][0]["perplexity"]["val/embedded"], rel=1e-5)
 
 
-def test_predict_prints_prompts_and_what_the_model_adds(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    console.quiet = False
-    assert run("predict", "--data.prompts", "[Hello there]", "--model.max_new_tokens", "5") == 0
-    assert "Hello there" in capsys.readouterr().out
-
-
 def test_rate_zero_trains_the_dense_model(run: Run, tiny_folder: Path) -> None:
     assert run("fit", "--pruning.rate", "0", "--data.calibration", "[]", "--export.folder", "tuned") == 0
     tuned = AutoModelForCausalLM.from_pretrained("tuned")
@@ -550,7 +544,7 @@ def test_every_own_setting_has_its_meaning_in_help(command: str, monkeypatch: py
     with pytest.raises(SystemExit):
         cli.__init__(args=[command, "--help"])  # type: ignore[misc]
     parser = cli._subcommand_parsers[command]
-    groups = {"model", "data", "pruning", "export", "search"}
+    groups = {"model", "data", "pruning", "export", "samples", "search"}
     own = [a for a in parser._actions if a.dest.split(".")[0] in groups and "." in a.dest]
     assert ("search.patience" in [a.dest for a in own]) == (command == "search")
     assert len(own) > 30

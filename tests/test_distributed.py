@@ -253,6 +253,8 @@ def test_two_processes_recover_and_export_what_they_measured(config: Path, tmp_p
     events.Reload()
     first, *_, last = (event.value for event in events.Scalars("train/learning_rate"))
     assert 0 < last < first  # the schedule is the run's own
+    is_whole = name.startswith(("ddp", "deepspeed-2"))  # rank 0 can run it by itself
+    assert any(tag.startswith("samples/") for tag in events.Tags()["tensors"]) == is_whole
 
     # 7 windows on two processes: none may count twice.
     logs = run(tmp_path / "validate", "validate", config, "--model.pretrained", str(tmp_path / "fit/out"), *DDP)
@@ -303,6 +305,16 @@ def test_checkpoints_go_on_under_another_strategy_or_say_why_not(config: Path, t
     done = start(tmp_path / "fsdp2", "fit", config, *CHECKPOINTS, "--ckpt_path", "last")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "SingleDeviceStrategy goes on from single files and lightning_logs/version_0/checkpoints" in done.stderr
+
+
+def test_two_processes_predict_every_prompt_once(config: Path, tmp_path: Path) -> None:
+    prompts = ["--data.prompts", "[One, Two, Three]", "--model.max_new_tokens", "5"]
+    alone, together = (
+        json.loads((run(tmp_path / name, "predict", config, *prompts, *strategy) / "predictions.json").read_text())
+        for name, strategy in (("alone", []), ("together", DDP))
+    )
+    assert [row["prompt"] for row in together["prompts"]] == ["One", "Two", "Three"]
+    assert together == alone
 
 
 def test_layers_on_disk_are_refused_on_several_processes(config: Path, tmp_path: Path) -> None:

@@ -155,3 +155,30 @@ def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenize
 def make_tokens(batch: int = 2, length: int = 16, seed: int = 0) -> torch.Tensor:
     """Random token ids `[batch, length]`."""
     return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+"""Turns as `role: content`, one per line."""
+
+
+def make_counting_model(step: int) -> PreTrainedModel:
+    """A model whose likeliest next token is the last one plus `step`, modulo 256: 0 says the last one for ever."""
+    model = make_model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.norm.weight.fill_(1.0)
+        directions = torch.nn.functional.normalize(model.model.embed_tokens.weight[:256], dim=1)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[:256] = 4 * directions.roll(step, 0)
+    return model
+
+
+_TEXT = "It was the best of times , it was the worst of times , and nobody knew which until much later"
+PROSE = _TEXT.split()
+"""Words that repeat no more than English does."""
+SENTENCE = ["boil", "an", "egg", "in", "water"]

@@ -1,9 +1,19 @@
-"""Lightning callbacks: pruning before fit, split search, checkpoint export, the run's summary."""
+"""Lightning callbacks: pruning before fit, split search, checkpoint export, samples, the run's summary, predictions."""
 
 from gqaprune.callbacks.export import CheckpointExport
+from gqaprune.callbacks.judge import PredictionJudge
 from gqaprune.callbacks.note import KeepRunNote
 from gqaprune.callbacks.pruning import TaylorPruning
+from gqaprune.callbacks.samples import SampleGenerations
 from gqaprune.callbacks.search import SplitSearch
 from gqaprune.callbacks.summary import RunSummary
 
-__all__ = ["CheckpointExport", "KeepRunNote", "RunSummary", "SplitSearch", "TaylorPruning"]
+__all__ = [
+    "CheckpointExport",
+    "KeepRunNote",
+    "PredictionJudge",
+    "RunSummary",
+    "SampleGenerations",
+    "SplitSearch",
+    "TaylorPruning",
+]

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from transformers import PreTrainedModel
 
@@ -241,3 +242,8 @@ def get_run_folder(trainer: Trainer) -> Path:
     """Where a run writes. Unlike `trainer.log_dir` this does not broadcast, so that one rank alone may ask."""
     folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
     return Path(next((folder for folder in folders if folder), trainer.default_root_dir))
+
+
+def get_tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    """The loggers that take text and figures."""
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from gqaprune.architecture import read_geometry
 from gqaprune.callbacks.export import CheckpointExport
-from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
+from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder, get_tensorboards
 from gqaprune.card import describe_padding, write_card
 from gqaprune.checkpoint import measure_weights
 from gqaprune.loading import load_config, load_model
@@ -60,7 +59,7 @@ class RunSummary(Callback):
         for stage in report.stages[self._stages_logged :]:
             _log_perplexity(trainer, stage)
         self._stages_logged = len(report.stages)
-        for logger in _get_tensorboards(trainer):
+        for logger in get_tensorboards(trainer):
             logger.experiment.add_text("plan", _describe_plan(plan), trainer.global_step)
             logger.experiment.add_figure("pruning", draw_plan(plan), trainer.global_step)
 
@@ -118,7 +117,7 @@ class RunSummary(Callback):
             write_card(export.written, plan, export.written_format, shapes, report, _get_command())
             padding = describe_padding(plan.pruned_geometry, shapes, plan.geometry)
         hparams = _flatten(report.settings | dict(pl_module.hparams))
-        for logger in _get_tensorboards(trainer):
+        for logger in get_tensorboards(trainer):
             if report.stages[-1].perplexity:
                 # The first validation corpus if there is one: what settings may be chosen by.
                 metric = next(iter(report.stages[-1].perplexity.values()))
@@ -170,10 +169,6 @@ def _get_command() -> list[str]:
     """The command line that runs this, if it is gqaprune's."""
     program = Path(sys.argv[0]).name
     return [program, *sys.argv[1:]] if program in ("gqaprune", "cli.py") else []
-
-
-def _get_tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def _log_perplexity(trainer: Trainer, stage: Stage) -> None:

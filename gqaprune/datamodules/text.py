@@ -1,6 +1,6 @@
 """Corpora as streams: calibration and train windows, validation and test perplexity, prompts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gqaprune.corpora import HUB, Corpus, parse_corpus, read_corpus
 from gqaprune.loading import load_tokenizer
 from gqaprune.losses import IGNORED
+from gqaprune.prompts import Prompt, encode_prompt, read_prompts
 from gqaprune.report import describe_protocol
 from gqaprune.sampling import sample_from_model
 from gqaprune.windows import Batch, cut_windows, make_batches, read_windows, tokenize_corpus
@@ -52,7 +53,9 @@ class TextDataModule(LightningDataModule):
         eval_stride: tokens between the starts of evaluation windows; null means no overlap.
         eval_tokens: tokens to evaluate of each corpus at most, from its beginning; null evaluates all.
         eval_batch_size: windows per evaluation batch and device.
-        prompts: what `predict` continues.
+        prompts: what `predict` continues, and what training shows samples of: a list, or a file with one per line, that
+            in a `.jsonl` file is a string, an object with `prompt`, or one with `messages` (`role` and `content`).
+        chat: put prompts as the user's turn into the tokenizer's chat template; null does so where it has one.
         seed: seed of the choice and order of windows.
 
     Raises:
@@ -82,7 +85,8 @@ class TextDataModule(LightningDataModule):
         eval_stride: int | None = None,
         eval_tokens: int | None = None,
         eval_batch_size: int = 1,
-        prompts: list[str] = ["The capital of France is", "Once upon a time"],  # noqa: B006
+        prompts: list[str] | str = ["The capital of France is", "Once upon a time"],  # noqa: B006
+        chat: bool | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -118,6 +122,7 @@ class TextDataModule(LightningDataModule):
         self.eval_tokens = eval_tokens
         self.eval_batch_size = eval_batch_size
         self.prompts = prompts
+        self.chat = chat
         self.seed = seed
         self.corpora = {
             stream: list(dict.fromkeys(parse_corpus(text, _DEFAULT_SPLITS[stream]) for text in texts))
@@ -129,6 +134,7 @@ class TextDataModule(LightningDataModule):
         self._train_corpora_windows: Tensor | None = None
         self._sampled_train_windows: Tensor | None = None
         self._windows: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        self._encoded_prompts: list[tuple[Prompt, dict[str, Tensor]]] | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -152,6 +158,8 @@ class TextDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read what the stage needs, so that missing text is said before a model is loaded."""
+        if stage in ("fit", "predict"):
+            self.encode_prompts()
         for stream in self._get_streams(stage):
             if stream == "train":
                 self._read_train_corpora()
@@ -245,12 +253,20 @@ class TextDataModule(LightningDataModule):
         """One loader per test corpus."""
         return self._evaluation_loaders("test")
 
-    def predict_dataloader(self) -> "DataLoader[Mapping[str, Tensor]]":
+    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Prompts, one per batch."""
-        encoded = [dict(self.tokenizer(prompt, return_tensors="pt")) for prompt in self.prompts]
-        for one in encoded:
-            one.pop("token_type_ids", None)
-        return DataLoader(encoded, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader([ids for _, ids in self.encode_prompts()], batch_size=None)  # type: ignore[arg-type]
+
+    def encode_prompts(self) -> list[tuple[Prompt, dict[str, Tensor]]]:
+        """Every prompt and what the model reads of it, `input_ids` and `attention_mask`, each `[1, tokens]`.
+
+        Raises:
+            ValueError: if the prompts cannot be read, or not be put as they are wanted.
+        """
+        if self._encoded_prompts is None:
+            prompts = read_prompts(self.prompts)
+            self._encoded_prompts = [(prompt, encode_prompt(self.tokenizer, prompt, self.chat)) for prompt in prompts]
+        return self._encoded_prompts
 
     def sample_train_windows(self, model: PreTrainedModel) -> None:
         """Let the dense causal LM write the training windows that are wanted from it. Every rank has to call it."""

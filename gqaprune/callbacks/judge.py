@@ -1,0 +1,116 @@
+"""Judge what `predict` wrote, beside what the dense model writes."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gqaprune.callbacks.pruning import get_parts, get_run_folder
+from gqaprune.datamodules import TextDataModule
+from gqaprune.generation import continue_greedily, measure_text_perplexity, split_continuation
+from gqaprune.judgement import MeasuredText, measure_text
+from gqaprune.loading import check_tokenizer, load_config
+from gqaprune.module import CausalLMModule
+from gqaprune.plan import PLAN_FILE, PruningPlan
+from gqaprune.predictions import Comparison, Predictions, render_predictions
+from gqaprune.progress import console, track
+
+PREDICTIONS_FILE = "predictions.json"
+
+
+class PredictionJudge(Callback):
+    """Prints each prompt with the texts of both models and a verdict; writes `predictions.json` in the run's folder.
+
+    The dense model is `model.recovery.teacher`; or, where the module cuts it by `model.plan`, `model.pretrained`; or
+    what the plan beside a pruned checkpoint names. It is loaded once the pruned one is let go.
+    """
+
+    def __init__(self) -> None:
+        self.predictions: Predictions | None = None
+        self._dense, self._note = "", ""
+        self._written: list[Tensor] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the dense model, before any work."""
+        if stage == "predict":
+            self._written = []
+            self._dense, self._note = find_dense(get_parts(trainer, pl_module)[0])
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Tensor, *_: Any, **__: Any
+    ) -> None:
+        """Keep what the model wrote."""
+        self._written.append(outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare, on rank 0: every rank wrote the same."""
+        if not trainer.is_global_zero:
+            return
+        module, data = get_parts(trainer, pl_module)
+        batches = [batch for _, batch in data.encode_prompts()]
+        sizes = [batch["input_ids"].shape[1] for batch in batches]
+        pruned = [split_continuation(module.model, *pair) for pair in zip(self._written, sizes, strict=True)]
+        perplexities: list[float | None] = [None] * len(pruned)
+        dense_texts: list[MeasuredText | None] = [None] * len(pruned)
+        if self._dense:
+            module.release()
+            dense = self._load_dense(module, data).to(trainer.strategy.root_device)
+            for index, batch in enumerate(track(batches, "the dense model", "prompts")):
+                ids = {name: tensor.to(dense.device) for name, tensor in batch.items()}
+                own = continue_greedily(dense, ids, module.max_new_tokens)
+                perplexities[index] = _measure(dense, self._written[index].to(dense.device), sizes[index])
+                added = split_continuation(dense, own, sizes[index])
+                dense_texts[index] = _describe(data, *added, _measure(dense, own, sizes[index]))
+        texts = [_describe(data, *added, value) for added, value in zip(pruned, perplexities, strict=True)]
+        prompts = [prompt.text for prompt, _ in data.encode_prompts()]
+        comparisons = [Comparison(*parts) for parts in zip(prompts, texts, dense_texts, strict=True)]
+        self.predictions = Predictions(module.pretrained, self._dense, self._note, comparisons)
+        path = get_run_folder(trainer) / PREDICTIONS_FILE
+        self.predictions.save(path)
+        console.print(render_predictions(self.predictions), soft_wrap=False)
+        console.print(f"{'predictions':<14} {os.path.relpath(path)}")
+
+    def _load_dense(self, module: CausalLMModule, data: TextDataModule) -> PreTrainedModel:
+        is_teacher = self._dense == module.recovery.teacher
+        dense = module.load_dense(self._dense, module.recovery.teacher_dtype if is_teacher else None).eval()
+        check_tokenizer(data.tokenizer, dense)
+        return dense
+
+
+def find_dense(module: CausalLMModule) -> tuple[str, str]:
+    """Where the dense model comes from, or an empty string and why there is none, in a sentence.
+
+    Raises:
+        ValueError: if `recovery.teacher` names a model that is not there.
+    """
+    if module.recovery.teacher is not None:
+        load_config(module.recovery.teacher, module.trust_remote_code)
+        return module.recovery.teacher, ""
+    if module.plan is not None:
+        return module.pretrained, ""
+    alone = "no dense model to compare with, so that only what repeats itself is seen, not what makes no sense"
+    way_out = "name it by --model.recovery.teacher"
+    place = Path(module.pretrained)
+    try:
+        name = PruningPlan.load((place if place.is_dir() else place.parent) / PLAN_FILE).model
+    except ValueError:
+        return "", f"{alone}: {module.pretrained} has no plan that tells it; {way_out}"
+    try:
+        load_config(name, module.trust_remote_code)
+    except ValueError as error:
+        return "", f"{alone}: {error}; {way_out}"
+    return name, ""
+
+
+def _measure(dense: PreTrainedModel, ids_1T: Tensor, prompt_tokens: int) -> float:
+    return measure_text_perplexity(dense, ids_1T, prompt_tokens)
+
+
+def _describe(data: TextDataModule, tokens: list[int], ended: bool, perplexity: float | None) -> MeasuredText:
+    def decode(ids: Any) -> str:
+        return str(data.tokenizer.decode(ids, skip_special_tokens=True))
+
+    return measure_text(tokens, decode, ended, perplexity)

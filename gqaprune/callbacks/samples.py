@@ -1,0 +1,75 @@
+"""Show in TensorBoard what the model makes of a few prompts, while it is trained."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from gqaprune.callbacks.pruning import get_parts, get_tensorboards
+from gqaprune.generation import continue_greedily, split_continuation
+from gqaprune.progress import console
+from gqaprune.sharding import is_split
+
+
+class SampleGenerations(Callback):
+    """Logs greedy continuations of `data.prompts` as text: before the first step, and at each validation.
+
+    Rank 0 writes them by itself. A model that a strategy has split cannot be run so: nothing is logged then, and that
+    is said.
+
+    Args:
+        prompts: so many of `data.prompts`, the first ones; 0 logs none.
+        max_new_tokens: tokens that are added to each at most.
+
+    Raises:
+        ValueError: if a number is out of its bounds.
+    """
+
+    def __init__(self, prompts: int = 3, max_new_tokens: int = 30) -> None:
+        if prompts < 0 or max_new_tokens < 1:
+            raise ValueError(
+                "samples needs prompts >= 0 and max_new_tokens >= 1, got "
+                f"{prompts} and {max_new_tokens}; prompts: 0 logs none"
+            )
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the prompts before any work."""
+        if stage == "fit" and self.prompts and trainer.limit_train_batches != 0:
+            get_parts(trainer, pl_module)[1].encode_prompts()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show where recovery starts from, or say that nothing can be shown."""
+        module, _ = get_parts(trainer, pl_module)
+        if self.prompts and trainer.is_global_zero and is_split(module.model):
+            name = type(trainer.strategy).__name__
+            console.print(f"no sample generations are logged: {name} splits the model, which one rank cannot run alone")
+        self._log(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show how far it has come."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module, data = get_parts(trainer, pl_module)
+        loggers = get_tensorboards(trainer)
+        if not self.prompts or not loggers or not trainer.is_global_zero or is_split(module.model):
+            return
+        was_training = module.model.training
+        module.model.eval()
+        try:
+            for number, (prompt, batch) in enumerate(data.encode_prompts()[: self.prompts], 1):
+                ids = {name: tensor.to(module.device) for name, tensor in batch.items()}
+                with trainer.precision_plugin.forward_context():
+                    output = continue_greedily(module.model, ids, self.max_new_tokens)
+                tokens, _ = split_continuation(module.model, output, batch["input_ids"].shape[1])
+                answer = data.tokenizer.decode(tokens, skip_special_tokens=True)
+                for logger in loggers:
+                    logger.experiment.add_text(f"samples/{number}", _format(prompt.text, answer), trainer.global_step)
+        finally:
+            module.model.train(was_training)
+
+
+def _format(prompt: str, answer: str) -> str:
+    """As Markdown that leaves both as they are: blocks of code."""
+    parts = ("\n".join(f"    {line}" for line in text.splitlines() or [""]) for text in (prompt, answer))
+    return "\n\n→\n\n".join(parts)
