@@ -215,7 +215,7 @@ class _Causes:
 
     def _try_repair(self) -> None:
         pruned = self.diagnosis.pruned
-        if pruned <= self.cut:
+        if pruned <= 1.01 * self.cut:  # rounding, or nearly nothing
             return
         what, setting = "repair", "set pruning.repair to none, or calibrate on more text"
         if self.is_trained:

@@ -3,9 +3,11 @@
 import json
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
+from gqaprune.datamodules import TextDataModule
 from gqaprune.diagnosis import Diagnosis, build_diagnosis_table, diagnose
 from gqaprune.loading import load_config
 from gqaprune.module import CausalLMModule
@@ -16,7 +18,6 @@ from gqaprune.progress import console
 from gqaprune.replace import write_atomically
 from gqaprune.report import REPORT_FILE, Report
 from gqaprune.sharding import is_split
-from gqaprune.windows import Batch
 
 GUARD_FILE = "guard.json"
 
@@ -81,7 +82,7 @@ class PerplexityGuard(Callback):
         module, data = get_parts(trainer, pl_module)
         if module.plan is not None and not module.plan.removes_nothing and trainer.is_global_zero:
             if self.diagnoses and not is_offloaded(module.model) and trainer.world_size == 1:
-                self.diagnosis = _diagnose(module, data.held_out_batches(), is_trained=False)
+                self.diagnosis = _diagnose(module, data, is_trained=False)
                 console.print(f"PerplexityGuard: {self.diagnosis.describe()}", markup=False)
             self._write(trainer, module, report, {"error": str(exception), "stopped": True})
 
@@ -97,7 +98,7 @@ class PerplexityGuard(Callback):
         stops = ratio >= self.stop_ratio or is_over
         module, data = get_parts(trainer, pl_module)
         if self.diagnosis is None and self.diagnoses and not is_split(module.model) and not is_offloaded(module.model):
-            self.diagnosis = _diagnose(module, data.held_out_batches(), is_trained)
+            self.diagnosis = _diagnose(module, data, is_trained)
         found = f"; {self.diagnosis.describe()}" if self.diagnosis is not None else ""
         when = f"at step {trainer.global_step}" if is_trained else "after pruning"
         bound = f"perplexity {self.max_perplexity:g}" if is_over else f"{self.stop_ratio:g} times"
@@ -128,11 +129,12 @@ class PerplexityGuard(Callback):
         write_atomically(folder / GUARD_FILE, (json.dumps(facts, indent=2) + "\n").encode())
 
 
-def _diagnose(module: CausalLMModule, batches: list[Batch], is_trained: bool) -> Diagnosis:
+def _diagnose(module: CausalLMModule, data: TextDataModule, is_trained: bool) -> Diagnosis:
     assert module.plan is not None
-    dense = module.load_dense().to(module.model.device)
-    made_for = getattr(load_config(module.pretrained, module.trust_remote_code), "dtype", None)
-    return diagnose(dense, module.model, module.plan, batches, made_for, is_trained)
+    with torch.inference_mode(False), torch.enable_grad():  # validation forbids gradients, which scores are made of
+        dense = module.load_dense().to(module.model.device)
+        made_for = getattr(load_config(module.pretrained, module.trust_remote_code), "dtype", None)
+        return diagnose(dense, module.model, module.plan, data.held_out_batches(), made_for, is_trained)
 
 
 def _get_report(trainer: Trainer) -> Report | None:

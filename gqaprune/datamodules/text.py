@@ -200,7 +200,7 @@ class TextDataModule(LightningDataModule):
         """Windows of the calibration corpora that are not calibrated on, as batches to evaluate; none where all are."""
         self.read_calibration_windows()
         windows = self._held_out_windows
-        return [] if windows is None else make_batches(windows, windows, self.eval_batch_size)
+        return [] if windows is None or not len(windows) else make_batches(windows, windows, self.eval_batch_size)
 
     def calibration_batches(self, model: PreTrainedModel | None = None) -> list[Tensor]:
         """Calibration token ids, each `[calibration_batch_size, calibration_window]`, the same on every rank.
