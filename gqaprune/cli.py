@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from gqaprune.callbacks import (
     CheckpointExport,
     KeepRunNote,
+    PerplexityGuard,
     PredictionJudge,
     RunSummary,
     SampleGenerations,
@@ -81,7 +82,8 @@ class PruningTrainer(Trainer):
         """Find the split of attention and MLP at which pruning costs least."""
         callbacks: list[Callback] = getattr(self, "callbacks", [])
         pruning = next(callback for callback in callbacks if isinstance(callback, TaylorPruning))
-        others = [callback for callback in callbacks if not isinstance(callback, (TaylorPruning, CheckpointExport))]
+        left_out = (TaylorPruning, PerplexityGuard, CheckpointExport)
+        others = [callback for callback in callbacks if not isinstance(callback, left_out)]
         self.callbacks = [SplitSearch(pruning, settings), *others]
         self.limit_test_batches = 0  # test text chooses no settings
         self.prune(model, datamodule)
@@ -136,6 +138,7 @@ class PruningCLI(LightningCLI):
         parser.add_lightning_class_args(CheckpointExport, "export")  # before pruning: it checks its folder first
         parser.add_lightning_class_args(SampleGenerations, "samples")  # likewise its prompts
         parser.add_lightning_class_args(TaylorPruning, "pruning")
+        parser.add_lightning_class_args(PerplexityGuard, "guard")  # after pruning: it judges what that left
         parser.link_arguments("model.pretrained", "data.tokenizer")
         parser.add_lightning_class_args(PruningTrainer, "trainer")
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"})

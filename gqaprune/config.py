@@ -30,6 +30,8 @@ class PruningConfig:
         normalization: what the scores of each block are divided by before blocks are compared: `none`, or their own
             `mean`, `sum` or `max`. Alone it changes nothing where the allocation does not compare blocks (`uniform`).
         obs_ridge: ridge of the criterion `obs`, as a multiple of the mean squared input; above 0. Ignored by others.
+        protect_outliers: units that carry massive activations (an output 20 times that of their block's median unit, on
+            the calibration text) go last, whatever their scores; nothing is protected where no text is read.
         allocation: how the budget is spread: `uniform` (equal counts in every layer of a range, so that the checkpoint
             needs no remote code when the ranges cover the model), `global` (lowest score per parameter anywhere),
             `inverse` (important layers lose less), `proportional` (important layers lose more) or `optimal` (least
@@ -88,6 +90,7 @@ class PruningConfig:
     reduction: str = "sum"
     normalization: str = "none"
     obs_ridge: float = 0.1
+    protect_outliers: bool = True
     allocation: str = "uniform"
     sensitivity: str = "removal"
     sensitivity_path: str | None = None

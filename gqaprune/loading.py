@@ -1,5 +1,6 @@
 """Load dense and pruned models in any format; nothing here unpickles, or runs remote code unless asked to."""
 
+import copy
 import importlib.util
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -201,6 +202,7 @@ def build_model(
     if dtype == "auto" and (dtype := config.dtype) is None:
         raise ValueError("its config does not say which type the weights have: set dtype to bfloat16 or float32")
     arguments = {"dtype": dtype} | ({} if attn_implementation is None else {"attn_implementation": attn_implementation})
+    config = copy.deepcopy(config)  # which transformers writes the type into
     if config.is_heterogeneous:
         return get_per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])._from_config(config, **arguments)
     return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **arguments)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.allocation import AllocationOptions
-from gqaprune.architecture import describe_experts
+from gqaprune.architecture import BlockKey, describe_experts
 from gqaprune.config import PruningConfig
 from gqaprune.counts import (
     bind_allocation,
@@ -21,17 +21,19 @@ from gqaprune.counts import (
     refine_counts,
 )
 from gqaprune.distributed import check_same_on_all_ranks, get_rank_and_world_size
-from gqaprune.importance import check_finite_weights, score_units
+from gqaprune.importance import check_finite_weights
 from gqaprune.likeness import check_likeness
 from gqaprune.offload import is_offloaded
 from gqaprune.perplexity import Evaluation, measure_perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.reconstruction import BlockRepair, apply_plan_with_repair
-from gqaprune.report import Report, describe_model
-from gqaprune.selection import budget_blocks, keep_everything, make_plan, read_budget, select_blocks
+from gqaprune.report import Outlier, Report, describe_model
+from gqaprune.selection import budget_blocks, keep_everything, make_plan, read_budget, score_blocks, select_blocks
 from gqaprune.stages import Stage, Stages, hash_model, hash_tensors
 from gqaprune.steps import Spending, spend_share
 from gqaprune.surgery import apply_plan
+
+_HELD_OUT = "held-out calibration text"
 
 
 def prune(
@@ -92,6 +94,7 @@ class Pruner:
         config: what to remove.
         accumulate: micro-batches per accumulation window of the criterion.
         evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on.
+        held_out: likewise, calibration text that is not calibrated on, for each stage's own judgement.
         source: name of the model, for the plan.
         seed: seed that chose the calibration windows; of `random` scores and of swaps, too.
         corpora: names of the calibration corpora, for the plan.
@@ -115,6 +118,7 @@ class Pruner:
         *,
         accumulate: int = 1,
         evaluation: Evaluation | None = None,
+        held_out: Sequence[Mapping[str, Tensor]] = (),
         source: str = "",
         seed: int = 0,
         corpora: Sequence[str] = (),
@@ -126,6 +130,7 @@ class Pruner:
         check_finite_weights(model)
         self.model, self.batches, self.config = model, batches, config
         self.accumulate, self.evaluation = accumulate, evaluation or {}
+        self.held_out = {_HELD_OUT: held_out} if held_out else {}
         self.source, self.seed, self.corpora = source, seed, tuple(corpora)
         self.stages = stages or Stages()
         self.dense_blocks, self.budget = select_blocks(model, config), read_budget(model, config)
@@ -140,12 +145,15 @@ class Pruner:
 
     def measure(self, stage: str) -> None:
         """Measure the model as it is now, as a stage of the report."""
+        texts = {**self.evaluation, **self.held_out}
         measured = self._stages_of_model().recall(
             f"perplexity, {stage}",
-            {"test text": {name: _hash_batches(batches) for name, batches in self.evaluation.items()}},
-            lambda: Stage(measure_perplexity(self.model, self.evaluation, stage)),
+            {"test text": {name: _hash_batches(batches) for name, batches in texts.items()}},
+            lambda: Stage(measure_perplexity(self.model, texts, stage)),
         )
-        self.report.stages.append(describe_model(stage, self.model, measured.facts))
+        perplexity = dict(measured.facts)
+        held_out = perplexity.pop(_HELD_OUT, None)
+        self.report.stages.append(describe_model(stage, self.model, perplexity, held_out=held_out))
 
     def spend(self, share: float = 1.0, stage: str = "pruned") -> None:
         """Score what is left, allocate, cut and repair until a share of the budget is spent, in the config's steps.
@@ -227,7 +235,10 @@ class Pruner:
         facts = stages.recall("plan", inputs, lambda: self._choose(share, options, stages)).facts
         # Before the cut: ranks that cut differently would wait for one another in repair.
         check_same_on_all_ranks("the pruning plans", json.dumps(facts), self.model.device)
-        plan, self.spending = PruningPlan.from_dict(facts["plan"]), Spending.from_dict(facts["spending"])
+        plan, spending = PruningPlan.from_dict(facts["plan"]), Spending.from_dict(facts["spending"])
+        if self.spending is None:  # later cuts number the units that are left
+            self.report.outliers = [Outlier(BlockKey(*key), *unit) for *key, own in facts["outliers"] for unit in own]
+        self.spending = spending
         self.plan = self.plan.then(plan)
         if (repair := self.config.repair_options()) is None:
             apply_plan(self.model, plan)
@@ -237,8 +248,7 @@ class Pruner:
     def _choose(self, share: float, options: AllocationOptions, stages: Stages) -> Stage:
         """The plan from the model as it is to what it is when a share of the budget is spent."""
         model, dense_blocks, batches, config = self.model, self.dense_blocks, self.batches, self.config
-        blocks, settings = select_blocks(model, config), config.scoring_options(self.seed)
-        scores = score_units(model, blocks, batches, config.criterion, self.accumulate, settings, stages)
+        scores, outliers = score_blocks(model, batches, config, self.accumulate, self.seed, stages)
         options = measure_curves(model, dense_blocks, scores, batches, config, options, stages)
         allocate, budgets = bind_allocation(config, options), budget_blocks(dense_blocks, scores, config)
         spending = spend_share(budgets, self.budget, allocate, share, self.spending)
@@ -246,7 +256,8 @@ class Pruner:
             model, dense_blocks, scores, batches, config, options, self.budget, spending.so_far, self.seed
         )
         plan = make_plan(model, dense_blocks, scores, removed, config)
-        return Stage({"plan": plan.to_dict(), "spending": spending.to_dict()})
+        found = list_values({key: list(units.items()) for key, units in outliers.items()})
+        return Stage({"plan": plan.to_dict(), "spending": spending.to_dict(), "outliers": found})
 
     def _stages_of_model(self, batches: Sequence[Tensor] = (), part: str = "") -> Stages:
         """Stages that depend on the model as it is now, and on calibration batches."""

@@ -12,11 +12,13 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from gqaprune.architecture import count_layer_parameters, count_parameters, read_geometry
+from gqaprune.architecture import BlockKey, count_layer_parameters, count_parameters, read_geometry
 from gqaprune.perplexity import Evaluation, measure_perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.reconstruction import BlockRepair
 from gqaprune.replace import write_atomically
+
+REPORT_FILE = "report.json"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Stage:
         kv_cache_bytes_per_token: keys and values of one token, in the model's own type.
         perplexity: by corpus.
         weight_bytes: size of the weights.
+        held_out: perplexity on text like that of calibration, which settings may be judged by; None if not measured.
     """
 
     name: str
@@ -38,6 +41,31 @@ class Stage:
     kv_cache_bytes_per_token: int
     perplexity: Mapping[str, float] = field(default_factory=dict)
     weight_bytes: int = 0
+    held_out: float | None = None
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """A unit that carries massive activations, as calibration found it.
+
+    Args:
+        key: its block.
+        unit: its index in the dense block.
+        ratio: its largest output relative to that of the block's median unit.
+    """
+
+    key: BlockKey
+    unit: int
+    ratio: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, as reports hold them."""
+        return asdict(self) | {"key": str(self.key)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Outlier":
+        """What `to_dict` gave."""
+        return cls(**dict(data) | {"key": BlockKey.parse(data["key"])})
 
 
 @dataclass
@@ -51,6 +79,7 @@ class Report:
         stages: in the order they were measured.
         repairs: what repair did to each block, in the last cut.
         note: what else has to be known of the model, in a sentence.
+        outliers: units that carry massive activations and were kept for it, as long as others were left.
     """
 
     model: str = ""
@@ -59,6 +88,7 @@ class Report:
     stages: list[Stage] = field(default_factory=list)
     repairs: list[BlockRepair] = field(default_factory=list)
     note: str = ""
+    outliers: list[Outlier] = field(default_factory=list)
 
     @property
     def rate_reached(self) -> float | None:
@@ -91,7 +121,7 @@ class Report:
             return
         last = self.stages[-1]
         size = last.weight_bytes if weight_bytes is None else weight_bytes
-        self.stages.append(replace(last, name=name, perplexity=perplexity, weight_bytes=size))
+        self.stages.append(replace(last, name=name, perplexity=perplexity, weight_bytes=size, held_out=None))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, as `report.json` holds them."""
@@ -104,6 +134,7 @@ class Report:
             "rate_reached": self.rate_reached,
             "stages": stages,
             "repairs": [repair.to_dict() for repair in self.repairs],
+            "outliers": [outlier.to_dict() for outlier in self.outliers],
         }
 
     @classmethod
@@ -111,7 +142,8 @@ class Report:
         """What `to_dict` gave."""
         repairs = [BlockRepair.from_dict(repair) for repair in data["repairs"]]
         stages = [Stage(**stage) for stage in data["stages"]]
-        return cls(data["model"], dict(data["settings"]), data["protocol"], stages, repairs, data["note"])
+        outliers = [Outlier.from_dict(outlier) for outlier in data["outliers"]]
+        return cls(data["model"], dict(data["settings"]), data["protocol"], stages, repairs, data["note"], outliers)
 
     def describe_repair(self) -> str:
         """What repair did to the blocks, in a sentence."""
@@ -132,13 +164,24 @@ class Report:
         after = sum(refinement.error_after for refinement in refinements) / len(refinements)
         return f"{sentence}; {len(kept)} of {len(refinements)} MLPs refined, {before:.1%} → {after:.1%}"
 
+    def describe_outliers(self) -> str:
+        """Which units were protected, in a sentence: the strongest of them, and how many more."""
+        strongest = sorted(self.outliers, key=lambda outlier: -outlier.ratio)
+        named = [f"{outlier.key} unit {outlier.unit} ({outlier.ratio:,.0f}×)" for outlier in strongest[:3]]
+        more = f" and {len(strongest) - 3} more" if len(strongest) > 3 else ""
+        return f"outliers, removed last: {', '.join(named)}{more}; largest output against the block's median unit"
+
     def save(self, path: Path) -> None:
         """Write `report.json`, whole or not at all."""
         write_atomically(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
 
 def describe_model(
-    name: str, model: PreTrainedModel, perplexity: Mapping[str, float], weight_bytes: int | None = None
+    name: str,
+    model: PreTrainedModel,
+    perplexity: Mapping[str, float],
+    weight_bytes: int | None = None,
+    held_out: float | None = None,
 ) -> Stage:
     """Count what a model holds; its weights' size is that of its parameters unless it is given."""
     parameters = count_parameters(model)
@@ -149,6 +192,7 @@ def describe_model(
         kv_cache_bytes_per_token=read_geometry(model.config).kv_cache_bytes_per_token(model.dtype.itemsize),
         perplexity=dict(perplexity),
         weight_bytes=parameters * model.dtype.itemsize if weight_bytes is None else weight_bytes,
+        held_out=held_out,
     )
 
 

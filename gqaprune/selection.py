@@ -20,8 +20,10 @@ from gqaprune.architecture import (
 )
 from gqaprune.config import PruningConfig
 from gqaprune.families import get_family
-from gqaprune.importance import Scores
+from gqaprune.importance import Scores, score_units
+from gqaprune.outliers import Outliers, find_outliers, protect_units
 from gqaprune.plan import Geometry, KeptUnits, PruningPlan
+from gqaprune.stages import Stages
 
 
 def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
@@ -103,6 +105,35 @@ def read_budget(model: PreTrainedModel, config: PruningConfig) -> Budget:
         kv_heads=sum(read_geometry(model.config).kv_heads),
         spared_attention=_list_counts_without_stock_class(model, config),
     )
+
+
+def score_blocks(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    config: PruningConfig,
+    accumulate: int,
+    seed: int,
+    stages: Stages,
+) -> tuple[Scores, Outliers]:
+    """Score the units that may go, and find the outliers among them, which are scored to go last if the config says so.
+
+    Args:
+        model: the causal LM as it is now.
+        batches: calibration token ids, each `[batch, tokens]`, the same list on every rank.
+        config: criterion and protection.
+        accumulate: micro-batches per accumulation window of the criterion.
+        seed: of `random` scores.
+        stages: of a run with this model and these batches.
+
+    Raises:
+        ValueError: if a loss, an activation or a score is not finite, with its place.
+    """
+    blocks = select_blocks(model, config)
+    scores = score_units(model, blocks, batches, config.criterion, accumulate, config.scoring_options(seed), stages)
+    if not (config.protect_outliers and config.needs_text):
+        return scores, {}
+    outliers = find_outliers(model, blocks, batches)
+    return protect_units(scores, outliers), outliers
 
 
 def budget_blocks(dense_blocks: Sequence[Block], scores: Scores, config: PruningConfig) -> list[BlockBudget]:

@@ -266,7 +266,7 @@ def test_search_goes_on_with_what_its_folder_holds_and_refuses_what_is_of_anothe
     assert run("search", *arguments) == 0
     first = Path("found/search.json").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr("gqaprune.tools.search.score_units", lambda *_: pytest.fail("scored again"))
+        patch.setattr("gqaprune.selection.score_units", lambda *_: pytest.fail("scored again"))
         assert run("search", *arguments) == 0
     assert Path("found/search.json").read_text() == first
     assert run("search", *arguments, "--data.seed", "3") == 1

@@ -145,7 +145,7 @@ def test_frozen_layers_stay_whole_and_are_those_that_matter(allocation: str) -> 
 
 
 def test_budget_that_frozen_layers_leave_no_room_for_is_refused_before_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gqaprune.pipeline.score_units", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr("gqaprune.selection.score_units", lambda *_: pytest.fail("scored"))
     model = make_uneven_model()
     before = count_parameters(model)
     with pytest.raises(ValueError, match="nearest reachable rate is 0"):

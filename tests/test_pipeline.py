@@ -198,7 +198,7 @@ def test_every_step_scores_what_the_one_before_left(monkeypatch: pytest.MonkeyPa
         seen.append(sum(count_layer_parameters(model)))
         return score_units(model, *arguments)
 
-    monkeypatch.setattr("gqaprune.pipeline.score_units", score)
+    monkeypatch.setattr("gqaprune.selection.score_units", score)
     model = make_model("llama", kv_heads=4, channels=60)
     dense = sum(count_layer_parameters(model))
     prune(model, BATCHES, make_plain(rate=0.3, allocation="global", steps=3))

@@ -182,3 +182,21 @@ _TEXT = "It was the best of times , it was the worst of times , and nobody knew 
 PROSE = _TEXT.split()
 """Words that repeat no more than English does."""
 SENTENCE = ["boil", "an", "egg", "in", "water"]
+
+
+def train_model(model: PreTrainedModel, windows: torch.Tensor, steps: int = 60) -> PreTrainedModel:
+    """Teach a tiny model some windows, all at once in each step, so that it has something to lose."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(windows, labels=windows).loss.backward()
+        optimizer.step()
+    return model
+
+
+def make_pattern(batch: int = 4, length: int = 24) -> torch.Tensor:
+    """Token ids `[batch, length]` that a model can learn: each follows from the one before."""
+    tokens = [torch.arange(batch) * 7 % 64]
+    for _ in range(length - 1):
+        tokens.append((5 * tokens[-1] + 3) % 64)
+    return torch.stack(tokens, dim=1)

@@ -1,6 +1,7 @@
-"""Lightning callbacks: pruning before fit, split search, checkpoint export, samples, the run's summary, predictions."""
+"""Lightning callbacks: pruning before fit, guard, split search, export, samples, the run's summary, predictions."""
 
 from gqaprune.callbacks.export import CheckpointExport
+from gqaprune.callbacks.guard import PerplexityGuard
 from gqaprune.callbacks.judge import PredictionJudge
 from gqaprune.callbacks.note import KeepRunNote
 from gqaprune.callbacks.pruning import TaylorPruning
@@ -11,6 +12,7 @@ from gqaprune.callbacks.summary import RunSummary
 __all__ = [
     "CheckpointExport",
     "KeepRunNote",
+    "PerplexityGuard",
     "PredictionJudge",
     "RunSummary",
     "SampleGenerations",

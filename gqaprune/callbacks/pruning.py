@@ -92,8 +92,10 @@ class TaylorPruning(GradientAccumulationScheduler):
             return
         self._pruner = self._start(module, data, model, self._open_stages(trainer))
         self._pruner.measure("dense")
-        self._pruner.spend(1 / module.recovery.rounds if trainer.limit_train_batches != 0 else 1.0)
-        module.plan, self.report = self._pruner.plan, self._pruner.report
+        try:
+            self._pruner.spend(1 / module.recovery.rounds if trainer.limit_train_batches != 0 else 1.0)
+        finally:  # what was cut is known, even where it cannot be measured
+            module.plan, self.report = self._pruner.plan, self._pruner.report
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the trainer's own accumulation, except where `setup` has set it for a strategy that accumulates."""
@@ -168,6 +170,7 @@ class TaylorPruning(GradientAccumulationScheduler):
             self.config,
             accumulate=self.get_accumulate_grad_batches(0),
             evaluation=data.evaluation_batches(),
+            held_out=data.held_out_batches() if self.config.needs_text else (),
             source=module.pretrained,
             seed=data.seed,
             corpora=data.calibration_sources if self.config.needs_text else [],

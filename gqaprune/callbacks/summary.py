@@ -17,9 +17,8 @@ from gqaprune.checkpoint import measure_weights
 from gqaprune.loading import load_config, load_model
 from gqaprune.plan import PLAN_FILE, PruningPlan
 from gqaprune.progress import console
-from gqaprune.report import Report, Stage, build_table, draw_plan, save_figure
+from gqaprune.report import REPORT_FILE, Report, Stage, build_table, draw_plan, save_figure
 
-REPORT_FILE = "report.json"
 FIGURE_FILE = "pruning.png"
 
 
@@ -40,6 +39,8 @@ class RunSummary(Callback):
         for layer in range(plan.geometry.num_layers):
             console.print(plan.describe_layer(layer))
         console.print(plan.describe_ratio())
+        if report.outliers:
+            console.print(report.describe_outliers())
         if report.repairs:
             console.print(report.describe_repair())
         self._write(trainer, report, plan)

@@ -37,6 +37,8 @@ class TextDataModule(LightningDataModule):
         calibration_windows: windows to calibrate on, sampled over all calibration corpora; null takes all.
         calibration_window: tokens per calibration window.
         calibration_batch_size: windows per calibration micro-batch.
+        held_out_windows: further windows of the calibration corpora, where they have more, that nothing is calibrated
+            on: what `PerplexityGuard` measures the model on; 0 turns it off.
         sampled_windows: windows that the dense model writes itself, to calibrate on besides those of the corpora: they
             make up for what the corpora are not like. Kept in the user's cache folder.
         sampled_document: tokens of each document that those windows are packed from: many short ones cover more than
@@ -72,6 +74,7 @@ class TextDataModule(LightningDataModule):
         calibration_windows: int | None = 128,
         calibration_window: int = 512,
         calibration_batch_size: int = 4,
+        held_out_windows: int = 8,
         sampled_windows: int = 0,
         sampled_document: int = 256,
         sampled_prompts: list[str] | None = None,
@@ -101,13 +104,19 @@ class TextDataModule(LightningDataModule):
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {size}")
-        for name, count in (("sampled_windows", sampled_windows), ("train_sampled_windows", train_sampled_windows)):
+        counts = {
+            "sampled_windows": sampled_windows,
+            "train_sampled_windows": train_sampled_windows,
+            "held_out_windows": held_out_windows,
+        }
+        for name, count in counts.items():
             if count < 0:
                 raise ValueError(f"data.{name} must be at least 0, got {count}")
         self.tokenizer_source = tokenizer
         self.calibration_windows = calibration_windows
         self.calibration_window = calibration_window
         self.calibration_batch_size = calibration_batch_size
+        self.held_out_windows = held_out_windows
         self.sampled_windows = sampled_windows
         self.sampled_document = sampled_document
         self.sampled_prompts = sampled_prompts or []
@@ -131,6 +140,7 @@ class TextDataModule(LightningDataModule):
         self._check_streams()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._calibration_windows: Tensor | None = None
+        self._held_out_windows: Tensor | None = None
         self._train_corpora_windows: Tensor | None = None
         self._sampled_train_windows: Tensor | None = None
         self._windows: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -184,12 +194,19 @@ class TextDataModule(LightningDataModule):
             self._calibration_windows = torch.empty(0, self.calibration_window, dtype=torch.long)
         if self._calibration_windows is None:
             limit = None
-            if self.calibration_windows is not None:  # so much of each corpus, at most, that the choice stays a choice
-                limit = 16 * self.calibration_windows * self.calibration_window
-            self._calibration_windows = read_windows(
-                self.tokenizer, corpora, self.calibration_window, self.calibration_windows, self.seed, limit
-            )
+            count = self.calibration_windows
+            if count is not None:  # so much of each corpus, at most, that the choice stays a choice
+                limit = 16 * count * self.calibration_window
+            wanted = None if count is None else count + self.held_out_windows
+            windows = read_windows(self.tokenizer, corpora, self.calibration_window, wanted, self.seed, limit)
+            self._calibration_windows, self._held_out_windows = windows[:count], windows[len(windows[:count]) :]
         return self._calibration_windows
+
+    def held_out_batches(self) -> list[Batch]:
+        """Windows of the calibration corpora that are not calibrated on, as batches to evaluate; none where all are."""
+        self.read_calibration_windows()
+        windows = self._held_out_windows
+        return [] if windows is None or not len(windows) else make_batches(windows, windows, self.eval_batch_size)
 
     def calibration_batches(self, model: PreTrainedModel | None = None) -> list[Tensor]:
         """Calibration token ids, each `[calibration_batch_size, calibration_window]`, the same on every rank.

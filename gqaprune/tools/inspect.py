@@ -1,21 +1,30 @@
-"""`gqaprune inspect`: what a model holds, and the memory that each kind of work needs, from its config alone."""
+"""`gqaprune inspect`: what a model holds and allows, what can go wrong, and what work on it needs."""
 
 import json as json_format
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 from transformers import PretrainedConfig
 
-from gqaprune.architecture import count_layer_parameters, count_parameters, get_layers, read_geometry
+from gqaprune.architecture import count_layer_parameters, count_parameters, find_blocks, get_layers, read_geometry
 from gqaprune.families import get_family
 from gqaprune.gram import WORKSPACE
-from gqaprune.loading import DTYPES, build_without_weights, load_config
+from gqaprune.loading import DTYPES, build_without_weights, load, load_config
 from gqaprune.losses import PIECE_LOGITS
+from gqaprune.outliers import Outliers, find_outliers
 from gqaprune.recovery import RecoveryConfig, list_projections
+from gqaprune.replace import write_atomically
+from gqaprune.tools.advice import write_advice
+from gqaprune.tools.checkup import build_layers_table, check_layers, read_plan_of
+from gqaprune.tools.reach import NAMES, Reach, measure_reach
+from gqaprune.tools.risks import list_risks
+from gqaprune.windows import read_windows
 
 GIB = 2**30
 PLACES = ("one device", "ddp", "fsdp", "offload")
@@ -71,10 +80,15 @@ def inspect(
     devices: int = 8,
     tokens: int = 2048,
     calibration_tokens: int = 65536,
+    outliers: bool = False,
+    write_config: str | None = None,
     json: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Print what a model holds and the memory that work on it needs; its weights are not loaded.
+    """Print what a model holds, which rates it allows, its risks, and the memory that work on it needs.
+
+    Of a pruned checkpoint also what each layer lost, whether it keeps its ratio, and whether its tensors are those of
+    its config. Weights are loaded for `outliers` only.
 
     Args:
         model: a folder, a `.gguf` file, a hub name, or `smollm2-135m`.
@@ -82,6 +96,8 @@ def inspect(
         devices: that DDP and FSDP spread over.
         tokens: of a micro-batch, all windows together, in training and in calibration.
         calibration_tokens: of all calibration windows together.
+        outliers: load the weights and look for units that carry massive activations, on the embedded text.
+        write_config: file to write a configuration to, that is right for this model to begin with.
         json: print one JSON object instead of tables.
         trust_remote_code: run code that comes with the model. Pruned checkpoints do not need it here.
 
@@ -97,19 +113,49 @@ def inspect(
     geometry, sizes = read_geometry(config), read_sizes(config, trust_remote_code)
     kind = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else DTYPES[dtype]
     assert isinstance(kind, torch.dtype)
+    type_name = str(kind).removeprefix("torch.")
     bytes_needed = estimate_memory(sizes, kind.itemsize, devices, tokens, calibration_tokens)
     weights = {name: sizes.parameters * of.itemsize for name, of in DTYPES.items() if isinstance(of, torch.dtype)}
     cache = geometry.kv_cache_bytes_per_token(kind.itemsize)
+    reach = measure_reach(build_without_weights(config, trust_remote_code))
+    found = look_for_outliers(model) if outliers else None
+    outside = 1 - sizes.decoder_parameters / sizes.parameters
+    risks = list_risks(config, geometry, outside, type_name, found)
+    plan = read_plan_of(Path(model)) if Path(model).is_dir() else None
+    checks = check_layers(Path(model), config, plan) if Path(model).is_dir() else []
+    if write_config is not None:
+        window = getattr(config, "max_position_embeddings", None) or 2048
+        own = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+        advice = write_advice(model, geometry, sizes.parameters, own, window, reach, risks)
+        write_atomically(Path(write_config), advice.encode())
     if json:
         memory = {work: {place: n and n / GIB for place, n in row.items()} for work, row in bytes_needed.items()}
-        facts = {"model": model, "dtype": str(kind).removeprefix("torch."), "devices": devices, "tokens": tokens}
+        facts = {"model": model, "dtype": type_name, "devices": devices, "tokens": tokens}
         facts |= {"calibration_tokens": calibration_tokens, **asdict(sizes), "kv_cache_bytes_per_token": cache}
-        print(json_format.dumps(facts | {"weight_bytes": weights, "memory_gib": memory}, indent=1))
+        facts |= {"reach": [asdict(one) for one in reach], "risks": risks, "weight_bytes": weights}
+        facts |= {"layer_checks": [asdict(check) for check in checks], "memory_gib": memory}
+        print(json_format.dumps(facts, indent=1))
         return
     console = Console()
     console.print(build_sizes_table(model, sizes, weights, cache))
-    caption = f"{tokens:,} tokens a micro-batch, {calibration_tokens:,} of calibration, weights in {kind}"
-    console.print(build_memory_table(bytes_needed, devices, caption.replace("torch.", "")))
+    console.print(build_reach_table(reach))
+    for one in reach:
+        console.print(one.describe_step())
+    if plan is not None or not geometry.is_uniform or any(check.wrong_tensors for check in checks):
+        console.print(build_layers_table(checks, plan.model if plan is not None else ""))
+    for risk in risks:
+        console.print(f"[yellow]risk[/]: {escape(risk)}")
+    caption = f"{tokens:,} tokens a micro-batch, {calibration_tokens:,} of calibration, weights in {type_name}"
+    console.print(build_memory_table(bytes_needed, devices, caption))
+    if write_config is not None:
+        console.print(f"configuration  {write_config}", markup=False)
+
+
+def look_for_outliers(model: str) -> Outliers:
+    """Load a model and find the units that carry massive activations on the embedded text."""
+    loaded, tokenizer = load(model)
+    windows = read_windows(tokenizer, ["embedded"], window=512, count=16)
+    return find_outliers(loaded, find_blocks(loaded), list(windows.split(2)))
 
 
 def read_sizes(config: PretrainedConfig, trust_remote_code: bool = False) -> ModelSizes:
@@ -234,6 +280,24 @@ def build_sizes_table(model: str, sizes: ModelSizes, weights: Mapping[str, int],
         *((f"weights in {name}", f"{size / 1e6:,.1f} MB") for name, size in weights.items()),
     ):
         table.add_row(label, value)
+    return table
+
+
+def build_reach_table(reach: Sequence[Reach]) -> Table:
+    """One row per kind of block, and one for both."""
+    caption = (
+        "shares of the decoder layers' parameters, one unit staying in each block; the default leaves the ends whole"
+    )
+    table = Table(title="rates that are reachable", caption=caption, caption_style="dim", title_justify="left")
+    for name in ("", "parameters/unit", "parameters/block", "by default", "in all layers"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for one in reach:
+        block = one.units * one.unit_parameters
+        shares = f"{one.reachable:.1%}", f"{one.reachable_anywhere:.1%}"
+        table.add_row(f"{one.kind}: {NAMES[one.kind]}s", f"{one.unit_parameters:,}", f"{block:,}", *shares)
+    if len(reach) > 1:
+        total = sum(one.reachable for one in reach), sum(one.reachable_anywhere for one in reach)
+        table.add_row("both", "", "", *(f"{share:.1%}" for share in total))
     return table
 
 

@@ -22,9 +22,9 @@ from gqaprune.counts import Allocation, bind_allocation, check_text, measure_cur
 from gqaprune.damage import make_gates
 from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere
 from gqaprune.gates import apply_gates
-from gqaprune.importance import Scores, check_finite_weights, score_units
+from gqaprune.importance import Scores, check_finite_weights
 from gqaprune.perplexity import measure_perplexity
-from gqaprune.selection import budget_blocks, read_budget, select_blocks
+from gqaprune.selection import budget_blocks, read_budget, score_blocks, select_blocks
 from gqaprune.stages import Stages
 from gqaprune.tools.trials import Trial, Trials
 
@@ -254,7 +254,7 @@ class GatedSplits:
             )
         except UnreachableError as error:
             raise ValueError(str(error)) from None  # whatever the split
-        scores = score_units(model, self.blocks, batches, config.criterion, accumulate, config.scoring_options(seed))
+        scores, _ = score_blocks(model, batches, config, accumulate, seed, Stages())
         options = measure_curves(model, self.blocks, scores, batches, config, options, Stages())
         return _Choice(scores, budget_blocks(self.blocks, scores, config), bind_allocation(config, options))
 

@@ -125,7 +125,7 @@ def test_every_trial_is_the_perplexity_that_pruning_by_its_split_leaves(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored = []
-    monkeypatch.setattr("gqaprune.tools.search.score_units", lambda *given: scored.append(1) or score_units(*given))
+    monkeypatch.setattr("gqaprune.selection.score_units", lambda *given: scored.append(1) or score_units(*given))
     model, config = make_model("qwen2", kv_heads=2, ratio=4, channels=40), make_plain(rate=0.2, **settings)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trials = find_best_split(
@@ -160,7 +160,7 @@ def search(folder: Path, batches: Any = BATCHES, validation: Any = VALIDATION, *
 
 def test_finished_search_is_read_and_nothing_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = search(tmp_path)
-    monkeypatch.setattr("gqaprune.tools.search.score_units", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr("gqaprune.selection.score_units", lambda *_: pytest.fail("scored again"))
     monkeypatch.setattr("gqaprune.tools.search.measure_perplexity", lambda *_: pytest.fail("measured again"))
     assert search(tmp_path).trials == first.trials
 

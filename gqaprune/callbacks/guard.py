@@ -1,0 +1,144 @@
+"""Stop before money is spent on a broken model: watch perplexity on held-out windows, and say why it exploded."""
+
+import json
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
+from gqaprune.datamodules import TextDataModule
+from gqaprune.diagnosis import Diagnosis, build_diagnosis_table, diagnose
+from gqaprune.loading import load_config
+from gqaprune.module import CausalLMModule
+from gqaprune.offload import is_offloaded
+from gqaprune.perplexity import measure_perplexity
+from gqaprune.plan import PLAN_FILE
+from gqaprune.progress import console
+from gqaprune.replace import write_atomically
+from gqaprune.report import REPORT_FILE, Report
+from gqaprune.sharding import is_split
+
+GUARD_FILE = "guard.json"
+
+
+class PerplexityGuard(Callback):
+    """Warns or stops after pruning, and at each validation, when perplexity is too far above the dense model's.
+
+    It measures `data.held_out_windows` of the calibration corpora, which nothing is calibrated on. When it fires, it
+    undoes one possible cause after another on the dense model, which is loaded once more for it, and says which of them
+    explains what was lost and which setting to change; `guard.json` in the run's folder holds all of it, beside the
+    plan. Where a strategy splits the model, or its layers are on disk, it fires without a diagnosis.
+
+    Args:
+        warn_ratio: times the dense model's perplexity at which it warns, above 1.
+        stop_ratio: times the dense model's perplexity at which it stops the run, at least `warn_ratio`.
+        max_perplexity: perplexity at which it stops the run, where the dense model's is below it.
+        diagnoses: whether to look for the cause.
+
+    Raises:
+        ValueError: if a bound makes no sense.
+    """
+
+    def __init__(
+        self,
+        warn_ratio: float = 3.0,
+        stop_ratio: float = 10.0,
+        max_perplexity: float = 100.0,
+        diagnoses: bool = True,
+    ) -> None:
+        if not 1 < warn_ratio <= stop_ratio:
+            raise ValueError(
+                f"guard needs 1 < warn_ratio <= stop_ratio, got {warn_ratio} and {stop_ratio}; 3 and 10 are usual"
+            )
+        if max_perplexity <= 1:
+            raise ValueError(f"guard.max_perplexity must be above 1, got {max_perplexity}; 100 is the default")
+        self.warn_ratio, self.stop_ratio, self.max_perplexity = warn_ratio, stop_ratio, max_perplexity
+        self.diagnoses = diagnoses
+        self.diagnosis: Diagnosis | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Judge what pruning, which has just been done, has left."""
+        self.diagnosis = None
+        report = _get_report(trainer)
+        if stage == "fit" and report is not None and report.stages[-1].held_out is not None:
+            self._judge(trainer, pl_module, report, report.stages[-1].held_out, is_trained=False)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge what training has made of it so far."""
+        report = _get_report(trainer)
+        if trainer.sanity_checking or report is None or report.stages[0].held_out is None:
+            return
+        module, data = get_parts(trainer, pl_module)
+        perplexity = measure_perplexity(module.model, {"text": data.held_out_batches()}, "guard")["text"]
+        self._judge(trainer, pl_module, report, perplexity, is_trained=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say where a model that was cut and could not be measured is not finite, and keep its plan."""
+        report = _get_report(trainer)
+        if report is None or report.stages[-1].name != "dense" or not isinstance(exception, ValueError):
+            return
+        module, data = get_parts(trainer, pl_module)
+        if module.plan is not None and not module.plan.removes_nothing and trainer.is_global_zero:
+            if self.diagnoses and not is_offloaded(module.model) and trainer.world_size == 1:
+                self.diagnosis = _diagnose(module, data, is_trained=False)
+                console.print(f"PerplexityGuard: {self.diagnosis.describe()}", markup=False)
+            self._write(trainer, module, report, {"error": str(exception), "stopped": True})
+
+    def _judge(
+        self, trainer: Trainer, pl_module: LightningModule, report: Report, perplexity: float, is_trained: bool
+    ) -> None:
+        dense = report.stages[0].held_out
+        assert dense is not None
+        ratio = perplexity / dense
+        is_over = dense < self.max_perplexity < perplexity
+        if ratio < self.warn_ratio and not is_over:
+            return
+        stops = ratio >= self.stop_ratio or is_over
+        module, data = get_parts(trainer, pl_module)
+        if self.diagnosis is None and self.diagnoses and not is_split(module.model) and not is_offloaded(module.model):
+            self.diagnosis = _diagnose(module, data, is_trained)
+        found = f"; {self.diagnosis.describe()}" if self.diagnosis is not None else ""
+        when = f"at step {trainer.global_step}" if is_trained else "after pruning"
+        bound = f"perplexity {self.max_perplexity:g}" if is_over else f"{self.stop_ratio:g} times"
+        sentence = (
+            f"{when} the perplexity on held-out calibration text is {perplexity:,.2f}, {ratio:,.1f} times the dense "
+            f"model's {dense:,.2f}"
+        )
+        if trainer.is_global_zero:
+            self._write(trainer, module, report, {"perplexity": perplexity, "dense": dense, "stopped": stops})
+        if stops:
+            raise ValueError(
+                f"PerplexityGuard: {sentence} (it stops at {bound}){found}; the plan is in {get_run_folder(trainer)}, "
+                "finished stages are kept; guard.stop_ratio and guard.max_perplexity are the bounds"
+            )
+        if trainer.is_global_zero:
+            console.print(f"PerplexityGuard: {sentence} (it warns at {self.warn_ratio:g} times){found}", markup=False)
+
+    def _write(self, trainer: Trainer, module: CausalLMModule, report: Report, facts: dict[str, Any]) -> None:
+        """Keep plan, report and what was found in the run's folder, and show the latter."""
+        folder = get_run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        assert module.plan is not None
+        module.plan.save(folder / PLAN_FILE)
+        report.save(folder / REPORT_FILE)
+        if self.diagnosis is not None:
+            facts["diagnosis"] = self.diagnosis.to_dict()
+            console.print(build_diagnosis_table(self.diagnosis))
+        write_atomically(folder / GUARD_FILE, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def _diagnose(module: CausalLMModule, data: TextDataModule, is_trained: bool) -> Diagnosis:
+    assert module.plan is not None
+    with torch.inference_mode(False), torch.enable_grad():  # validation forbids gradients, which scores are made of
+        dense = module.load_dense().to(module.model.device)
+        made_for = getattr(load_config(module.pretrained, module.trust_remote_code), "dtype", None)
+        return diagnose(dense, module.model, module.plan, data.held_out_batches(), made_for, is_trained)
+
+
+def _get_report(trainer: Trainer) -> Report | None:
+    """What pruning measured, on a run that pruned; None where a plan was given, or nothing is removed."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    pruning = next((callback for callback in callbacks if isinstance(callback, TaylorPruning)), None)
+    report = None if pruning is None else pruning.report
+    return report if report is not None and report.stages and report.stages[0].name == "dense" else None
