@@ -34,9 +34,9 @@ from gqaprune.architecture import (
 from gqaprune.distributed import get_rank_and_world_size, sum_across_ranks
 from gqaprune.families import BlockKind, get_family
 from gqaprune.gates import freeze_parameters
+from gqaprune.holding import hold_each
 from gqaprune.layerwise import Stream, embed_batches, run_layer
 from gqaprune.least_squares import Moments
-from gqaprune.offload import hold_each
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import track
 from gqaprune.refinement import Refinement, RefinementOptions, TokenPairs, refine_mlp
