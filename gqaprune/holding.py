@@ -91,6 +91,8 @@ def hold_layers_that_run(model: PreTrainedModel) -> Iterator[None]:
             for index, layer in enumerate(get_layers(model)):
                 layer.forward = partial(_run_held, model, index, layer.forward)
                 restored.callback(layer.__dict__.pop, "forward")
+                restored.callback(setattr, layer, "training", layer.training)
+                layer.training = False  # in which a layer would recompute by itself, when it is held no longer
         yield
 
 

@@ -112,6 +112,29 @@ def make_layers_whole(model: PreTrainedModel) -> Iterator[nn.Module]:
         del model.layers_apart
 
 
+@contextmanager
+def show_whole_shapes(model: PreTrainedModel) -> Iterator[None]:
+    """Put something of the whole's shape, type and device in the place of every piece while the context lasts.
+
+    It takes no memory and has no values: for who builds on a layer's parameters without reading them. Modules may get
+    other names meanwhile, and parameters may be frozen.
+    """
+    pieces: list[tuple[nn.Module, str, nn.Parameter]] = []
+    if isinstance(get_layers_apart(model), SplitLayers):
+        for module in get_layers(model).modules():
+            for name, piece in module.named_parameters(recurse=False):
+                if isinstance(piece, DTensor):
+                    pieces.append((module, name, piece))
+                    shown = torch.zeros(1, dtype=piece.dtype, device=piece.device).expand(piece.shape)
+                    setattr(module, name, nn.Parameter(shown, piece.requires_grad))
+    try:
+        yield
+    finally:
+        for module, name, piece in pieces:
+            piece.requires_grad_(module.get_parameter(name).requires_grad)
+            setattr(module, name, piece)
+
+
 def _put(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> None:
     """Set parameters by their full names, whatever shapes those in their places have."""
     for name, parameter in parameters.items():
