@@ -282,7 +282,7 @@ def test_two_processes_prune_split_layers_as_one_and_recover_them_as_whole_ones(
         events = EventAccumulator(str(run(tmp_path / name, "fit", config, *pruned, *strategy)))
         events.Reload()
         losses[name] = [event.value for event in events.Scalars("train/loss")]
-    assert losses["fsdp2"] == pytest.approx(losses["ddp"], rel=1e-4) and len(losses["ddp"]) > 2
+    assert losses["fsdp2"] == pytest.approx(losses["ddp"], rel=1e-4) and len(losses["ddp"]) > 1
 
 
 def test_two_processes_prune_and_recover_in_rounds(config: Path, tmp_path: Path) -> None:

@@ -72,9 +72,9 @@ def score_with_checkpointing(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def count_bytes(model: torch.nn.Module) -> int:
-    """Bytes of parameters that this rank holds."""
+    """Bytes of memory behind the parameters that this rank holds, views of something larger as large as that."""
     parameters = (each.to_local() if isinstance(each, DTensor) else each for each in model.parameters())
-    return sum(parameter.nbytes for parameter in parameters)
+    return sum(parameter.untyped_storage().nbytes() for parameter in parameters)
 
 
 def watch_gathers(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> list[int]:
