@@ -304,7 +304,10 @@ CHECKPOINTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", [DDP, FSDP2 + DISTILL, FSDP1], ids=["ddp", "fsdp2-lora-distill", "fsdp"])
+KILLED = {"ddp": DDP, "fsdp2-lora-distill": FSDP2 + DISTILL, "fsdp2-sharded": FSDP2 + SHARDED, "fsdp": FSDP1}
+
+
+@pytest.mark.parametrize("strategy", KILLED.values(), ids=KILLED)
 def test_two_killed_processes_end_as_others_do(config: Path, tmp_path: Path, strategy: list[str]) -> None:
     run(tmp_path / "whole", "fit", config, *CHECKPOINTS, *strategy)
     command = (tmp_path / "killed", "fit", config, *CHECKPOINTS, *strategy)
