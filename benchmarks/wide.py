@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from measuring import describe_machine, make_model, make_tokens, read_clock, read_peak, start_peak, watch_memory
+from measuring import describe_machine, make_model, make_tokens, watch_memory
 from quality_report import format_table, splice
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel

@@ -8,7 +8,7 @@ for _name in ("torchao", "torch.utils._pytree"):
 
 from gqaprune.checkpoint import save
 from gqaprune.config import PruningConfig
-from gqaprune.loading import load, load_model, load_offloaded_model, load_tokenizer
+from gqaprune.loading import load, load_model, load_offloaded_model, load_sharded_model, load_tokenizer
 from gqaprune.pipeline import prune
 from gqaprune.plan import PruningPlan
 from gqaprune.surgery import apply_plan
@@ -23,6 +23,7 @@ __all__ = [
     "load",
     "load_model",
     "load_offloaded_model",
+    "load_sharded_model",
     "load_tokenizer",
     "prune",
     "read_windows",

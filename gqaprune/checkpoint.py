@@ -21,9 +21,10 @@ from transformers import (
 
 from gqaprune.architecture import make_stock_config, read_geometry
 from gqaprune.card import write_card
+from gqaprune.distributed import get_rank_and_world_size
 from gqaprune.gguf_file import TYPES, check_architecture, write_gguf
+from gqaprune.holding import LayersApart, are_layers_apart, attend_writing, get_layers_apart, write_weights
 from gqaprune.loading import load_config, load_model, make_quantization_config
-from gqaprune.offload import is_offloaded, write_weights
 from gqaprune.padding import pad_checkpoint
 from gqaprune.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
 from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
@@ -53,6 +54,8 @@ def save(
 ) -> str:
     """Save a model as a checkpoint, whole or not at all.
 
+    Where a model's decoder layers are split over devices, every rank has to call it; rank 0 writes.
+
     Args:
         model: the pruned (or dense) model.
         tokenizer: saved beside it, if given; GGUF needs one.
@@ -64,7 +67,7 @@ def save(
             saved by themselves in `adapter/` of the folder.
         format: one of `FORMATS`.
         max_shard_size: weights above it are split into several files, such as `5GB`; where a model's decoder layers
-            are on disk, each gets a file instead.
+            are kept apart, each gets a file instead.
         quantization: `int8` stores the matrices of the decoder layers in 8 bits, each row with its own scale, through
             torchao.
 
@@ -77,9 +80,12 @@ def save(
     """
     folder = Path(folder)
     check_output_folder(folder)
-    if is_offloaded(model):
-        check_written_by_layer(format, quantization)
+    if (apart := get_layers_apart(model)) is not None:
+        check_written_by_layer(format, quantization, apart)
     format = choose_format(model.config, format, quantization)
+    if apart is not None and get_rank_and_world_size()[0] != 0:
+        attend_writing(model)
+        return format
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     whole = model.state_dict() if state_dict is None else state_dict
@@ -129,8 +135,8 @@ def choose_format(config: PretrainedConfig, format: str, quantization: str | Non
     return format
 
 
-def check_written_by_layer(format: str, quantization: str | None) -> None:
-    """Refuse what cannot be written layer by layer, where a model's decoder layers are on disk.
+def check_written_by_layer(format: str, quantization: str | None, apart: LayersApart | type[LayersApart]) -> None:
+    """Refuse what cannot be written layer by layer, where a model's decoder layers are kept apart.
 
     Raises:
         ValueError: with what can, and how to get there from it.
@@ -141,7 +147,7 @@ def check_written_by_layer(format: str, quantization: str | None) -> None:
     ):
         if value is not None:
             raise ValueError(
-                f"{name} {value} needs the whole model in memory, which offload keeps on disk: set it to {way_out}, "
+                f"{name} {value} needs the whole model in memory, which {apart.reason}: set it to {way_out}, "
                 f"and where there is memory for it, gqaprune export --{name} {value}"
             )
 
@@ -261,7 +267,7 @@ def _save_pretrained(
     architectures = config.architectures
     own_config, model.config = model.config, config
     try:
-        if is_offloaded(model):
+        if are_layers_apart(model):
             write_weights(model, folder)
             model.generation_config.save_pretrained(folder)
         else:

@@ -172,6 +172,7 @@ class PruningCLI(LightningCLI):
         """Refuse a checkpoint that the strategy cannot go on from, or an unusable folder for logs, before any work."""
         if self.subcommand == "fit" and (path := self.config_init.fit.ckpt_path):
             check_checkpoint(Path(path), self.trainer)
+        split_over_all(self.trainer)
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 check_can_be_folder(Path(logger.log_dir))
@@ -180,6 +181,15 @@ class PruningCLI(LightningCLI):
         """Search with the settings under `search`."""
         assert isinstance(self.trainer, PruningTrainer)
         self.trainer.search(**kwargs, settings=self._get(self.config_init, "search"))
+
+
+def split_over_all(trainer: Trainer) -> None:
+    """Make `data_parallel_size: auto` without tensor parallelism all processes, for Lightning's is one a node."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        sizes = strategy._data_parallel_size, strategy._tensor_parallel_size
+        if sizes == ("auto", 1):
+            strategy._data_parallel_size = trainer.num_devices * trainer.num_nodes
 
 
 def check_checkpoint(path: Path, trainer: Trainer) -> None:

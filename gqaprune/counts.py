@@ -14,6 +14,7 @@ from gqaprune.allocation.optimal import thin_counts
 from gqaprune.architecture import Block, BlockKey, find_blocks
 from gqaprune.config import PruningConfig
 from gqaprune.damage import measure_damage, measure_damage_curves
+from gqaprune.holding import LayersApart
 from gqaprune.importance import CRITERIA, Scores, parse_criterion
 from gqaprune.selection import budget_blocks
 from gqaprune.sensitivity import Importance, measure_sensitivity
@@ -43,19 +44,27 @@ def check_text(batches: Sequence[Tensor], config: PruningConfig) -> None:
         )
 
 
-def check_goes_by_layer(config: PruningConfig) -> None:
-    """Refuse settings that need the whole model in memory, where its decoder layers stay on disk.
+def check_goes_by_layer(config: PruningConfig, apart: LayersApart | type[LayersApart]) -> None:
+    """Refuse settings that need the whole model in memory, where its decoder layers are kept apart.
+
+    Args:
+        config: what to remove.
+        apart: how they are.
 
     Raises:
         ValueError: with what goes layer by layer instead.
     """
     if not config.removes_something:
         return
-    names = [name for name, criterion in CRITERIA.items() if criterion.goes_by_layer]
+    names = [
+        name
+        for name, criterion in CRITERIA.items()
+        if criterion.goes_by_layer or (criterion.runs_held and apart.can_score_gates)
+    ]
     if not set(parse_criterion(config.criterion)) <= set(names):
         raise ValueError(
-            f"criterion {config.criterion} needs the whole model in memory, which offload keeps on disk: set criterion "
-            f"to one of {', '.join(names)}, or two of them joined by +"
+            f"criterion {config.criterion} needs the whole model in memory, which {apart.reason}: set criterion to "
+            f"one of {', '.join(names)}, or two of them joined by +"
         )
     for name, is_used, way_out in (
         ("frozen_layers", config.frozen_layers > 0, "to 0"),
@@ -67,7 +76,7 @@ def check_goes_by_layer(config: PruningConfig) -> None:
     ):
         if is_used:
             raise ValueError(
-                f"{name} {getattr(config, name)} needs the whole model in memory, which offload keeps on disk: "
+                f"{name} {getattr(config, name)} needs the whole model in memory, which {apart.reason}: "
                 f"set {name} {way_out}"
             )
 

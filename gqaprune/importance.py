@@ -17,7 +17,7 @@ from gqaprune.criteria.base import NORMALIZATIONS, REDUCTIONS, Calibration, Crit
 from gqaprune.criteria.gates import GateFisher, GateTaylor
 from gqaprune.criteria.gradients import ParamFirst, ParamMix, ParamSecond, Vectorize
 from gqaprune.criteria.weights import MagnitudeL1, MagnitudeL2, Random
-from gqaprune.offload import named_parameters
+from gqaprune.holding import named_parameters
 from gqaprune.stages import Stage, Stages
 
 __all__ = [

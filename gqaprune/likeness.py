@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from gqaprune.architecture import Block, compute_addition, find_blocks, get_layers, read_geometry, write_heads
 from gqaprune.families import FAMILIES, get_family
 from gqaprune.gates import apply_gates, freeze_parameters
+from gqaprune.holding import hold_layer
 from gqaprune.layerwise import embed_batches, run_layer
-from gqaprune.offload import hold_layer
 from gqaprune.surgery import keep_units
 
 _TOLERANCE = 1e-3

@@ -2,7 +2,7 @@
 
 import copy
 import importlib.util
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -26,8 +27,10 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from gqaprune.architecture import read_geometry
 from gqaprune.errors import first_line
 from gqaprune.families import get_family
+from gqaprune.holding import move_model
 from gqaprune.offload import find_tensors, offload_layers
 from gqaprune.per_layer import get_per_layer_class
+from gqaprune.splitting import split_layers
 
 if TYPE_CHECKING:
     from transformers import TorchAoConfig
@@ -125,29 +128,91 @@ def load_offloaded_model(
     Raises:
         ValueError: as `load_model`, or if its layers cannot be read one by one.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    place, gguf = _locate(source)
-    if gguf:
-        raise ValueError(
-            f"offload reads layers from safetensors files, {source} is a GGUF file: write it as such first, with "
+
+    def offload(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
+        offload_layers(model, files, Path(folder))
+
+    return _load_by_layer(source, dtype, attn_implementation, trust_remote_code, offload)
+
+
+def load_sharded_model(
+    source: str | Path,
+    mesh: DeviceMesh,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM whose decoder layers are split over devices; no rank ever reads the whole. Every rank calls it.
+
+    It can be pruned with what goes layer by layer or looks at gates, measured and saved, each by a call on every rank;
+    `gqaprune.sharding.shard_model` makes one to train of it, by FSDP2.
+
+    Args:
+        source: a folder or hub name with safetensors files.
+        mesh: devices to split layers over, one dimension; what is outside of the layers is whole on each.
+        dtype: as for `load_model`.
+        attn_implementation: likewise.
+        trust_remote_code: likewise.
+
+    Raises:
+        ValueError: as `load_model`, or if its layers cannot be read one by one.
+    """
+    device = torch.device(mesh.device_type)
+
+    def split(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
+        split_layers(model, files, mesh, device)
+
+    return move_model(_load_by_layer(source, dtype, attn_implementation, trust_remote_code, split), device)
+
+
+def can_read_by_layer(source: str | Path, trust_remote_code: bool = False) -> bool:
+    """Whether a model is stored so that its layers can be read one by one.
+
+    Raises:
+        ValueError: if there is no such model, or its family is not supported.
+    """
+    return _find_obstacle(source, trust_remote_code) is None
+
+
+def _find_obstacle(source: str | Path, trust_remote_code: bool) -> str | None:
+    """Why a model's layers cannot be read one by one, in part of a sentence with a way out; None where they can."""
+    if _locate(source)[1]:
+        return (
+            f"layers are read from safetensors files, {source} is a GGUF file: write it as such first, with "
             "gqaprune export --format stock"
         )
     config = load_config(source, trust_remote_code)
-    family = get_family(config)
-    if family.has_experts or hasattr(config, "quantization_config"):
-        kind = "experts are" if family.has_experts else "quantised weights are"
-        raise ValueError(
+    has_experts = get_family(config).has_experts
+    if has_experts or hasattr(config, "quantization_config"):
+        kind = "experts are" if has_experts else "quantised weights are"
+        return (
             f"{kind} not stored as they are computed with, so {source} cannot be read layer by layer: "
             "prune it in memory, unquantised"
         )
+    return None
+
+
+def _load_by_layer(
+    source: str | Path,
+    dtype: str,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    read: Callable[[PreTrainedModel, Mapping[str, Path]], None],
+) -> PreTrainedModel:
+    """Build a model without weights, and `read` from name -> file what it should have in memory."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if obstacle := _find_obstacle(source, trust_remote_code):
+        raise ValueError(obstacle)
+    config = load_config(source, trust_remote_code)
+    family, (place, _) = get_family(config), _locate(source)
     try:
         read_geometry(config)
         checkpoint = _fetch(place)
         files = find_tensors(checkpoint)
         with init_empty_weights(include_buffers=False):
             model = build_model(config, DTYPES[dtype], attn_implementation, trust_remote_code)
-        offload_layers(model, files, Path(folder))
+        read(model, files)
         missing = model.state_dict().keys() - files.keys()
         model.tie_weights(missing_keys=missing, recompute_mapping=False)  # what is tied is missing no longer
         strange = files.keys() - model.state_dict().keys()

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel, get_scheduler
 from gqaprune.architecture import get_layers
 from gqaprune.distillation import measure_distance, measure_divergence, measure_divergence_from_top
 from gqaprune.generation import continue_greedily
-from gqaprune.loading import load_model, load_offloaded_model
+from gqaprune.holding import are_layers_apart
+from gqaprune.loading import can_read_by_layer, load_model, load_offloaded_model, load_sharded_model
 from gqaprune.losses import measure_losses
 from gqaprune.perplexity import Perplexity
 from gqaprune.plan import PruningPlan
@@ -86,7 +87,7 @@ class CausalLMModule(LightningModule):
         self.plan, self.goes_on = _read_plan(plan), isinstance(plan, dict)
         self.rounds_done = 0
         self._model: PreTrainedModel | None = None
-        self._offloaded: list[PreTrainedModel] = []  # in lists, or Lightning would move them, or keep them with its own
+        self._apart: list[PreTrainedModel] = []  # in lists, or Lightning would move them, or keep them with its own
         self._adapted: list[PeftModel] = []
         self._teacher: list[PreTrainedModel] = []
         self._cached_teacher: CachedTeacher | None = None
@@ -95,7 +96,7 @@ class CausalLMModule(LightningModule):
     @property
     def model(self) -> PreTrainedModel:
         """The causal LM; `load` it first."""
-        model = self._offloaded[0] if self._offloaded else self._model
+        model = self._apart[0] if self._apart else self._model
         assert model is not None, "load() comes before the model is used"
         return model
 
@@ -105,18 +106,22 @@ class CausalLMModule(LightningModule):
             self.trainer.limit_train_batches = 0
         return []
 
-    def load(self, offload: Path | None = None) -> None:
+    def load(self, offload: Path | None = None, sharded: bool = False) -> None:
         """Load the model, pruned if there is a plan. Does nothing the second time.
 
         Args:
             offload: its decoder layers stay on disk, those that change beside this folder: to prune, not to train.
+            sharded: its decoder layers are split over the devices of a `ModelParallelStrategy` from the start.
         """
-        if self._offloaded or self._model is not None:
+        if self._apart or self._model is not None:
             return
+        kernel, remote = self.attn_implementation, self.trust_remote_code
         if offload is not None:
-            kernel, remote = self.attn_implementation, self.trust_remote_code
-            model = load_offloaded_model(self.pretrained, offload, self.dtype_name, kernel, remote)
-            self._offloaded.append(model)
+            self._apart.append(load_offloaded_model(self.pretrained, offload, self.dtype_name, kernel, remote))
+        elif sharded and not self._trains:
+            self._apart.append(self._load_sharded(self.pretrained, self.dtype_name))
+        elif sharded:
+            self._model = self._load_sharded(self.pretrained, self.dtype_name)
         else:
             self._model = self.load_dense()
         if self.plan is not None:
@@ -135,6 +140,11 @@ class CausalLMModule(LightningModule):
         """Let the model go, so that another one has its memory; `load` brings it back."""
         self._model = None
 
+    def _load_sharded(self, pretrained: str, dtype: str) -> PreTrainedModel:
+        assert self.device_mesh is not None, "only ModelParallelStrategy has a mesh"
+        mesh = self.device_mesh["data_parallel"]
+        return load_sharded_model(pretrained, mesh, dtype, self.attn_implementation, self.trust_remote_code)
+
     def setup(self, stage: str) -> None:
         """Load what the pruning callback has not, and make it ready to train, before strategies build models split."""
         self.load()
@@ -144,10 +154,12 @@ class CausalLMModule(LightningModule):
     def configure_model(self) -> None:
         """Split the model, and its teacher, over devices where the strategy asks."""
         self.load()  # for `load_from_checkpoint`, which calls no other hook
+        if self._apart:  # its layers are on disk, or split already and not to be trained
+            return
         if self.device_mesh is not None:
             for model in [self.model, *self._teacher]:
                 shard_model(model, self.device_mesh["data_parallel"])
-        elif self._trainer is not None and self._model is not None:  # layers on disk are nothing to split
+        elif self._trainer is not None and self._model is not None:
             device = self._trainer.strategy.root_device
             self._model = wrap_model(self._model, device)
             self._teacher = [wrap_model(teacher, device) for teacher in self._teacher]
@@ -162,7 +174,7 @@ class CausalLMModule(LightningModule):
             seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) + self.rounds_done
             self._adapted.append(add_adapters(self.model, self.recovery, seed))
         if self.recovery.distills and not self._teacher:
-            teacher = self.load_dense(self.recovery.teacher, self.recovery.teacher_dtype)
+            teacher = self._load_teacher()
             self._teacher.append(teacher.eval().requires_grad_(False))
             if top_k := self.recovery.teacher_top_k:
                 data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -171,6 +183,15 @@ class CausalLMModule(LightningModule):
                     teacher, data.read_train_windows(), top_k, self.recovery.temperature, data.batch_size
                 )
                 teacher.to("meta")
+
+    def _load_teacher(self) -> PreTrainedModel:
+        """Whole on each device, or split as the model is; what is to be cached runs before a strategy splits it."""
+        settings = self.recovery
+        source = settings.teacher or self.pretrained
+        is_split = are_layers_apart(self.model) and not settings.teacher_top_k
+        if is_split and can_read_by_layer(source, self.trust_remote_code):
+            return self._load_sharded(source, settings.teacher_dtype)
+        return self.load_dense(source, settings.teacher_dtype)
 
     def merge_adapters(self) -> None:
         """Fold LoRA adapters into the weights, so that the model can be cut. Does nothing without them."""

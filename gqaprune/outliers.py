@@ -18,8 +18,8 @@ from gqaprune.architecture import Block, BlockKey
 from gqaprune.criteria.base import Scores
 from gqaprune.distributed import get_rank_and_world_size, sum_across_ranks
 from gqaprune.gates import freeze_parameters
+from gqaprune.holding import hold_each
 from gqaprune.layerwise import embed_batches, run_layer, watch_inputs
-from gqaprune.offload import hold_each
 from gqaprune.progress import track
 
 Outliers = Mapping[BlockKey, Mapping[int, float]]

@@ -9,8 +9,8 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere
+from gqaprune.holding import are_layers_apart, run_decoder_by_layer
 from gqaprune.losses import measure_head_losses, measure_losses
-from gqaprune.offload import is_offloaded, run_decoder_by_layer
 from gqaprune.progress import track
 
 Evaluation = Mapping[str, Sequence[Mapping[str, Tensor]]]
@@ -100,10 +100,10 @@ def measure_perplexity(
 def _measure_batches(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], description: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Losses of each batch in turn; with layers on disk all batches pass one layer before the next is read."""
+    """Losses of each batch in turn; with layers apart all batches pass one layer before the next is held."""
     device = next(model.parameters()).device
     hidden: Sequence[Tensor | None] = [None] * len(batches)
-    if is_offloaded(model):
+    if are_layers_apart(model):
         hidden = run_decoder_by_layer(model, [batch["input_ids"] for batch in batches], description)
     for batch, hidden_BTD in zip(track(batches, description, "batches"), hidden, strict=True):
         labels = batch["labels"].to(device)

@@ -21,9 +21,9 @@ from gqaprune.counts import (
     refine_counts,
 )
 from gqaprune.distributed import check_same_on_all_ranks, get_rank_and_world_size
+from gqaprune.holding import get_layers_apart
 from gqaprune.importance import check_finite_weights
 from gqaprune.likeness import check_likeness
-from gqaprune.offload import is_offloaded
 from gqaprune.perplexity import Evaluation, measure_perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.reconstruction import BlockRepair, apply_plan_with_repair
@@ -124,8 +124,8 @@ class Pruner:
         corpora: Sequence[str] = (),
         stages: Stages | None = None,
     ) -> None:
-        if is_offloaded(model):
-            check_goes_by_layer(config)
+        if (apart := get_layers_apart(model)) is not None:
+            check_goes_by_layer(config, apart)
         check_likeness(model)
         check_finite_weights(model)
         self.model, self.batches, self.config = model, batches, config

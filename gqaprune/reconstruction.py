@@ -35,9 +35,9 @@ from gqaprune.distributed import add_across_ranks, get_rank_and_world_size, sum_
 from gqaprune.families import BlockKind, get_family
 from gqaprune.gates import freeze_parameters
 from gqaprune.gram import Memory, Panels, split_rows
+from gqaprune.holding import hold_each
 from gqaprune.layerwise import Stream, embed_batches, run_layer
 from gqaprune.least_squares import Moments, refit
-from gqaprune.offload import hold_each
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import track
 from gqaprune.refinement import Refinement, RefinementOptions, TokenPairs, refine_mlp

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.families import get_family
+from gqaprune.splitting import show_whole_shapes
 
 MODES = ("none", "full", "lora", "distill", "lora+distill")
 
@@ -109,7 +110,7 @@ def add_adapters(model: PreTrainedModel, config: RecoveryConfig, seed: int = 0) 
         target_modules=list(targets),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), show_whole_shapes(model):  # peft takes pieces for what they are in tensor parallelism
         torch.manual_seed(seed)
         adapted = get_peft_model(model, lora)
     assert isinstance(adapted, PeftModel)

@@ -15,13 +15,14 @@ from torch.distributed.fsdp.wrap import wrap
 from transformers import PreTrainedModel
 
 from gqaprune.architecture import get_layers
+from gqaprune.splitting import make_layers_whole
 
 
 def shard_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Split a model over a mesh's devices by FSDP2, in place. Does nothing the second time."""
+    """Split a model over a mesh's devices by FSDP2, in place, layers in pieces too. Does nothing the second time."""
     if isinstance(model, FSDPModule):
         return
-    for layer in get_layers(model):
+    for layer in make_layers_whole(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from gqaprune.distributed import get_rank_and_world_size, sum_across_ranks
-from gqaprune.offload import named_parameters
+from gqaprune.holding import named_parameters
 from gqaprune.progress import console
 from gqaprune.replace import write_atomically
 

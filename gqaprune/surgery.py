@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.architecture import Block, find_blocks, read_geometry, write_geometry, write_heads
 from gqaprune.families import get_family
-from gqaprune.offload import hold_each
+from gqaprune.holding import hold_each
 from gqaprune.plan import PruningPlan, list_query_heads
 
 

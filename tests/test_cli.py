@@ -207,6 +207,20 @@ def test_what_layers_on_disk_exclude_is_said_before_any_work(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("prune", "over all 1 processes of a ModelParallelStrategy, got SingleDeviceStrategy: set trainer.strategy as"),
+        ("search", "search tries splits on the whole model in memory: set pruning.sharded to false"),
+    ],
+)
+def test_layers_are_split_over_several_devices_only(
+    run: Run, capsys: pytest.CaptureFixture[str], command: str, message: str
+) -> None:
+    assert run(command, "--pruning.sharded", "true") == 1
+    assert message in capsys.readouterr().err
+
+
 def test_plan_of_one_run_is_reapplied_by_the_next_without_calibration(run: Run) -> None:
     assert run("prune", "--export.folder", "first") == 0
     assert run("prune", "--export.folder", "second", "--model.plan", "first/plan.json", "--data.calibration", "[]") == 0
@@ -488,6 +502,8 @@ def test_every_recovery_and_strategy_config_composes_with_a_model_config(
     if path.parent.name == "strategy":
         expected = {"ddp": "DDPStrategy", "fsdp2": "ModelParallelStrategy", "single_gpu": "DDPStrategy"}[path.stem]
         assert type(cli.trainer.strategy).__name__ == expected
+        if path.stem == "fsdp2":
+            assert cli.trainer.strategy._data_parallel_size == 2
 
 
 @pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: path.stem)

@@ -18,6 +18,7 @@ import gqaprune
 from gqaprune.architecture import find_blocks
 from gqaprune.distributed import check_same_on_all_ranks
 from gqaprune.importance import CRITERIA, score_units
+from gqaprune.offload import find_tensors
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.reconstruction import apply_plan_with_repair
@@ -201,10 +202,8 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
 """Strategies for GPUs, as a file beside the command, on CPUs."""
 
 DDP = ("--trainer.strategy", "ddp", "--trainer.devices", "2")
-FSDP2 = (
-    "--trainer.strategy", "ModelParallelStrategy", "--trainer.strategy.data_parallel_size", "2",
-    "--trainer.strategy.tensor_parallel_size", "1", "--trainer.devices", "2",
-)  # fmt: skip
+STRATEGY_FILES = Path(__file__).parent.parent / "configs/strategy"
+FSDP2 = ("--config", str(STRATEGY_FILES / "fsdp2.yaml"), "--trainer.devices", "2")
 
 
 def test_two_processes_prune_as_one(config: Path, tmp_path: Path) -> None:
@@ -227,6 +226,7 @@ DEEPSPEED_2, DEEPSPEED_3 = (
     ("--trainer.strategy", "cpu.DeepSpeedStrategy", "--trainer.strategy.stage", stage, "--trainer.devices", "2")
     for stage in "23"
 )
+SHARDED = ("--pruning.sharded", "true")
 DISTILL = ("--model.recovery.mode", "lora+distill")
 
 
@@ -234,6 +234,7 @@ STRATEGIES = {
     "ddp": DDP,
     "fsdp2": FSDP2,
     "fsdp2-lora-distill": FSDP2 + DISTILL,
+    "fsdp2-sharded-lora-distill": FSDP2 + SHARDED + DISTILL,
     "fsdp-lora-distill": FSDP1 + DISTILL,
     "deepspeed-2": DEEPSPEED_2,
     "deepspeed-3-lora-distill": DEEPSPEED_3 + DISTILL,
@@ -264,6 +265,28 @@ def test_two_processes_recover_and_export_what_they_measured(config: Path, tmp_p
     assert measured.value == pytest.approx(recovered["perplexity"]["val/embedded"], rel=1e-5)
 
 
+def test_two_processes_prune_split_layers_as_one_and_recover_them_as_whole_ones(config: Path, tmp_path: Path) -> None:
+    settings = ("--pruning.repair_epochs", "0", "--pruning.criterion", "fisher+obs")
+    one = read_stages(run(tmp_path / "one", "prune", config, *settings))
+    two = read_stages(run(tmp_path / "two", "prune", config, *settings, *FSDP2, *SHARDED))
+    assert PruningPlan.load(tmp_path / "one/out/plan.json") == PruningPlan.load(tmp_path / "two/out/plan.json")
+    whole = load_file(tmp_path / "one/out/model.safetensors")
+    for name, path in find_tensors(tmp_path / "two/out").items():
+        torch.testing.assert_close(load_file(path)[name], whole.pop(name), rtol=1e-5, atol=1e-5)
+    assert not whole
+    for mine, theirs in zip(one, two, strict=True):
+        assert theirs["perplexity"] == pytest.approx(mine["perplexity"], rel=1e-6)
+        assert theirs["parameters"] == mine["parameters"]
+
+    losses = {}
+    pruned = ("--model.pretrained", str(tmp_path / "two/out"), "--pruning.rate", "0")
+    for name, strategy in (("ddp", DDP), ("fsdp2", FSDP2)):
+        events = EventAccumulator(str(run(tmp_path / name, "fit", config, *pruned, *strategy)))
+        events.Reload()
+        losses[name] = [event.value for event in events.Scalars("train/loss")]
+    assert losses["fsdp2"] == pytest.approx(losses["ddp"], rel=1e-4) and len(losses["ddp"]) > 1
+
+
 def test_two_processes_prune_and_recover_in_rounds(config: Path, tmp_path: Path) -> None:
     """Both hold the same model after every cut: DDP would average what differs, and perplexity would not be shared."""
     settings = ("--model.recovery.rounds", "2", "--pruning.repair", "none")
@@ -283,7 +306,10 @@ CHECKPOINTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", [DDP, FSDP2 + DISTILL, FSDP1], ids=["ddp", "fsdp2-lora-distill", "fsdp"])
+KILLED = {"ddp": DDP, "fsdp2-lora-distill": FSDP2 + DISTILL, "fsdp2-sharded": FSDP2 + SHARDED, "fsdp": FSDP1}
+
+
+@pytest.mark.parametrize("strategy", KILLED.values(), ids=KILLED)
 def test_two_killed_processes_end_as_others_do(config: Path, tmp_path: Path, strategy: list[str]) -> None:
     run(tmp_path / "whole", "fit", config, *CHECKPOINTS, *strategy)
     command = (tmp_path / "killed", "fit", config, *CHECKPOINTS, *strategy)
@@ -329,7 +355,26 @@ def test_rounds_are_refused_where_the_model_is_split(config: Path, tmp_path: Pat
         run(tmp_path / "fit", "fit", config, "--model.recovery.rounds", "2", *FSDP2)
 
 
-LAUNCHERS = Path(__file__).parent.parent / "configs/strategy"
+@pytest.mark.parametrize(
+    ("strategy", "arguments", "message"),
+    [
+        (DDP, (), "sharded splits layers over all 2 processes of a ModelParallelStrategy, got DDPStrategy: set"),
+        (FSDP2, ("--pruning.criterion", "param_first"), "criterion param_first needs the whole model in memory, which"),
+        (
+            FSDP2,
+            ("--data.sampled_windows", "4"),
+            "data.sampled_windows 4 needs the whole model in memory, which sharded",
+        ),
+        (FSDP2, ("--export.format", "gguf-f16"), "format gguf-f16 needs the whole model in memory, which sharded"),
+    ],
+)
+def test_what_split_layers_exclude_is_said_before_any_work(
+    config: Path, tmp_path: Path, strategy: tuple[str, ...], arguments: tuple[str, ...], message: str
+) -> None:
+    done = start(tmp_path / "refused", "prune", config, *SHARDED, *strategy, *arguments)
+    assert done.returncode == 1 and message in done.stderr and "dense:" not in done.stdout
+
+
 SRUN = """#!/bin/sh
 for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" & done
 wait $! && wait
@@ -346,7 +391,7 @@ def test_launchers_run_one_command_on_two_processes(config: Path, tmp_path: Path
     slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": "1234"}
     slurm |= {"SLURM_JOB_NAME": "gqaprune", "SLURM_JOB_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1"}
     own = slurm if launcher == "slurm.sbatch" else {"PROCESSES": "2"}
-    line = ["bash", str(LAUNCHERS / launcher), "prune", "--config", str(config), *settings]
+    line = ["bash", str(STRATEGY_FILES / launcher), "prune", "--config", str(config), *settings]
     done = subprocess.run(
         line, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | {"PATH": path} | own
     )

@@ -17,7 +17,8 @@ import gqaprune.loading
 import gqaprune.offload
 from gqaprune import PruningConfig, PruningPlan, apply_plan, load_model, load_offloaded_model, save
 from gqaprune.architecture import get_layers
-from gqaprune.offload import find_tensors, hold_layer, is_offloaded, named_parameters
+from gqaprune.holding import are_layers_apart, hold_layer, named_parameters
+from gqaprune.offload import find_tensors
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.pipeline import prune
 from gqaprune.report import Report
@@ -343,5 +344,5 @@ def test_a_model_on_the_hub_is_fetched_in_safetensors_and_read_where_it_lies(
 
 def test_a_model_in_memory_is_not_offloaded(tmp_path: Path) -> None:
     model = load_offloaded_model(write_dense(tmp_path), tmp_path / "work")
-    assert is_offloaded(model)
-    assert not is_offloaded(make_model())
+    assert are_layers_apart(model)
+    assert not are_layers_apart(make_model())

@@ -9,6 +9,7 @@ from torch import Tensor
 from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
 from gqaprune.checkpoint import SHARD_SIZE, check_output_folder, check_written_by_layer, choose_format, save
 from gqaprune.datamodules import TextDataModule
+from gqaprune.holding import are_layers_apart
 from gqaprune.loading import load_config
 from gqaprune.module import CausalLMModule
 from gqaprune.progress import console
@@ -25,7 +26,8 @@ class CheckpointExport(Callback):
         format: `stock` (plain transformers loads it; needs equal counts in every layer), `per-layer` (unequal ones,
             with a small modeling file), `padded` (a stock class, zeros for what some layers lack), `gguf-f16` or
             `gguf-q8_0` (for llama.cpp); `auto` is `stock` where counts are equal, else `per-layer`.
-        max_shard_size: weights above it are split into several files; with `pruning.offload` each layer has its own.
+        max_shard_size: weights above it are split into several files; where `pruning.offload`
+            or `pruning.sharded` keep layers apart, each has its own.
         quantization: `int8` stores the matrices of the decoder layers in 8 bits, through torchao; the model is then
             measured so, too.
     """
@@ -54,8 +56,9 @@ class CheckpointExport(Callback):
         config = load_config(module.pretrained, module.trust_remote_code)
         choose_format(config, self.format, self.quantization)
         pruning = next((c for c in trainer.callbacks if isinstance(c, TaylorPruning)), None)  # type: ignore[attr-defined]
-        if pruning is not None and pruning.offload:
-            check_written_by_layer(self.format, self.quantization)
+        apart = pruning.layers_apart if pruning is not None and trainer.limit_train_batches == 0 else None
+        if apart is not None:
+            check_written_by_layer(self.format, self.quantization, apart)
         if self.format == "stock" and pruning is not None and module.plan is None:
             check_equal_counts(config, pruning.config)
 
@@ -73,7 +76,7 @@ class CheckpointExport(Callback):
         module, data = get_parts(trainer, pl_module)
         folder = self._get_folder(trainer)
         state_dict = module.gather_state_dict()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero or are_layers_apart(module.model):
             self.written_format = self._save(module, data, folder, state_dict)
         self.written = folder
         trainer.strategy.barrier("export")

@@ -9,9 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
 from gqaprune.datamodules import TextDataModule
 from gqaprune.diagnosis import Diagnosis, build_diagnosis_table, diagnose
+from gqaprune.holding import are_layers_apart
 from gqaprune.loading import load_config
 from gqaprune.module import CausalLMModule
-from gqaprune.offload import is_offloaded
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.plan import PLAN_FILE
 from gqaprune.progress import console
@@ -80,7 +80,7 @@ class PerplexityGuard(Callback):
             return
         module, data = get_parts(trainer, pl_module)
         if module.plan is not None and not module.plan.removes_nothing and trainer.is_global_zero:
-            if self.diagnoses and not is_offloaded(module.model) and trainer.world_size == 1:
+            if self.diagnoses and not are_layers_apart(module.model) and trainer.world_size == 1:
                 self.diagnosis = _diagnose(module, data, is_trained=False)
                 console.print(f"PerplexityGuard: {self.diagnosis.describe()}", markup=False)
             self._write(trainer, module, report, {"error": str(exception), "stopped": True})
@@ -96,7 +96,12 @@ class PerplexityGuard(Callback):
             return
         stops = ratio >= self.stop_ratio or is_over
         module, data = get_parts(trainer, pl_module)
-        if self.diagnosis is None and self.diagnoses and not is_split(module.model) and not is_offloaded(module.model):
+        if (
+            self.diagnosis is None
+            and self.diagnoses
+            and not is_split(module.model)
+            and not are_layers_apart(module.model)
+        ):
             self.diagnosis = _diagnose(module, data, is_trained)
         found = f"; {self.diagnosis.describe()}" if self.diagnosis is not None else ""
         when = f"at step {trainer.global_step}" if is_trained else "after pruning"

@@ -6,19 +6,21 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from transformers import PreTrainedModel
 
+from gqaprune.callbacks.checks import check_apart, check_offload, check_rounds, check_sharded
 from gqaprune.config import PruningConfig
-from gqaprune.counts import check_goes_by_layer
 from gqaprune.datamodules import TextDataModule
-from gqaprune.loading import check_tokenizer
+from gqaprune.holding import LayersApart, move_model
+from gqaprune.loading import can_read_by_layer, check_tokenizer
 from gqaprune.module import CausalLMModule
-from gqaprune.offload import move_model
+from gqaprune.offload import LayersOnDisk
 from gqaprune.pipeline import Pruner
 from gqaprune.progress import console
 from gqaprune.report import Report
 from gqaprune.resume import UNFINISHED
+from gqaprune.splitting import SplitLayers
 from gqaprune.stages import Stages
 from gqaprune.steps import Spending
 
@@ -39,6 +41,9 @@ class TaylorPruning(GradientAccumulationScheduler):
             larger than memory is pruned, to the same result; layers that change are kept beside `stages` meanwhile.
             Nothing is trained then, and criterion and allocation have to go layer by layer: `obs`, `wanda`, `wifv`,
             `l1`, `l2`, `random` and two of them joined; `uniform`, `global`, `optimal`.
+        sharded: split the model's decoder layers over the devices of a `ModelParallelStrategy` from the start, and
+            gather one at a time, so that a model larger than a device is pruned, to the same plan. Besides what
+            `offload` can do, criteria may look at gates (`fisher`, `taylor`), and recovery may follow in the same run.
         settings: what to remove and how, the fields of `gqaprune.PruningConfig`.
 
     Raises:
@@ -54,11 +59,13 @@ class TaylorPruning(GradientAccumulationScheduler):
         scheduling: dict[int, int] = {0: 1},  # noqa: B006
         stages: str | None = None,
         offload: bool = False,
+        sharded: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(dict(scheduling))
         self.stages = stages
         self.offload = offload
+        self.sharded = sharded
         self.config = PruningConfig(**settings)
         self.report: Report | None = None
         self._pruner: Pruner | None = None
@@ -69,17 +76,23 @@ class TaylorPruning(GradientAccumulationScheduler):
         if stage != "fit":
             return
         module, data = get_parts(trainer, pl_module)
-        _check_rounds(trainer, module, self.config)
+        check_rounds(trainer, module, self.config)
         if trainer.strategy.handles_gradient_accumulation:
             trainer.accumulate_grad_batches = self._get_only_factor(trainer)
         if self.offload:
-            _check_offload(trainer, module, data, self.config)
-            trainer.limit_val_batches = 0  # Lightning's own check would run the whole model
+            check_offload(trainer, module)
+        if self.sharded:
+            check_sharded(trainer)
+        if (apart := self.layers_apart) is not None:
+            check_apart(trainer, module, data, self.config, apart)
+            if trainer.limit_train_batches == 0:
+                trainer.limit_val_batches = 0  # Lightning's own check would run the whole model
         self._pruner = self.report = None
         calibrates = module.plan is None and self.config.needs_text
         if calibrates:
             data.read_calibration_windows()  # missing text is said before a model is loaded
-        module.load(self._get_folder(trainer).with_name("offloaded") if self.offload else None)
+        folder = self._get_folder(trainer).with_name("offloaded") if self.offload else None
+        module.load(folder, self.sharded or self._only_trains_sharded(trainer, module, data))
         model = move_model(module.model, trainer.strategy.root_device)
         check_tokenizer(data.tokenizer, model)
         if data.train_sampled_windows and trainer.limit_train_batches != 0:
@@ -147,6 +160,21 @@ class TaylorPruning(GradientAccumulationScheduler):
         if "spending" in state_dict:
             self._spending = Spending.from_dict(state_dict["spending"])
 
+    @property
+    def layers_apart(self) -> type[LayersApart] | None:
+        """How the settings keep the model's layers apart; None where they leave it whole to prune it."""
+        return LayersOnDisk if self.offload else SplitLayers if self.sharded else None
+
+    def _only_trains_sharded(self, trainer: Trainer, module: CausalLMModule, data: TextDataModule) -> bool:
+        """Whether no rank has to hold the whole model at any time, for nothing is to be pruned that is not already."""
+        return (
+            isinstance(trainer.strategy, ModelParallelStrategy)
+            and trainer.limit_train_batches != 0
+            and (module.plan is not None or not self.config.removes_something)
+            and not data.train_sampled_windows
+            and can_read_by_layer(module.pretrained, module.trust_remote_code)
+        )
+
     def _get_only_factor(self, trainer: Trainer) -> int:
         """Micro-batches per optimizer step, where a strategy wants to know them before training."""
         factors = sorted(set(self.scheduling.values()))
@@ -186,44 +214,6 @@ class TaylorPruning(GradientAccumulationScheduler):
         pruner.resume(module.model, module.plan, share, self._spending)
         pruner.report = self.report
         return pruner
-
-
-def _check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfig) -> None:
-    """Refuse rounds where the model cannot be cut between steps, before any work."""
-    rounds = module.recovery.rounds
-    if rounds == 1:
-        return
-    is_whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-    if not is_whole or isinstance(trainer.strategy, DeepSpeedStrategy):
-        name = type(trainer.strategy).__name__
-        raise ValueError(
-            f"recovery.rounds {rounds} cuts whole models between steps, which {name} splits: set rounds to 1, or "
-            "trainer.strategy to ddp"
-        )
-    if config.uses_damage_curves or config.swap_generations:
-        name = "damage_levels" if config.uses_damage_curves else "swap_generations"
-        raise ValueError(f"{name} measures cuts of the whole model, which several rounds have not: set rounds to 1")
-
-
-def _check_offload(trainer: Trainer, module: CausalLMModule, data: TextDataModule, config: PruningConfig) -> None:
-    """Refuse what needs the whole model in memory, before any work."""
-    if trainer.limit_train_batches != 0:
-        raise ValueError(
-            f"offload keeps on disk what recovery.mode {module.recovery.mode} would train: take gqaprune prune, or set "
-            "recovery.mode to none, and train what it writes afterwards"
-        )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        raise ValueError(
-            f"offload works on one device, got {type(trainer.strategy).__name__}: set trainer.devices to 1 and "
-            "trainer.strategy to auto"
-        )
-    if data.sampled_windows:
-        raise ValueError(
-            f"data.sampled_windows {data.sampled_windows} needs the whole model in memory, which offload keeps on "
-            "disk: set it to 0 and calibrate on corpora"
-        )
-    if module.plan is None:
-        check_goes_by_layer(config)
 
 
 def get_parts(trainer: Trainer, pl_module: LightningModule) -> tuple[CausalLMModule, TextDataModule]:

@@ -32,8 +32,9 @@ class SplitSearch(Callback):
         module, data = get_parts(trainer, pl_module)
         if module.plan is not None:
             raise ValueError("search needs the dense model, got one with a plan: leave model.plan unset")
-        if self.pruning.offload:
-            raise ValueError("search tries splits on the whole model in memory: set pruning.offload to false")
+        for name in ("offload", "sharded"):
+            if getattr(self.pruning, name):
+                raise ValueError(f"search tries splits on the whole model in memory: set pruning.{name} to false")
         check_can_be_folder(Path(self.settings.folder))
         config = replace(self.pruning.config, repair="none")
         if trainer.is_global_zero and (config.steps > 1 or config.swap_generations):

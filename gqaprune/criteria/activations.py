@@ -14,8 +14,8 @@ from gqaprune.criteria.base import Criterion, Scores
 from gqaprune.distributed import get_rank_and_world_size, sum_across_ranks
 from gqaprune.gates import freeze_parameters
 from gqaprune.gram import Gram, Memory, split_rows
+from gqaprune.holding import hold_each
 from gqaprune.layerwise import Stream, embed_batches, run_layer, watch_inputs
-from gqaprune.offload import hold_each
 from gqaprune.progress import track
 
 T = TypeVar("T")

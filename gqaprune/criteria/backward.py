@@ -10,6 +10,7 @@ from gqaprune.architecture import BlockKey
 from gqaprune.criteria.base import Criterion, Scores
 from gqaprune.distributed import is_true_anywhere, sum_across_ranks
 from gqaprune.gates import freeze_parameters
+from gqaprune.holding import are_layers_apart
 from gqaprune.progress import track
 
 
@@ -46,8 +47,9 @@ class BackwardCriterion(Criterion):
                 input_ids = calibration.batches[index].to(calibration.device)
                 losses_B = self.add(input_ids, calibration.ends_window(index))
                 if not torch.isfinite(losses_B).all():
-                    overflow = f"batch {index}"
-                    break
+                    overflow = overflow or f"batch {index}"
+                    if not are_layers_apart(calibration.model):  # where they are, other ranks wait for this one's part
+                        break
         if is_true_anywhere(bool(overflow), calibration.device):
             raise ValueError(
                 f"the loss of calibration {overflow or 'text on another rank'} is not finite: the model's activations "

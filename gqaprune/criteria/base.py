@@ -88,8 +88,11 @@ class Calibration:
 
     @property
     def own_batches(self) -> list[int]:
-        """Indexes of this rank's batches, whole accumulation windows in order."""
-        rank, world_size = get_rank_and_world_size()
+        """Indexes of this rank's batches."""
+        return self.list_batches(*get_rank_and_world_size())
+
+    def list_batches(self, rank: int, world_size: int) -> list[int]:
+        """Indexes of the batches of one rank of several, whole accumulation windows in order."""
         windows = math.ceil(len(self.batches) / self.accumulate)
         return [
             index
@@ -117,6 +120,8 @@ class Criterion(ABC):
     """Whether it reads calibration batches."""
     goes_by_layer: ClassVar[bool] = False
     """Whether it needs one decoder layer in memory at a time, not the whole model."""
+    runs_held: ClassVar[bool] = False
+    """Whether it runs the whole model so that each layer is held only while it runs, and again in the backward pass."""
     uses: ClassVar[tuple[str, ...]] = ()
     """Names of the options that shape it."""
 

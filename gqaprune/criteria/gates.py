@@ -1,14 +1,17 @@
 """Criteria from unit gates: one backward pass, no weight gradient. Axes in tensor names: B samples, U units."""
 
 from abc import abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from gqaprune.criteria.backward import BackwardCriterion
 from gqaprune.criteria.base import Calibration, ScoringOptions
+from gqaprune.distributed import get_rank_and_world_size
 from gqaprune.gates import Gates, compute_gate_gradients
+from gqaprune.holding import are_layers_apart, hold_layers_that_run
 
 _PASS_TOKENS = 1024
 """Tokens whose activations are held at once: samples do not touch each other."""
@@ -16,6 +19,8 @@ _PASS_TOKENS = 1024
 
 class GateCriterion(BackwardCriterion):
     """Adds up gate gradients."""
+
+    runs_held = True
 
     def __init__(self, calibration: Calibration, options: ScoringOptions) -> None:
         super().__init__(calibration, options)
@@ -31,14 +36,30 @@ class GateCriterion(BackwardCriterion):
     def end_window(self) -> None:
         """Close an accumulation window."""
 
-    def prepare(self) -> AbstractContextManager[object]:
-        """Gates come and go with each batch."""
-        return nullcontext()
+    @contextmanager
+    def prepare(self) -> Iterator[None]:
+        """Gates come and go with each batch, and so do layers that are apart."""
+        with hold_layers_that_run(self.calibration.model):
+            yield
+            if are_layers_apart(self.calibration.model):
+                self._keep_pace()
+
+    def _keep_pace(self) -> None:
+        """Make the passes that others make more of: where layers are split, all ranks hold them together."""
+        calibration, (own, world_size) = self.calibration, get_rank_and_world_size()
+        batches = calibration.batches
+        counts = [
+            sum(len(_cut_passes(batches[index])) for index in calibration.list_batches(rank, world_size))
+            for rank in range(world_size)
+        ]
+        any_BT = batches[0][:1].to(calibration.device)
+        for _ in range(max(counts) - counts[own]):
+            compute_gate_gradients(calibration.model, calibration.blocks, any_BT)
 
     def add(self, input_ids: Tensor, ends_window: bool) -> Tensor:
         """Take the gate gradients of one micro-batch, a few of its samples at a time."""
         losses = []
-        for pass_BT in input_ids.split(max(1, _PASS_TOKENS // input_ids.shape[1])):
+        for pass_BT in _cut_passes(input_ids):
             gradients_BU, losses_B = compute_gate_gradients(self.calibration.model, self.calibration.blocks, pass_BT)
             self.add_gradients(gradients_BU)
             losses.append(losses_B)
@@ -82,3 +103,9 @@ class GateTaylor(GateCriterion):
         for key, window_U in self.window_U.items():
             self.sums[key] += window_U.abs()
             window_U.zero_()
+
+
+def _cut_passes(input_ids: Tensor) -> tuple[Tensor, ...]:
+    """A micro-batch, `[batch, tokens]`, in pieces that are passed through the model one by one."""
+    passes: tuple[Tensor, ...] = input_ids.split(max(1, _PASS_TOKENS // input_ids.shape[1]))
+    return passes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gqaprune.architecture import Block
 from gqaprune.criteria.base import REDUCTIONS, Criterion, Scores
-from gqaprune.offload import hold_layer
+from gqaprune.holding import hold_layer
 
 
 @dataclass(frozen=True)

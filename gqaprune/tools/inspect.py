@@ -27,8 +27,9 @@ from gqaprune.tools.risks import list_risks
 from gqaprune.windows import read_windows
 
 GIB = 2**30
-PLACES = ("one device", "ddp", "fsdp", "offload")
-"""Where work is done: all on one device; whole on each; recovery split over all; only what is in use on the device."""
+PLACES = ("one device", "ddp", "fsdp", "sharded", "offload")
+"""Where work is done: all on one device; whole on each; recovery split over all; pruning too; only what is in use on
+the device."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,9 @@ def estimate_memory(
     - DDP adds a copy of the gradients, `b·P` or `4·A`
     - FSDP divides all but activations and logits by `N` and gathers `b · (3D + 2E)` at a time, twice with a teacher;
       scoring and repair come before it and need what they need under DDP
+    - sharded pruning keeps `b · ((P − E)/N + 2D + E)` instead of `b·P`; a backward pass of its scoring keeps the hidden
+      states between layers and one layer's activations, `b · H · t · layers + a / layers`, instead of `a`, and forward
+      passes alone those of all windows, `b · H · c/N`; recovery is FSDP's
     - offload keeps two layers and what lies outside the decoder, `b · (2D + E)`, instead of `b·P`; its scoring has no
       backward pass, and keeps the hidden states of all windows, `b · H · c`, instead of `a` and `l`; no recovery
     """
@@ -232,17 +236,23 @@ def estimate_memory(
 
     score = activations + min(t * sizes.vocabulary, PIECE_LOGITS) * logit + gram
     resident = 2 * layer + outside
+    split = resident + (weights - outside) / devices
+    score_split = (
+        score - activations + activations / sizes.layers + b * h * (t * sizes.layers + calibration_tokens / devices)
+    )
     needed: dict[str, dict[str, float | None]] = {
         "scoring": {
             "one device": weights + score,
             "ddp": weights + score,
             "fsdp": weights + score,
+            "sharded": split + score_split,
             "offload": resident + b * h * calibration_tokens + gram,
         },
         "repair": {
             "one device": weights + repair(1),
             "ddp": weights + repair(1 / devices),
             "fsdp": weights + repair(1 / devices),
+            "sharded": split + repair(1 / devices),
             "offload": resident + repair(1),
         },
     }
@@ -253,10 +263,12 @@ def estimate_memory(
         "distill": (5 * weights, weights, 2, t * sizes.vocabulary * b),
     }
     for mode, (state, copied, models, logits) in recoveries.items():
+        fsdp = state / devices + models * (3 * layer + 2 * outside) + trained + logits
         needed[f"recovery, {mode}"] = {
             "one device": state + trained + logits,
             "ddp": state + copied + trained + logits,
-            "fsdp": state / devices + models * (3 * layer + 2 * outside) + trained + logits,
+            "fsdp": fsdp,
+            "sharded": fsdp,
             "offload": None,
         }
     return needed
@@ -310,7 +322,9 @@ def build_memory_table(
     )
     table.add_column("", no_wrap=True)
     for place in PLACES:
-        table.add_column(f"{place}, {devices}" if place in ("ddp", "fsdp") else place, justify="right", no_wrap=True)
+        table.add_column(
+            f"{place}, {devices}" if place in ("ddp", "fsdp", "sharded") else place, justify="right", no_wrap=True
+        )
     for work, row in bytes_needed.items():
         table.add_row(work, *("–" if row[place] is None else f"{(row[place] or 0) / GIB:,.2f}" for place in PLACES))
     return table

@@ -86,6 +86,9 @@ def test_fsdp_needs_less_on_more_devices_and_ddp_shares_calibration_out() -> Non
         row = f"recovery, {mode}"
         assert many[row]["fsdp"] < few[row]["fsdp"] and many[row]["ddp"] == few[row]["ddp"]  # type: ignore[operator]
     assert many["repair"]["ddp"] < few["repair"]["ddp"] < few["repair"]["one device"]  # type: ignore[operator]
+    for work in ("scoring", "repair"):
+        assert many[work]["sharded"] < few[work]["sharded"]  # type: ignore[operator]
+    assert few["recovery, full"]["sharded"] == few["recovery, full"]["fsdp"]
     assert few["recovery, full"]["offload"] is None and few["scoring"]["offload"] < few["scoring"]["ddp"]  # type: ignore[operator]
 
 
@@ -98,6 +101,14 @@ def test_gram_matrices_of_wide_mlps_take_no_more_than_their_workspace() -> None:
         for place in ("one device", "ddp", "offload"):
             least, most = narrow[work][place] or 0, wide[work][place]
             assert most == wider[work][place] == least - needed + WORKSPACE, (work, place)
+
+
+def test_sharded_pruning_needs_a_share_of_the_layers_two_whole_ones_and_what_is_outside() -> None:
+    sizes = read_sizes(make_model(channels=200, layers=40).config)
+    whole, split = (estimate_memory(sizes, 4, devices, 16, 0)["repair"] for devices in (1, 8))
+    assert whole["one device"] is not None and split["sharded"] is not None
+    saved = 4 * (sizes.decoder_parameters * 7 / 8 - 2 * sizes.layer_parameters)
+    assert whole["one device"] - split["sharded"] == pytest.approx(saved)
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -1,0 +1,68 @@
+"""Settings that exclude one another, refused before any work."""
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from gqaprune.config import PruningConfig
+from gqaprune.counts import check_goes_by_layer
+from gqaprune.datamodules import TextDataModule
+from gqaprune.holding import LayersApart
+from gqaprune.module import CausalLMModule
+
+
+def check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfig) -> None:
+    """Refuse rounds where the model cannot be cut between steps, before any work."""
+    rounds = module.recovery.rounds
+    if rounds == 1:
+        return
+    is_whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    if not is_whole or isinstance(trainer.strategy, DeepSpeedStrategy):
+        name = type(trainer.strategy).__name__
+        raise ValueError(
+            f"recovery.rounds {rounds} cuts whole models between steps, which {name} splits: set rounds to 1, or "
+            "trainer.strategy to ddp"
+        )
+    if config.uses_damage_curves or config.swap_generations:
+        name = "damage_levels" if config.uses_damage_curves else "swap_generations"
+        raise ValueError(f"{name} measures cuts of the whole model, which several rounds have not: set rounds to 1")
+
+
+def check_offload(trainer: Trainer, module: CausalLMModule) -> None:
+    """Refuse what layers on disk exclude, before any work."""
+    if trainer.limit_train_batches != 0:
+        raise ValueError(
+            f"offload keeps on disk what recovery.mode {module.recovery.mode} would train: take gqaprune prune, or set "
+            "recovery.mode to none, and train what it writes afterwards"
+        )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise ValueError(
+            f"offload works on one device, got {type(trainer.strategy).__name__}: set trainer.devices to 1 and "
+            "trainer.strategy to auto"
+        )
+
+
+def check_sharded(trainer: Trainer) -> None:
+    """Refuse to split layers where there is nothing to split them over, before any work."""
+    strategy, processes = trainer.strategy, trainer.world_size
+    is_split = isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["data_parallel"].size() == processes
+    if not is_split:
+        raise ValueError(
+            f"sharded splits layers over all {processes} processes of a ModelParallelStrategy, got "
+            f"{type(strategy).__name__}: set trainer.strategy as configs/strategy/fsdp2.yaml does, its "
+            f"data_parallel_size to {processes} and its tensor_parallel_size to 1"
+        )
+
+
+def check_apart(
+    trainer: Trainer, module: CausalLMModule, data: TextDataModule, config: PruningConfig, apart: type[LayersApart]
+) -> None:
+    """Refuse what needs the whole model in memory, before any work."""
+    trains = trainer.limit_train_batches != 0
+    for name, is_used in (("sampled_windows", module.plan is None), ("train_sampled_windows", trains)):
+        if is_used and (windows := getattr(data, name)):
+            raise ValueError(
+                f"data.{name} {windows} needs the whole model in memory, which {apart.reason}: set it to 0 and take "
+                "text from corpora"
+            )
+    if module.plan is None:
+        check_goes_by_layer(config, apart)
