@@ -28,6 +28,7 @@ from gqaprune.plan import KeptUnits, PruningPlan
 from gqaprune.progress import console
 from gqaprune.reconstruction import apply_plan_with_repair
 from gqaprune.selection import keep_everything
+from gqaprune.tools.speed import read_clock, read_peak, start_peak
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- wide:begin -->", "<!-- wide:end -->"
