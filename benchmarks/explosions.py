@@ -1,6 +1,6 @@
 """Explosions: SmolLM2-135M broken on purpose, each time in another way, and what the guard's diagnosis makes of it.
 
-    python benchmarks/explosions.py --markdown explosions.md
+    python benchmarks/explosions.py --markdown table.md
 
 Calibration and held-out windows are of the embedded text's train split; no evaluated text is read.
 """
@@ -28,8 +28,6 @@ from gqaprune.surgery import apply_plan
 from gqaprune.windows import make_batches
 
 WINDOW, CALIBRATION, HELD_OUT = 512, 16, 4
-MIDDLE = range(4, 28)
-EARLY = range(0, 3)
 TOO_LARGE = 8.0
 """Factor on the residual stream that takes SmolLM2's massive activations, some 18,000, past float16's 65,504."""
 
@@ -45,6 +43,8 @@ class Lab:
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, held_out: int) -> None:
         self.model = model
+        layers = len(get_layers(model))
+        self.middle, self.early = range(layers // 7, layers - layers // 14), range(max(1, layers // 10))
         self.calibration = list(windows[:-held_out].split(2))
         self.held_out = make_batches(windows[-held_out:], windows[-held_out:], 1)
         self.scores = score_units(model, find_blocks(model), self.calibration, "fisher")
@@ -82,19 +82,21 @@ class Lab:
 
 
 WAYS: dict[str, Callable[[Lab], PruningPlan]] = {
-    "sound: a tenth of the middle layers' channels, by gates": lambda lab: lab.cut_channels(lab.scores, MIDDLE, 0.1),
+    "sound: a tenth of the middle layers' channels, by gates": lambda lab: lab.cut_channels(
+        lab.scores, lab.middle, 0.1
+    ),
     "scores of the neighbouring channel": lambda lab: lab.cut_channels(
-        {key: score_U.roll(1) for key, score_U in lab.scores.items()}, MIDDLE, 0.1
+        {key: score_U.roll(1) for key, score_U in lab.scores.items()}, lab.middle, 0.1
     ),
-    "groups by LLM-Pruner's alignment": lambda lab: lab.cut_groups(lab.align_wrongly, MIDDLE, 1 / 3),
+    "groups by LLM-Pruner's alignment": lambda lab: lab.cut_groups(lab.align_wrongly, lab.middle, 1 / 3),
     "groups by their own scores": lambda lab: lab.cut_groups(
-        lambda layer: lab.scores[BlockKey(layer, "attention")], MIDDLE, 1 / 3
+        lambda layer: lab.scores[BlockKey(layer, "attention")], lab.middle, 1 / 3
     ),
-    "channels with massive activations removed": lambda lab: lab.cut_channels(lab.invert_outliers(), MIDDLE, 0.1),
+    "channels with massive activations removed": lambda lab: lab.cut_channels(lab.invert_outliers(), lab.middle, 0.1),
     "nine tenths of the first layers' channels": lambda lab: merge(
-        lab.cut_channels(lab.scores, MIDDLE, 0.1), lab.cut_channels(lab.scores, EARLY, 0.9), EARLY
+        lab.cut_channels(lab.scores, lab.middle, 0.1), lab.cut_channels(lab.scores, lab.early, 0.9), lab.early
     ),
-    "half of all channels": lambda lab: lab.cut_channels(lab.scores, MIDDLE, 0.5),
+    "half of all channels": lambda lab: lab.cut_channels(lab.scores, lab.middle, 0.5),
 }
 """Way -> plan."""
 
@@ -147,13 +149,13 @@ def overflow(lab: Lab) -> Diagnosis:
     """
     model = copy.deepcopy(lab.model)
     with torch.no_grad():
-        head = model.lm_head.weight.clone()
+        head = model.get_output_embeddings().weight.clone()
         model.get_input_embeddings().weight *= TOO_LARGE
-        model.lm_head.weight = nn.Parameter(head)  # tied to the embedding until here
+        model.get_output_embeddings().weight = nn.Parameter(head)  # may be tied to the embedding until here
         for layer in get_layers(model):
             layer.self_attn.o_proj.weight *= TOO_LARGE
             layer.mlp.down_proj.weight *= TOO_LARGE
-    plan = lab.cut_channels(lab.scores, MIDDLE, 0.1)
+    plan = lab.cut_channels(lab.scores, lab.middle, 0.1)
     pruned = copy.deepcopy(model)
     apply_plan(pruned, plan)
     return diagnose(nn.Module.half(model), nn.Module.half(pruned), plan, lab.held_out, torch.bfloat16)

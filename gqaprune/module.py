@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, get_scheduler
 
 from gqaprune.architecture import get_layers
+from gqaprune.compilation import CompiledLayers
 from gqaprune.distillation import measure_distance, measure_divergence, measure_divergence_from_top
 from gqaprune.generation import continue_greedily
 from gqaprune.holding import are_layers_apart
@@ -48,6 +49,8 @@ class CausalLMModule(LightningModule):
         trust_remote_code: run code that comes with the checkpoint. Pruned checkpoints do not need it here.
         gradient_checkpointing: recompute activations in the backward pass, of training and of scores: less memory, one
             more forward pass.
+        compile: compile the decoder layers with `torch.compile` for training steps; the first ones take minutes, and on
+            a CPU a C++ compiler is needed. Not where a strategy splits the model.
         recovery: what training trains, and on which loss.
         optimizer: optimizer class and its arguments; built on the parameters that pruning left, weight decay for
             matrices only.
@@ -65,6 +68,7 @@ class CausalLMModule(LightningModule):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         recovery: RecoveryConfig = RecoveryConfig(),  # noqa: B008  (never changed)
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.01, fused=True),
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
@@ -79,6 +83,7 @@ class CausalLMModule(LightningModule):
         self.attn_implementation = attn_implementation
         self.trust_remote_code = trust_remote_code
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_layers = compile
         self.recovery = recovery
         self.optimizer_factory = optimizer
         self.schedule = schedule
@@ -91,6 +96,7 @@ class CausalLMModule(LightningModule):
         self._adapted: list[PeftModel] = []
         self._teacher: list[PreTrainedModel] = []
         self._cached_teacher: CachedTeacher | None = None
+        self._compiled: CompiledLayers | None = None
         self._perplexity: dict[str, Perplexity] = {}
 
     @property
@@ -219,7 +225,8 @@ class CausalLMModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a batch in nats per token."""
-        with _own_seed(self.device, self.trainer.current_epoch, batch_idx, self.global_rank):
+        seed = _own_seed(self.device, self.trainer.current_epoch, batch_idx, self.global_rank)
+        with seed, self._running_compiled():
             loss = self._measure_loss(batch)
         if not torch.isfinite(loss):
             good = find_finite_checkpoint(list_checkpoint_folders(self.trainer))
@@ -231,6 +238,13 @@ class CausalLMModule(LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
+
+    def _running_compiled(self) -> AbstractContextManager[None]:
+        if not self.compile_layers:
+            return nullcontext()
+        if self._compiled is None:
+            self._compiled = CompiledLayers(self.model)
+        return self._compiled.running()
 
     def _measure_loss(self, batch: Batch) -> Tensor:
         """The language model's loss, or its mixture with the distance from the teacher."""

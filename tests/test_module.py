@@ -1,5 +1,6 @@
 """The module in Lightning's loop: pruned before the optimizer, accumulated, scheduled, resumed."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from gqaprune.architecture import count_parameters
 from gqaprune.callbacks import TaylorPruning
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
+from gqaprune.recovery import RecoveryConfig
 
 from tiny import PLAIN, make_plain
 
@@ -157,6 +159,27 @@ def test_gradient_checkpointing_is_on_in_training(tiny_folder: Path, tmp_path: P
     module = CausalLMModule(str(tiny_folder), gradient_checkpointing=True)
     module.load()
     assert module.model.training and module.model.is_activation_checkpointing
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_compiled_layers_train_as_they_are_and_are_compiled_in_training_only(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    compiled = []
+    compile_eagerly = partial(torch.compile, backend="aot_eager")  # the whole way but for C++
+    monkeypatch.setattr("torch.compile", lambda call: compiled.append(call) or compile_eagerly(call))
+    weights = []
+    for compiles in (False, True):
+        module = CausalLMModule(
+            str(tiny_folder), compile=compiles, recovery=RecoveryConfig(mode=mode), optimizer=fast_optimizer
+        )
+        pruning = TaylorPruning(rate=0.3, allocation="global", **PLAIN)
+        torch.manual_seed(0)
+        make_trainer(tmp_path, pruning, max_steps=2).fit(module, datamodule=make_data(tiny_folder))
+        weights.append(torch.cat([p.detach().flatten() for p in module.model.parameters()]))
+        assert len(compiled) == (3 if compiles else 0)
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-4, rtol=1e-4)
+    assert all(layer._compiled_call_impl is None for layer in module.model.model.layers)
 
 
 def test_other_modules_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
