@@ -36,10 +36,9 @@ def test_lightning_example_prunes_recovers_and_exports(
     AutoModelForCausalLM.from_pretrained(tmp_path / "lightning_logs/version_0/checkpoint", trust_remote_code=True)
 
 
-def test_files_and_configs_that_the_readme_names_exist() -> None:
-    tree = README.split("```\ngqaprune/\n", 1)[1].split("```", 1)[0]
+def test_files_that_contributing_names_are_those_of_the_package() -> None:
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = contributing.split("```\ngqaprune/\n", 1)[1].split("```", 1)[0]
     named = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
     there = {path.name + ("/" if path.is_dir() else "") for path in (ROOT / "gqaprune").iterdir()}
     assert named == {name for name in there if not name.startswith("__") and name != "py.typed"}
-    for path in set(re.findall(r"(?:configs|docs|benchmarks)/[\w./]+\.\w+", README)):
-        assert (ROOT / path).exists(), path
