@@ -70,6 +70,7 @@ def test_report_as_data_survives_json() -> None:
         "kv_cache_bytes_per_token": 30_720,
         "perplexity": {"val/embedded": 23.456},
         "weight_bytes": 226_548_864,
+        "held_out": None,
     }
 
 
