@@ -28,11 +28,14 @@ from gqaprune.callbacks import (
     SplitSearch,
     TaylorPruning,
 )
+from gqaprune.callbacks.pruning import get_run_folder
 from gqaprune.checkpoint import check_can_be_folder
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.processor import avoid_illegal_instructions
+from gqaprune.progress import logger
 from gqaprune.resume import find_run, read_plan, read_strategy
+from gqaprune.run_log import RunLog
 from gqaprune.tools.compare import compare
 from gqaprune.tools.export import export
 from gqaprune.tools.inspect import inspect
@@ -51,6 +54,12 @@ DESCRIPTIONS = {
     "Splits are tried by gates on the dense model, scored once: later steps, swaps, repair and training are not seen.",
 }
 
+
+VERBOSE: Mapping[str, Any] = {
+    "action": "store_true",
+    "help": "also show the messages of Lightning and transformers",
+}
+"""The setting of every command for what is hidden by default."""
 
 TOOLS: Mapping[str, Callable[..., None]] = {"compare": compare, "export": export, "inspect": inspect}
 """Commands that need no trainer: name -> function, whose arguments are the command's."""
@@ -92,7 +101,8 @@ class PruningTrainer(Trainer):
 class PruningCLI(LightningCLI):
     """`gqaprune <command>`; the settings of pruning and export stand beside `model`, `data` and `trainer`."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, log: RunLog | None = None, **kwargs: Any) -> None:
+        self._log = log
         super().__init__(
             CausalLMModule,
             TextDataModule,
@@ -101,7 +111,7 @@ class PruningCLI(LightningCLI):
             trainer_defaults={
                 "log_every_n_steps": 1,
                 "enable_model_summary": False,
-                "callbacks": [RunSummary(), PredictionJudge()],
+                "callbacks": [PredictionJudge(), RunSummary()],  # which tells what was judged
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,  # would hold the dense parameters: it is built before pruning
@@ -113,7 +123,9 @@ class PruningCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """LightningCLI's commands, `prune` and `search`, with the arguments that are not settings."""
         own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "prune": own, "search": own | {"settings"}}
+        # `verbose` of validate and test would hide their results.
+        of_lightning = {name: skipped | {"verbose"} for name, skipped in LightningCLI.subcommands().items()}
+        return {**of_lightning, "prune": own, "search": own | {"settings"}}
 
     def setup_parser(self, add_subcommands: bool, *arguments: Any) -> None:
         """Describe the commands as they are here, not as Lightning's own docstrings have them."""
@@ -141,11 +153,13 @@ class PruningCLI(LightningCLI):
         parser.add_lightning_class_args(PerplexityGuard, "guard")  # after pruning: it judges what that left
         parser.link_arguments("model.pretrained", "data.tokenizer")
         parser.add_lightning_class_args(PruningTrainer, "trainer")
+        parser.add_argument("--verbose", **VERBOSE)
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Go on with a run of the same settings that did not end: in its folder, from its last checkpoint."""
         super().parse_arguments(parser, args)
+        _set_verbosity(bool(self.config[self.config.subcommand].verbose))
         self._folder: Path | None = None
         if self.config.get("subcommand") == "fit":
             settings, root = self.config.fit, Path(self.config.fit.trainer.default_root_dir or ".")
@@ -173,9 +187,11 @@ class PruningCLI(LightningCLI):
         if self.subcommand == "fit" and (path := self.config_init.fit.ckpt_path):
             check_checkpoint(Path(path), self.trainer)
         split_over_all(self.trainer)
-        for logger in self.trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                check_can_be_folder(Path(logger.log_dir))
+        for own in self.trainer.loggers:
+            if isinstance(own, TensorBoardLogger):
+                check_can_be_folder(Path(own.log_dir))
+        if self._log is not None and self.trainer.is_global_zero:
+            self._log.open(get_run_folder(self.trainer))
 
     def search(self, **kwargs: Any) -> None:
         """Search with the settings under `search`."""
@@ -233,7 +249,7 @@ def _list_settings(parser: LightningArgumentParser, config: Any) -> dict[str, An
                 flat[prefix + name] = value
 
     add(dumped[config["subcommand"]], "")
-    return {name: value for name, value in flat.items() if name not in ("config", "ckpt_path")}
+    return {name: value for name, value in flat.items() if name not in ("config", "ckpt_path", "verbose")}
 
 
 def run_tool(name: str, arguments: list[str]) -> None:
@@ -241,6 +257,7 @@ def run_tool(name: str, arguments: list[str]) -> None:
     parser = _make_tool_parser(TOOLS[name], f"gqaprune {name}")
     parser.description = DESCRIPTIONS[name]
     settings = parser.parse_args(arguments)
+    _set_verbosity(settings.pop("verbose"))
     TOOLS[name](**parser.instantiate_classes(settings).as_dict())
 
 
@@ -250,6 +267,7 @@ def _make_tool_parser(tool: Callable[..., None], prog: str | None = None) -> Pru
     several: set[str | int] = {one.name for one in required if one.annotation == list[str]}
     for name in several:  # added by itself: a list would else be one argument, in brackets
         parser.add_argument(str(name), nargs="+", type=str, help="folders, .gguf files or hub names")
+    parser.add_argument("--verbose", **VERBOSE)
     parser.add_function_arguments(tool, as_positional=len(required) == 1, skip=several)  # what a tool is about
     return parser
 
@@ -257,30 +275,44 @@ def _make_tool_parser(tool: Callable[..., None], prog: str | None = None) -> Pru
 def main() -> int:
     """Run the command line. Returns the exit code: 1 after an error that the user can mend, said in one sentence."""
     avoid_illegal_instructions()
-    _quiet()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what is half-written goes
+    with RunLog() as log:
+        return _run(log)
+
+
+def _run(log: RunLog) -> int:
     try:
         if sys.argv[1:2] and sys.argv[1] in TOOLS:
             run_tool(sys.argv[1], sys.argv[2:])
         else:
-            PruningCLI()
+            PruningCLI(log)
     except (ValueError, OSError, MisconfigurationException) as error:
-        print(f"gqaprune: error: {error}", file=sys.stderr)
+        _say(f"gqaprune: error: {error}")
         return 1
     except (KeyboardInterrupt, SystemExit) as stop:
         is_interrupt = isinstance(stop.__context__ or stop, KeyboardInterrupt)  # Lightning makes it an exit
         if not is_interrupt and getattr(stop, "code", None) in (None, 0):
             raise
         goes_on = "; the same command goes on from here" if {"fit", "prune"} & set(sys.argv[1:]) else ""
-        print(f"gqaprune: stopped{goes_on}", file=sys.stderr)
+        _say(f"gqaprune: stopped{goes_on}")
         return 128 + signal.SIGINT if is_interrupt else int(getattr(stop, "code", 1))
     return 0
 
 
-def _quiet() -> None:
-    """Leave the console to the stages, the table and what needs attention."""
+def _say(sentence: str) -> None:
+    """Say what ended the command, on the console and in the run's log."""
+    print(sentence, file=sys.stderr)
+    logger.error("%s", sentence)
+
+
+def _set_verbosity(is_verbose: bool) -> None:
+    """Leave the console to the stages, the table and what needs attention, or show other libraries' messages, too."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO if is_verbose else logging.WARNING)
+    if is_verbose:
+        transformers.logging.set_verbosity_info()
+        transformers.logging.enable_progress_bar()
+        return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")

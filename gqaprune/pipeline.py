@@ -1,7 +1,7 @@
 """The whole path from a dense model to a pruned one, without Lightning. Reads top to bottom like the method itself."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from gqaprune.counts import (
     measure_options,
     refine_counts,
 )
+from gqaprune.criteria.base import Scores
 from gqaprune.distributed import check_same_on_all_ranks, get_rank_and_world_size
 from gqaprune.holding import get_layers_apart
 from gqaprune.importance import check_finite_weights
@@ -29,6 +30,7 @@ from gqaprune.plan import PruningPlan
 from gqaprune.reconstruction import BlockRepair, apply_plan_with_repair
 from gqaprune.report import Outlier, Report, describe_model
 from gqaprune.selection import budget_blocks, keep_everything, make_plan, read_budget, score_blocks, select_blocks
+from gqaprune.sensitivity import Importance
 from gqaprune.stages import Stage, Stages, hash_model, hash_tensors
 from gqaprune.steps import Spending, spend_share
 from gqaprune.surgery import apply_plan
@@ -105,6 +107,7 @@ class Pruner:
         report: stages as measured, and what the last repair did.
         share: of the budget that is spent.
         spending: units that each block has lost.
+        scores: of the units that the last cut chose among, but for outliers; empty before it.
 
     Raises:
         ValueError: if the model, the batches or the budget do not allow it.
@@ -141,7 +144,13 @@ class Pruner:
         self.report = Report(source, asdict(config), note=describe_experts(model))
         self.share = 0.0
         self.spending: Spending | None = None
+        self.scores: Scores = {}
         self._options: AllocationOptions | None = None
+
+    @property
+    def importance(self) -> Importance:
+        """Importance of the dense model's blocks; empty where the allocation does not look at it."""
+        return dict((self._options and self._options.importance) or {})
 
     def measure(self, stage: str) -> None:
         """Measure the model as it is now, as a stage of the report."""
@@ -232,13 +241,15 @@ class Pruner:
             "importance": None if options.importance is None else list_values(options.importance),
             "spent before": self.spending and self.spending.to_dict(),
         }
-        facts = stages.recall("plan", inputs, lambda: self._choose(share, options, stages)).facts
+        chosen = stages.recall("plan", inputs, lambda: self._choose(share, options, stages))
+        facts = chosen.facts
         # Before the cut: ranks that cut differently would wait for one another in repair.
         check_same_on_all_ranks("the pruning plans", json.dumps(facts), self.model.device)
         plan, spending = PruningPlan.from_dict(facts["plan"]), Spending.from_dict(facts["spending"])
         if self.spending is None:  # later cuts number the units that are left
             self.report.outliers = [Outlier(BlockKey(*key), *unit) for *key, own in facts["outliers"] for unit in own]
         self.spending = spending
+        self.scores = {BlockKey.parse(name): score_U for name, score_U in chosen.tensors.items()}
         self.plan = self.plan.then(plan)
         if (repair := self.config.repair_options()) is None:
             apply_plan(self.model, plan)
@@ -257,7 +268,8 @@ class Pruner:
         )
         plan = make_plan(model, dense_blocks, scores, removed, config)
         found = list_values({key: list(units.items()) for key, units in outliers.items()})
-        return Stage({"plan": plan.to_dict(), "spending": spending.to_dict(), "outliers": found})
+        others = {str(key): _leave_out(score_U, outliers.get(key, ())) for key, score_U in scores.items()}
+        return Stage({"plan": plan.to_dict(), "spending": spending.to_dict(), "outliers": found}, others)
 
     def _stages_of_model(self, batches: Sequence[Tensor] = (), part: str = "") -> Stages:
         """Stages that depend on the model as it is now, and on calibration batches."""
@@ -270,6 +282,10 @@ class Pruner:
             "device": self.model.device.type,
         }
         return self.stages.of(part, inputs)
+
+
+def _leave_out(score_U: Tensor, outliers: Collection[int]) -> Tensor:
+    return score_U[[unit for unit in range(len(score_U)) if unit not in outliers]]
 
 
 def _hash_batches(batches: Sequence[Mapping[str, Tensor]]) -> str:

@@ -1,20 +1,16 @@
-"""What a run did: measured stages as data, as a table, and the figure of what each layer kept."""
+"""What a run did: measured stages as data and as a table."""
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from gqaprune.architecture import BlockKey, count_layer_parameters, count_parameters, read_geometry
 from gqaprune.perplexity import Evaluation, measure_perplexity
-from gqaprune.plan import PruningPlan
 from gqaprune.reconstruction import BlockRepair
 from gqaprune.replace import write_atomically
 
@@ -199,7 +195,7 @@ def describe_model(
 def build_table(report: Report) -> Table:
     """One row per quantity, one column per stage."""
     table = Table(
-        title=_title(report),
+        title=describe_request(report),
         caption="; ".join(filter(None, (report.protocol, report.note))) or None,
         caption_style="dim",
         title_justify="left",
@@ -207,7 +203,14 @@ def build_table(report: Report) -> Table:
     table.add_column("", no_wrap=True)
     for stage in report.stages:
         table.add_column(stage.name, justify="right", no_wrap=True)
-    dense = report.stages[0]
+    for label, cells in list_rows(report):
+        table.add_row(label, *cells)
+    return table
+
+
+def list_rows(report: Report) -> list[tuple[str, list[str]]]:
+    """The results as text: a quantity, and its value in every stage."""
+    rows = []
     for label, name, divisor, pattern in (
         ("parameters", "parameters", 1e6, "{:,.2f} M"),
         ("decoder parameters", "decoder_parameters", 1e6, "{:,.2f} M"),
@@ -215,11 +218,11 @@ def build_table(report: Report) -> Table:
         ("KV-cache bytes/token", "kv_cache_bytes_per_token", 1, "{:,.0f}"),
     ):
         counts = [getattr(stage, name) for stage in report.stages]
-        table.add_row(label, *(pattern.format(n / divisor) + show_change(n, counts[0]) for n in counts))
-    for corpus in dense.perplexity:
+        rows.append((label, [pattern.format(n / divisor) + show_change(n, counts[0]) for n in counts]))
+    for corpus in report.stages[0].perplexity:
         values = (stage.perplexity.get(corpus) for stage in report.stages)
-        table.add_row(f"ppl {corpus}", *("–" if v is None else f"{v:.2f}" for v in values))
-    return table
+        rows.append((f"ppl {corpus}", ["–" if value is None else f"{value:.2f}" for value in values]))
+    return rows
 
 
 def describe_protocol(window: int, stride: int | None, tokens: int | None) -> str:
@@ -229,50 +232,8 @@ def describe_protocol(window: int, stride: int | None, tokens: int | None) -> st
     return f"perplexity: token-weighted, {overlap} of {window} tokens, {limit}"
 
 
-def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
-    """Draw what each layer kept: a bar per layer, attention above (query heads where ratios changed), MLP below."""
-    before, after = plan.geometry, plan.pruned_geometry
-    layers = range(before.num_layers)
-    # A figure of its own, outside pyplot, so that no window system or global state is touched.
-    figure = matplotlib.figure.Figure(figsize=(max(7.0, 0.3 * before.num_layers + 1.5), 6.0), layout="constrained")
-    attention = ("Attention: KV heads (one GQA group each)", before.kv_heads, after.kv_heads, "#3b6fb6")
-    if before.ratios != after.ratios:
-        attention = ("Attention: query heads", before.query_heads, after.query_heads, "#3b6fb6")
-    panels = [attention]
-    if any(before.channels):
-        panels.append(("MLP: channels", before.channels, after.channels, "#d9822b"))
-    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
-    for axes, (title, dense, kept, color) in zip(rows[:, 0], panels, strict=True):
-        axes.bar(layers, dense, color="#e4e4e4", label="removed", width=0.85)
-        axes.bar(layers, kept, color=color, label="kept", width=0.85)
-        axes.set_title(f"{title} – {sum(kept) / sum(dense):.1%} kept", loc="left", fontsize=11)
-        axes.set_ylim(0, max(dense) * 1.22)
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="upper right", ncols=2, fontsize=9, frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        share = axes.twinx()
-        share.set_ylim(0, 1.22)
-        share.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
-        share.yaxis.set_major_formatter(PercentFormatter(1.0))
-        share.spines["top"].set_visible(False)
-    axes.set_xlabel("decoder layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    asked = [f"{plan.rate:.0%}"] if plan.rate or not plan.kv_rate else []
-    asked += [f"{plan.kv_rate:.0%} of KV heads"] if plan.kv_rate else []
-    figure.suptitle(
-        f"{plan.model}: {' and '.join(asked)} asked, {plan.criterion} scores, {plan.allocation} allocation", fontsize=12
-    )
-    return figure
-
-
-def save_figure(figure: matplotlib.figure.Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomically(path, picture.getvalue())
-
-
-def _title(report: Report) -> str:
+def describe_request(report: Report) -> str:
+    """What was asked and what was reached, in words."""
     if report.rate_reached is None:
         return "pruned by a given plan"
     rate, kv_rate = report.settings["rate"], report.settings.get("kv_rate", 0.0)

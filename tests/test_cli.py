@@ -1,6 +1,7 @@
 """The command line on a tiny model: what each command writes and prints, and a sentence for what the user can mend."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from transformers import AutoModelForCausalLM
 
 from gqaprune.cli import PruningCLI, check_checkpoint, main
@@ -35,6 +37,7 @@ from gqaprune.surgery import apply_plan
 
 from tiny import DATA, PLAIN, make_model, make_tokenizer
 
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 MODEL_CONFIGS = [path for path in CONFIGS if path.parent.name == "configs"]
 GPU_CONFIGS = [path for path in CONFIGS if path.stem in ("fsdp", "deepspeed_2", "deepspeed_3")]
@@ -81,7 +84,9 @@ def test_fit_prunes_recovers_and_writes_everything(run: Run, tiny_folder: Path) 
     assert run("fit") == 0
     folder = Path("lightning_logs/version_0")
     names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out")}
-    assert names == {"checkpoint", "config.yaml", "hparams.yaml", "plan.json", "pruning.png", "report.json"}
+    told = README.split("## What a run writes")[1].split("\n## ")[0]
+    listed = set(re.findall(r"^\| `([\w.]+)`", told, flags=re.MULTILINE))
+    assert names == listed - {"guard.json", "predictions.json"} and {"report.html", "run.log"} < names
 
     report = json.loads((folder / "report.json").read_text())
     assert [stage["name"] for stage in report["stages"]] == ["dense", "pruned", "recovered"]
@@ -147,6 +152,56 @@ def test_fit_logs_loss_learning_rate_perplexity_plan_and_hparams_to_tensorboard(
     assert "pruning" in events.Tags()["images"]
     (text,) = events.Tensors("plan/text_summary")
     assert "layer 2  6Q:2KV →" in text.tensor_proto.string_val[0].decode()
+    assert "sensitivity" not in events.Tags()["images"]  # nothing looked at it
+
+    (layout,) = events.Tensors("custom_scalars__config__")
+    (category,) = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
+    (chart,) = category.chart
+    shown = {tag for tag in scalars if any(re.search(pattern, tag) for pattern in chart.multiline.tag)}
+    stages = {f"ppl/embedded/{name}" for name in ("dense", "pruned", "recovered")}
+    assert shown == {"train/loss", "ppl/embedded"} | stages
+
+
+def test_tensorboard_shows_scores_of_every_block_and_the_sensitivity_that_was_measured(run: Run) -> None:
+    assert run("prune", "--pruning.frozen_layers", "1", "--pruning.sensitivity", "block_influence") == 0
+    events = EventAccumulator(str(Path("lightning_logs/version_0")))
+    events.Reload()
+    assert {"pruning", "sensitivity"} <= set(events.Tags()["images"])
+    units = {"attention": 2, "mlp": 32}
+    ranges = {kind: range(3) for kind in units}
+    tags = {f"scores_{kind}/layer_{layer:02}": units[kind] for kind in units for layer in ranges[kind]}
+    found = {tag: events.Histograms(tag)[0].histogram_value for tag in events.Tags()["histograms"]}
+    assert found and found.keys() <= tags.keys()
+    outliers = json.loads(Path("lightning_logs/version_0/report.json").read_text())["outliers"]
+    assert sum(one.num for one in found.values()) == sum(tags[tag] for tag in found) - len(outliers)
+    assert all(one.min >= 0 and one.max > one.min for one in found.values())
+
+
+def test_run_log_has_command_versions_table_and_what_verbose_shows(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    assert run("prune") == 0
+    hidden = "GPU available"
+    lines = Path("lightning_logs/version_0/run.log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ ", line) for line in lines)
+    assert "command: gqaprune prune --config " in lines[0] and "versions: python " in lines[1]
+    report = json.loads(Path("lightning_logs/version_0/report.json").read_text())
+    dense, pruned = (f"{stage['perplexity']['val/embedded']:.2f}" for stage in report["stages"])
+    assert any(re.search(rf"ppl val/embedded +│ +{dense} │ +{pruned} │", line) for line in lines)
+    assert not any(hidden in line for line in [*lines, *caplog.messages])
+
+    assert run("prune", "--verbose") == 0
+    assert any(hidden in line for line in caplog.messages)
+    log = Path("lightning_logs/version_1/run.log").read_text()
+    assert hidden in log and "--verbose" in log.splitlines()[0]
+
+
+def test_page_of_a_run_has_its_table_and_its_samples(run: Run) -> None:
+    assert run("fit", "--samples.prompts", "1") == 0
+    page = Path("lightning_logs/version_0/report.html").read_text()
+    report = json.loads(Path("lightning_logs/version_0/report.json").read_text())
+    for stage in report["stages"]:
+        assert f"<td>{stage['perplexity']['test/embedded']:.2f}</td>" in page
+    assert "gqaprune fit --config" in page and '<p class="state">finished</p>' in page
+    assert page.count("<figcaption>step ") >= 2
 
 
 def test_written_config_repeats_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +399,7 @@ def test_fit_output_shows_each_layer_the_ratio_the_table_and_the_paths(
     assert "asked to remove 30.00% of decoder-layer parameters, removed" in shown
     for word in ("dense", "pruned", "recovered", "KV-cache bytes/token", "ppl test/embedded"):
         assert word in shown
-    for name in ("config.yaml", "plan.json", "pruning.png", "report.json", "checkpoint"):
+    for name in ("config.yaml", "plan.json", "pruning.png", "report.json", "report.html", "run.log", "checkpoint"):
         assert f"lightning_logs/version_0/{name}" in shown
 
 

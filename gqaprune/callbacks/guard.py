@@ -36,6 +36,9 @@ class PerplexityGuard(Callback):
         max_perplexity: perplexity at which it stops the run, where the dense model's is below it.
         diagnoses: whether to look for the cause.
 
+    Attributes:
+        facts: what `guard.json` holds; empty as long as it has not fired.
+
     Raises:
         ValueError: if a bound makes no sense.
     """
@@ -56,10 +59,11 @@ class PerplexityGuard(Callback):
         self.warn_ratio, self.stop_ratio, self.max_perplexity = warn_ratio, stop_ratio, max_perplexity
         self.diagnoses = diagnoses
         self.diagnosis: Diagnosis | None = None
+        self.facts: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Judge what pruning, which has just been done, has left."""
-        self.diagnosis = None
+        self.diagnosis, self.facts = None, {}
         report = _get_report(trainer)
         if stage == "fit" and report is not None and report.stages[-1].held_out is not None:
             self._judge(trainer, pl_module, report, report.stages[-1].held_out, is_trained=False)
@@ -130,6 +134,7 @@ class PerplexityGuard(Callback):
         if self.diagnosis is not None:
             facts["diagnosis"] = self.diagnosis.to_dict()
             console.print(build_diagnosis_table(self.diagnosis))
+        self.facts = facts
         write_atomically(folder / GUARD_FILE, (json.dumps(facts, indent=2) + "\n").encode())
 
 

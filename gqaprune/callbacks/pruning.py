@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.callbacks.checks import check_apart, check_offload, check_rounds, check_sharded
 from gqaprune.config import PruningConfig
+from gqaprune.criteria.base import Scores
 from gqaprune.datamodules import TextDataModule
 from gqaprune.holding import LayersApart, move_model
 from gqaprune.loading import can_read_by_layer, check_tokenizer
@@ -20,6 +21,7 @@ from gqaprune.pipeline import Pruner
 from gqaprune.progress import console
 from gqaprune.report import Report
 from gqaprune.resume import UNFINISHED
+from gqaprune.sensitivity import Importance
 from gqaprune.splitting import SplitLayers
 from gqaprune.stages import Stages
 from gqaprune.steps import Spending
@@ -146,6 +148,16 @@ class TaylorPruning(GradientAccumulationScheduler):
         """Remove the stages of a run that has ended; one that is stopped does not come here."""
         if stage == "fit":
             self._open_stages(trainer).clear()
+
+    @property
+    def scores(self) -> Scores:
+        """Scores of the last cut's units, but for outliers; empty where nothing was scored."""
+        return {} if self._pruner is None else self._pruner.scores
+
+    @property
+    def importance(self) -> Importance:
+        """Importance of the dense model's blocks; empty where the allocation does not look at it."""
+        return {} if self._pruner is None else self._pruner.importance
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on has to know: what was measured, and of later rounds, what earlier ones spent."""

@@ -18,6 +18,9 @@ class SampleGenerations(Callback):
         prompts: so many of `data.prompts`, the first ones; 0 logs none.
         max_new_tokens: tokens that are added to each at most.
 
+    Attributes:
+        written: number of the prompt -> the prompt, and step -> text.
+
     Raises:
         ValueError: if a number is out of its bounds.
     """
@@ -30,9 +33,11 @@ class SampleGenerations(Callback):
             )
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
+        self.written: dict[int, tuple[str, dict[int, str]]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the prompts before any work."""
+        self.written = {}
         if stage == "fit" and self.prompts and trainer.limit_train_batches != 0:
             get_parts(trainer, pl_module)[1].encode_prompts()
 
@@ -51,8 +56,7 @@ class SampleGenerations(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, data = get_parts(trainer, pl_module)
-        loggers = get_tensorboards(trainer)
-        if not self.prompts or not loggers or not trainer.is_global_zero or is_split(module.model):
+        if not self.prompts or not trainer.is_global_zero or is_split(module.model):
             return
         was_training = module.model.training
         module.model.eval()
@@ -63,7 +67,8 @@ class SampleGenerations(Callback):
                     output = continue_greedily(module.model, ids, self.max_new_tokens)
                 tokens, _ = split_continuation(module.model, output, batch["input_ids"].shape[1])
                 answer = data.tokenizer.decode(tokens, skip_special_tokens=True)
-                for logger in loggers:
+                self.written.setdefault(number, (prompt.text, {}))[1][trainer.global_step] = answer
+                for logger in get_tensorboards(trainer):
                     logger.experiment.add_text(f"samples/{number}", _format(prompt.text, answer), trainer.global_step)
         finally:
             module.model.train(was_training)

@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 import shutil
-import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,33 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gqaprune.architecture import read_geometry
 from gqaprune.callbacks.export import CheckpointExport
+from gqaprune.callbacks.judge import PredictionJudge
+from gqaprune.callbacks.page import write_page
 from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder, get_tensorboards
 from gqaprune.card import describe_padding, write_card
 from gqaprune.checkpoint import measure_weights
+from gqaprune.figures import draw_importance, draw_plan, save_figure
 from gqaprune.loading import load_config, load_model
+from gqaprune.page import PAGE_FILE
 from gqaprune.plan import PLAN_FILE, PruningPlan
 from gqaprune.progress import console
-from gqaprune.report import REPORT_FILE, Report, Stage, build_table, draw_plan, save_figure
+from gqaprune.provenance import get_command
+from gqaprune.report import REPORT_FILE, Report, Stage, build_table
+from gqaprune.run_log import LOG_FILE
 
 FIGURE_FILE = "pruning.png"
 
 
 class RunSummary(Callback):
-    """Writes `plan.json`, `pruning.png` and `report.json`, logs them to TensorBoard, prints the table and the paths."""
+    """Writes plan, figure, report and page into the run's folder, logs to TensorBoard, prints the table and the paths.
+
+    The page, `report.html`, is written once there is a plan, at each validation, and when the run ends or is stopped.
+    """
 
     def __init__(self) -> None:
         self._finished = False
         self._stages_logged = 0
+        self._began = datetime.now().astimezone()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the plan and the perplexity before and after surgery."""
@@ -44,12 +55,23 @@ class RunSummary(Callback):
         if report.repairs:
             console.print(report.describe_repair())
         self._write(trainer, report, plan)
+        self._write_page(trainer, pl_module, "pruned, not trained yet")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Write what a further cut has changed."""
         report, plan = _get_report(trainer), get_parts(trainer, pl_module)[0].plan
         if trainer.is_global_zero and report is not None and plan is not None and report.stages[self._stages_logged :]:
             self._write(trainer, report, plan)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show how far it has come."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._write_page(trainer, pl_module, f"in training, at step {trainer.global_step:,}")
+
+    def _write_page(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
+        report = _get_report(trainer)
+        if trainer.is_global_zero and report is not None and report.stages:
+            write_page(trainer, pl_module, state, self._began)
 
     def _write(self, trainer: Trainer, report: Report, plan: PruningPlan) -> None:
         folder = get_run_folder(trainer)
@@ -59,10 +81,13 @@ class RunSummary(Callback):
         report.save(folder / REPORT_FILE)
         for stage in report.stages[self._stages_logged :]:
             _log_perplexity(trainer, stage)
+        if self._stages_logged == 0:
+            _lay_out_charts(trainer, report)
         self._stages_logged = len(report.stages)
         for logger in get_tensorboards(trainer):
             logger.experiment.add_text("plan", _describe_plan(plan), trainer.global_step)
             logger.experiment.add_figure("pruning", draw_plan(plan), trainer.global_step)
+        _log_scores(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the recovered model and finish."""
@@ -97,12 +122,24 @@ class RunSummary(Callback):
                 self._measure_quantized(trainer, pl_module, report)
             self._finish(trainer, pl_module)
 
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put onto a page what was predicted, once that is judged."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        judges = [callback for callback in callbacks if isinstance(callback, PredictionJudge)]
+        if trainer.is_global_zero and any(judge.predictions is not None for judge in judges):
+            path = write_page(trainer, pl_module, "texts of the model beside the dense one's", self._began)
+            console.print(f"{'page':<14} {_shorten(path)}")
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the run's folder if nothing but the empty event file that Lightning opened is in it yet."""
+        """Say on the page what stopped it; where there is nothing to tell yet, remove the run's folder."""
         folder = get_run_folder(trainer)
-        files = list(folder.iterdir()) if trainer.is_global_zero and folder.is_dir() else []
-        if len(files) == 1 and files[0].name.startswith("events.out.tfevents"):  # more are those of earlier runs
-            shutil.rmtree(folder)
+        if not trainer.is_global_zero or not folder.is_dir():
+            return
+        if (folder / PLAN_FILE).exists():
+            step = f" at step {trainer.global_step:,}" if trainer.global_step else ""
+            reason = " ".join(str(exception).split()) or type(exception).__name__
+            self._write_page(trainer, pl_module, f"stopped{step}: {reason}")
+        _remove_if_empty(folder)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finished = True
@@ -115,7 +152,7 @@ class RunSummary(Callback):
         padding = ""
         if (export := _get_export(trainer)) is not None and export.written is not None:
             shapes = read_geometry(load_config(export.written))
-            write_card(export.written, plan, export.written_format, shapes, report, _get_command())
+            write_card(export.written, plan, export.written_format, shapes, report, get_command())
             padding = describe_padding(plan.pruned_geometry, shapes, plan.geometry)
         hparams = _flatten(report.settings | dict(pl_module.hparams))
         for logger in get_tensorboards(trainer):
@@ -124,11 +161,19 @@ class RunSummary(Callback):
                 metric = next(iter(report.stages[-1].perplexity.values()))
                 logger.log_hyperparams(hparams, metrics={"hp_metric": metric})
             logger.save()
+        self._write_page(trainer, pl_module, "finished")
         console.print(build_table(report))
         console.print(plan.describe_ratio())
         if padding:
             console.print(padding)
         _print_paths(trainer, folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a run's folder if nothing but its log and the empty event file that Lightning opened is in it."""
+    files = [file for file in folder.iterdir() if file.name != LOG_FILE]
+    if len(files) == 1 and files[0].name.startswith("events.out.tfevents"):  # more are those of earlier runs
+        shutil.rmtree(folder)
 
 
 def _stop_progress_bar(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,7 +191,10 @@ def _print_paths(trainer: Trainer, folder: Path) -> None:
         "plan": _shorten(folder / PLAN_FILE),
         "figure": _shorten(folder / FIGURE_FILE),
         "report": _shorten(folder / REPORT_FILE),
+        "page": _shorten(folder / PAGE_FILE),
     }
+    if (folder / LOG_FILE).exists():
+        written["log"] = _shorten(folder / LOG_FILE)
     if (export := _get_export(trainer)) is not None and export.written is not None:
         needs = " (load with trust_remote_code=True)" if export.written_format == "per-layer" else ""
         written["checkpoint"] = f"{_shorten(export.written)}  {export.written_format} format{needs}"
@@ -154,22 +202,19 @@ def _print_paths(trainer: Trainer, folder: Path) -> None:
         console.print(f"{what:<14} {path}")
 
 
+def _get_pruning(trainer: Trainer) -> TaylorPruning | None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, TaylorPruning)), None)
+
+
 def _get_report(trainer: Trainer) -> Report | None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, TaylorPruning):
-            return callback.report
-    return None
+    pruning = _get_pruning(trainer)
+    return None if pruning is None else pruning.report
 
 
 def _get_export(trainer: Trainer) -> CheckpointExport | None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, CheckpointExport)), None)
-
-
-def _get_command() -> list[str]:
-    """The command line that runs this, if it is gqaprune's."""
-    program = Path(sys.argv[0]).name
-    return [program, *sys.argv[1:]] if program in ("gqaprune", "cli.py") else []
 
 
 def _log_perplexity(trainer: Trainer, stage: Stage) -> None:
@@ -183,6 +228,33 @@ def _log_perplexity(trainer: Trainer, stage: Stage) -> None:
             metrics[tag] = value
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _lay_out_charts(trainer: Trainer, report: Report) -> None:
+    """TensorBoard's custom scalars: of each validation corpus one chart of the loss and every stage's perplexity."""
+    corpora = [name.split("/", 1)[1] for name in report.stages[0].perplexity if name.startswith("val/")]
+    # Tags are regular expressions there, of names in which TensorBoard has replaced what it does not take.
+    names = {corpus: re.sub(r"[^-/\w]", ".", corpus) for corpus in corpora}
+    charts = {
+        f"loss and perplexity, {corpus}": ["Multiline", ["^train/loss$", f"^ppl/{name}(/.*)?$"]]
+        for corpus, name in names.items()
+    }
+    for logger in get_tensorboards(trainer) if charts else []:
+        logger.experiment.add_custom_scalars({"dense, pruned, recovered": charts})
+
+
+def _log_scores(trainer: Trainer) -> None:
+    """A histogram of every block's scores, and what layers were found to be worth."""
+    pruning = _get_pruning(trainer)
+    assert pruning is not None
+    for logger in get_tensorboards(trainer):
+        for key, score_U in pruning.scores.items():
+            if not len(score_U):
+                continue  # all of them are outliers
+            logger.experiment.add_histogram(f"scores_{key.kind}/layer_{key.layer:02}", score_U, trainer.global_step)
+        if pruning.importance:
+            figure = draw_importance(pruning.importance, pruning.config.sensitivity)
+            logger.experiment.add_figure("sensitivity", figure, trainer.global_step)
 
 
 def _describe_plan(plan: PruningPlan) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from gqaprune.figures import save_figure
 from gqaprune.loading import DTYPES
 from gqaprune.progress import console
-from gqaprune.report import save_figure
 from gqaprune.tools.comparison import build_comparison_table, draw_comparison
 from gqaprune.tools.measure import Measuring, measure_models
 from gqaprune.tools.tasks import Tasks

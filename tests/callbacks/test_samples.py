@@ -65,7 +65,7 @@ def show(prompt: str, answer: str) -> str:
 def test_continuations_are_logged_before_training_and_at_each_validation(
     tiny_folder: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
-    module = train(tiny_folder, tmp_path, SampleGenerations(prompts=2, max_new_tokens=6))
+    module = train(tiny_folder, tmp_path, samples := SampleGenerations(prompts=2, max_new_tokens=6))
     texts = read_texts(tmp_path)
     assert set(texts) == {"samples/1/text_summary", "samples/2/text_summary"}
     for prompt, logged in zip(PROMPTS, texts.values(), strict=False):
@@ -73,6 +73,8 @@ def test_continuations_are_logged_before_training_and_at_each_validation(
         assert logged[0][1] == show(prompt, continue_by_hand(load_model(tiny_folder), tokenizer, prompt, 6))
         assert logged[-1][1] == show(prompt, continue_by_hand(module.model.eval(), tokenizer, prompt, 6))
     assert any(logged[0][1] != logged[-1][1] for logged in texts.values())
+    for (prompt, kept), logged in zip(samples.written.values(), texts.values(), strict=True):
+        assert [(step, show(prompt, text)) for step, text in kept.items()] == logged
 
 
 def test_training_gives_the_same_weights_with_and_without_samples(tiny_folder: Path, tmp_path: Path) -> None:
