@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from gqaprune import PruningConfig, apply_plan, prune
 from gqaprune.architecture import count_layer_parameters, count_parameters, find_blocks, read_geometry
 from gqaprune.checkpoint import choose_format
 from gqaprune.importance import score_units
+from gqaprune.pipeline import Pruner
 from gqaprune.plan import KeptUnits, PruningPlan
+from gqaprune.stages import Stages
 from gqaprune.windows import make_batches
 
 from tiny import make_model, make_plain, make_tokens
@@ -314,3 +317,23 @@ def test_default_recipe_repairs_what_it_cuts() -> None:
     assert [str(repair.key) for repair in report.repairs][:2] == ["layer 0 mlp", "layer 1 attention"]
     assert report.to_dict()["repairs"][0]["key"] == "layer 0 mlp"
     assert report.describe_repair().startswith("repair: ")
+
+
+def test_scores_of_the_last_cut_stay_with_the_pruner_and_are_read_back_with_its_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut() -> Pruner:
+        pruner = Pruner(make_model("llama"), [make_tokens()], make_plain(rate=0.2), stages=Stages(tmp_path))
+        pruner.measure("dense")
+        pruner.spend()
+        return pruner
+
+    first = cut()
+    assert {key.kind for key in first.scores} == {"attention", "mlp"} and first.importance == {}
+    (block,) = (block for block in first.dense_blocks if str(block.key) == "layer 1 mlp")
+    outliers = [outlier for outlier in first.report.outliers if outlier.key == block.key]
+    assert len(first.scores[block.key]) == block.units - len(outliers)
+    monkeypatch.setattr("gqaprune.pipeline.score_blocks", None)  # nothing is scored again
+    again = cut()
+    assert again.scores.keys() == first.scores.keys()
+    assert all(torch.equal(again.scores[key], score_U) for key, score_U in first.scores.items())

@@ -30,6 +30,7 @@ def test_log_begins_with_command_and_versions_and_has_what_was_said_before_its_f
     with RunLog() as log:
         console.print("early [bold]words[/]")
         log.open(tmp_path / "run")
+        assert read_log(tmp_path / "run")[-1] == ("INFO", "early words")
         console.print("late", "words")
     texts = [text for _, text in read_log(tmp_path / "run")]
     assert texts[0] == "command: gqaprune fit --model.pretrained 'my model'"

@@ -137,8 +137,11 @@ class RunSummary(Callback):
             return
         if (folder / PLAN_FILE).exists():
             step = f" at step {trainer.global_step:,}" if trainer.global_step else ""
-            reason = " ".join(str(exception).split()) or type(exception).__name__
-            self._write_page(trainer, pl_module, f"stopped{step}: {reason}")
+            is_error = isinstance(exception, Exception)  # else Ctrl-C or a signal
+            reason = (
+                f": {' '.join(str(exception).split()) or type(exception).__name__}" if is_error else " from outside"
+            )
+            self._write_page(trainer, pl_module, f"stopped{step}{reason}")
         _remove_if_empty(folder)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
