@@ -159,7 +159,8 @@ class PruningCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Go on with a run of the same settings that did not end: in its folder, from its last checkpoint."""
         super().parse_arguments(parser, args)
-        _set_verbosity(bool(self.config[self.config.subcommand].verbose))
+        own = self.config.get(self.config.get("subcommand", ""), self.config)  # Python can build all without running it
+        _set_verbosity(bool(own.verbose))
         self._folder: Path | None = None
         if self.config.get("subcommand") == "fit":
             settings, root = self.config.fit, Path(self.config.fit.trainer.default_root_dir or ".")
