@@ -21,7 +21,7 @@ from gqaprune.importance import score_units
 from gqaprune.layerwise import embed_batches, run_layer
 from gqaprune.outliers import find_outliers
 from gqaprune.plan import PruningPlan
-from gqaprune.undoing import GatedPlan, measure_loudly
+from gqaprune.undoing import GatedPlan, measure_even_broken
 
 EXPLAINS = 0.5
 """Share of the lost log-perplexity that undoing a cause has to give back to be the verdict."""
@@ -102,7 +102,7 @@ def diagnose(
         is_trained: whether the pruned model has been trained since.
     """
     found = find_not_finite(pruned, batches) or find_not_finite(dense, batches)
-    diagnosis = Diagnosis(measure_loudly(dense, batches), measure_loudly(pruned, batches))
+    diagnosis = Diagnosis(measure_even_broken(dense, batches, "dense"), measure_even_broken(pruned, batches, "pruned"))
     add = diagnosis.findings.append
     if dense.dtype == torch.float16 and made_for not in (None, torch.float16):
         name = str(made_for).removeprefix("torch.")
@@ -180,13 +180,15 @@ class _Causes:
         self.diagnosis.findings.append(Finding(cause, sentence, setting, mended, share))
 
     def _add_undone(self, cause: str, sentence: str, setting: str, gates: Gates) -> None:
-        mended = self.gated.measure(gates, self.batches)
+        mended = self.gated.measure(gates, self.batches, f"without {cause}")
         self._add(cause, sentence, setting, mended, self._explain(self.cut, mended))
 
     def _explain(self, broken: float, mended: float) -> float:
         if not self.lost or broken <= mended:
             return 0.0
-        return 1.0 if math.isinf(self.lost) else _ratio(broken, mended) / self.lost
+        if math.isinf(self.lost):  # what leaves a finite rest explains nothing beside it
+            return float(math.isinf(broken))
+        return _ratio(broken, mended) / self.lost
 
     def _try_outliers(self) -> None:
         removed = {
@@ -211,7 +213,7 @@ class _Causes:
         sentence = "other units of the same blocks would have cost less: the scores are not those of the units"
         setting = "set pruning.criterion to fisher+obs and calibrate on more text"
         self._add_undone("choice", sentence, setting, self.gated.choose_again(scores))
-        return self.gated.measure(self.gated.choose_again(scores, 0.5), self.batches)
+        return self.gated.measure(self.gated.choose_again(scores, 0.5), self.batches, "half of it")
 
     def _try_repair(self) -> None:
         pruned = self.diagnosis.pruned
@@ -234,7 +236,9 @@ class _Causes:
         self._add_undone("attention", sentence, setting, only_mlp)
 
     def _try_layers(self) -> None:
-        self.diagnosis.layers = self.gated.measure_without_each(self.batches[:_LAYER_BATCHES])
+        if math.isinf(self.cut):
+            return
+        self.diagnosis.layers = self.gated.measure_without_each(self.ids[:_LAYER_BATCHES])
         ranked = sorted(self.diagnosis.layers, key=lambda layer: self.diagnosis.layers[layer])
         few = sorted(ranked[: max(1, self.gated.plan.geometry.num_layers // 7)])
         if len(few) < len(ranked):  # else it would undo everything

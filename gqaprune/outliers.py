@@ -15,12 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.architecture import Block, BlockKey
-from gqaprune.criteria.base import Scores
+from gqaprune.criteria.activations import ActivationCriterion
+from gqaprune.criteria.base import Calibration, Scores, ScoringOptions
 from gqaprune.distributed import get_rank_and_world_size, sum_across_ranks
-from gqaprune.gates import freeze_parameters
-from gqaprune.holding import hold_each
-from gqaprune.layerwise import embed_batches, run_layer, watch_inputs
-from gqaprune.progress import track
+from gqaprune.gram import Memory
 
 Outliers = Mapping[BlockKey, Mapping[int, float]]
 """Block -> unit -> its largest output relative to the median unit's; blocks without outliers are left out."""
@@ -34,11 +32,38 @@ _TOKENS = 8192
 """Tokens that are looked at; massive activations are at the first token of every window."""
 
 
-@torch.no_grad()
+class LargestOutput(ActivationCriterion[Tensor]):
+    """A unit's largest output on any token, relative to that of its block's median unit.
+
+    A column's output is its input times the norm of its weights; a unit's is the largest of its columns'. The
+    statistics are the largest absolute inputs, `[R, C]` with each rank's own in its row.
+    """
+
+    def start(self, block: Block, memory: Memory) -> Tensor:
+        """Zeros."""
+        _, world_size = get_rank_and_world_size()
+        return torch.zeros(world_size, block.output.in_features, device=memory.device)
+
+    def add(self, statistics: Tensor, x_NC: Tensor) -> None:
+        """The larger of both."""
+        own_C = statistics[get_rank_and_world_size()[0]]
+        torch.maximum(own_C, x_NC.abs().amax(0), out=own_C)
+
+    def add_ranks(self, statistics: Tensor) -> bool:
+        """Every rank's row to every rank."""
+        statistics.copy_(sum_across_ranks({"largest": statistics})["largest"])
+        return bool(statistics.isfinite().all())
+
+    def rate(self, block: Block, statistics: Tensor) -> Tensor:
+        """Largest outputs over their median; zeros where that is 0."""
+        output_C = statistics.amax(0).double() * block.output.weight.double().norm(dim=0)
+        output_U = output_C.view(block.units, -1).amax(1)
+        median = output_U.median()
+        return output_U / median if median else torch.zeros_like(output_U)
+
+
 def find_outliers(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Outliers:
     """Find the units whose largest output on any token is `OUTLIER_RATIO` times that of their block's median unit.
-
-    A column's output is its input times the norm of its weights; a unit's is the largest of its columns'.
 
     Args:
         model: the causal LM; it is left as it was.
@@ -47,30 +72,17 @@ def find_outliers(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequ
 
     Returns:
         The same on every rank.
+
+    Raises:
+        ValueError: if an activation is not finite, with its place.
     """
-    blocks_of: dict[int, list[Block]] = {}
-    for block in blocks:
-        blocks_of.setdefault(block.key.layer, []).append(block)
-    rank, world_size = get_rank_and_world_size()
-    seen = _take_tokens(batches)
-    own = [seen[index % len(seen)] for index in range(rank, max(len(seen), world_size), world_size)]
-    found: dict[BlockKey, dict[int, float]] = {}
-    with freeze_parameters(model):
-        streams = embed_batches(model, own)
-        for layer in hold_each(model, track(range(max(blocks_of, default=-1) + 1), "outliers", "layers")):
-            own_blocks = blocks_of.get(layer, [])
-            largest = {block.key: torch.zeros_like(block.output.weight[0], dtype=torch.float32) for block in own_blocks}
-
-            def note(key: BlockKey, x_NC: Tensor, largest: dict[BlockKey, Tensor] = largest) -> None:
-                largest[key] = torch.maximum(largest[key], x_NC.abs().amax(0).float())
-
-            with watch_inputs({block.key: block.output for block in own_blocks}, note):
-                for stream in streams:
-                    stream.hidden_BTD = run_layer(model, layer, stream)
-            for block in own_blocks:
-                if outliers := _list_outliers(block, largest[block.key]):
-                    found[block.key] = outliers
-    return {block.key: found[block.key] for block in blocks if block.key in found}
+    calibration = Calibration(model, blocks, _take_tokens(batches), name="outliers")
+    ratios = LargestOutput(calibration, ScoringOptions()).score()
+    found = {
+        key: {unit: ratio for unit, ratio in enumerate(ratio_U.tolist()) if ratio >= OUTLIER_RATIO}
+        for key, ratio_U in ratios.items()
+    }
+    return {key: units for key, units in found.items() if units}
 
 
 def protect_units(scores: Scores, outliers: Outliers) -> Scores:
@@ -92,17 +104,3 @@ def _take_tokens(batches: Sequence[Tensor]) -> list[Tensor]:
         if tokens >= _TOKENS:
             break
     return taken
-
-
-def _list_outliers(block: Block, largest_C: Tensor) -> dict[int, float]:
-    """The outliers among a block's units, given the largest absolute input of each column on this rank's tokens."""
-    rank, world_size = get_rank_and_world_size()
-    largest_RC = torch.zeros(world_size, len(largest_C), dtype=torch.float64, device=largest_C.device)
-    largest_RC[rank] = largest_C
-    largest_C = sum_across_ranks({"largest": largest_RC})["largest"].amax(0)
-    output_U = (largest_C * block.output.weight.double().norm(dim=0)).view(block.units, -1).amax(1)
-    median = output_U.median()
-    if median == 0:
-        return {}
-    ratio_U = output_U / median
-    return {int(unit): float(ratio_U[unit]) for unit in (ratio_U >= OUTLIER_RATIO).nonzero().flatten()}

@@ -8,7 +8,7 @@ Axes in tensor names: B samples, T tokens, U units.
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from gqaprune.gates import Gates, apply_gates
 from gqaprune.importance import Scores
 from gqaprune.layerwise import embed_batches, record_layer_inputs, resume_at, run_layer
 from gqaprune.losses import measure_losses
+from gqaprune.perplexity import measure_perplexity
 from gqaprune.plan import PruningPlan
-from gqaprune.progress import track
+from gqaprune.sensitivity import average_over_batches
 from gqaprune.surgery import cut_block
 
 MAPPING_TOLERANCE = 1e-3
@@ -75,30 +76,37 @@ class GatedPlan:
         chosen = make_gates(self.cut, scores, removed, self.model.device)
         return {key: chosen.get(key, gate_BU) for key, gate_BU in self.gates.items()}
 
-    def measure(self, gates: Gates, batches: Sequence[Mapping[str, Tensor]]) -> float:
+    def measure(self, gates: Gates, batches: Sequence[Mapping[str, Tensor]], description: str = "cut") -> float:
         """Perplexity with gates on batches of `input_ids` and `labels`; infinite where a loss is not finite."""
         with apply_gates(self.blocks, gates):
-            return measure_loudly(self.model, batches)
+            return measure_even_broken(self.model, batches, description)
 
-    def measure_without_each(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[int, float]:
+    def measure_without_each(self, batches: Sequence[Tensor]) -> dict[int, float]:
         """Perplexity of the plan but for one layer, for each layer that it cuts, the rest of the model run once.
 
         Layers before the one that is spared are not run again.
+
+        Args:
+            batches: token ids, each `[batch, tokens]`, the same list on every rank.
+
+        Raises:
+            ValueError: if a loss is not finite, with its layer.
         """
         layers = sorted({key.layer for key in self.gates})
-        sums = dict.fromkeys(layers, 0.0)
-        tokens = 0.0
-        for batch in track(batches, "layers undone one at a time", "batches"):
-            ids_BT, labels_BT = (batch[name].to(self.model.device) for name in ("input_ids", "labels"))
+
+        def measure(batch_BT: Tensor) -> dict[int, float]:
             with apply_gates(self.blocks, self.gates):
-                inputs_BTD = record_layer_inputs(self.model, ids_BT)
+                inputs_BTD = record_layer_inputs(self.model, batch_BT)
+            found = {}
             for layer in layers:
                 others = self.restore_layers([layer])
                 with resume_at(self.model, layer, inputs_BTD[layer]), apply_gates(self.blocks, others):
-                    losses_B, tokens_B = measure_losses(self.model, ids_BT, labels_BT)
-                sums[layer] += float(losses_B.double().sum())
-            tokens += float(tokens_B.sum())
-        return {layer: _exponentiate(total / tokens) for layer, total in sums.items()}
+                    losses_B, tokens_B = measure_losses(self.model, batch_BT, batch_BT)
+                found[layer] = float(losses_B.double().sum() / tokens_B.sum())
+            return found
+
+        losses = average_over_batches(self.model, batches, layers, measure, "layers undone one at a time")
+        return {layer: math.exp(loss) for layer, loss in losses.items()}
 
     @torch.no_grad()
     def find_wrong_cuts(self, batch_BT: Tensor) -> list[int]:
@@ -139,18 +147,9 @@ class GatedPlan:
         return kept.groups if granularity == "group" else self.plan.list_queries(key.layer)
 
 
-@torch.inference_mode()
-def measure_loudly(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Perplexity on batches of `input_ids` and `labels`, by this process alone; infinite where a loss is not finite."""
-    loss, tokens = 0.0, 0.0
-    for batch in batches:
-        losses_B, tokens_B = measure_losses(
-            model, batch["input_ids"].to(model.device), batch["labels"].to(model.device)
-        )
-        loss += float(losses_B.double().sum())
-        tokens += float(tokens_B.sum())
-    return _exponentiate(loss / tokens)
-
-
-def _exponentiate(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf  # NaN compares as not below
+def measure_even_broken(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], description: str) -> float:
+    """Perplexity on batches of `input_ids` and `labels`; infinite where `measure_perplexity` finds no finite one."""
+    try:
+        return measure_perplexity(model, {"held-out text": batches}, description)["held-out text"]
+    except ValueError:
+        return math.inf

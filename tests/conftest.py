@@ -16,7 +16,7 @@ import gqaprune
 from gqaprune.processor import avoid_illegal_instructions
 from gqaprune.progress import console
 
-from tiny import VARIANTS, WHOLE_ATTENTION, WHOLE_MLP, make_model, make_tokenizer
+from tiny import VARIANTS, WHOLE_ATTENTION, WHOLE_MLP, make_model, make_tokenizer, train_model
 
 avoid_illegal_instructions()
 settings.register_profile("any machine", deadline=None)  # how long an example takes says what else the machine does
@@ -53,6 +53,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama checkpoint with tokenizer, to read only."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_model("llama", channels=32).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def learned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama checkpoint that has learned some of the embedded text, to read only."""
+    folder = tmp_path_factory.mktemp("models") / "learned"
+    torch.manual_seed(0)
+    windows = gqaprune.read_windows(make_tokenizer(), ["embedded"], 32, 64)
+    train_model(make_model(channels=32, kv_heads=4), windows).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

@@ -301,6 +301,62 @@ def test_two_processes_prune_and_recover_in_rounds(config: Path, tmp_path: Path)
     assert measured.value == pytest.approx(stages[-1]["perplexity"]["val/embedded"], rel=1e-5)
 
 
+def read_guard(logs: Path) -> dict[str, Any]:
+    return json.loads((logs / "guard.json").read_text())
+
+
+def test_the_guard_stops_two_processes_with_the_diagnosis_of_one(
+    config: Path, learned_folder: Path, tmp_path: Path
+) -> None:
+    layers = ("--pruning.attention_layers", "[0,3]", "--pruning.mlp_layers", "[0,3]", "--pruning.repair", "none")
+    hard = ("--model.pretrained", str(learned_folder), "--pruning.rate", "0.6", "--pruning.split", "free", *layers)
+    found = []
+    for name, strategy in (("one", ()), ("ddp", DDP), ("fsdp2", FSDP2)):
+        done = start(
+            tmp_path / name,
+            "prune",
+            config,
+            *hard,
+            "--guard.max_perplexity",
+            "1e9",
+            "--guard.warn_ratio",
+            "1.1",
+            "--guard.stop_ratio",
+            "1.2",
+            *strategy,
+        )
+        assert done.returncode > 0 and "PerplexityGuard: after pruning the perplexity on held-out" in done.stderr
+        found.append(read_guard(tmp_path / name / "lightning_logs/version_0"))
+        assert PruningPlan.load(tmp_path / name / "lightning_logs/version_0/plan.json").layers
+        assert not (tmp_path / name / "out").exists()
+    for other in found[1:]:
+        assert other["diagnosis"]["verdict"]["cause"] == found[0]["diagnosis"]["verdict"]["cause"]
+        assert other["perplexity"] == pytest.approx(found[0]["perplexity"], rel=1e-5)
+        assert other["diagnosis"]["layers"] == pytest.approx(found[0]["diagnosis"]["layers"], rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_the_guard_stops_training_that_breaks_the_model_on_two_processes(
+    config: Path, learned_folder: Path, tmp_path: Path, strategy: tuple[str, ...]
+) -> None:
+    breaking = (
+        "--model.pretrained",
+        str(learned_folder),
+        "--pruning.rate",
+        "0.02",
+        "--model.optimizer.init_args.lr",
+        "9",
+    )
+    done = start(tmp_path, "fit", config, *breaking, "--trainer.val_check_interval", "2", *strategy)
+    assert done.returncode > 0 and "PerplexityGuard: at step " in done.stderr
+    found = read_guard(tmp_path / "lightning_logs/version_0")
+    if strategy == DDP:
+        assert found["diagnosis"]["verdict"]["cause"] == "repair"
+    else:
+        assert "diagnosis" not in found  # a split model is not diagnosed
+    assert not (tmp_path / "out").exists()
+
+
 CHECKPOINTS = (
     "--trainer.enable_checkpointing", "true", "--trainer.max_epochs", "2", "--trainer.val_check_interval", "4",
 )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from test_module import make_data, make_trainer
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,23 +18,12 @@ from gqaprune.module import CausalLMModule
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import console
 from gqaprune.surgery import apply_plan
-from gqaprune.undoing import measure_loudly
+from gqaprune.undoing import measure_even_broken
 
-from tiny import PLAIN, make_model, make_tokenizer, train_model
+from tiny import PLAIN
 
 MILD: dict[str, Any] = {**PLAIN, "rate": 0.02}
 HARD: dict[str, Any] = {**PLAIN, "rate": 0.6, "attention_layers": (0, 3), "mlp_layers": (0, 3)}
-
-
-@pytest.fixture(scope="module")
-def learned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that has learned some of the embedded text."""
-    folder = tmp_path_factory.mktemp("models") / "learned"
-    torch.manual_seed(0)
-    windows = gqaprune.read_windows(make_tokenizer(), ["embedded"], 32, 64)
-    train_model(make_model(channels=32, kv_heads=4), windows).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def fit(folder: Path, run: Path, guard: PerplexityGuard, pruning: dict[str, Any], **settings: Any) -> TaylorPruning:
@@ -47,7 +37,7 @@ def fit(folder: Path, run: Path, guard: PerplexityGuard, pruning: dict[str, Any]
 
 def measure(model: nn.Module, folder: Path) -> float:
     assert isinstance(model, PreTrainedModel)
-    return measure_loudly(model, make_data(folder).held_out_batches())
+    return measure_even_broken(model, make_data(folder).held_out_batches(), "")
 
 
 def test_held_out_windows_are_of_the_calibration_corpora_and_not_calibrated_on(learned_folder: Path) -> None:
@@ -109,6 +99,26 @@ def test_a_warning_names_the_cause_and_lets_the_run_go_on(
 def test_training_that_breaks_the_model_is_stopped_and_blamed(learned_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"PerplexityGuard: at step \d+ .*learning rate"):
         fit(learned_folder, tmp_path, PerplexityGuard(1.5, 2.0), MILD, limit_val_batches=1, num_sanity_val_steps=0)
+    assert json.loads((tmp_path / "guard.json").read_text())["diagnosis"]["verdict"]["cause"] == "repair"
+
+
+class Wrecker(PerplexityGuard):
+    """Training that has made the model sure of everything it says."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, CausalLMModule)
+        with torch.no_grad():
+            pl_module.model.lm_head.weight.mul_(100)
+        super().on_validation_end(trainer, pl_module)
+
+
+def test_what_stops_a_run_is_diagnosed_anew_after_a_warning_of_something_else(
+    learned_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "quiet", False)
+    with pytest.raises(ValueError, match=r"PerplexityGuard: at step \d+ .*learning rate"):
+        fit(learned_folder, tmp_path, Wrecker(1.001, 100.0), {**HARD, "rate": 0.2}, limit_val_batches=1)
+    assert "attention gave too much" in " ".join(capsys.readouterr().out.split())  # what was warned of
     assert json.loads((tmp_path / "guard.json").read_text())["diagnosis"]["verdict"]["cause"] == "repair"
 
 

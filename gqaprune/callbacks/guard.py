@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
+from gqaprune.callbacks.pruning import get_parts, get_pruning, get_run_folder
 from gqaprune.datamodules import TextDataModule
 from gqaprune.diagnosis import Diagnosis, build_diagnosis_table, diagnose
 from gqaprune.holding import are_layers_apart
@@ -100,12 +100,9 @@ class PerplexityGuard(Callback):
             return
         stops = ratio >= self.stop_ratio or is_over
         module, data = get_parts(trainer, pl_module)
-        if (
-            self.diagnosis is None
-            and self.diagnoses
-            and not is_split(module.model)
-            and not are_layers_apart(module.model)
-        ):
+        is_whole = not is_split(module.model) and not are_layers_apart(module.model)
+        # What was warned of need not be what stops the run.
+        if self.diagnoses and is_whole and (self.diagnosis is None or stops):
             self.diagnosis = _diagnose(module, data, is_trained)
         found = f"; {self.diagnosis.describe()}" if self.diagnosis is not None else ""
         when = f"at step {trainer.global_step}" if is_trained else "after pruning"
@@ -148,7 +145,6 @@ def _diagnose(module: CausalLMModule, data: TextDataModule, is_trained: bool) ->
 
 def _get_report(trainer: Trainer) -> Report | None:
     """What pruning measured, on a run that pruned; None where a plan was given, or nothing is removed."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    pruning = next((callback for callback in callbacks if isinstance(callback, TaylorPruning)), None)
+    pruning = get_pruning(trainer)
     report = None if pruning is None else pruning.report
     return report if report is not None and report.stages and report.stages[0].name == "dense" else None

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -241,6 +241,12 @@ def get_parts(trainer: Trainer, pl_module: LightningModule) -> tuple[CausalLMMod
             f"{type(pl_module).__name__} and {type(data).__name__}"
         )
     return pl_module, data
+
+
+def get_pruning(trainer: Trainer) -> TaylorPruning | None:
+    """The callback of a trainer that prunes; None where there is none."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, TaylorPruning)), None)
 
 
 def get_run_folder(trainer: Trainer) -> Path:

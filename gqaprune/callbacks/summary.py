@@ -14,7 +14,7 @@ from gqaprune.architecture import read_geometry
 from gqaprune.callbacks.export import CheckpointExport
 from gqaprune.callbacks.judge import PredictionJudge
 from gqaprune.callbacks.page import write_page
-from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder, get_tensorboards
+from gqaprune.callbacks.pruning import get_parts, get_pruning, get_run_folder, get_tensorboards
 from gqaprune.card import describe_padding, write_card
 from gqaprune.checkpoint import measure_weights
 from gqaprune.figures import draw_importance, draw_plan, save_figure
@@ -205,13 +205,8 @@ def _print_paths(trainer: Trainer, folder: Path) -> None:
         console.print(f"{what:<14} {path}")
 
 
-def _get_pruning(trainer: Trainer) -> TaylorPruning | None:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, TaylorPruning)), None)
-
-
 def _get_report(trainer: Trainer) -> Report | None:
-    pruning = _get_pruning(trainer)
+    pruning = get_pruning(trainer)
     return None if pruning is None else pruning.report
 
 
@@ -248,7 +243,7 @@ def _lay_out_charts(trainer: Trainer, report: Report) -> None:
 
 def _log_scores(trainer: Trainer) -> None:
     """A histogram of every block's scores, and what layers were found to be worth."""
-    pruning = _get_pruning(trainer)
+    pruning = get_pruning(trainer)
     assert pruning is not None
     for logger in get_tensorboards(trainer):
         for key, score_U in pruning.scores.items():
