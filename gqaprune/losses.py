@@ -6,6 +6,7 @@ in float32, and their gradient and softmax as much again.
 Axes in tensor names: B samples, T tokens, D hidden width, V vocabulary.
 """
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -44,7 +45,8 @@ def count_scored(labels: Tensor) -> Tensor:
 def measure_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """What `sum_token_losses` gives of a model's logits, a piece of them at a time; without gradients.
 
-    Of a model that is split over devices, whose parts are whole only within its own forward, all logits exist at once.
+    A batch that the device's memory does not hold is halved, and its halves again. Of a model that is split over
+    devices, whose parts are whole only within its own forward, all logits exist at once, and nothing is halved.
 
     Args:
         model: the causal LM.
@@ -53,8 +55,21 @@ def measure_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) ->
     """
     if is_split(model):
         return sum_token_losses(model(input_ids=input_ids, use_cache=False).logits, labels)
-    with torch.no_grad():
-        return measure_head_losses(model, run_decoder(model, input_ids), labels)
+    try:
+        with torch.no_grad():
+            return measure_head_losses(model, run_decoder(model, input_ids), labels)
+    except torch.OutOfMemoryError:
+        if len(labels) == 1:
+            raise
+    # Not in the handler, where the traceback holds what did not fit.
+    warnings.warn(
+        f"{len(labels)} windows of {labels.shape[1]} tokens do not fit into the device's memory: they are measured in "
+        f"halves; data.eval_batch_size {(len(labels) + 1) // 2} does so from the start",
+        stacklevel=2,
+    )
+    halves = [measure_losses(model, *half) for half in zip(input_ids.chunk(2), labels.chunk(2), strict=True)]
+    sums_B, tokens_B = (torch.cat(parts) for parts in zip(*halves, strict=True))
+    return sums_B, tokens_B
 
 
 @torch.no_grad()

@@ -15,6 +15,9 @@ Batch = dict[str, Tensor]
 Batches of dataloaders also have `index`, `[batch]`: each window's place among all of its stream's.
 """
 
+BATCH_TOKENS = 4096
+"""Tokens of a batch to evaluate where no batch size is given."""
+
 _CHARACTERS_PER_READ = 1 << 20
 
 
@@ -75,8 +78,14 @@ def cut_windows(tokens: Tensor, window: int, stride: int | None = None) -> tuple
     return windows, labels
 
 
-def make_batches(windows: Tensor, labels: Tensor, batch_size: int) -> list[Batch]:
-    """Group windows into batches; the last may be smaller."""
+def choose_batch_size(window: int) -> int:
+    """Windows of so many tokens that make a batch of `BATCH_TOKENS`, at least one."""
+    return max(1, BATCH_TOKENS // window)
+
+
+def make_batches(windows: Tensor, labels: Tensor, batch_size: int | None = None) -> list[Batch]:
+    """Group windows into batches; the last may be smaller. None chooses the size by the windows' length."""
+    batch_size = batch_size or choose_batch_size(windows.shape[1])
     pairs = zip(windows.split(batch_size), labels.split(batch_size), strict=True)
     return [{"input_ids": ids, "labels": targets} for ids, targets in pairs]
 

@@ -1,6 +1,7 @@
 """Losses: per sample, in float32, and the same whatever the pieces that logits come in."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,30 @@ def test_losses_of_a_model_are_those_of_its_logits(piece: int, any_variant: str)
         expected, _ = sum_token_losses(model(tokens).logits, labels)
     torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)
     assert counts.tolist() == count_scored(labels).tolist() == [15, 7]
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_its_halves_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens, seen = make_model(), make_tokens(5), []
+    labels = tokens.clone()
+    labels[3, :9] = IGNORED
+    expected = measure_losses(model, tokens, labels)
+
+    def run(model: Any, ids_BT: Tensor) -> Tensor:
+        seen.append(len(ids_BT))
+        if len(ids_BT) > bound:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run_decoder(model, ids_BT)
+
+    monkeypatch.setattr(gqaprune.losses, "run_decoder", run)
+    bound = 2
+    with pytest.warns(UserWarning, match=r"5 windows of 16 tokens .* data\.eval_batch_size 3"):
+        sums, counts = measure_losses(model, tokens, labels)
+    assert seen == [5, 3, 2, 1, 2]
+    torch.testing.assert_close(sums, expected[0], rtol=1e-5, atol=1e-5)
+    assert counts.equal(expected[1])
+    bound = 0
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning):
+        measure_losses(model, tokens, labels)
 
 
 def test_gradients_of_a_model_are_those_of_its_logits(piece: int, any_variant: str) -> None:

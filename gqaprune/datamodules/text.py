@@ -15,7 +15,7 @@ from gqaprune.losses import IGNORED
 from gqaprune.prompts import Prompt, encode_prompt, read_prompts
 from gqaprune.report import describe_protocol
 from gqaprune.sampling import sample_from_model
-from gqaprune.windows import Batch, cut_windows, make_batches, read_windows, tokenize_corpus
+from gqaprune.windows import Batch, choose_batch_size, cut_windows, make_batches, read_windows, tokenize_corpus
 
 _DEFAULT_SPLITS = {"calibration": "train", "train": "train", "val": "validation", "test": "test"}
 
@@ -54,7 +54,8 @@ class TextDataModule(LightningDataModule):
         eval_window: tokens per evaluation window (2048 is the usual protocol, 128 LLM-Pruner's).
         eval_stride: tokens between the starts of evaluation windows; null means no overlap.
         eval_tokens: tokens to evaluate of each corpus at most, from its beginning; null evaluates all.
-        eval_batch_size: windows per evaluation batch and device.
+        eval_batch_size: windows per evaluation batch and device; null takes as many as have 4,096 tokens. A batch
+            that memory does not hold is halved.
         prompts: what `predict` continues, and what training shows samples of: a list, or a file with one per line, that
             in a `.jsonl` file is a string, an object with `prompt`, or one with `messages` (`role` and `content`).
         chat: put prompts as the user's turn into the tokenizer's chat template; null does so where it has one.
@@ -87,7 +88,7 @@ class TextDataModule(LightningDataModule):
         eval_window: int = 2048,
         eval_stride: int | None = None,
         eval_tokens: int | None = None,
-        eval_batch_size: int = 1,
+        eval_batch_size: int | None = None,
         prompts: list[str] | str = ["The capital of France is", "Once upon a time"],  # noqa: B006
         chat: bool | None = None,
         seed: int = 0,
@@ -350,8 +351,9 @@ class TextDataModule(LightningDataModule):
 
     def _evaluation_loaders(self, stream: str) -> list[DataLoader[Batch]]:
         world_size = self.trainer.world_size if self.trainer is not None else 1
+        batch_size = self.eval_batch_size or choose_batch_size(self.eval_window)
         return [
-            DataLoader(_Windows(*_fill_up(*windows, world_size)), self.eval_batch_size)
+            DataLoader(_Windows(*_fill_up(*windows, world_size)), batch_size)
             for windows in self._evaluation_windows(stream).values()
         ]
 

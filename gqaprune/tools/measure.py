@@ -185,7 +185,7 @@ def _measure(candidate: _Candidate, ids_by_corpus: Mapping[str, Tensor], measuri
     model = load_model(candidate.model, measuring.dtype, trust_remote_code=measuring.trust_remote_code)
     model = model.to(measuring.device).eval()
     evaluation = {
-        corpus: make_batches(*cut_windows(ids, measuring.eval_window, measuring.eval_stride), 1)
+        corpus: make_batches(*cut_windows(ids, measuring.eval_window, measuring.eval_stride))
         for corpus, ids in ids_by_corpus.items()
     }
     perplexity = measure_perplexity(model, evaluation, candidate.name)

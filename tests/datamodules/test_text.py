@@ -14,6 +14,7 @@ from gqaprune.datamodules import TextDataModule
 from gqaprune.loading import load_model
 from gqaprune.losses import IGNORED
 from gqaprune.sampling import sample_from_model
+from gqaprune.windows import make_batches
 
 LINES = [f"Line {number} of the book, as it was written.\n" for number in range(200)]
 
@@ -127,6 +128,13 @@ def test_evaluation_batches_hold_the_split_from_its_beginning(make_data: Any, bo
     ids = torch.cat([batch["input_ids"] for batch in batches])
     assert data.tokenizer.decode(ids.flatten()) == text[: 64 * windows]
     assert torch.equal(ids, torch.cat([batch["labels"] for batch in batches]))
+
+
+def test_batches_without_a_size_have_as_many_windows_as_make_4096_tokens(make_data: Any) -> None:
+    data = make_data(eval_batch_size=None, eval_stride=4)
+    assert [len(batch["input_ids"]) for batch in data.evaluation_batches()["val/book"]][:2] == [64, 64]
+    assert len(next(iter(data.val_dataloader()[0]))["input_ids"]) == 64
+    assert [len(batch["input_ids"]) for batch in make_batches(torch.zeros(3, 5000), torch.zeros(3, 5000))] == [1] * 3
 
 
 def test_evaluation_is_limited_to_the_first_tokens(make_data: Any) -> None:
