@@ -9,7 +9,7 @@ demo: $(READY)
 	.venv/bin/gqaprune fit --config configs/demo.yaml
 
 test: $(READY)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal # a process per core
 
 lint: $(READY)
 	.venv/bin/ruff check .

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -273,8 +274,28 @@ def _make_tool_parser(tool: Callable[..., None], prog: str | None = None) -> Pru
     return parser
 
 
+def spell_out(arguments: list[str]) -> list[str]:
+    """Arguments as parsers know them, of those that people type.
+
+    Options may have hyphens for underscores, and switches of commands without a trainer may stand alone.
+    """
+    tool = TOOLS.get(arguments[0]) if arguments else None
+    known = signature(tool).parameters.values() if tool is not None else ()
+    switches = {f"--{one.name}" for one in known if one.annotation is bool}
+    spelled = []
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        option, equals, value = argument.partition("=")
+        if option.startswith("--"):
+            option = "--" + option[2:].replace("-", "_")
+        if option in switches and not equals and following.lower() not in ("true", "false"):
+            equals, value = "=", "true"
+        spelled.append(option + equals + value)
+    return spelled
+
+
 def main() -> int:
     """Run the command line. Returns the exit code: 1 after an error that the user can mend, said in one sentence."""
+    sys.argv[1:] = spell_out(sys.argv[1:])
     avoid_illegal_instructions()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what is half-written goes
     with RunLog() as log:

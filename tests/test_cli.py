@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from transformers import AutoModelForCausalLM
 
-from gqaprune.cli import PruningCLI, check_checkpoint, main
+from gqaprune.cli import PruningCLI, check_checkpoint, main, spell_out
 from gqaprune.gates import compute_gate_gradients
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import console
@@ -38,11 +38,6 @@ from gqaprune.surgery import apply_plan
 from tiny import DATA, PLAIN, make_model, make_tokenizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
-MODEL_CONFIGS = [path for path in CONFIGS if path.parent.name == "configs"]
-GPU_CONFIGS = [path for path in CONFIGS if path.stem in ("fsdp", "deepspeed_2", "deepspeed_3")]
-ADDED_CONFIGS = [path for path in CONFIGS if path.parent.name != "configs" and path not in GPU_CONFIGS]
-
 Run = Callable[..., int]
 DENSE = "lightning_logs/unfinished/perplexity-dense.safetensors"
 """What a run has finished before it calibrates."""
@@ -535,52 +530,6 @@ def list_files() -> list[str]:
     return [str(path) for path in Path().rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("path", MODEL_CONFIGS, ids=lambda path: path.stem)
-def test_every_model_config_parses_and_instantiates(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["gqaprune"])
-    cli = PruningCLI(run=False, args=["--config", str(path), "--trainer.accelerator", "cpu"])
-    assert cli.model.pretrained and cli.datamodule.tokenizer_source == cli.model.pretrained
-
-
-@pytest.mark.parametrize("path", ADDED_CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_recovery_and_strategy_config_composes_with_a_model_config(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["gqaprune"])
-    base = next(config for config in MODEL_CONFIGS if config.stem == "llama3_8b")
-    arguments = ["--config", str(base), "--config", str(path), "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
-    cli = PruningCLI(run=False, args=arguments)
-    assert cli.model.pretrained == "meta-llama/Meta-Llama-3-8B"
-    if path.parent.name == "strategy":
-        expected = {"ddp": "DDPStrategy", "fsdp2": "ModelParallelStrategy", "single_gpu": "DDPStrategy"}[path.stem]
-        assert type(cli.trainer.strategy).__name__ == expected
-        if path.stem == "fsdp2":
-            assert cli.trainer.strategy._data_parallel_size == 2
-
-
-@pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: path.stem)
-def test_every_strategy_config_that_lightning_refuses_without_gpus_is_parsed(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["gqaprune"])
-    monkeypatch.setattr(PruningCLI, "instantiate_classes", lambda _: None)
-    monkeypatch.setattr(PruningCLI, "after_instantiate_classes", lambda _: None)
-    base = next(config for config in MODEL_CONFIGS if config.stem == "llama3_8b")
-    trainer = PruningCLI(run=False, args=["--config", str(base), "--config", str(path)]).config.trainer
-    name, settings = {
-        "fsdp": ("FSDPStrategy", {"state_dict_type": "sharded"}),
-        "deepspeed_2": ("DeepSpeedStrategy", {"stage": 2}),
-        "deepspeed_3": ("DeepSpeedStrategy", {"stage": 3}),
-    }[path.stem]
-    assert trainer.strategy.class_path.split(".")[-1] == name and trainer.precision == "bf16-true"
-    assert settings.items() <= trainer.strategy.init_args.as_dict().items()
-
-
 @pytest.mark.parametrize(
     ("reader", "writer", "sentence"),
     [
@@ -607,6 +556,24 @@ def test_training_goes_on_under_what_can_read_the_checkpoint(
     trainer: Any = SimpleNamespace(strategy=reader.__new__(reader))
     with nullcontext() if sentence is None else pytest.raises(ValueError, match=sentence):
         check_checkpoint(path, trainer)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("inspect M --write-config my-file", "inspect M --write_config my-file"),
+        ("inspect --json my-model", "inspect --json=true my-model"),
+        ("inspect M --json", "inspect M --json=true"),
+        ("compare --models a-b --json --png x-y", "compare --models a-b --json=true --png x-y"),
+        ("inspect M --json false --outliers=true", "inspect M --json false --outliers=true"),
+        ("inspect M --trust-remote-code", "inspect M --trust_remote_code=true"),
+        ("fit --data.eval-window=64 --print_config -h", "fit --data.eval_window=64 --print_config -h"),
+        ("fit --pruning.offload true", "fit --pruning.offload true"),
+        ("", ""),
+    ],
+)
+def test_options_may_be_typed_as_people_do(typed: str, meant: str) -> None:
+    assert spell_out(typed.split()) == meant.split()
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "prune", "search"])

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import gqaprune
-from gqaprune.cli import TOOLS, PruningCLI, _make_tool_parser, main
+from gqaprune.cli import TOOLS, PruningCLI, _make_tool_parser, main, spell_out
 from gqaprune.config import PruningConfig
 
 from tiny import DATA, make_tokenizer
@@ -110,7 +110,7 @@ def test_every_command_is_parsed_as_the_command_line_does(cli: PruningCLI, monke
     for command in COMMANDS:
         if command.arguments is None:
             continue
-        name, *arguments = command.arguments
+        name, *arguments = spell_out(list(command.arguments))
         parser = _make_tool_parser(TOOLS[name]) if name in TOOLS else cli._subcommand_parsers[name]
         try:
             parser.parse_args(arguments)

@@ -1,0 +1,58 @@
+"""Every file of `configs/` is understood: by itself, or added to a model's."""
+
+from pathlib import Path
+
+import pytest
+
+from gqaprune.cli import PruningCLI
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+MODEL_CONFIGS = [path for path in CONFIGS if path.parent.name == "configs"]
+GPU_CONFIGS = [path for path in CONFIGS if path.stem in ("fsdp", "deepspeed_2", "deepspeed_3")]
+ADDED_CONFIGS = [path for path in CONFIGS if path.parent.name != "configs" and path not in GPU_CONFIGS]
+
+
+@pytest.mark.parametrize("path", MODEL_CONFIGS, ids=lambda path: path.stem)
+def test_every_model_config_parses_and_instantiates(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["gqaprune"])
+    cli = PruningCLI(run=False, args=["--config", str(path), "--trainer.accelerator", "cpu"])
+    assert cli.model.pretrained and cli.datamodule.tokenizer_source == cli.model.pretrained
+
+
+@pytest.mark.parametrize("path", ADDED_CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recovery_and_strategy_config_composes_with_a_model_config(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["gqaprune"])
+    base = next(config for config in MODEL_CONFIGS if config.stem == "llama3_8b")
+    arguments = ["--config", str(base), "--config", str(path), "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    cli = PruningCLI(run=False, args=arguments)
+    assert cli.model.pretrained == "meta-llama/Meta-Llama-3-8B"
+    if path.parent.name == "strategy":
+        expected = {"ddp": "DDPStrategy", "fsdp2": "ModelParallelStrategy", "single_gpu": "DDPStrategy"}[path.stem]
+        assert type(cli.trainer.strategy).__name__ == expected
+        if path.stem == "fsdp2":
+            assert cli.trainer.strategy._data_parallel_size == 2
+
+
+@pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: path.stem)
+def test_every_strategy_config_that_lightning_refuses_without_gpus_is_parsed(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["gqaprune"])
+    monkeypatch.setattr(PruningCLI, "instantiate_classes", lambda _: None)
+    monkeypatch.setattr(PruningCLI, "after_instantiate_classes", lambda _: None)
+    base = next(config for config in MODEL_CONFIGS if config.stem == "llama3_8b")
+    trainer = PruningCLI(run=False, args=["--config", str(base), "--config", str(path)]).config.trainer
+    name, settings = {
+        "fsdp": ("FSDPStrategy", {"state_dict_type": "sharded"}),
+        "deepspeed_2": ("DeepSpeedStrategy", {"stage": 2}),
+        "deepspeed_3": ("DeepSpeedStrategy", {"stage": 3}),
+    }[path.stem]
+    assert trainer.strategy.class_path.split(".")[-1] == name and trainer.precision == "bf16-true"
+    assert settings.items() <= trainer.strategy.init_args.as_dict().items()
