@@ -301,6 +301,34 @@ def test_two_processes_prune_and_recover_in_rounds(config: Path, tmp_path: Path)
     assert measured.value == pytest.approx(stages[-1]["perplexity"]["val/embedded"], rel=1e-5)
 
 
+STOP_EARLY = {
+    "callbacks": [
+        {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": {"monitor": "ppl/embedded", **settings}}
+        for name, settings in (("EarlyStopping", {"patience": 2}), ("ModelCheckpoint", {"save_weights_only": True}))
+    ],
+    "enable_checkpointing": True,
+    "val_check_interval": 2,
+}
+
+
+@pytest.mark.parametrize("strategy", [FSDP2, FSDP1], ids=["fsdp2", "fsdp"])
+def test_training_of_split_models_stops_early_and_exports_the_best_weights(
+    config: Path, learned_folder: Path, tmp_path: Path, strategy: tuple[str, ...]
+) -> None:
+    (tmp_path / "early.yaml").write_text(yaml.safe_dump({"trainer": STOP_EARLY}))
+    worse = ("--model.optimizer.init_args.lr", "1", "--guard.max_perplexity", "1e9", "--guard.stop_ratio", "1e9")
+    model = ("--model.pretrained", str(learned_folder), "--pruning.rate", "0.02", "--data.train_tokens", "4096")
+    logs = run(tmp_path, "fit", config, "--config", str(tmp_path / "early.yaml"), *model, *worse, *strategy)
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    measured = [event.value for event in events.Scalars("ppl/embedded")]
+    assert len(measured) < 9 and min(measured) == measured[-3] < measured[-1]  # stopped after two that were no better
+    logs = run(tmp_path / "validate", "validate", config, "--model.pretrained", str(tmp_path / "out"))
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    assert events.Scalars("ppl/embedded")[0].value == pytest.approx(min(measured), rel=1e-4)
+
+
 def read_guard(logs: Path) -> dict[str, Any]:
     return json.loads((logs / "guard.json").read_text())
 

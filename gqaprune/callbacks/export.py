@@ -111,7 +111,11 @@ def _restore_best(trainer: Trainer, rounds_done: int) -> None:
     best = next((callback for callback in monitors if callback.monitor and callback.best_model_path), None)
     if best is None:
         return
-    checkpoint = trainer.strategy.load_checkpoint(best.best_model_path, weights_only=True)
+    optimizers, trainer.strategy.optimizers = trainer.strategy.optimizers, []
+    try:  # FSDP would look for their states, which a checkpoint of weights alone lacks
+        checkpoint = trainer.strategy.load_checkpoint(best.best_model_path, weights_only=True)
+    finally:
+        trainer.strategy.optimizers = optimizers
     if checkpoint.get("rounds_done", rounds_done) != rounds_done:
         console.print(f"{best.best_model_path} is of an earlier round of pruning: the last weights are kept")
         return
