@@ -338,3 +338,4 @@ def _set_verbosity(is_verbose: bool) -> None:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    warnings.filterwarnings("ignore", message=r".*self\.log\('ppl/.*sync_dist=True.*")  # summed before it is logged

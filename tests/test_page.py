@@ -16,7 +16,7 @@ from gqaprune.architecture import BlockKey
 from gqaprune.page import Page, Sample, build_page
 from gqaprune.reconstruction import BlockRepair
 from gqaprune.refinement import Refinement
-from gqaprune.report import Outlier, Report, list_rows
+from gqaprune.report import Outlier, Report, describe_request, list_rows
 
 HOSTILE = (
     '</pre><script>alert(1)</script><img src="https://evil.example/x.png" onerror=alert(1)>&amp;\x00\x1b[31m\ud800'
@@ -118,12 +118,15 @@ def test_page_holds_the_results_of_every_stage() -> None:
     for label, cells in list_rows(make_report()):
         assert [label, *cells] in reader.rows
     assert ["ppl held-out calibration text", "10.50", "12.25", "–"] in reader.rows
-    assert "perplexity: token-weighted, whole split." in reader.find("p")
+    assert {describe_request(make_report()), "perplexity: token-weighted, whole split."} <= set(reader.find("p"))
     assert any("1.17 times the dense model's 10.50" in text for text in reader.find("p"))
 
 
 def test_page_holds_plan_outliers_and_repair_by_layer_and_block() -> None:
-    rows = Reader(build_page(make_page())).rows
+    reader, report = Reader(build_page(make_page())), make_full_report()
+    rows, texts = reader.rows, reader.find("p")
+    assert make_plan().describe_ratio() in texts and f"{report.describe_repair()}." in texts
+    assert any("massive activations; they are removed last" in text for text in texts)
     assert ["4", "6 of 9", "2 of 3", "8 of 20", "67%", "40%"] in rows
     assert rows.index(["layer 2 mlp", "1,234", "2,700×"]) < rows.index(["layer 1 mlp", "7", "22×"])
     assert ["layer 0 mlp", "0.3", "12.34%", "5.67%", "5.00%", "4.32%"] in rows
@@ -142,14 +145,20 @@ def test_page_shows_samples_by_step_and_predictions_side_by_side() -> None:
     reader = Reader(build_page(make_page()))
     assert reader.find("figcaption") == ["step 0", "step 8", "dense", "pruned"]
     assert reader.find("pre")[:4] == ["a tme", "a time", "a time", "the the the"]
+    assert reader.find("h3").count("Once upon") == 2
     assert reader.find("p").count("❌ broken: repeats “the” to the end") == 2
+    noted = make_predictions() | {"note": "without the dense model"}
+    assert "without the dense model" in Reader(build_page(make_page(predictions=noted))).find("p")
 
 
 def test_page_of_a_stopped_run_has_the_verdict_and_every_cause() -> None:
     reader = Reader(build_page(make_page(guard=make_guard())))
     assert any("stopped the run" in text and "180.00, 16.4 times" in text for text in reader.find("p"))
     assert reader.find("strong") == ["too much is removed", "rate"]
+    assert any("cause undone by itself" in text for text in reader.find("h3"))
     for row in (
+        ["none (dense)", "11.00", "", "", ""],
+        ["pruned", "180.00", "", "as it is", ""],
         ["cut", "175.25", "", "the plan by gates, without repair or training", ""],
         ["repair", "150.50", "7%", "repair made it worse", "set repair to none"],
         ["rate", "12.50", "93%", "too much is removed", "lower pruning.rate"],

@@ -52,7 +52,9 @@ def test_log_has_tables_and_finished_progress_line_by_line(tmp_path: Path) -> No
     assert sum(bool(re.fullmatch(r"scores: 3 batches in \d+\.\d s", text)) for text in texts) == 1
 
 
-def test_log_has_warnings_and_messages_of_other_libraries_once(tmp_path: Path) -> None:
+def test_log_has_warnings_and_messages_of_other_libraries_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
     silent = logging.getLogger("a.library.that.keeps.its.own")
     with RunLog() as log:
         silent.propagate = False  # made after the log began to listen
@@ -62,6 +64,7 @@ def test_log_has_warnings_and_messages_of_other_libraries_once(tmp_path: Path) -
             warnings.warn("mind the gap", stacklevel=1)
         logging.getLogger("some.library").warning("it is\nlate")
         silent.warning("quiet please")
+    assert shown == ["mind the gap"]  # still where warnings go
     assert [line for line in read_log(tmp_path) if line[0] == "WARNING"] == [
         ("WARNING", "UserWarning: mind the gap"),
         ("WARNING", "it is"),
