@@ -101,10 +101,14 @@ def differentiate_losses(model: PreTrainedModel, hidden_BTD: Tensor, labels: Ten
     for piece in _cut_pieces(model, labels):
         part_BTD = hidden_BTD.detach()[:, piece].requires_grad_()
         with torch.enable_grad():
-            part_B = _sum_losses(run_head(model, part_BTD), labels[:, 1:][:, piece]) / tokens_B
-        (gradient_BTD[:, piece],) = torch.autograd.grad(part_B.sum(), [part_BTD])
-        losses_B += part_B.detach()
-    return losses_B, gradient_BTD
+            logits_BTV = run_head(model, part_BTD)
+        sums_B, slope_BTV = _differentiate_sums(logits_BTV.detach(), labels[:, 1:][:, piece])
+        (gradient_BTD[:, piece],) = torch.autograd.grad(logits_BTV, [part_BTD], slope_BTV)
+        losses_B += sums_B
+    # The head works on every position by itself: what holds for the logits of one holds for what they come from.
+    weight_BT = (labels[:, 1:] != IGNORED) / tokens_B[:, None]
+    gradient_BTD[:, :-1] *= weight_BT[..., None]
+    return losses_B / tokens_B, gradient_BTD
 
 
 def _sum_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -112,6 +116,18 @@ def _sum_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
         logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return losses.view_as(targets_BT).sum(1)
+
+
+def _differentiate_sums(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Every sample's sum of losses, and the slope of each position's loss, `IGNORED` ones' like others'.
+
+    That is the softmax less one at the target. Autograd's way there fills and reads as many numbers once more.
+    """
+    target_BT1 = targets_BT.clamp(min=0)[..., None]
+    slope_BTV = functional.log_softmax(logits_BTV, -1, dtype=torch.float32)
+    losses_BT = -slope_BTV.gather(-1, target_BT1)[..., 0]
+    slope_BTV.exp_().scatter_add_(-1, target_BT1, -torch.ones_like(losses_BT)[..., None])
+    return (losses_BT * (targets_BT != IGNORED)).sum(1), slope_BTV.to(logits_BTV.dtype)
 
 
 def _cut_pieces(model: PreTrainedModel, labels: Tensor) -> Iterator[slice]:
