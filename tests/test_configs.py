@@ -12,22 +12,20 @@ GPU_CONFIGS = [path for path in CONFIGS if path.stem in ("fsdp", "deepspeed_2", 
 ADDED_CONFIGS = [path for path in CONFIGS if path.parent.name != "configs" and path not in GPU_CONFIGS]
 
 
-@pytest.mark.parametrize("path", MODEL_CONFIGS, ids=lambda path: path.stem)
-def test_every_model_config_parses_and_instantiates(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(autouse=True)
+def _no_arguments_and_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["gqaprune"])
+
+
+@pytest.mark.parametrize("path", MODEL_CONFIGS, ids=lambda path: path.stem)
+def test_every_model_config_parses_and_instantiates(path: Path) -> None:
     cli = PruningCLI(run=False, args=["--config", str(path), "--trainer.accelerator", "cpu"])
     assert cli.model.pretrained and cli.datamodule.tokenizer_source == cli.model.pretrained
 
 
 @pytest.mark.parametrize("path", ADDED_CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_recovery_and_strategy_config_composes_with_a_model_config(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["gqaprune"])
+def test_every_recovery_and_strategy_config_composes_with_a_model_config(path: Path) -> None:
     base = next(config for config in MODEL_CONFIGS if config.stem == "llama3_8b")
     arguments = ["--config", str(base), "--config", str(path), "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
     cli = PruningCLI(run=False, args=arguments)
@@ -41,10 +39,8 @@ def test_every_recovery_and_strategy_config_composes_with_a_model_config(
 
 @pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: path.stem)
 def test_every_strategy_config_that_lightning_refuses_without_gpus_is_parsed(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["gqaprune"])
     monkeypatch.setattr(PruningCLI, "instantiate_classes", lambda _: None)
     monkeypatch.setattr(PruningCLI, "after_instantiate_classes", lambda _: None)
     base = next(config for config in MODEL_CONFIGS if config.stem == "llama3_8b")

@@ -114,8 +114,9 @@ class PerplexityGuard(Callback):
         if trainer.is_global_zero:
             self._write(trainer, module, report, {"perplexity": perplexity, "dense": dense, "stopped": stops})
         if stops:
+            folder = trainer.strategy.broadcast(str(get_run_folder(trainer)))  # other ranks number their own
             raise ValueError(
-                f"PerplexityGuard: {sentence} (it stops at {bound}){found}; the plan is in {get_run_folder(trainer)}, "
+                f"PerplexityGuard: {sentence} (it stops at {bound}){found}; the plan is in {folder}, "
                 "finished stages are kept; guard.stop_ratio and guard.max_perplexity are the bounds"
             )
         if trainer.is_global_zero:
