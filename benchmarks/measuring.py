@@ -44,6 +44,10 @@ GEOMETRIES: Mapping[str, PretrainedConfig] = {
 }
 """Shapes of models by name; `tiny` is for tests."""
 
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
+"""Environment of a process whose memory is measured: glibc then gives back at once what is freed, so that the process
+has what it uses. Else it keeps what is freed of matrices below 32 MiB, and gaps between them."""
+
 
 def make_model(config: PretrainedConfig, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """A model of random weights, made where it stays."""

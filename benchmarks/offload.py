@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from measuring import MALLOC
 from quality_report import format_table, splice
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -35,8 +36,6 @@ BEGIN, END = "<!-- offload:begin -->", "<!-- offload:end -->"
 GROUPS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
 LIMITS = ("memory.limit_in_bytes", "memory.max")
 """Where a control group's limit is, in version 1 and 2."""
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
-"""The C library keeps what is freed of matrices below 32 MiB, as all are here and few in real models; not with this."""
 MIB = 2**20
 COMMAND = [
     sys.executable, str(HERE.parent / "cli.py"), "prune", "--pruning.rate", "0.2", "--pruning.criterion", "obs",

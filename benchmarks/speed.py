@@ -4,21 +4,25 @@
     python benchmarks/speed.py --geometry llama-3-8b --device cuda # random bfloat16 weights and tokens
 
 Every line works on the same calibration tokens. Seconds are the medians of turns taken alternately in one process; peak
-memory is of a process of its own. What others do is re-created as passes: weight gradients of all samples kept
-(element-wise Taylor, as LLM-Pruner has it), and GAQ-Aware-Prune's schedule, for each layer one such pass over the whole
-model and one perplexity without that layer. Its passes are all alike, so that one of each is run and counted so often.
+memory is of a process of its own, to which the C library gives and from which it takes memory at once. What others do
+is re-created as passes: weight gradients of all samples kept (element-wise Taylor, as LLM-Pruner has it), and
+GAQ-Aware-Prune's schedule, for each layer one such pass over the whole model and one perplexity without that layer. Its
+passes are all alike, so that one of each is run and counted so often. With activations recomputed a forward of one
+window and its input of every layer are the least: the floor.
 """
 
 import argparse
 import copy
+import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from measuring import GEOMETRIES, describe_machine, make_model, make_tokens
+from measuring import GEOMETRIES, MALLOC, describe_machine, make_model, make_tokens
 from quality_report import format_table, splice
 from torch import Tensor
 from torch.nn import functional
@@ -45,6 +49,11 @@ def run_forward(model: PreTrainedModel, batches: Batches) -> None:
     """Logits, thrown away: the unit of everything here."""
     for batch in batches:
         model(input_ids=batch, use_cache=False)
+
+
+def run_forward_of_one(model: PreTrainedModel, batches: Batches) -> None:
+    """The same of the first window alone."""
+    run_forward(model, [batches[0][:1]])
 
 
 @torch.no_grad()
@@ -98,6 +107,7 @@ def make_pruning(**settings: object) -> Line:
 
 LINES: Mapping[str, Line] = {
     "forward": run_forward,
+    "forward of one window": run_forward_of_one,
     "score: fisher": make_scoring("fisher"),
     "score: fisher, activations recomputed": make_scoring("fisher", recomputes=True),
     "score: obs": make_scoring("obs"),
@@ -128,9 +138,8 @@ def prepare(options: argparse.Namespace) -> tuple[PreTrainedModel, list[Tensor]]
     return model.to(options.device).eval(), list(windows.to(options.device).split(options.batch))
 
 
-def time_lines(options: argparse.Namespace) -> dict[str, list[float]]:
+def time_lines(model: PreTrainedModel, batches: Batches, options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of every line, turn by turn."""
-    model, batches = prepare(options)
     seconds: dict[str, list[float]] = {name: [] for name in options.lines}
     run_forward(model, batches[:1])
     for turn in range(options.turns):
@@ -154,17 +163,24 @@ def measure_peak(name: str, options: argparse.Namespace) -> int:
 
 
 def measure_apart(name: str, options: argparse.Namespace) -> int:
-    """The same from another process."""
-    with get_context("spawn").Pool(1) as pool:
+    """The same from another process, which has from its start what glibc reads then."""
+    with patch.dict(os.environ, MALLOC), get_context("spawn").Pool(1) as pool:
         peak = pool.apply(measure_peak, (name, options))
     print(f"peak of {name}: {peak / 2**20:.0f} MiB", flush=True)
     return peak
 
 
 def build_table(
-    seconds: Mapping[str, Sequence[float]], peaks: Mapping[str, int], layers: int
+    seconds: Mapping[str, Sequence[float]], peaks: Mapping[str, int], layers: int, inputs: int
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: lines as measured, and what passes of them make the others' schedule."""
+    """Header and rows: lines as measured, what passes of them make the others' schedule, and the floor of memory.
+
+    Args:
+        seconds: line -> seconds of each turn.
+        peaks: line -> bytes above the weights.
+        layers: of the model.
+        inputs: bytes of every layer's input for one window.
+    """
     medians = {name: statistics.median(turns) for name, turns in seconds.items()}
     if {"forward", "element-wise Taylor, gradients kept", "perplexity, plain loop"} <= medians.keys():
         one = medians["element-wise Taylor, gradients kept"] + medians["perplexity, plain loop"]
@@ -175,6 +191,9 @@ def build_table(
         spread = f"{min(turns):.1f} to {max(turns):.1f}" if turns else "counted"
         peak = f"{peaks[name] / 2**20:,.0f}" if name in peaks else ""
         rows.append([name, f"{median:.1f}", spread, f"{median / medians['forward']:.2f}", peak])
+    if (one := "forward of one window") in peaks:
+        floor = f"{(peaks[one] + inputs) / 2**20:,.0f}"
+        rows.append([f"floor: {one}, and its input of {layers} layers", "", "counted", "", floor])
     return ["line", "seconds", "lowest to highest", "forwards", "peak MiB above the weights"], rows
 
 
@@ -193,14 +212,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console.quiet = True
     peaks = {name: measure_apart(name, options) for name in options.lines if name in WATCHED}
-    seconds = time_lines(options)
-    layers = 30 if options.geometry == "smollm2-135m" else GEOMETRIES[options.geometry].num_hidden_layers
+    model, batches = prepare(options)
+    seconds, layers = time_lines(model, batches, options), model.config.num_hidden_layers
+    inputs = layers * options.window * model.config.hidden_size * model.dtype.itemsize
     text = options.text if options.geometry == "smollm2-135m" else "random tokens"
     about = (
         f"{options.geometry}, {options.windows} windows of {options.window} tokens ({Path(text).name}), batches of "
         f"{options.batch}; medians of {options.turns} turns. {describe_machine(options.device)}."
     )
-    table = "\n".join([about, "", *format_table(*build_table(seconds, peaks, layers))])
+    table = "\n".join([about, "", *format_table(*build_table(seconds, peaks, layers, inputs))])
     print(table)
     splice(options.results, f"{BEGIN}\n\n{table}\n\n{END}", BEGIN, END, "Speed and memory of pruning")
     return 0

@@ -99,11 +99,7 @@ def differentiate_losses(model: PreTrainedModel, hidden_BTD: Tensor, labels: Ten
     losses_B = torch.zeros(len(labels), device=labels.device)
     gradient_BTD = torch.zeros_like(hidden_BTD)
     for piece in _cut_pieces(model, labels):
-        part_BTD = hidden_BTD.detach()[:, piece].requires_grad_()
-        with torch.enable_grad():
-            logits_BTV = run_head(model, part_BTD)
-        sums_B, slope_BTV = _differentiate_sums(logits_BTV.detach(), labels[:, 1:][:, piece])
-        (gradient_BTD[:, piece],) = torch.autograd.grad(logits_BTV, [part_BTD], slope_BTV)
+        sums_B, gradient_BTD[:, piece] = _differentiate_piece(model, hidden_BTD[:, piece], labels[:, 1:][:, piece])
         losses_B += sums_B
     # The head works on every position by itself: what holds for the logits of one holds for what they come from.
     weight_BT = (labels[:, 1:] != IGNORED) / tokens_B[:, None]
@@ -116,6 +112,16 @@ def _sum_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
         logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return losses.view_as(targets_BT).sum(1)
+
+
+def _differentiate_piece(model: PreTrainedModel, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of losses and the gradient of some positions; apart, so that their logits are gone before the next ones."""
+    hidden_BTD = hidden_BTD.detach().requires_grad_()
+    with torch.enable_grad():
+        logits_BTV = run_head(model, hidden_BTD)
+    sums_B, slope_BTV = _differentiate_sums(logits_BTV.detach(), targets_BT)
+    (gradient_BTD,) = torch.autograd.grad(logits_BTV, [hidden_BTD], slope_BTV)
+    return sums_B, gradient_BTD
 
 
 def _differentiate_sums(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gqaprune.distributed import sum_across_ranks
+from gqaprune.processor import has_matrix_tiles
 
 _STEP_TOKENS = 1024
 """Tokens per step of Adam, all ranks together."""
@@ -150,6 +151,7 @@ def _train(mlp: nn.Module, fit: TokenPairs, limit: float, tokens: int, options: 
     adam = torch.optim.Adam(
         [{"params": [parameters[name]], "lr": options.learning_rate * size} for name, size in sizes.items()],
         betas=(0.9, 0.95),
+        fused=True,
     )
     steps = steps_per_epoch * options.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -194,7 +196,7 @@ def _weigh(y_ND: Tensor, limit: float) -> Tensor:
 def _is_made_for_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return device.type == "cpu" and has_matrix_tiles()
 
 
 def _sum(values: dict[str, float], pairs: TokenPairs) -> dict[str, float]:

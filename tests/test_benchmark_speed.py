@@ -1,5 +1,7 @@
 """The benchmarks of speed and memory: what they measure on tiny models, and what their tables say."""
 
+import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -265,9 +267,32 @@ def test_the_others_schedule_is_one_pass_with_gradients_and_one_perplexity_for_e
         "element-wise Taylor, gradients kept": [6.0, 9.0, 7.0],
         "perplexity, plain loop": [3.0],
     }
-    _, rows = speed.build_table(seconds, {"forward": 2**20}, 30)
+    _, rows = speed.build_table(seconds, {"forward": 2**20}, 30, 0)
     assert rows[-1] == ["GAQ-Aware-Prune's schedule: 30 of both", "300.0", "counted", "150.00", ""]
     assert rows[1][1:4] == ["7.0", "6.0 to 9.0", "3.50"] and rows[0][4] == "1"
+
+
+def read_variables(name: str, options: argparse.Namespace) -> int:
+    """Runs in another process in the place of what measures there."""
+    (value,) = {int(os.environ[name]) for name in measuring.MALLOC}
+    return value
+
+
+def test_the_floor_of_memory_is_a_forward_of_one_window_and_every_layers_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "measure_apart", lambda name, options: 2**20)
+    lines = ["forward", "forward of one window"]
+    arguments = ["--geometry", "tiny", "--windows", "2", "--window", "2048", "--turns", "1", "--lines", *lines]
+    assert speed.main([*arguments, "--results", str(tmp_path / "R.md")]) == 0
+    (floor,) = [line for line in (tmp_path / "R.md").read_text().splitlines() if line.startswith("| floor")]
+    assert floor.split("|")[-2].strip() == "3"  # 1 MiB and 8 layers of 2,048 tokens of 64 numbers of 2 bytes
+
+
+def test_peaks_are_those_of_a_process_that_gives_back_what_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "measure_peak", read_variables)
+    assert speed.measure_apart("forward", argparse.Namespace()) == 2**16
+    assert not measuring.MALLOC.keys() & os.environ.keys()
 
 
 def test_lines_leave_the_model_as_it_was_but_for_those_that_cut() -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from gqaprune.processor import SETTING, avoid_illegal_instructions
+from gqaprune.processor import SETTING, avoid_illegal_instructions, has_matrix_tiles
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +48,17 @@ def test_bfloat16_products_end_after_it_wherever_this_runs() -> None:
     environment = {name: value for name, value in os.environ.items() if name != SETTING}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and float(done.stdout) == 16 * 64 * 32
+
+
+@pytest.mark.parametrize(
+    ("allowed", "tiles"),
+    [(None, True), ("", True), ("default", True), ("AVX512_CORE_AMX", True), ("AVX512_CORE_FP16", False)],
+)
+def test_tiles_count_where_they_are_announced_and_allowed(
+    allowed: str | None, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if allowed is not None:
+        monkeypatch.setenv(SETTING, allowed)
+    assert has_matrix_tiles() is tiles
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert not has_matrix_tiles()
