@@ -63,9 +63,10 @@ def make_tokens(config: PretrainedConfig, windows: int, length: int) -> Tensor:
 
 
 def read_memory() -> dict[str, int]:
-    """Bytes of this process that are in memory now: its own (`RssAnon`), and pages of mapped files (`RssFile`)."""
+    """Bytes of this process in memory now: its own (`RssAnon`), pages of mapped files (`RssFile`), all (`Rss`)."""
     lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Rss")]
-    return {name.rstrip(":"): int(size) * 1024 for name, size, _ in lines}
+    kinds = {name.rstrip(":"): int(size) * 1024 for name, size, _ in lines}
+    return kinds | {"Rss": sum(kinds.values())}
 
 
 @contextmanager

@@ -60,3 +60,14 @@ def test_few_samples_are_held_at_a_time_and_score_as_together(
     assert seen == passes
     for key, score in together.items():
         torch.testing.assert_close(apart[key], score)
+
+
+def test_a_model_that_recomputes_its_activations_gets_one_sample_at_a_time() -> None:
+    model, batch, seen = make_model("llama"), make_tokens(3), []
+    together = score_units(model, find_blocks(model), [batch], "fisher")
+    model.model.layers[-1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    model.activation_checkpointing_enable()
+    apart = score_units(model, find_blocks(model), [batch], "fisher")
+    assert set(seen) == {1}
+    for key, score in together.items():
+        torch.testing.assert_close(apart[key], score)

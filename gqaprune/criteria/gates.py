@@ -49,7 +49,7 @@ class GateCriterion(BackwardCriterion):
         calibration, (own, world_size) = self.calibration, get_rank_and_world_size()
         batches = calibration.batches
         counts = [
-            sum(len(_cut_passes(batches[index])) for index in calibration.list_batches(rank, world_size))
+            sum(len(self._cut_passes(batches[index])) for index in calibration.list_batches(rank, world_size))
             for rank in range(world_size)
         ]
         any_BT = batches[0][:1].to(calibration.device)
@@ -59,13 +59,23 @@ class GateCriterion(BackwardCriterion):
     def add(self, input_ids: Tensor, ends_window: bool) -> Tensor:
         """Take the gate gradients of one micro-batch, a few of its samples at a time."""
         losses = []
-        for pass_BT in _cut_passes(input_ids):
+        for pass_BT in self._cut_passes(input_ids):
             gradients_BU, losses_B = compute_gate_gradients(self.calibration.model, self.calibration.blocks, pass_BT)
             self.add_gradients(gradients_BU)
             losses.append(losses_B)
         if ends_window:
             self.end_window()
         return torch.cat(losses)
+
+    def _cut_passes(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """A micro-batch, `[batch, tokens]`, in pieces that are passed through the model one by one.
+
+        Of a model that recomputes its activations, which spares memory at the price of time, every sample by itself.
+        """
+        recomputes = self.calibration.model.is_gradient_checkpointing
+        samples = 1 if recomputes else max(1, _PASS_TOKENS // input_ids.shape[1])
+        passes: tuple[Tensor, ...] = input_ids.split(samples)
+        return passes
 
 
 class GateFisher(GateCriterion):
@@ -103,9 +113,3 @@ class GateTaylor(GateCriterion):
         for key, window_U in self.window_U.items():
             self.sums[key] += window_U.abs()
             window_U.zero_()
-
-
-def _cut_passes(input_ids: Tensor) -> tuple[Tensor, ...]:
-    """A micro-batch, `[batch, tokens]`, in pieces that are passed through the model one by one."""
-    passes: tuple[Tensor, ...] = input_ids.split(max(1, _PASS_TOKENS // input_ids.shape[1]))
-    return passes

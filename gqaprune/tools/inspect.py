@@ -81,6 +81,7 @@ def inspect(
     devices: int = 8,
     tokens: int = 2048,
     calibration_tokens: int = 65536,
+    gradient_checkpointing: bool = False,
     outliers: bool = False,
     write_config: str | None = None,
     json: bool = False,
@@ -97,6 +98,7 @@ def inspect(
         devices: that DDP and FSDP spread over.
         tokens: of a micro-batch, all windows together, in training and in calibration.
         calibration_tokens: of all calibration windows together.
+        gradient_checkpointing: memory with `model.gradient_checkpointing`.
         outliers: load the weights and look for units that carry massive activations, on the embedded text.
         write_config: file to write a configuration to, that is right for this model to begin with.
         json: print one JSON object instead of tables.
@@ -115,7 +117,7 @@ def inspect(
     kind = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else DTYPES[dtype]
     assert isinstance(kind, torch.dtype)
     type_name = str(kind).removeprefix("torch.")
-    bytes_needed = estimate_memory(sizes, kind.itemsize, devices, tokens, calibration_tokens)
+    bytes_needed = estimate_memory(sizes, kind.itemsize, devices, tokens, calibration_tokens, gradient_checkpointing)
     weights = {name: sizes.parameters * of.itemsize for name, of in DTYPES.items() if isinstance(of, torch.dtype)}
     cache = geometry.kv_cache_bytes_per_token(kind.itemsize)
     reach = measure_reach(build_without_weights(config, trust_remote_code))
@@ -132,7 +134,8 @@ def inspect(
     if json:
         memory = {work: {place: n and n / GIB for place, n in row.items()} for work, row in bytes_needed.items()}
         facts = {"model": model, "dtype": type_name, "devices": devices, "tokens": tokens}
-        facts |= {"calibration_tokens": calibration_tokens, **asdict(sizes), "kv_cache_bytes_per_token": cache}
+        facts |= {"calibration_tokens": calibration_tokens, "gradient_checkpointing": gradient_checkpointing}
+        facts |= {**asdict(sizes), "kv_cache_bytes_per_token": cache}
         facts |= {"reach": [asdict(one) for one in reach], "risks": risks, "weight_bytes": weights}
         facts |= {"layer_checks": [asdict(check) for check in checks], "memory_gib": memory}
         print(json_format.dumps(facts, indent=1))
@@ -147,6 +150,7 @@ def inspect(
     for risk in risks:
         console.print(f"[yellow]risk[/]: {escape(risk)}")
     caption = f"{tokens:,} tokens a micro-batch, {calibration_tokens:,} of calibration, weights in {type_name}"
+    caption += ", activations recomputed" if gradient_checkpointing else ""
     console.print(build_memory_table(bytes_needed, devices, caption))
     if write_config is not None:
         console.print(f"configuration  {write_config}", markup=False)
@@ -192,7 +196,12 @@ def read_sizes(config: PretrainedConfig, trust_remote_code: bool = False) -> Mod
 
 
 def estimate_memory(
-    sizes: ModelSizes, itemsize: int, devices: int, tokens: int, calibration_tokens: int
+    sizes: ModelSizes,
+    itemsize: int,
+    devices: int,
+    tokens: int,
+    calibration_tokens: int,
+    gradient_checkpointing: bool = False,
 ) -> dict[str, dict[str, float | None]]:
     """Bytes per device that each work needs in each place of `PLACES`; None where it is not done.
 
@@ -200,32 +209,36 @@ def estimate_memory(
     projections and channels of the largest MLP, `A` those of the adapters, `H` the hidden size, `V` the vocabulary, `t`
     tokens of a micro-batch, `c` of calibration, over `N` devices:
 
-    - activations `a = t · (Σ over layers of b · (4H + 4·query + 4·KV width + 4·channels) + 8H)`: what one backward pass
+    - activations `a = t · Σ over layers of (b · (4H + 2·query + 2·KV width + 4·channels) + 8H)`: what one backward pass
       keeps; logits `l = (2b + 8) · V` a token, with their gradients in the weights' type and in float32
-    - scoring `b·P + a + l · min(t, 2²⁴ / V) + min(W, 24 · C²)`: it never has more logits than that at once, nor more
-      activations than 1,024 tokens or one window have: less where a micro-batch is several windows; `W` bytes are the
-      most that Gram matrices and the work on them take on the device, `WORKSPACE`
-    - repair `b · (P + D) + 2 · b · H · c/n + H · (b + 4) · c/n + (20 + b) · M + min(W, 40 · C · (C + H))`, `n` being
-      `N`, or 1 on one device: two streams of hidden states, the tokens of one MLP, its float32 copies and optimizer,
-      second moments with their factor
+    - scoring `b·P + max(s + 8V · min(t, 2²⁴ / V), b · H · c/n + s / layers + min(W, 24 · C²))`. Backward passes keep
+      `s`, which is `a` without the inputs of projections, whose weights have no gradient, `b · 4H` a layer and token:
+      of 1,024 tokens or one window at most, less where a micro-batch is several windows. Forward passes keep the
+      hidden states of all windows; `n` is `N`, or 1 on one device; `W` bytes, `WORKSPACE`, are the most that Gram
+      matrices and the work on them take on the device
+    - repair `b · (P + D) + 2 · b · H · c/n + H · (b + 4) · c/n + (20 + b) · M + min(W, 40 · C · (C + H))`: two streams
+      of hidden states, the tokens of one MLP, its float32 copies and optimizer, second moments with their factor
     - recovery: full `4b·P + a + l·t` (weights, gradients, two moments of AdamW), LoRA `b·P + 16·A + a + l·t`,
       distillation full, `b·P` of the teacher and `t · V · b` of its logits
     - DDP adds a copy of the gradients, `b·P` or `4·A`
     - FSDP divides all but activations and logits by `N` and gathers `b · (3D + 2E)` at a time, twice with a teacher;
       scoring and repair come before it and need what they need under DDP
-    - sharded pruning keeps `b · ((P − E)/N + 2D + E)` instead of `b·P`; a backward pass of its scoring keeps the hidden
-      states between layers and one layer's activations, `b · H · t · layers + a / layers`, instead of `a`, and forward
-      passes alone those of all windows, `b · H · c/N`; recovery is FSDP's
-    - offload keeps two layers and what lies outside the decoder, `b · (2D + E)`, instead of `b·P`; its scoring has no
-      backward pass, and keeps the hidden states of all windows, `b · H · c`, instead of `a` and `l`; no recovery
+    - gradient checkpointing keeps the hidden states between layers and one layer's activations, `b · H · t · layers +
+      a / layers`, instead of `a`, and alike for `s`
+    - sharded pruning keeps `b · ((P − E)/N + 2D + E)` instead of `b·P`, and what gradient checkpointing keeps; recovery
+      is FSDP's
+    - offload keeps two layers and what lies outside the decoder, `b · (2D + E)`, instead of `b·P`, and makes no
+      backward passes; no recovery
     """
     b, t, h = itemsize, tokens, sizes.hidden_size
     weights, layer = b * sizes.parameters, b * sizes.layer_parameters
     outside = weights - b * sizes.decoder_parameters
     heads = sizes.head_dim * (sizes.query_heads + sizes.kv_heads)
-    kept = b * 4 * (sizes.layers * h + heads + sizes.channels) + sizes.layers * 8 * h
-    activations, logit = t * kept, 2 * b + 8
-    trained = activations + t * sizes.vocabulary * logit
+    scored = t * (b * (2 * heads + 4 * sizes.channels) + sizes.layers * 8 * h)
+    trained = scored + t * sizes.layers * b * 4 * h
+    recomputed = [b * h * t * sizes.layers + activations / sizes.layers for activations in (scored, trained)]
+    scoring_keeps, recovery_keeps = recomputed if gradient_checkpointing else (scored, trained)
+    recovery_keeps += t * sizes.vocabulary * (2 * b + 8)
     channels = sizes.channel_range[1]
     gram = min(WORKSPACE, 24 * channels**2)
 
@@ -234,19 +247,21 @@ def estimate_memory(
         moments = min(WORKSPACE, 40 * channels * (channels + h))
         return layer + own * h * (3 * b + 4) + (20 + b) * sizes.mlp_parameters + moments
 
-    score = activations + min(t * sizes.vocabulary, PIECE_LOGITS) * logit + gram
+    logits = 8 * min(t * sizes.vocabulary, PIECE_LOGITS)
+
+    def score(share: float, kept: float | None = scoring_keeps) -> float:
+        forward = b * h * calibration_tokens * share + scored / sizes.layers + gram
+        return forward if kept is None else max(kept + logits, forward)
+
     resident = 2 * layer + outside
     split = resident + (weights - outside) / devices
-    score_split = (
-        score - activations + activations / sizes.layers + b * h * (t * sizes.layers + calibration_tokens / devices)
-    )
     needed: dict[str, dict[str, float | None]] = {
         "scoring": {
-            "one device": weights + score,
-            "ddp": weights + score,
-            "fsdp": weights + score,
-            "sharded": split + score_split,
-            "offload": resident + b * h * calibration_tokens + gram,
+            "one device": weights + score(1),
+            "ddp": weights + score(1 / devices),
+            "fsdp": weights + score(1 / devices),
+            "sharded": split + score(1 / devices, kept=recomputed[0]),
+            "offload": resident + score(1, kept=None),
         },
         "repair": {
             "one device": weights + repair(1),
@@ -262,11 +277,11 @@ def estimate_memory(
         "lora": (weights + 16 * sizes.adapter_parameters, 4 * sizes.adapter_parameters, 1, 0),
         "distill": (5 * weights, weights, 2, t * sizes.vocabulary * b),
     }
-    for mode, (state, copied, models, logits) in recoveries.items():
-        fsdp = state / devices + models * (3 * layer + 2 * outside) + trained + logits
+    for mode, (state, copied, models, taught) in recoveries.items():
+        fsdp = state / devices + models * (3 * layer + 2 * outside) + recovery_keeps + taught
         needed[f"recovery, {mode}"] = {
-            "one device": state + trained + logits,
-            "ddp": state + copied + trained + logits,
+            "one device": state + recovery_keeps + taught,
+            "ddp": state + copied + recovery_keeps + taught,
             "fsdp": fsdp,
             "sharded": fsdp,
             "offload": None,

@@ -19,6 +19,8 @@ from gqaprune.tools.inspect import GIB, ModelSizes, estimate_memory, inspect, re
 
 from tiny import make_model
 
+MODES = ("full", "lora", "distill")
+
 
 def read(model: Path | str, capsys: pytest.CaptureFixture[str], **settings: object) -> dict[str, object]:
     capsys.readouterr()
@@ -81,8 +83,8 @@ def test_memory_of_full_recovery_is_weights_gradients_moments_and_activations() 
 
 
 def test_fsdp_needs_less_on_more_devices_and_ddp_shares_calibration_out() -> None:
-    few, many = (estimate_memory(make_sizes(), 2, devices, 16, 4096) for devices in (2, 8))
-    for mode in ("full", "lora", "distill"):
+    few, many = (estimate_memory(make_sizes(), 2, devices, 16, 1024) for devices in (2, 8))
+    for mode in MODES:
         row = f"recovery, {mode}"
         assert many[row]["fsdp"] < few[row]["fsdp"] and many[row]["ddp"] == few[row]["ddp"]  # type: ignore[operator]
     assert many["repair"]["ddp"] < few["repair"]["ddp"] < few["repair"]["one device"]  # type: ignore[operator]
@@ -111,6 +113,20 @@ def test_sharded_pruning_needs_a_share_of_the_layers_two_whole_ones_and_what_is_
     assert whole["one device"] - split["sharded"] == pytest.approx(saved)
 
 
+def test_recomputed_activations_are_one_layers_and_the_hidden_states_between_layers() -> None:
+    sizes = replace(make_sizes(), channel_range=(1, 1))  # so small Gram matrices that backward passes need most
+    whole, recomputed = (estimate_memory(sizes, 4, 2, 16, 0, recomputes) for recomputes in (False, True))
+    heads = sizes.head_dim * (sizes.query_heads + sizes.kv_heads)
+    scored = 16 * (4 * (2 * heads + 4 * sizes.channels) + 8 * 24 * sizes.layers)
+    trained = scored + 16 * 4 * 4 * 24 * sizes.layers
+    for work, activations in (("scoring", scored), *((f"recovery, {mode}", trained) for mode in MODES)):
+        saved = activations * (1 - 1 / sizes.layers) - 16 * 4 * 24 * sizes.layers
+        for place in ("one device", "ddp", "fsdp"):
+            assert (whole[work][place] or 0) - (recomputed[work][place] or 0) == pytest.approx(saved), (work, place)
+    assert whole["scoring"]["sharded"] == recomputed["scoring"]["sharded"]
+    assert whole["repair"] == recomputed["repair"]
+
+
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr("sys.argv", ["gqaprune", "inspect", *arguments])
     return main()
@@ -123,10 +139,17 @@ def test_command_prints_tables_and_the_same_as_json(
     shown = capsys.readouterr().out
     assert "KV-cache bytes/token" in shown and "fsdp, 4" in shown and "recovery, distill" in shown
     found = read(tiny_folder, capsys, devices=4)
+    assert "recomputed" not in shown
     memory = found["memory_gib"]
     assert isinstance(memory, dict)
     sizes = estimate_memory(read_sizes(make_model(channels=32).config), 4, 4, 2048, 65536)
     assert memory["repair"]["ddp"] == pytest.approx(sizes["repair"]["ddp"] / GIB)  # type: ignore[operator]
+    assert run_main(monkeypatch, str(tiny_folder), "--gradient_checkpointing", "true") == 0
+    assert "activations recomputed" in capsys.readouterr().out
+    memory = read(tiny_folder, capsys, devices=4, gradient_checkpointing=True)["memory_gib"]
+    assert isinstance(memory, dict)
+    sizes = estimate_memory(read_sizes(make_model(channels=32).config), 4, 4, 2048, 65536, True)
+    assert memory["scoring"]["ddp"] == pytest.approx(sizes["scoring"]["ddp"] / GIB)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
@@ -144,11 +167,10 @@ def test_what_cannot_be_inspected_gets_a_sentence(
     assert sentence in capsys.readouterr().err
 
 
-def test_scoring_needs_no_more_logits_for_longer_windows_and_no_activations_with_layers_on_disk() -> None:
+def test_scoring_needs_no_more_logits_for_longer_windows_and_one_layers_activations_with_layers_on_disk() -> None:
     sizes = make_sizes()
-    logit = (2 * 4 + 8) * sizes.vocabulary
     few = PIECE_LOGITS // sizes.vocabulary
     short, long, longer = (estimate_memory(sizes, 4, 2, few * n, 100)["scoring"] for n in (1, 2, 3))
     a, b, c = (each["one device"] or 0 for each in (short, long, longer))
-    assert b - a == pytest.approx(c - b, rel=1e-4) and a - (b - a) > 0.99 * logit * few
-    assert short["offload"] == long["offload"]
+    assert b - a == pytest.approx(c - b, rel=1e-4) and a - (b - a) > 0.99 * 8 * PIECE_LOGITS
+    assert (long["offload"] or 0) - (short["offload"] or 0) == pytest.approx((b - a) / sizes.layers, rel=1e-4)
