@@ -8,6 +8,7 @@ Two processes talk by gloo, without a GPU; the table has the larger of both.
 """
 
 import argparse
+import copy
 import os
 import socket
 import sys
@@ -81,10 +82,10 @@ def join_group(rank: int, port: int, place: str) -> Iterator[None]:
 
 
 def load(folder: str, place: str) -> PreTrainedModel:
-    """The model, whole or split."""
+    """The model, whole or split. Whole weights are the file, mapped: copies of them are the process's own."""
     if place == "sharded":
         return load_sharded_model(folder, init_device_mesh("cpu", (DEVICES,)))
-    return load_model(folder)
+    return copy.deepcopy(load_model(folder))
 
 
 def do(work: str, place: str, folder: str, options: argparse.Namespace) -> None:
@@ -120,7 +121,8 @@ def measure_here(rank: int, port: int, work: str, place: str, folder: str, optio
     with join_group(rank, port, place):
         with watch_memory() as growth:
             do(work, place, folder, options)
-        return growth["Rss"]
+        # Training leaves the mapped pages or writes into them; repair puts other weights beside them.
+        return growth["Rss" if work.startswith("recovery") else "RssAnon"]
 
 
 def measure(work: str, place: str, folder: str, options: argparse.Namespace) -> int:

@@ -137,7 +137,10 @@ def _differentiate_sums(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor,
 
 
 def _cut_pieces(model: PreTrainedModel, labels: Tensor) -> Iterator[slice]:
-    """Runs of positions that predict a token, so short that their logits are few."""
+    """Runs of positions that predict a token, so short that their logits are few.
+
+    At most half of the window, so that logits and their slope together are no more than a plain forward pass has.
+    """
     batch, last = len(labels), labels.shape[1] - 1
-    size = max(1, PIECE_LOGITS // (batch * model.config.vocab_size))
+    size = max(1, min(PIECE_LOGITS // (batch * model.config.vocab_size), (last + 1) // 2))
     return (slice(start, min(start + size, last)) for start in range(0, last, size))

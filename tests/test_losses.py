@@ -113,7 +113,7 @@ def test_no_more_logits_than_a_piece_has_are_there_at_once(piece: int) -> None:
     measure_losses(model, tokens, tokens)
     with freeze_parameters(model):
         differentiate_losses(model, run_decoder(model, tokens), tokens)
-    assert max(seen) <= piece and sum(seen) == 2 * 15
+    assert max(seen) <= min(piece, 8) and sum(seen) == 2 * 15  # nor ever more than half of a window's
 
 
 def test_losses_of_a_split_model_are_those_of_the_whole_one() -> None:
