@@ -49,7 +49,7 @@ DEVICES = 2
 def list_cells() -> list[tuple[str, str]]:
     """Works and places that differ from each other."""
     cells = [(work, place) for work in WORKS for place in PLACES]
-    return [(work, place) for work, place in cells if place != ("sharded" if work[:8] == "recovery" else "fsdp")]
+    return [(work, place) for work, place in cells if place != ("sharded" if work.startswith("recovery") else "fsdp")]
 
 
 def make_shape(options: argparse.Namespace) -> LlamaConfig:
