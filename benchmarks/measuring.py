@@ -7,7 +7,10 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from peers import read_versions
@@ -60,6 +63,13 @@ def make_model(config: PretrainedConfig, dtype: torch.dtype, device: str) -> Pre
 def make_tokens(config: PretrainedConfig, windows: int, length: int) -> Tensor:
     """Random token ids `[windows, length]`, the same every time."""
     return torch.randint(config.vocab_size, (windows, length), generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def start_processes(count: int) -> Iterator[Pool]:
+    """Processes whose memory is to be measured: they have from their start what glibc reads then."""
+    with patch.dict(os.environ, MALLOC), get_context("spawn").Pool(count) as pool:
+        yield pool
 
 
 def read_memory() -> dict[str, int]:

@@ -15,16 +15,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from measuring import MALLOC, make_model, make_tokens, watch_memory
+from measuring import make_model, make_tokens, start_processes, watch_memory
 from quality_report import format_table, splice
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
@@ -131,7 +129,7 @@ def measure(work: str, place: str, folder: str, options: argparse.Namespace) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with patch.dict(os.environ, MALLOC), get_context("spawn").Pool(count) as pool:
+    with start_processes(count) as pool:
         jobs = [pool.apply_async(measure_here, (rank, port, work, place, folder, options)) for rank in range(count)]
         return max(job.get() for job in jobs)
 

@@ -51,7 +51,7 @@ SWEEP_RATES = {
 RATES = {"full": 1e-4, "distill": 1e-4, "lora": 5e-4, "lora+distill": 1e-3}
 """Learning rates, as the sweep has them; of those within 0.0003 of the lowest, the smaller."""
 
-OWN_SETTINGS = {"start", "text", "rate", "tokens", "sweep", "dtype"}
+OWN_SETTINGS = {"start", "text", "rate", "tokens", "sweep", "dtype", "trains_teacher"}
 """Settings of a row that are not fields of `RecoveryConfig`."""
 
 Row = dict[str, Any]
@@ -64,6 +64,7 @@ def list_rows() -> dict[str, dict[str, Any]]:
         **{mode: {"mode": mode} for mode in RATES},
         "full, bfloat16 weights": {"mode": "full", "dtype": "bfloat16"},
         "full, two rounds": {"mode": "full", "start": "dense", "rounds": 2},
+        "distill, trained teacher": {"mode": "distill", "trains_teacher": True},
         **{f"{mode}, sampled text": {"mode": mode, "text": "sampled"} for mode in RATES},
         "full, two rounds, sampled text": {"mode": "full", "start": "dense", "rounds": 2, "text": "sampled"},
     }
@@ -163,6 +164,7 @@ def run_or_skip(name: str, options: argparse.Namespace, tests: Mapping[str, Any]
         "train": options.train,
         "tests": tests,
         "points": choose_points(name, row),
+        "teacher_rate": RATES["full"],
         "work": str(options.work),
         "pruning": make_spec("default", 0.2, options.model, options.train, tests),
     }

@@ -8,7 +8,8 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from peers import read_peak_rss
 from quality_row import name_calibration, prune_by_own, read_calibration, read_test
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gqaprune
 from gqaprune.callbacks import TaylorPruning
@@ -48,22 +49,15 @@ def run_row(spec: Mapping[str, Any]) -> Result:
             "embedded": {"corpus": "embedded", "split": "validation"},
         }
         tests = {name: read_test(tokenizer, test, spec["protocol"]) for name, test in own.items()}
-    starts_pruned = row.get("start") != "dense"
-    start = prepare_pruned(spec) if starts_pruned else spec["model"]
+    start = spec["model"] if row.get("start") == "dense" else prepare_pruned(spec)
+    teacher = prepare_teacher(spec, train, tokenizer) if row.get("trains_teacher") else spec["model"]
     dtype, fields = row.get("dtype", "float32"), {field.name for field in dataclasses.fields(RecoveryConfig)}
     recovery = {name: value for name, value in row.items() if name in fields}
     module = CausalLMModule(
         str(start),
         dtype=dtype,
-        recovery=RecoveryConfig(**recovery, teacher=spec["model"], teacher_dtype="float32"),
-        # Adapters are a change: decaying it would be another thing than decaying weights.
-        optimizer=lambda groups: torch.optim.AdamW(
-            groups,
-            row["rate"],
-            (0.9, 0.95),
-            weight_decay=0.0 if "lora" in row["mode"] else training["weight_decay"],
-            fused=True,
-        ),
+        recovery=RecoveryConfig(**recovery, teacher=str(teacher), teacher_dtype="float32"),
+        optimizer=make_optimizer(row["rate"], row["mode"], training),
     )
     data = make_data(spec, train, dense if row.get("text") == "sampled" else None)
     points = Points(spec["points"], training, tests)
@@ -71,17 +65,7 @@ def run_row(spec: Mapping[str, Any]) -> Result:
     if row.get("rounds", 1) > 1:
         callbacks.append(make_pruning(spec))
     torch.manual_seed(training["seed"])
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        precision=training["precision"] if dtype == "float32" else "bf16-true",
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=callbacks,
-    )
+    trainer = make_trainer(training["precision"] if dtype == "float32" else "bf16-true", callbacks)
     trainer.fit(module, datamodule=data)
     return {
         "points": points.measured,
@@ -135,6 +119,27 @@ class Points(Callback):
         self.measured.append({"point": point, "tokens": tokens, "seconds": self.seconds, "perplexity": perplexity})
 
 
+def make_optimizer(rate: float, mode: str, training: Mapping[str, Any]) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW at a peak rate; adapters do not decay, for they are a change and not weights."""
+    decay = 0.0 if "lora" in mode else training["weight_decay"]
+    return partial(torch.optim.AdamW, lr=rate, betas=(0.9, 0.95), weight_decay=decay, fused=True)
+
+
+def make_trainer(precision: Any, callbacks: list[Callback]) -> Trainer:
+    """A Trainer of one pass on a CPU that keeps nothing."""
+    return Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        precision=precision,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=callbacks,
+    )
+
+
 def make_data(spec: Mapping[str, Any], train: Path, writer: PreTrainedModel | None) -> TextDataModule:
     """So many tokens of a text, or of what the dense model writes if there is one to write."""
     training = spec["training"]
@@ -168,6 +173,26 @@ def prepare_pruned(spec: Mapping[str, Any]) -> Path:
         windows = read_calibration(model, spec["model"], spec["pruning"]["calibration"])
         prune_by_own(model, windows, spec["pruning"])
         gqaprune.save(model, tokenizer, folder)
+    return folder
+
+
+def prepare_teacher(spec: Mapping[str, Any], train: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """The folder of the dense model trained on the row's text as the row `dense` is; trained on the first call.
+
+    Teaching by a model that knows the text itself: Minitron's teacher correction (arXiv 2408.11796).
+    """
+    training = spec["training"]
+    folder = Path(spec["work"]) / f"dense, {training['tokens']} tokens of {train.stem}"
+    if not folder.exists():
+        module = CausalLMModule(
+            spec["model"],
+            dtype="float32",
+            recovery=RecoveryConfig(mode="full"),
+            optimizer=make_optimizer(spec["teacher_rate"], "full", training),
+        )
+        torch.manual_seed(training["seed"])
+        make_trainer(training["precision"], []).fit(module, datamodule=make_data(spec, train, None))
+        gqaprune.save(module.model, tokenizer, folder)
     return folder
 
 

@@ -13,16 +13,13 @@ window and its input of every layer are the least: the floor.
 
 import argparse
 import copy
-import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import get_context
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
-from measuring import GEOMETRIES, MALLOC, describe_machine, make_model, make_tokens
+from measuring import GEOMETRIES, describe_machine, make_model, make_tokens, start_processes
 from quality_report import format_table, splice
 from torch import Tensor
 from torch.nn import functional
@@ -163,8 +160,8 @@ def measure_peak(name: str, options: argparse.Namespace) -> int:
 
 
 def measure_apart(name: str, options: argparse.Namespace) -> int:
-    """The same from another process, which has from its start what glibc reads then."""
-    with patch.dict(os.environ, MALLOC), get_context("spawn").Pool(1) as pool:
+    """The same from another process."""
+    with start_processes(1) as pool:
         peak = pool.apply(measure_peak, (name, options))
     print(f"peak of {name}: {peak / 2**20:.0f} MiB", flush=True)
     return peak

@@ -40,6 +40,7 @@ def make_spec(folder: Path, tmp_path: Path, row: dict[str, Any]) -> dict[str, An
         "protocol": {"window": 64, "windows": 3},
         "train": train,
         "tests": tests,
+        "teacher_rate": 1e-2,
         "points": [2048] if row.get("sweep") else [0, 512, 2048],
         "work": str(tmp_path / "work"),
         "scratch": str(tmp_path),
@@ -74,6 +75,15 @@ def test_a_row_trains_and_measures_at_its_points(
         assert last < 0.9 * first
     assert (tmp_path / "work/default@0.2").exists() == (row.get("start") != "dense")
     json.dumps(result)
+
+
+def test_a_teacher_that_was_trained_on_the_text_itself_teaches_it(tiny_folder: Path, tmp_path: Path) -> None:
+    spec = make_spec(tiny_folder, tmp_path, {"mode": "distill"})
+    by_dense = recovery_row.run_row(spec)
+    by_trained = recovery_row.run_row(spec | {"row": spec["row"] | {"trains_teacher": True}})
+    assert by_trained["losses"][0] > 2 * by_dense["losses"][0], "the teacher is no farther than the dense model"
+    ends = [result["points"][-1]["perplexity"]["a"] for result in (by_dense, by_trained)]
+    assert ends[1] < 0.95 * ends[0], ends
 
 
 def test_what_a_sweep_is_measured_on_is_not_trained_on(tmp_path: Path) -> None:
