@@ -72,7 +72,7 @@ class GateCriterion(BackwardCriterion):
 
         Of a model that recomputes its activations, which spares memory at the price of time, every sample by itself.
         """
-        recomputes = self.calibration.model.is_gradient_checkpointing
+        recomputes = self.calibration.model.is_activation_checkpointing
         samples = 1 if recomputes else max(1, _PASS_TOKENS // input_ids.shape[1])
         passes: tuple[Tensor, ...] = input_ids.split(samples)
         return passes
