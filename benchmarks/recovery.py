@@ -21,7 +21,7 @@ from typing import Any
 
 from peers import read_versions
 from quality import METHODS, PROTOCOL, hash_corpus, hash_inputs, make_spec, name_tests, select_names, write_row
-from recovery_report import draw_points, draw_sweep, print_tables, write_markdown
+from recovery_report import PRODUCTS, draw_points, draw_sweep, print_tables, write_markdown
 
 from gqaprune.corpora import Corpus
 from gqaprune.recovery import MODES, RecoveryConfig
@@ -113,6 +113,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m", help="the dense model")
     parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md", help="Markdown file for the tables")
     parser.add_argument("--images", type=Path, default=HERE.parent / "docs" / "images", help="folder for figures")
+    parser.add_argument("--precision", choices=PRODUCTS, default=TRAINING["precision"], help="of Lightning's Trainer")
     parser.add_argument("--resume", action="store_true", help="skip rows that are there with the current key")
     parser.add_argument("--list", action="store_true", help="only list the selected rows")
     parser.add_argument("--table-only", action="store_true", help="only draw up tables and figures of rows there")
@@ -146,7 +147,7 @@ def run_or_skip(name: str, options: argparse.Namespace, tests: Mapping[str, Any]
     inputs = {
         "model": options.model,
         "pruning": METHODS["default"],
-        "training": TRAINING | {"tokens": row.get("tokens", TRAINING["tokens"])},
+        "training": TRAINING | {"tokens": row.get("tokens", TRAINING["tokens"]), "precision": options.precision},
         "row": row | {"rate": row.get("rate", RATES[row["mode"]])},
         "protocol": PROTOCOL,
         "texts": dict(texts),

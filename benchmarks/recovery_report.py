@@ -16,6 +16,8 @@ Lines = tuple[list[str], list[list[str]]]
 
 BEGIN, END = "<!-- recovery:begin -->", "<!-- recovery:end -->"
 """Markers in RESULTS.md; what is between them is written here."""
+PRODUCTS = {"bf16-mixed": "bfloat16", "32-true": "float32"}
+"""Lightning's precision -> the type that matrix products are made in."""
 
 
 def is_sweep(row: Row) -> bool:
@@ -35,7 +37,7 @@ def compute_gap(perplexity: Mapping[str, float], dense: Mapping[str, float]) -> 
 
 def build_points(rows: Sequence[Row]) -> Lines:
     """Perplexity and gap to the untouched dense model of every row after so many tokens, the dense one first."""
-    header = ["trained", "text", "rate", "tokens/s", "peak RSS", "tokens", "minutes"]
+    header = ["trained", "text", "rate", "products", "tokens/s", "peak RSS", "tokens", "minutes"]
     dense = find_row(rows, "dense")
     if dense is None:
         return header, []
@@ -51,7 +53,8 @@ def build_points(rows: Sequence[Row]) -> Lines:
             gaps = compute_gap(point["perplexity"], untouched)
             first = point is row["points"][0]
             speed = f"{last['tokens'] / last['seconds']:.0f}" if last["seconds"] else ""
-            about = [row["name"], settings.get("text", "train"), f"{settings['rate']:g}", speed]
+            about = [row["name"], settings.get("text", "train"), f"{settings['rate']:g}"]
+            about += [PRODUCTS[row["inputs"]["training"]["precision"]], speed]
             about.append(f"{row['peak_rss'] / 2**30:.1f} GiB")
             measured = [f"{value:.2f} ({gaps[name]:+.3f})" for name, value in point["perplexity"].items()]
             to_alike = compute_gap(point["perplexity"], alike["perplexity"]) if point["point"] == alike["point"] else {}
@@ -92,7 +95,7 @@ def describe(rows: Sequence[Row]) -> str:
     return (
         f"{inputs['model']}, pruned by 20 % as quality.py's `default` row, unless it says dense. Training: windows of "
         f"{training['window']} tokens, {training['batch']} per step, AdamW, cosine to 0 at {training['tokens']:,} "
-        f"tokens, 5 % warm-up, float32 weights and moments, {training['precision']} products. "
+        "tokens, 5 % warm-up, float32 weights and moments. "
         f"Perplexity in float32, windows of {inputs['protocol']['window']:,} tokens, token-weighted; in brackets the "
         f"log gap to the untouched dense model. The last column is the first text's gap to the dense model that was "
         f"given the same tokens. torch {versions['torch']}, lightning {versions['lightning']}, transformers "

@@ -111,10 +111,11 @@ def make_row(name: str, gaps: list[float], **settings: Any) -> dict[str, Any]:
 def test_tables_give_gaps_to_the_dense_model_untouched_and_trained_alike(tmp_path: Path) -> None:
     rows = [make_row("full", [0.3, 0.2, 0.1]), make_row("dense", [0.0, -0.05, -0.1])]
     header, lines = recovery_report.build_points(rows)
-    assert header[5:] == ["tokens", "minutes", "a", "b", "gap to dense trained alike"]
+    assert header[6:] == ["tokens", "minutes", "a", "b", "gap to dense trained alike"]
     assert [line[0] for line in lines] == ["dense", "", "", "full", "", ""]
-    assert lines[3][5:] == ["0", "0.0", "13.50 (+0.300)", "20.00 (+0.000)", ""]
-    assert lines[5][3:] == ["", "", "2,000", "0.3", "11.05 (+0.100)", "20.00 (+0.000)", "+0.200"]
+    assert lines[3][6:] == ["0", "0.0", "13.50 (+0.300)", "20.00 (+0.000)", ""]
+    assert lines[3][3] == "bfloat16"
+    assert lines[5][3:] == ["", "", "", "2,000", "0.3", "11.05 (+0.100)", "20.00 (+0.000)", "+0.200"]
     recovery_report.write_markdown(rows, tmp_path / "r.md")
     before = (tmp_path / "r.md").read_text()
     recovery_report.write_markdown(rows, tmp_path / "r.md")
