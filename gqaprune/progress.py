@@ -3,7 +3,7 @@
 import io
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Sized
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -46,7 +46,7 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:.2f} {self.unit}/s")
 
 
-def track(items: Iterable[T], description: str, unit: str) -> Iterator[T]:
+def track(items: Iterable[T], description: str, unit: str) -> Generator[T, None, None]:
     """Iterate with a progress bar on rank 0.
 
     Args:

@@ -5,7 +5,9 @@ Axes in tensor names: B samples, T tokens, V vocabulary.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -121,11 +123,22 @@ def _sample(
 ) -> Tensor:
     own_starts = [starts[index % len(starts)] for index in range(count)]
     generator = torch.Generator().manual_seed(seed)
-    with freeze_parameters(model):
+    firsts, positions = range(0, count, batch_size), range(length - 1)
+    steps = track([position for _ in firsts for position in positions], "sampling text from the model", "steps")
+    with freeze_parameters(model), closing(steps):
         documents = [
-            _continue(model, own_starts[first : first + batch_size], length, temperature, top_p, generator)
-            for first in range(0, count, batch_size)
+            _continue(
+                model,
+                own_starts[first : first + batch_size],
+                length,
+                islice(steps, len(positions)),
+                temperature,
+                top_p,
+                generator,
+            )
+            for first in firsts
         ]
+        next(steps, None)  # the bar's end
     return torch.cat(documents)
 
 
@@ -149,6 +162,7 @@ def _continue(
     model: PreTrainedModel,
     starts: Sequence[Sequence[int]],
     length: int,
+    positions: Iterable[int],
     temperature: float,
     top_p: float,
     generator: torch.Generator,
@@ -161,7 +175,7 @@ def _continue(
         ids_BT[row, : len(start)] = torch.tensor(start)
         given_BT[row, : len(start)] = True
     cache = DynamicCache(config=model.config)
-    for position in track(range(length - 1), "sampling text from the model", "tokens"):
+    for position in positions:
         step_B1 = ids_BT[:, position : position + 1].to(device)
         logits_BV = model(input_ids=step_B1, past_key_values=cache, use_cache=True).logits[:, -1].float().cpu()
         if not torch.isfinite(logits_BV).all():

@@ -56,6 +56,13 @@ def test_windows_are_packed_from_documents() -> None:
     assert torch.equal(windows.flatten(), alone.flatten()[:30])
 
 
+def test_one_bar_goes_over_all_batches(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="gqaprune"):
+        sample(count=5, window=4, batch_size=2)
+    (said,) = [text for text in caplog.messages if "sampling text" in text]
+    assert "sampling text from the model: 9 steps in" in said  # three batches of three tokens after the first
+
+
 def test_seed_decides() -> None:
     assert torch.equal(sample(seed=1), sample(seed=1))
     assert not torch.equal(sample(seed=1), sample(seed=2))
