@@ -131,6 +131,7 @@ def place(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = PruningConfig(0.2, criterion="l2", repair="none", mlp_layers=(1, 3))
     plan, _ = gqaprune.prune(model, [], config, source=str(dense))
     gqaprune.save(model, tokenizer, folder / "pruned", plan)
+    shutil.copytree(folder / "pruned", folder / "trained")
     (folder / "prompts.txt").write_text("The capital of France is\n")
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
     (folder / "configs").symlink_to(ROOT / "configs")
