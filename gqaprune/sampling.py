@@ -3,10 +3,12 @@
 Axes in tensor names: B samples, T tokens, V vocabulary.
 """
 
+import hashlib
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from gqaprune.replace import write_atomically
 from gqaprune.stages import hash_model
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqaprune" / "samples"
-"""Where sampled windows are kept, one safetensors file per model and settings."""
+"""Where sampled documents are kept, a safetensors file per batch, model and settings."""
 
 
 def sample_from_model(
@@ -40,7 +42,9 @@ def sample_from_model(
     batch_size: int = 64,
     cache: Path | None = CACHE_FOLDER,
 ) -> Tensor:
-    """Sample windows from a model; the same ones are read back from the cache the next time.
+    """Sample windows from a model; batches of documents that the cache has, also of a killed run, are read back.
+
+    In a process group every rank has to call it, and samples its share of the batches.
 
     Windows are packed from documents that are sampled side by side: many short ones cover more than few long ones. An
     end-of-text token does not end a document: the model goes on with another one, as in packed training text.
@@ -56,7 +60,7 @@ def sample_from_model(
         top_p: samples from the likeliest tokens that together have this probability, above 0 to 1.
         seed: same seed, same model and settings: same windows.
         batch_size: documents sampled side by side.
-        cache: folder of sampled windows; None keeps nothing.
+        cache: folder of sampled documents; None keeps nothing.
 
     Returns:
         Token ids, int64 `[count, window]`, on the CPU.
@@ -75,71 +79,72 @@ def sample_from_model(
     if document < 2:
         raise ValueError(f"sampling needs document >= 2, got {document}; 256 does")
     starts = _tokenize_prompts(tokenizer, prompts, document)
-    settings = [count, window, document, starts, temperature, top_p, seed, batch_size]
-    path = cache / f"{hash_model(model, settings)}.safetensors" if cache is not None else None
-    device = next(model.parameters()).device
-    windows_NT, error = torch.zeros(count, window, dtype=torch.long), None
-    if get_rank_and_world_size()[0] == 0:
-        try:
-            windows_NT = _read_cache(path)
-        except (OSError, SafetensorError, KeyError):
-            try:
-                documents = math.ceil(count * window / document)
-                documents_NT = _sample(model, starts, documents, document, temperature, top_p, seed, batch_size)
-                windows_NT = documents_NT.flatten()[: count * window].view(count, window)
-                _write_cache(path, windows_NT)
-            except ValueError as overflow:
-                error = overflow
+    documents_NT = torch.zeros(math.ceil(count * window / document), document, dtype=torch.long)
+    own_starts = [starts[index % len(starts)] for index in range(len(documents_NT))]
+    batches = [
+        _Batch(own_starts[first : first + batch_size], document, temperature, top_p, f"{seed} {first}")
+        for first in range(0, len(documents_NT), batch_size)
+    ]
+    rank, world_size = get_rank_and_world_size()
+    device, error = next(model.parameters()).device, None
+    try:
+        written = _write_batches(model, batches[rank::world_size], cache)
+        for documents_BT, own_BT in zip(documents_NT.split(batch_size)[rank::world_size], written, strict=True):
+            documents_BT.copy_(own_BT)
+    except ValueError as overflow:
+        error = overflow
     if is_true_anywhere(error is not None, device):
-        raise error or ValueError("sampling text from the model failed on rank 0")
-    return sum_across_ranks({"windows": windows_NT.to(device)})["windows"].cpu()
+        raise error or ValueError("sampling text from the model failed on another rank, which says why")
+    documents_NT = sum_across_ranks({"documents": documents_NT.to(device)})["documents"].cpu()
+    return documents_NT.flatten()[: count * window].view(count, window)
 
 
-def _read_cache(path: Path | None) -> Tensor:
-    if path is None:
-        raise FileNotFoundError
-    return load_file(path)["windows"]
+@dataclass(frozen=True)
+class _Batch:
+    """Documents that are sampled side by side: their first tokens, and what the others depend on besides the model.
+
+    The seed is the batch's own, so that it does not matter which rank samples it, or after which others.
+    """
+
+    starts: Sequence[Sequence[int]]
+    length: int
+    temperature: float
+    top_p: float
+    seed: str
 
 
-def _write_cache(path: Path | None, windows_NT: Tensor) -> None:
+def _write_batches(model: PreTrainedModel, batches: Sequence[_Batch], cache: Path | None) -> list[Tensor]:
+    """The documents of each batch, `[batch, length]`: read from the cache, or sampled and kept there one by one."""
+    key = "" if cache is None else hash_model(model)
+    names = [hashlib.sha256(f"{key} {batch}".encode()).hexdigest()[:32] for batch in batches]
+    paths = [None if cache is None else cache / f"{name}.safetensors" for name in names]
+    written = {index: kept for index, path in enumerate(paths) if (kept := _read_cache(path)) is not None}
+    if left := [index for index in range(len(batches)) if index not in written]:
+        positions = [position for index in left for position in range(batches[index].length - 1)]
+        steps = track(positions, "sampling text from the model", "steps")
+        with freeze_parameters(model), closing(steps):
+            for index in left:
+                written[index] = _sample(model, batches[index], steps)
+                _write_cache(paths[index], written[index])
+            next(steps, None)  # the bar's end
+    return [written[index] for index in range(len(batches))]
+
+
+def _read_cache(path: Path | None) -> Tensor | None:
+    try:
+        return None if path is None else load_file(path)["documents"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _write_cache(path: Path | None, documents_BT: Tensor) -> None:
     if path is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save({"windows": windows_NT}))
+        write_atomically(path, save({"documents": documents_BT}))
     except OSError as error:  # what was sampled serves all the same
         console.print(f"sampled text is not kept: {path.parent} cannot be written ({error.strerror})")
-
-
-def _sample(
-    model: PreTrainedModel,
-    starts: Sequence[Sequence[int]],
-    count: int,
-    length: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    batch_size: int,
-) -> Tensor:
-    own_starts = [starts[index % len(starts)] for index in range(count)]
-    generator = torch.Generator().manual_seed(seed)
-    firsts, positions = range(0, count, batch_size), range(length - 1)
-    steps = track([position for _ in firsts for position in positions], "sampling text from the model", "steps")
-    with freeze_parameters(model), closing(steps):
-        documents = [
-            _continue(
-                model,
-                own_starts[first : first + batch_size],
-                length,
-                islice(steps, len(positions)),
-                temperature,
-                top_p,
-                generator,
-            )
-            for first in firsts
-        ]
-        next(steps, None)  # the bar's end
-    return torch.cat(documents)
 
 
 def _tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> list[list[int]]:
@@ -158,24 +163,17 @@ def _tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 
 
 @torch.inference_mode()
-def _continue(
-    model: PreTrainedModel,
-    starts: Sequence[Sequence[int]],
-    length: int,
-    positions: Iterable[int],
-    temperature: float,
-    top_p: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Fill documents from their starts, token by token, `[batch, length]`."""
+def _sample(model: PreTrainedModel, batch: _Batch, positions: Iterator[int]) -> Tensor:
+    """Fill documents from their starts, token by token, `[batch, length]`; takes as many positions as it fills."""
     device = next(model.parameters()).device
-    ids_BT = torch.zeros(len(starts), length, dtype=torch.long)
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(batch.seed.encode()).digest()[:8]))
+    ids_BT = torch.zeros(len(batch.starts), batch.length, dtype=torch.long)
     given_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
-    for row, start in enumerate(starts):
+    for row, start in enumerate(batch.starts):
         ids_BT[row, : len(start)] = torch.tensor(start)
         given_BT[row, : len(start)] = True
     cache = DynamicCache(config=model.config)
-    for position in positions:
+    for position in islice(positions, batch.length - 1):
         step_B1 = ids_BT[:, position : position + 1].to(device)
         logits_BV = model(input_ids=step_B1, past_key_values=cache, use_cache=True).logits[:, -1].float().cpu()
         if not torch.isfinite(logits_BV).all():
@@ -183,7 +181,7 @@ def _continue(
                 f"the model's logits are not finite at token {position} of sampled text: its activations overflow (it "
                 f"computes in {model.dtype}); load it with dtype bfloat16 or float32"
             )
-        sampled_B = _draw(logits_BV / temperature, top_p, generator)
+        sampled_B = _draw(logits_BV / batch.temperature, batch.top_p, generator)
         following = position + 1
         ids_BT[:, following] = torch.where(given_BT[:, following], ids_BT[:, following], sampled_B)
     return ids_BT

@@ -22,11 +22,12 @@ from gqaprune.offload import find_tensors
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.reconstruction import apply_plan_with_repair
+from gqaprune.sampling import sample_from_model
 from gqaprune.selection import make_plan
 from gqaprune.sensitivity import SENSITIVITIES
 from gqaprune.windows import make_batches
 
-from tiny import make_model, make_tokens
+from tiny import make_model, make_tokenizer, make_tokens
 
 SCRIPT = """
 import os, signal
@@ -100,7 +101,7 @@ def join_group(rank: int, world_size: int, folder: Path) -> None:
 
 
 def score_and_measure(rank: int, world_size: int, folder: Path) -> None:
-    """Scores of every criterion, every sensitivity and a perplexity, written by each rank."""
+    """Scores of every criterion, every sensitivity, a perplexity and sampled text, written by each rank."""
     join_group(rank, world_size, folder)
     model = make_model("qwen2")
     blocks, batches = find_blocks(model), [make_tokens(2, seed=seed) for seed in range(5)]
@@ -112,16 +113,19 @@ def score_and_measure(rank: int, world_size: int, folder: Path) -> None:
         result |= {f"{name} {key}": torch.tensor(value) for key, value in measure(model, blocks, batches).items()}
     evaluation = {"text": make_batches(make_tokens(5), make_tokens(5), 1)}
     result["perplexity"] = torch.tensor(measure_perplexity(model, evaluation)["text"])
+    cache = folder / f"samples of {world_size}"  # 3 batches: no even share for two ranks
+    result["sampled text"] = sample_from_model(model, make_tokenizer(), 5, 12, batch_size=2, cache=cache)
     torch.save(result, folder / f"{world_size}-{rank}.pt")
 
 
-def test_scores_sensitivities_and_perplexity_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+def test_scores_sensitivities_perplexity_and_samples_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     score_and_measure(0, 1, tmp_path)
     torch.multiprocessing.spawn(score_and_measure, (2, tmp_path), nprocs=2)
     one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     for name, value in one.items():
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=0)
         assert torch.equal(first[name], second[name])
+    assert len(list((tmp_path / "samples of 2").iterdir())) == 3
 
 
 def prune_and_save(rank: int, world_size: int, folder: Path) -> None:

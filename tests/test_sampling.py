@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import gqaprune.sampling
 from gqaprune.sampling import sample_from_model
 
 from tiny import make_model, make_tokenizer
@@ -74,11 +75,38 @@ def test_second_time_reads_the_cache_and_another_model_does_not(
     first = sample(cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
     with monkeypatch.context() as patch:
-        patch.setattr("gqaprune.sampling._continue", None)  # sampling again would fail
+        patch.setattr("gqaprune.sampling._sample", None)  # sampling again would fail
         assert torch.equal(sample(cache=tmp_path), first)
     sample("qwen2", cache=tmp_path)
     sample(cache=tmp_path, seed=1)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_killed_sampling_goes_on_at_its_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"count": 4, "window": 12, "batch_size": 1}
+    sampled, count = gqaprune.sampling._sample, 0
+
+    def stop_at_the_third(*arguments: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return sampled(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gqaprune.sampling._sample", stop_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            sample(cache=tmp_path, **settings)
+        assert torch.equal(sample(cache=tmp_path, **settings), sample(**settings))
+    assert count == 3 + 2 + 4  # the killed run's, what it left, and all without a cache
+
+
+def test_batches_are_sampled_from_seeds_of_their_own() -> None:
+    windows = sample(count=4, batch_size=2, seed=1).tolist()
+    more = sample(count=6, batch_size=2, seed=1).tolist()
+    other = sample(count=4, batch_size=2, seed=2).tolist()
+    assert more[:4] == windows
+    assert len({str(window) for window in more + other}) == 10
 
 
 def test_broken_cache_file_is_sampled_again(tmp_path: Path) -> None:
