@@ -29,7 +29,7 @@ from gqaprune.padding import pad_checkpoint
 from gqaprune.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
 from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
 from gqaprune.recovery import merge_adapters
-from gqaprune.replace import replace_folder
+from gqaprune.replace import check_can_be_folder, replace_folder
 
 ADAPTER_FOLDER = "adapter"
 """Where LoRA adapters are saved in a checkpoint's folder, whose weights have them already."""
@@ -196,17 +196,6 @@ def check_output_folder(folder: Path) -> None:
             f"cannot write a checkpoint to {folder}: it holds files that are not from an earlier run (no {PLAN_FILE}); "
             "choose an empty or new folder"
         )
-
-
-def check_can_be_folder(folder: Path) -> None:
-    """Refuse a path that is a file or lies below one.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise ValueError(f"cannot write to {folder}: {place} is a file; choose another folder or move it away")
 
 
 def _write_weights(

@@ -30,11 +30,11 @@ from gqaprune.callbacks import (
     TaylorPruning,
 )
 from gqaprune.callbacks.pruning import get_run_folder
-from gqaprune.checkpoint import check_can_be_folder
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.processor import avoid_illegal_instructions
 from gqaprune.progress import logger
+from gqaprune.replace import check_can_be_folder
 from gqaprune.resume import find_run, read_plan, read_strategy
 from gqaprune.run_log import RunLog
 from gqaprune.tools.compare import compare
@@ -192,6 +192,12 @@ class PruningCLI(LightningCLI):
         for own in self.trainer.loggers:
             if isinstance(own, TensorBoardLogger):
                 check_can_be_folder(Path(own.log_dir))
+        path = Path(self.trainer.default_root_dir) / "config.yaml"
+        if not self.trainer.loggers and path.exists() and not self.save_config_kwargs.get("overwrite"):
+            raise ValueError(
+                f"{path} is there already, and a run without a logger writes its settings there: move it away, set "
+                "trainer.default_root_dir to another folder, or leave trainer.logger out"
+            )
         if self._log is not None and self.trainer.is_global_zero:
             self._log.open(get_run_folder(self.trainer))
 

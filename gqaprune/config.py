@@ -50,9 +50,9 @@ class PruningConfig:
         swap_generations: generations of an evolutionary search that moves removals between blocks while the measured
             divergence falls, after any allocation (a `uniform` one is not uniform then); 0 does without.
         swap_offspring: allocations measured in each of those generations.
-        split: attention : MLP shares of what is removed, such as `2:8` (in YAML in quotes), within one GQA group;
-            `free` lets the allocation choose. Null means channels alone, which cost least, unless `kv_rate` or
-            `granularity: query` ask attention to give.
+        split: attention : MLP shares of what is removed, such as `2:8` (in YAML in quotes), within one GQA group
+            (with `uniform` one of every layer); `free` lets the allocation choose. Null means channels alone, which
+            cost least, unless `kv_rate` or `granularity: query` ask attention to give.
         kv_rate: share of the KV heads, and so of the KV cache, to remove, to the nearest group; 0 lets the allocation
             choose.
         granularity: what attention loses: `group` (whole GQA groups: KV heads with their query heads) or `query` (the

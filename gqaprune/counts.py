@@ -95,7 +95,7 @@ def check_reachable(
         raise budget.unreachable("attention_layers and mlp_layers leave no block to prune")
     if config.frozen_layers and importance is None:
         return
-    scores = {block.key: torch.zeros(block.units) for block in dense_blocks}
+    scores = {block.key: torch.linspace(0, block.unit_parameters, block.units) for block in dense_blocks}
     options = _make_options(config, importance or dict.fromkeys(scores, 0.0))
     bind_allocation(config, options)(budget_blocks(dense_blocks, scores, config), budget)
 

@@ -80,6 +80,11 @@ def _check_parts(model: PreTrainedModel, index: int, layer: nn.Module) -> None:
             is_fine = module in projections[block] and kind in ("weight", "bias")
         if not is_fine:
             raise _make_error(model, f"layer {index} holds {name} of shape {list(parameter.shape)}")
+    held = {name for name, _ in layer.named_parameters()}
+    for block, names in projections.items():
+        for name in sorted(names):
+            if f"{block}.{name}.weight" not in held:
+                raise _make_error(model, f"layer {index} has no {block}.{name}")
 
 
 @contextmanager

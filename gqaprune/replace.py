@@ -1,4 +1,4 @@
-"""Put a new file or folder in the place of an old one, so that a killed program leaves either."""
+"""Put a new file or folder in the place of an old one, so that a killed program leaves either; where none can be."""
 
 import ctypes
 import glob
@@ -9,6 +9,17 @@ from pathlib import Path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+def check_can_be_folder(folder: Path) -> None:
+    """Refuse a path that is a file or lies below one.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"cannot write to {folder}: {place} is a file; choose another folder or move it away")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -24,7 +24,8 @@ from gqaprune.layerwise import record_layer_inputs, resume_at
 from gqaprune.losses import measure_losses
 from gqaprune.plan import Geometry
 from gqaprune.progress import track
-from gqaprune.replace import write_atomically
+from gqaprune.replace import check_can_be_folder, write_atomically
+from gqaprune.stages import hash_model, hash_tensors
 
 FORMAT = "gqaprune-sensitivity/1"
 
@@ -46,6 +47,8 @@ class Origin:
         windows: calibration windows.
         window: tokens of each.
         seed: seed that chose them.
+        weights: hash of the model's weights.
+        text: hash of the calibration tokens.
     """
 
     method: str
@@ -55,6 +58,8 @@ class Origin:
     windows: int
     window: int
     seed: int
+    weights: str
+    text: str
 
     def difference(self, other: "Origin") -> str | None:
         """Say in words where two origins differ first; None where they are equal."""
@@ -124,6 +129,8 @@ class Sensitivity:
             windows=int(data["windows"]),
             window=int(data["window"]),
             seed=int(data["seed"]),
+            weights=str(data.get("weights")),
+            text=str(data.get("text")),
         )
         entries = data["importance"]
         if any(entry["kind"] not in ("attention", "mlp") for entry in entries):
@@ -157,15 +164,19 @@ def measure_sensitivity(
         corpora: names of the calibration corpora.
 
     Raises:
-        ValueError: if the saved sensitivity is of another run, or a measure is not finite, with its place.
+        ValueError: if the saved sensitivity is of another run, the path cannot be written, or a measure is not finite,
+            with its place.
     """
     windows, window = sum(len(batch) for batch in batches), max(batch.shape[1] for batch in batches)
-    origin = Origin(method, source, read_geometry(model.config), tuple(corpora), windows, window, seed)
+    hashes = hash_model(model), hash_tensors(batches)
+    origin = Origin(method, source, read_geometry(model.config), tuple(corpora), windows, window, seed, *hashes)
     device = next(model.parameters()).device
     if path is not None and not is_true_anywhere(not Path(path).exists(), device):
         sensitivity = Sensitivity.load(path)
         sensitivity.check_fits(origin, blocks)
         return sensitivity
+    if path is not None:
+        check_can_be_folder(Path(path).parent)
     sensitivity = Sensitivity(origin, SENSITIVITIES[method](model, blocks, batches))
     if path is not None and get_rank_and_world_size()[0] == 0:
         sensitivity.save(path)

@@ -417,6 +417,7 @@ BAD_INPUT = {
     "plan of another model": (["--model.plan", "other.json"], "the plan was made for another model (other)"),
     "export over the dense model": (["--export.folder", "foreign"], "holds files that are not from an earlier run"),
     "export to a file": (["--export.folder", "short.txt"], "short.txt is a file"),
+    "settings of another run": (["--trainer.logger", "false"], "config.yaml is there already, and a run without a"),
     "logs below a file": (["--trainer.default_root_dir", "short.txt"], "short.txt is a file"),
     "unknown setting": (["--pruning.no_such", "3"], "arguments: --pruning.no_such 3; `gqaprune fit --help`"),
     "not a number": (["--pruning.rate", "lots"], "\"pruning.rate\": Expected a <class 'float'>. Got value: lots"),
@@ -436,7 +437,8 @@ def test_bad_input_gets_one_sentence_and_exit_code_1_and_leaves_nothing(
     run: Run, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, sentence = BAD_INPUT[case]
-    Path("empty.txt").touch()
+    for name in ("empty.txt", "config.yaml"):
+        Path(name).touch()
     Path("short.txt").write_text("short")
     Path("split.yaml").write_text("pruning: {split: 2:8}")
     make_tokenizer().save_pretrained("foreign")

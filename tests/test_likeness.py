@@ -59,6 +59,7 @@ def test_llamas_in_all_but_name_are_cut_as_gated_and_saved(family: str, tmp_path
         ("apertus", r"layer 0 holds mlp\.act_fn\.alpha_p"),
         ("glm4", r"layer 0 holds mlp\.gate_up_proj\.weight of shape \[40, 32\]"),
         ("granite_swa", r"layer 0 holds self_attn\.sinks"),
+        ("arcee", r"layer 0 has no mlp\.gate_proj"),
         ("nanochat", r"layer 0 holds mlp\.fc1\.weight"),
     ],
 )

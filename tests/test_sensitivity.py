@@ -16,6 +16,7 @@ import gqaprune.sensitivity as sensitivity_module
 from gqaprune.architecture import BlockKey, find_blocks, get_layers, read_geometry
 from gqaprune.losses import sum_token_losses
 from gqaprune.sensitivity import SENSITIVITIES, Origin, Sensitivity, measure_sensitivity
+from gqaprune.stages import hash_model, hash_tensors
 
 from tiny import WHOLE_MLP, make_model, make_tokens
 
@@ -177,8 +178,32 @@ def test_saved_sensitivity_is_measured_once_and_read_back_equal(
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     monkeypatch.setattr(sensitivity_module, "SENSITIVITIES", {})  # measuring again would fail
     assert measure() == first == Sensitivity.load(path)
-    assert first.origin == Origin("removal", "tiny", read_geometry(model.config), ("embedded",), 3, 16, 3)
+    hashes = hash_model(model), hash_tensors(BATCHES)
+    assert first.origin == Origin("removal", "tiny", read_geometry(model.config), ("embedded",), 3, 16, 3, *hashes)
     assert first.importance.keys() == {block.key for block in blocks}
+
+
+def test_other_weights_or_text_of_the_same_names_are_refused(tmp_path: Path) -> None:
+    path, batches = tmp_path / "importance.json", [*BATCHES[1:], BATCHES[0]]
+    model, other = make_model(), make_model(seed=1)
+    measure_sensitivity(model, find_blocks(model), BATCHES, "activation", path)
+    for own, text, what in ((other, BATCHES, "weights"), (model, batches, "text")):
+        with pytest.raises(ValueError, match=f"of another run .*{what} '"):
+            measure_sensitivity(own, find_blocks(own), text, "activation", path)
+    data = json.loads(path.read_text())
+    del data["weights"]  # as earlier versions wrote it
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="weights 'None'"):
+        measure_sensitivity(model, find_blocks(model), BATCHES, "activation", path)
+
+
+def test_path_that_cannot_be_written_is_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sensitivity_module, "SENSITIVITIES", {})  # measuring would fail
+    with pytest.raises(ValueError, match="file is a file"):
+        measure_sensitivity(make_model(), [], BATCHES, "removal", tmp_path / "file" / "importance.json")
 
 
 CHANGES = {
@@ -188,12 +213,14 @@ CHANGES = {
     "windows": (9, "windows 3 against 9"),
     "window": (32, "window 16 against 32"),
     "seed": (4, "seed 3 against 4"),
+    "weights": ("ef", "weights 'ab' against 'ef'"),
+    "text": ("ef", "text 'cd' against 'ef'"),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_sensitivity_of_another_run_is_refused_with_the_difference(name: str) -> None:
-    origin = Origin("removal", "tiny", read_geometry(make_model().config), ("embedded",), 3, 16, 3)
+    origin = Origin("removal", "tiny", read_geometry(make_model().config), ("embedded",), 3, 16, 3, "ab", "cd")
     value, message = CHANGES[name]
     with pytest.raises(ValueError, match=message):
         Sensitivity(origin, {}).check_fits(replace(origin, **{name: value}), [])
@@ -201,7 +228,7 @@ def test_sensitivity_of_another_run_is_refused_with_the_difference(name: str) ->
 
 def test_sensitivity_of_another_geometry_or_of_too_few_blocks_is_refused() -> None:
     model = make_model()
-    origin = Origin("removal", "tiny", read_geometry(model.config), (), 3, 16, 3)
+    origin = Origin("removal", "tiny", read_geometry(model.config), (), 3, 16, 3, "ab", "cd")
     other = replace(origin, geometry=read_geometry(make_model(channels=24).config))
     with pytest.raises(ValueError, match="layer 0 channels 20 against 24"):
         Sensitivity(origin, {}).check_fits(other, [])
@@ -229,7 +256,7 @@ def test_file_that_is_no_sensitivity_is_refused(tmp_path: Path, content: str, me
 def test_missing_file_and_unknown_block_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot read a sensitivity from .*No such file"):
         Sensitivity.load(tmp_path / "none.json")
-    origin = Origin("removal", "tiny", read_geometry(make_model().config), (), 3, 16, 3)
+    origin = Origin("removal", "tiny", read_geometry(make_model().config), (), 3, 16, 3, "ab", "cd")
     path = tmp_path / "file.json"
     Sensitivity(origin, {BlockKey(0, "mlp"): 1.0}).save(path)
     data = json.loads(path.read_text())

@@ -53,8 +53,8 @@ class Budget:
         layer_parameters: parameters of each decoder layer.
         min_rate: least share of each layer with a removable unit that has to go.
         max_rate: largest share of any layer that may go.
-        attention_share: share of the removed parameters that attention gives (0.2 is 2:8), within one GQA group; null
-            lets the allocation choose.
+        attention_share: share of the removed parameters that attention gives (0.2 is 2:8), within one GQA group
+            (with `uniform` one of every layer); null lets the allocation choose.
         kv_rate: share of the KV heads, and so of the KV-cache bytes of each token, to remove, to the nearest group; 0
             lets the allocation choose.
         kv_heads: KV heads of all layers, that `kv_rate` is a share of.

@@ -158,9 +158,13 @@ def _fill(blocks: Sequence[BlockBudget], steps: Sequence[Step], budget: Budget) 
         steps = [step for step in steps if step.key.kind == "mlp"]
         if budget.kv_rate and budget.rate == 0:
             target = tally.total
-        if tally.total > target:
+        if budget.kv_rate and tally.total > target:
             taken = f"{budget.kv_rate:.2%} less KV cache"
+    start = Tally(blocks, budget, tally.removed)
     tally.serve_min_rate(steps)
+    if tally.total > target:  # by whole groups, where channels may serve it within the budget
+        tally = start
+        tally.serve_min_rate(sorted(steps, key=lambda step: step.parameters))
     for layer in layers:
         if tally.of_layer[layer] < tally.least(layer):
             reached = tally.of_layer[layer] / budget.layer_parameters[layer]

@@ -16,16 +16,17 @@ from transformers import PreTrainedModel
 
 from gqaprune.allocation import BlockBudget, Budget, parse_split
 from gqaprune.allocation.budget import UnreachableError
-from gqaprune.architecture import Block, read_geometry
+from gqaprune.architecture import Block, BlockKey, read_geometry
 from gqaprune.config import FREE, PruningConfig
-from gqaprune.counts import Allocation, bind_allocation, check_text, measure_curves, measure_options
+from gqaprune.counts import Allocation, bind_allocation, check_reachable, check_text, measure_curves, measure_options
 from gqaprune.damage import make_gates
 from gqaprune.distributed import get_rank_and_world_size, is_true_anywhere
 from gqaprune.gates import apply_gates
 from gqaprune.importance import Scores, check_finite_weights
+from gqaprune.likeness import check_likeness
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.selection import budget_blocks, read_budget, score_blocks, select_blocks
-from gqaprune.stages import Stages
+from gqaprune.stages import Stages, hash_model, hash_tensors
 from gqaprune.tools.trials import Trial, Trials
 
 SEARCH_FILE = "search.json"
@@ -145,24 +146,26 @@ def find_best_split(
     if not any(validation.values()):
         raise ValueError("search compares splits on validation text, got none: name a corpus in data.val")
     check_text(batches, config)
+    check_likeness(model)
     check_finite_weights(model)
     blocks, budget = select_blocks(model, config), read_budget(model, config)
-    if not blocks:
-        raise budget.unreachable("attention_layers and mlp_layers leave no block to prune")
+    check_reachable(blocks, budget, config)
 
     settings_of = {name: value for name, value in asdict(config).items() if name not in ("split", "sensitivity_path")}
     origin = {
         "model": source,
+        "weights": hash_model(model),
         "dtype": str(model.dtype),
         "geometry": asdict(read_geometry(model.config)),
         "pruning": settings_of,
         "calibration": {
             "corpora": list(corpora),
             "batches": [list(batch.shape) for batch in batches],
+            "text": hash_tensors(batches),
             "accumulate": accumulate,
             "seed": seed,
         },
-        "validation": {name: [list(batch["labels"].shape) for batch in corpus] for name, corpus in validation.items()},
+        "validation": {name: hash_tensors(_list_windows(corpus)) for name, corpus in validation.items()},
         "protocol": protocol,
     }
     path = Path(settings.folder) / SEARCH_FILE
@@ -219,7 +222,7 @@ class GatedSplits:
         self.config = config
         self.calibration = calibration
         self.validation = validation
-        self._measured: dict[tuple[int, ...], float] = {}
+        self._measured: dict[tuple[tuple[BlockKey, int], ...], float] = {}
 
     def __call__(self, split: str) -> float:
         """The geometric mean of perplexities over the corpora.
@@ -228,11 +231,15 @@ class GatedSplits:
             UnreachableError: if the budget cannot be met with this split.
         """
         scores, budgets, allocate = self._choice
-        removed = allocate(budgets, replace(self.budget, attention_share=parse_split(split)))
-        counts = tuple(removed.values())
+        share = parse_split(split)
+        spared = {0.0: "attention", 1.0: "mlp"}.get(share)  # importance and frozen layers are of what may shrink
+        budgets = [block for block in budgets if block.key.kind != spared]
+        removed = allocate(budgets, replace(self.budget, attention_share=share))
+        counts = tuple((key, count) for key, count in removed.items() if count)
         if counts not in self._measured:  # splits within one group of each other often come to the same units
-            gates = make_gates(self.blocks, scores, removed, next(self.model.parameters()).device)
-            with apply_gates(self.blocks, gates):
+            blocks = [block for block in self.blocks if block.key in removed]
+            gates = make_gates(blocks, scores, removed, next(self.model.parameters()).device)
+            with apply_gates(blocks, gates):
                 perplexity = measure_perplexity(self.model, self.validation, f"split {split}")
             self._measured[counts] = math.exp(sum(map(math.log, perplexity.values())) / len(perplexity))
         return self._measured[counts]
@@ -257,6 +264,12 @@ class GatedSplits:
         scores, _ = score_blocks(model, batches, config, accumulate, seed, Stages())
         options = measure_curves(model, self.blocks, scores, batches, config, options, Stages())
         return _Choice(scores, budget_blocks(self.blocks, scores, config), bind_allocation(config, options))
+
+
+def _list_windows(corpus: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """Tokens and labels of every window, however they are batched."""
+    pairs = (pair for batch in corpus for pair in zip(batch["input_ids"], batch["labels"], strict=True))
+    return [window for pair in pairs for window in pair]
 
 
 def _walk(attempt: Callable[[float], Trial], positions: Iterable[float], patience: int) -> list[Trial]:

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gqaprune.allocation import BlockBudget, Budget, Removed, allocate_global, allocate_uniform
+from gqaprune.allocation import (
+    ALLOCATIONS,
+    AllocationOptions,
+    BlockBudget,
+    Budget,
+    Removed,
+    allocate_global,
+    allocate_uniform,
+)
 from gqaprune.architecture import BlockKey
 from gqaprune.families import BlockKind
 
@@ -291,6 +299,25 @@ def test_global_that_min_rate_takes_too_much_for_names_a_rate_which_is_then_acce
     with pytest.raises(ValueError, match=r"min_rate 15\.00% already takes more") as caught:
         allocate_global(blocks, budget)
     assert set(allocate_global(blocks, replace(budget, rate=read_nearest_rate(caught.value))).values()) == {2}
+
+
+@pytest.mark.parametrize("name", ["global", "inverse", "optimal"])
+def test_channels_serve_min_rate_where_whole_groups_would_take_more_than_the_budget(name: str) -> None:
+    blocks = [
+        make_block(i, kind, scores, size)
+        for i in range(4)
+        for kind, scores, size in (("attention", [0.1] * 3, 100), ("mlp", [1.0] * 700, 1))
+    ]
+    budget, importance = make_budget(blocks, 0.06, min_rate=0.05), dict.fromkeys((block.key for block in blocks), 1.0)
+    removed = ALLOCATIONS[name](blocks, budget, AllocationOptions(importance))
+    check_limits(blocks, removed, budget)
+    assert count_removed(blocks, removed) == 240
+
+
+def test_min_rate_is_named_where_it_takes_more_than_a_rate_with_a_split() -> None:
+    blocks = [make_block(0, "attention", [1.0] * 4, 10), make_block(0, "mlp", [1.0] * 6, 10)]
+    with pytest.raises(ValueError, match=r"min_rate 15\.00% already takes more"):
+        allocate_global(blocks, replace(make_budget(blocks, 0.15, min_rate=0.15), attention_share=1.0))
 
 
 def test_global_that_min_rate_takes_too_much_for_names_a_rate_that_is_not_rounded_below_it() -> None:

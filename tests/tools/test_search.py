@@ -117,6 +117,8 @@ def test_setting_out_of_bounds_is_refused(settings: dict[str, Any], sentence: st
     [
         {"allocation": "global", "criterion": "taylor"},
         {"allocation": "inverse", "alpha": 2.0},
+        {"allocation": "inverse", "sensitivity": "block_removal", "alpha": 3.0},
+        {"allocation": "uniform", "sensitivity": "block_removal", "frozen_layers": 1},
         {"allocation": "uniform", "granularity": "query"},
         {"allocation": "optimal", "damage_levels": 3, "granularity": "query"},
     ],
@@ -152,10 +154,12 @@ def test_every_trial_is_the_perplexity_that_pruning_by_its_split_leaves(
                 )
 
 
-def search(folder: Path, batches: Any = BATCHES, validation: Any = VALIDATION, **settings: Any) -> Trials:
+def search(
+    folder: Path, batches: Any = BATCHES, validation: Any = VALIDATION, seed: int = 0, **settings: Any
+) -> Trials:
     config = make_plain(**{"rate": 0.2, "allocation": "global", **settings})
     where = replace(SETTINGS, folder=str(folder))
-    return find_best_split(make_model(channels=40), batches, config, where, validation, source="tiny")
+    return find_best_split(make_model(channels=40, seed=seed), batches, config, where, validation, source="tiny")
 
 
 def test_finished_search_is_read_and_nothing_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +184,10 @@ def test_splits_that_come_to_the_same_units_are_measured_once(tmp_path: Path, mo
         ({"rate": 0.25}, "pruning.rate 0.2 against 0.25"),
         ({"criterion": "taylor"}, "pruning.criterion 'fisher' against 'taylor'"),
         ({"batches": BATCHES[:2]}, "calibration.batches"),
+        ({"batches": BATCHES[::-1]}, "calibration.text"),
         ({"validation": {"val/8": VALIDATION["val/8"]}}, "validation.val/9 .* against None"),
+        ({"validation": {**VALIDATION, "val/9": VALIDATION["val/8"]}}, "validation.val/9 '"),
+        ({"seed": 1}, "weights '"),
     ],
 )
 def test_trials_of_another_search_are_refused(change: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -188,6 +195,19 @@ def test_trials_of_another_search_are_refused(change: dict[str, Any], sentence: 
     with pytest.raises(ValueError, match=f"of another search .*{sentence}.*or another search.folder"):
         search(tmp_path, **change)
     search(tmp_path, split="2:8", steps=2)  # what the search replaces or does not do makes no difference
+
+
+def test_batches_of_other_sizes_are_the_same_validation_text(tmp_path: Path) -> None:
+    one_by_one = {f"val/{n}": make_batches(make_tokens(4, seed=n), make_tokens(4, seed=n), 1) for n in (8, 9)}
+    assert search(tmp_path).trials == search(tmp_path, validation=one_by_one).trials
+
+
+def test_model_that_cannot_be_pruned_is_refused_before_any_split(tmp_path: Path) -> None:
+    model = make_model("exaone4")
+    model.config.model_type = "stranger"
+    with pytest.raises(ValueError, match="'stranger' cannot be pruned yet"):
+        find_best_split(model, BATCHES, make_plain(rate=0.2), replace(SETTINGS, folder=str(tmp_path)), VALIDATION)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -198,7 +218,7 @@ def test_trials_of_another_search_are_refused(change: dict[str, Any], sentence: 
         ({"validation": {}}, "search compares splits on validation text, got none"),
         ({"batches": []}, "needs at least one calibration batch"),
         ({"attention_layers": (0, 0), "mlp_layers": (0, 0)}, "leave no block to prune"),
-        ({"rate": 0.97}, "no split meets the budget"),
+        ({"rate": 0.97}, r"cannot remove 97\.00% .* the nearest reachable rate is"),
         ({"frozen_layers": 3}, "frozen_layers 3 leaves none of 3 layers to prune"),
     ],
 )
