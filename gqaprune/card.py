@@ -33,6 +33,7 @@ def write_card(
     written: Geometry,
     report: Report | None = None,
     command: Sequence[str] = (),
+    name: str = "",
 ) -> None:
     """Write the card of a checkpoint.
 
@@ -43,10 +44,11 @@ def write_card(
         written: shapes in its files.
         report: what was measured.
         command: that made it.
+        name: that the folder is going to have, if another.
     """
-    name, kind = Path(plan.model).name or "a model", format.split("-")[0] if format.startswith("gguf") else format
+    dense, kind = Path(plan.model).name or "a model", format.split("-")[0] if format.startswith("gguf") else format
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [gqaprune, pruned]"]
-    if plan.model and not Path(plan.model).is_absolute() and plan.model.count("/") == 1:
+    if _is_hub_name(plan.model):
         front.insert(0, f"base_model: {json.dumps(plan.model)}")
     file = next((path.name for path in folder.glob("*.gguf")), "")
     asked = [f"{plan.rate:.1%} of its {_BASES[plan.rate_base]}"] if plan.rate else []
@@ -56,9 +58,9 @@ def write_card(
         *front,
         "---",
         "",
-        f"# {name}, pruned",
+        f"# {dense}, pruned",
         "",
-        f"{name}, asked to lose {' and '.join(asked) or 'nothing'}, by gqaprune: units chosen by `{plan.criterion}`, "
+        f"{dense}, asked to lose {' and '.join(asked) or 'nothing'}, by gqaprune: units chosen by `{plan.criterion}`, "
         f"allocation `{plan.allocation}`. {plan.describe_ratio()}.",
         "",
         _ABOUT[kind],
@@ -66,7 +68,7 @@ def write_card(
         "```python",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"model = {_LOADING[kind].format(folder=folder.name, file=file)}",
+        f"model = {_LOADING[kind].format(folder=name or folder.name, file=file)}",
         "```",
         "",
         "## What each layer kept",
@@ -89,6 +91,11 @@ def write_card(
             "`plan.json` says which units stayed.",
         ]
     write_atomically(folder / CARD_FILE, ("\n".join(lines) + "\n").encode())
+
+
+def _is_hub_name(model: str) -> bool:
+    """Whether a model is not a folder here but `owner/name` on the hub."""
+    return model.count("/") == 1 and not model.startswith((".", "~", "/")) and not Path(model).exists()
 
 
 def _list_layers(plan: PruningPlan) -> list[str]:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
@@ -78,8 +79,9 @@ def save(
         ValueError: if `folder` is a file, or holds something else than a pruned checkpoint; or if the format cannot
             hold the model, with those that can.
     """
-    folder = Path(folder)
-    check_output_folder(folder)
+    check_output_folder(Path(folder))
+    folder = Path(folder).resolve()  # of a link what it points to
+    check_shard_size(max_shard_size)
     if (apart := get_layers_apart(model)) is not None:
         check_written_by_layer(format, quantization, apart)
     format = choose_format(model.config, format, quantization)
@@ -90,6 +92,7 @@ def save(
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     whole = model.state_dict() if state_dict is None else state_dict
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our number
         temporary.mkdir()
         if adapted is not None:
             named = {f"base_model.model.{name}": tensor for name, tensor in whole.items()}  # as peft names them
@@ -97,10 +100,10 @@ def save(
             whole = merge_adapters(adapted, whole)
         geometry = _write_weights(model, tokenizer, whole, temporary, format, max_shard_size)
         if quantization is not None:
-            _quantize_weights(temporary, quantization, max_shard_size)
+            _quantize_weights(temporary, quantization, max_shard_size, _has_own_code(model.config))
         if plan is not None:
             plan.save(temporary / PLAN_FILE)
-            write_card(temporary, plan, format, geometry)
+            write_card(temporary, plan, format, geometry, name=folder.name)
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -125,14 +128,24 @@ def choose_format(config: PretrainedConfig, format: str, quantization: str | Non
         check_architecture(config)
     can_be_stock = make_stock_config(config) is not None
     if format == "auto":
-        return "stock" if can_be_stock else "per-layer"
+        return "stock" if can_be_stock else "padded" if _has_own_code(config) else "per-layer"
     if format == "per-layer" and not config.is_heterogeneous:
         return "stock"  # which is what that would be, without a file of its own
+    if format == "per-layer" and _has_own_code(config):
+        raise ValueError(
+            f"per-layer writes a modeling file for classes of transformers, {type(config).__name__} comes with code of "
+            "its own; padded adds zeros"
+        )
     if format == "stock" and not can_be_stock:
         raise ValueError(
             f"{_describe_difference(read_geometry(config))}; per-layer keeps it as it is, padded adds zeros"
         )
     return format
+
+
+def _has_own_code(config: PretrainedConfig) -> bool:
+    """Whether a model is of classes that came with it, which the user has trusted, not of transformers'."""
+    return not type(config).__module__.startswith("transformers.")
 
 
 def check_written_by_layer(format: str, quantization: str | None, apart: LayersApart | type[LayersApart]) -> None:
@@ -188,14 +201,37 @@ def check_output_folder(folder: Path) -> None:
     """Refuse a place where a checkpoint would overwrite something else.
 
     Raises:
-        ValueError: if it is a file, lies below a file, or is a folder with other content.
+        ValueError: if it is a file, lies below a file, cannot be replaced, or is a folder with other content.
     """
     check_can_be_folder(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN_FILE).exists():
+    is_here = folder.resolve() == Path.cwd()
+    if is_here or folder.resolve().is_mount():
+        what = "the working directory" if is_here else "a mount point"
         raise ValueError(
-            f"cannot write a checkpoint to {folder}: it holds files that are not from an earlier run (no {PLAN_FILE}); "
-            "choose an empty or new folder"
+            f"cannot write a checkpoint to {folder}: it is {what}, which cannot be replaced; name a folder in it"
         )
+    if folder.is_dir() and any(folder.iterdir()) and not _is_earlier_checkpoint(folder):
+        raise ValueError(
+            f"cannot write a checkpoint to {folder}: it holds files that are not from an earlier run (no {PLAN_FILE} "
+            "beside a model); choose an empty or new folder"
+        )
+
+
+def _is_earlier_checkpoint(folder: Path) -> bool:
+    is_model = (folder / "config.json").exists() or any(folder.glob("*.gguf"))  # a run's folder has a plan, too
+    return is_model and (folder / PLAN_FILE).exists()
+
+
+def check_shard_size(size: str) -> None:
+    """Refuse a size that means nothing.
+
+    Raises:
+        ValueError: with one that does.
+    """
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+    except ValueError:
+        raise ValueError(f"max_shard_size must be a number and MB, GB or TB, such as 5GB, got {size!r}") from None
 
 
 def _write_weights(
@@ -232,12 +268,12 @@ def _write_weights(
     return read_geometry(config)
 
 
-def _quantize_weights(folder: Path, quantization: str, max_shard_size: str) -> None:
+def _quantize_weights(folder: Path, quantization: str, max_shard_size: str, remote: bool) -> None:
     """Write the weights of a checkpoint anew, quantised; all else stays."""
-    model = load_model(folder, quantization=quantization)
+    model = load_model(folder, trust_remote_code=remote, quantization=quantization)
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         file.unlink()
-    config = load_config(folder)
+    config = load_config(folder, remote)
     config.quantization_config = model.config.quantization_config
     _save_pretrained(model, config, folder, None, max_shard_size)
 

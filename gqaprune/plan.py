@@ -76,6 +76,20 @@ class Geometry:
         """Bytes of keys and values that one token adds to the cache, over all layers."""
         return 2 * sum(self.kv_heads) * self.head_dim * bytes_per_value
 
+    def is_padding_of(self, other: "Geometry") -> bool:
+        """Whether all layers are alike and no smaller than the other's, as zeros make them; families aside."""
+        fixed = ("hidden_size", "head_dim", "num_layers")
+        is_alike = all(getattr(self, name) == getattr(other, name) for name in fixed)
+        return (
+            is_alike
+            and self.is_uniform
+            and all(
+                own >= kept
+                for name in ("query_heads", "kv_heads", "channels")
+                for own, kept in zip(getattr(self, name), getattr(other, name), strict=True)
+            )
+        )
+
     def difference(self, other: "Geometry") -> str | None:
         """Say in words where two geometries differ first; None where they are equal."""
         for name in ("family", "hidden_size", "head_dim", "num_layers"):
@@ -182,6 +196,14 @@ class PruningPlan:
     def removes_nothing(self) -> bool:
         """Whether every unit stays."""
         return self.pruned_geometry == self.geometry
+
+    def leaves(self, geometry: Geometry) -> bool:
+        """Whether files of these shapes can hold what the plan leaves, as it is or padded; families aside.
+
+        A checkpoint is stored as the family whose stock class has its shapes.
+        """
+        pruned = replace(self.pruned_geometry, family=geometry.family)
+        return geometry == pruned or geometry.is_padding_of(pruned)
 
     def check_fits(self, geometry: Geometry) -> None:
         """Refuse a model other than the one the plan was made for.
@@ -311,6 +333,18 @@ class PruningPlan:
             raise ValueError(f"{path} is not a pruning plan: not JSON ({error})") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def find_plan(source: str | Path, geometry: Geometry) -> PruningPlan | None:
+    """The plan beside a model in a folder, if it is the one that made it.
+
+    Args:
+        source: name or folder of the model.
+        geometry: its shapes.
+    """
+    file = Path(source) / PLAN_FILE
+    plan = PruningPlan.load(file) if file.is_file() else None
+    return plan if plan is not None and plan.leaves(geometry) else None
 
 
 def list_query_heads(groups: Sequence[int], ratio: int) -> tuple[int, ...]:

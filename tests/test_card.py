@@ -52,6 +52,17 @@ def test_card_of_a_local_model_names_no_base_on_the_hub(tmp_path: Path) -> None:
     assert "Perplexity" not in body and "How it was made" not in body
 
 
+def test_card_of_a_folder_here_names_no_base_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/mine").mkdir(parents=True)
+    for model in ("./mine", "models/mine", "~/mine"):
+        assert "base_model" not in read_card(tmp_path, plan=replace(PLAN, model=model))[0]
+
+
+def test_card_names_the_folder_that_its_own_is_going_to_be(tmp_path: Path) -> None:
+    assert 'from_pretrained("pruned", trust' in read_card(tmp_path, name="pruned")[1]
+
+
 @pytest.mark.parametrize(("format", "file"), [("padded", ""), ("gguf-q8_0", "model-q8_0.gguf")])
 def test_card_says_how_much_padding_gave_back(format: str, file: str, tmp_path: Path) -> None:
     if file:

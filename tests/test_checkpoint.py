@@ -215,9 +215,51 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_model_that_is_not_ours_is_not_overwritten(tmp_path: Path) -> None:
     make_model("llama").save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="not from an earlier run .no plan.json.; choose an empty or new folder"):
+    with pytest.raises(ValueError, match="not from an earlier run .no plan.json beside a model.; choose an empty or new folder"):
         save(make_pruned("llama", EVEN), None, tmp_path, PLAN)
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_folder_of_a_run_is_not_overwritten_for_the_plan_in_it(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    PLAN.save(tmp_path / "run/plan.json")
+    (tmp_path / "run/report.html").touch()
+    with pytest.raises(ValueError, match=r"no plan\.json beside a model"):
+        save(make_model("llama"), None, tmp_path / "run", PLAN)
+    assert read_names(tmp_path / "run") == {"plan.json", "report.html"}
+
+
+def test_link_is_followed_to_the_folder_that_is_replaced(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).symlink_to(f"elsewhere/{name}")
+    save(make_model("llama"), None, tmp_path / "elsewhere/old", PLAN)
+    for name in ("old", "new"):  # there, and not there yet
+        save(make_model("llama", seed=1), None, tmp_path / name, PLAN)
+        assert (tmp_path / name).is_symlink()
+        assert torch.equal(get_logits(load_model(tmp_path / name)), get_logits(make_model("llama", seed=1)))
+    assert read_names(tmp_path) == {"old", "new", "elsewhere"} and read_names(tmp_path / "elsewhere") == {"old", "new"}
+
+
+def test_what_cannot_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="it is the working directory, which cannot be replaced; name a folder in it"):
+        save(make_model("llama"), None, ".")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    with pytest.raises(ValueError, match="to volume: it is a mount point"):
+        save(make_model("llama"), None, "volume")
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / f".out.{os.getpid()}.tmp").mkdir()
+    save(make_model("llama"), None, tmp_path / "out")
+    assert read_names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("size", ["5G", "much"])
+def test_shard_size_without_a_meaning_is_refused(size: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"max_shard_size must be .* such as 5GB, got '{size}'"):
+        save(make_model("llama"), None, tmp_path / "out", max_shard_size=size)
+    assert not list(tmp_path.iterdir())
 
 
 def test_folder_with_other_files_is_not_overwritten(tmp_path: Path) -> None:

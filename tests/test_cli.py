@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,6 +282,38 @@ def test_plan_of_one_run_is_reapplied_by_the_next_without_calibration(run: Run) 
     stages = [json.loads(Path(f"lightning_logs/version_{n}/report.json").read_text())["stages"] for n in (0, 1)]
     # Without calibration there is no text held out of it.
     assert stages[1] == [stage | {"held_out": None} for stage in stages[0][1:]]
+
+
+def test_training_of_a_pruned_checkpoint_in_its_place_keeps_its_plan(run: Run) -> None:
+    assert run("prune", "--export.folder", "pruned") == 0
+    made = Path("pruned/plan.json").read_text()
+    assert run("fit", "--model.pretrained", "pruned", "--pruning.rate", "0", "--export.folder", "pruned") == 0
+    assert Path("pruned/plan.json").read_text() == made
+    assert "asked to lose 30.0%" in Path("pruned/README.md").read_text()
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class MyConfig(LlamaConfig):
+    model_type = "llama"
+class MyForCausalLM(LlamaForCausalLM):
+    config_class = MyConfig
+"""
+
+
+def test_model_with_code_of_its_own_is_padded_where_layers_differ(run: Run, tiny_folder: Path) -> None:
+    shutil.copytree(tiny_folder, "remote")
+    Path("remote/own.py").write_text(REMOTE)
+    config = json.loads(Path("remote/config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.MyConfig", "AutoModelForCausalLM": "own.MyForCausalLM"}
+    Path("remote/config.json").write_text(json.dumps(config))
+    settings = ("--model.pretrained", "remote", "--model.trust_remote_code", "true", "--export.folder", "out")
+    assert run("prune", *settings) == 0
+    model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+    assert type(model).__name__ == "MyForCausalLM"
+    measured = json.loads(Path("lightning_logs/version_0/report.json").read_text())["stages"][-1]["perplexity"]
+    assert run("validate", *settings[2:4], "--model.pretrained", "out") == 0
+    assert measured and "README.md" in {path.name for path in Path("out").iterdir()}
 
 
 def test_search_finds_a_split_and_pruning_by_it_gives_the_perplexity_it_promised(

@@ -7,11 +7,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
-from gqaprune.checkpoint import SHARD_SIZE, check_output_folder, check_written_by_layer, choose_format, save
+from gqaprune.checkpoint import (
+    SHARD_SIZE,
+    check_output_folder,
+    check_shard_size,
+    check_written_by_layer,
+    choose_format,
+    save,
+)
 from gqaprune.datamodules import TextDataModule
 from gqaprune.holding import are_layers_apart
 from gqaprune.loading import load_config
 from gqaprune.module import CausalLMModule
+from gqaprune.plan import PruningPlan, find_plan
 from gqaprune.progress import console
 from gqaprune.selection import check_equal_counts
 
@@ -45,6 +53,7 @@ class CheckpointExport(Callback):
         self.quantization = quantization
         self.written: Path | None = None
         self.written_format = ""
+        self.written_plan: PruningPlan | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse an unusable folder or format before hours of work, not after."""
@@ -55,6 +64,7 @@ class CheckpointExport(Callback):
         module = get_parts(trainer, pl_module)[0]
         config = load_config(module.pretrained, module.trust_remote_code)
         choose_format(config, self.format, self.quantization)
+        check_shard_size(self.max_shard_size)
         pruning = next((c for c in trainer.callbacks if isinstance(c, TaylorPruning)), None)  # type: ignore[attr-defined]
         apart = pruning.layers_apart if pruning is not None and trainer.limit_train_batches == 0 else None
         if apart is not None:
@@ -76,6 +86,7 @@ class CheckpointExport(Callback):
         module, data = get_parts(trainer, pl_module)
         folder = self._get_folder(trainer)
         state_dict = module.gather_state_dict()
+        self.written_plan = _find_whole_plan(module)
         if trainer.is_global_zero or are_layers_apart(module.model):
             self.written_format = self._save(module, data, folder, state_dict)
         self.written = folder
@@ -84,7 +95,7 @@ class CheckpointExport(Callback):
     def _save(
         self, module: CausalLMModule, data: TextDataModule, folder: Path, state_dict: dict[str, Tensor] | None
     ) -> str:
-        what = (module.plain_model, data.tokenizer, folder, module.plan, state_dict, module.adapted)
+        what = (module.plain_model, data.tokenizer, folder, self.written_plan, state_dict, module.adapted)
         try:
             return save(*what, self.format, self.max_shard_size, self.quantization)
         except ValueError as error:
@@ -98,6 +109,13 @@ class CheckpointExport(Callback):
         if self.folder is not None:
             return Path(self.folder)
         return get_run_folder(trainer) / "checkpoint"
+
+
+def _find_whole_plan(module: CausalLMModule) -> PruningPlan | None:
+    """What was cut from the dense model: where this run cut nothing, what an earlier one did."""
+    if module.plan is None or not module.plan.removes_nothing:
+        return module.plan
+    return find_plan(module.pretrained, module.plan.geometry) or module.plan
 
 
 def _restore_best(trainer: Trainer, rounds_done: int) -> None:

@@ -102,6 +102,8 @@ def find_dense(module: CausalLMModule) -> tuple[str, str]:
         load_config(name, module.trust_remote_code)
     except ValueError as error:
         return "", f"{alone}: {error}; {way_out}"
+    if Path(name).resolve() == place.resolve():
+        return "", f"{alone}: the plan of {module.pretrained} names itself; {way_out}"
     return name, ""
 
 

@@ -106,10 +106,11 @@ class RunSummary(Callback):
         export = _get_export(trainer)
         if export is None or export.written is None or export.quantization is None:
             return
-        if not hasattr(load_config(export.written), "quantization_config"):
-            return  # it could not be, and export has said so
         module, data = get_parts(trainer, pl_module)
-        model = load_model(export.written, attn_implementation=module.attn_implementation).to(module.device)
+        remote = module.trust_remote_code
+        if not hasattr(load_config(export.written, remote), "quantization_config"):
+            return  # it could not be, and export has said so
+        model = load_model(export.written, "auto", module.attn_implementation, remote).to(module.device)
         name = f"{report.stages[-1].name}, {export.quantization}"
         report.add_stage(name, model, data.evaluation_batches(), measure_weights(export.written))
         if trainer.is_global_zero:
@@ -146,17 +147,18 @@ class RunSummary(Callback):
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finished = True
-        report = _get_report(trainer)
-        plan = get_parts(trainer, pl_module)[0].plan
+        module = get_parts(trainer, pl_module)[0]
+        report, plan = _get_report(trainer), module.plan
         if report is None or plan is None or not trainer.is_global_zero:
             return
         folder = get_run_folder(trainer)
         report.save(folder / REPORT_FILE)
         padding = ""
         if (export := _get_export(trainer)) is not None and export.written is not None:
-            shapes = read_geometry(load_config(export.written))
-            write_card(export.written, plan, export.written_format, shapes, report, get_command())
-            padding = describe_padding(plan.pruned_geometry, shapes, plan.geometry)
+            assert export.written_plan is not None
+            shapes = read_geometry(load_config(export.written, module.trust_remote_code))
+            write_card(export.written, export.written_plan, export.written_format, shapes, report, get_command())
+            padding = describe_padding(plan.pruned_geometry, shapes, export.written_plan.geometry)
         hparams = _flatten(report.settings | dict(pl_module.hparams))
         for logger in get_tensorboards(trainer):
             if report.stages[-1].perplexity:

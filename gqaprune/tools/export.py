@@ -1,15 +1,12 @@
 """`gqaprune export`: write a model that is already pruned, or a dense one, in another format."""
 
-from dataclasses import replace
 from pathlib import Path
-
-from transformers import PreTrainedModel
 
 from gqaprune.architecture import read_geometry
 from gqaprune.card import describe_padding
 from gqaprune.checkpoint import SHARD_SIZE, measure_weights, save
 from gqaprune.loading import load_config, load_model, load_tokenizer
-from gqaprune.plan import PLAN_FILE, PruningPlan
+from gqaprune.plan import find_plan
 from gqaprune.progress import console
 
 
@@ -39,7 +36,7 @@ def export(
         ValueError: if there is no such model, or the format cannot hold it.
     """
     loaded = load_model(model, dtype, trust_remote_code=trust_remote_code)
-    plan = _find_plan(model, loaded)
+    plan = find_plan(model, read_geometry(loaded.config))
     written = save(
         loaded,
         load_tokenizer(model, trust_remote_code),
@@ -50,16 +47,8 @@ def export(
         quantization=quantization,
     )
     size = measure_weights(Path(folder))
-    console.print(f"{folder}  {written} format, {size / 1e6:,.1f} MB of weights")
+    console.print(f"{folder}  {written} format, {size / 1e6:,.1f} MB of weights", markup=False)
     dense = None if plan is None else plan.geometry
-    if padding := describe_padding(read_geometry(loaded.config), read_geometry(load_config(folder)), dense):
+    shapes = read_geometry(load_config(folder, trust_remote_code))
+    if padding := describe_padding(read_geometry(loaded.config), shapes, dense):
         console.print(padding)
-
-
-def _find_plan(source: str, model: PreTrainedModel) -> PruningPlan | None:
-    """The plan beside a model, if it is the one that made it."""
-    file = Path(source) / PLAN_FILE
-    if not file.is_file():
-        return None
-    plan, geometry = PruningPlan.load(file), read_geometry(model.config)
-    return plan if replace(plan.pruned_geometry, family=geometry.family) == geometry else None

@@ -13,6 +13,7 @@ import yaml
 
 import gqaprune
 from gqaprune.cli import main
+from gqaprune.plan import PruningPlan
 from gqaprune.progress import console
 from gqaprune.repetition import measure_distinct, measure_repetition
 from gqaprune.selection import keep_everything
@@ -53,6 +54,13 @@ def predict(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pr
         return dict(json.loads((newest / "predictions.json").read_text(encoding="utf-8")))
 
     return run
+
+
+def test_plan_that_names_its_own_checkpoint_gives_no_dense_model(models: Path, predict: Predict) -> None:
+    plan = PruningPlan.load(models / "stuck/plan.json")
+    replace(plan, model=str(models / "stuck")).save(models / "stuck/plan.json")
+    found = predict("stuck")
+    assert not found["dense"] and "names itself; name it by --model.recovery.teacher" in found["note"]
 
 
 def measure_by_hand(folder: Path, prompt: str, answer: list[int]) -> float:

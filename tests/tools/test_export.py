@@ -46,6 +46,14 @@ def test_export_says_what_padding_costs(pruned: Path, tmp_path: Path, capsys: py
     assert "padded format, 0." in printed and "channels, those it lacks as zeros: 0.01 M parameters, 100%" in printed
 
 
+def test_padded_checkpoint_is_exported_with_its_plan(pruned: Path, tmp_path: Path) -> None:
+    export(str(pruned), str(tmp_path / "padded"), "padded")
+    for _ in range(2):  # the second time over an earlier checkpoint
+        export(str(tmp_path / "padded"), str(tmp_path / "half"), dtype="float16")
+    assert PruningPlan.load(tmp_path / "half/plan.json") == PruningPlan.load(pruned / "plan.json")
+    assert 'from_pretrained("half")' in (tmp_path / "half/README.md").read_text()
+
+
 def test_exported_files_can_be_exported_again(pruned: Path, tmp_path: Path) -> None:
     export(str(pruned), str(tmp_path / "gguf"), "gguf-f16")
     export(str(tmp_path / "gguf/model-f16.gguf"), str(tmp_path / "back"), "stock", dtype="float32")
