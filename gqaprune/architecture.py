@@ -187,23 +187,31 @@ def compute_addition(model: PreTrainedModel, key: BlockKey, output_BTD: Tensor) 
     return output_BTD * read_residual_multiplier(model.config)
 
 
-def add_biases(model: PreTrainedModel, kinds: Collection[BlockKind]) -> None:
-    """Give all projections of all blocks of some kinds a bias, of zeros where there was none, in weights and config.
+def check_biases(config: PretrainedConfig, kinds: Collection[BlockKind]) -> None:
+    """Refuse biases of blocks of some kinds where a family's checkpoints have no place for them.
 
     Raises:
-        ValueError: if the family's checkpoints have no place for a bias of those blocks' output projection; the model
-            is untouched then.
+        ValueError: with the families that have.
     """
-    flags = get_family(model.config).biases
     for kind in kinds:
-        if kind not in flags:
+        if kind not in get_family(config).biases:
             able = ", ".join(
                 f"{name} ({' and '.join(family.biases)})" for name, family in FAMILIES.items() if family.biases
             )
             raise ValueError(
-                f"{model.config.model_type} checkpoints have no place for a bias of {kind} output projections, "
-                f"only those of {able} have; repair without bias"
+                f"{config.model_type} checkpoints have no place for a bias of {kind} output projections, only those of "
+                f"{able} have; repair without bias"
             )
+
+
+def add_biases(model: PreTrainedModel, kinds: Collection[BlockKind]) -> None:
+    """Give all projections of all blocks of some kinds a bias, of zeros where there was none, in weights and config.
+
+    Raises:
+        ValueError: if the family's checkpoints have no place for it; the model is untouched then.
+    """
+    check_biases(model.config, kinds)
+    flags = get_family(model.config).biases
     for block in find_blocks(model):
         if block.key.kind in kinds:
             for linear in (*(projection.linear for projection in block.inputs), block.output):

@@ -5,7 +5,6 @@ file beside the weights; `padded`, a stock class with zeros for what some layers
 """
 
 import copy
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from gqaprune.loading import load_config, load_model, make_quantization_config
 from gqaprune.padding import pad_checkpoint
 from gqaprune.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
 from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
+from gqaprune.processes import name_process
 from gqaprune.recovery import merge_adapters
 from gqaprune.replace import check_can_be_folder, replace_folder
 
@@ -89,10 +89,9 @@ def save(
         attend_writing(model)
         return format
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{name_process()}.tmp")
     whole = model.state_dict() if state_dict is None else state_dict
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our number
         temporary.mkdir()
         if adapted is not None:
             named = {f"base_model.model.{name}": tensor for name, tensor in whole.items()}  # as peft names them

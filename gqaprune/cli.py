@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from safetensors import SafetensorError
 
 from gqaprune.callbacks import (
     CheckpointExport,
@@ -314,7 +315,7 @@ def _run(log: RunLog) -> int:
             run_tool(sys.argv[1], sys.argv[2:])
         else:
             PruningCLI(log)
-    except (ValueError, OSError, MisconfigurationException) as error:
+    except (ValueError, OSError, SafetensorError, MisconfigurationException) as error:  # the third: a full disk, too
         _say(f"gqaprune: error: {error}")
         return 1
     except (KeyboardInterrupt, SystemExit) as stop:

@@ -10,6 +10,7 @@ right-hand side, C some columns of the inverse.
 import os
 import tempfile
 from collections.abc import Sequence
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -48,14 +49,24 @@ class Memory:
         if self.device.type != "cpu":
             return torch.zeros(rows, columns, dtype=dtype)
         with tempfile.NamedTemporaryFile(prefix="gqaprune-") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would end the process at a write
+            try:  # else a full disk would end the process at a write
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:  # macOS
+                    _fill_with_zeros(file, size)
             except OSError as error:
                 raise ValueError(
                     f"a Gram matrix takes {size / 1e6:,.0f} MB more than {tempfile.gettempdir()} has room for "
                     f"({error.strerror}); set TMPDIR to a folder on a disk with more"
                 ) from error
             return torch.from_file(file.name, shared=True, size=rows * columns, dtype=dtype).view(rows, columns)
+
+
+def _fill_with_zeros(file: IO[bytes], size: int) -> None:
+    zeros = bytes(2**20)
+    for start in range(0, size, len(zeros)):
+        file.write(zeros[: size - start])
+    file.flush()
 
 
 def split_rows(rows: int, columns: int) -> list[slice]:

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gqaprune.architecture import Block, compute_addition, find_blocks, get_layers, read_geometry, write_heads
+from gqaprune.errors import first_line
 from gqaprune.families import FAMILIES, get_family
 from gqaprune.gates import apply_gates, freeze_parameters
 from gqaprune.holding import hold_layer
 from gqaprune.layerwise import embed_batches, run_layer
+from gqaprune.per_layer import LayerConfig
 from gqaprune.surgery import keep_units
 
 _TOLERANCE = 1e-3
@@ -60,7 +62,11 @@ def check_likeness(model: PreTrainedModel) -> None:
                     keep_units(block, tuple(range(1, block.units)))
             groups = attention.units - (attention.key in gates)
             write_heads(model, 0, groups * read_geometry(model.config).ratios[0], groups)
-            cut_BTD = run_layer(model, 0, stream)
+            _check_shapes(model, groups, mlp.units - (mlp.key in gates))
+            try:
+                cut_BTD = run_layer(model, 0, stream)
+            except RuntimeError as error:
+                raise _make_error(model, f"its first layer does not run once it is cut ({first_line(error)})") from None
         _check_equal(model, gated_BTD, cut_BTD, "computes something else when units are cut than when they are silent")
 
 
@@ -85,6 +91,22 @@ def _check_parts(model: PreTrainedModel, index: int, layer: nn.Module) -> None:
         for name in sorted(names):
             if f"{block}.{name}.weight" not in held:
                 raise _make_error(model, f"layer {index} has no {block}.{name}")
+
+
+def _check_shapes(model: PreTrainedModel, groups: int, channels: int) -> None:
+    """Refuse a first layer that is cut to other shapes than its class builds from a config that says so."""
+    family, geometry, layer = get_family(model.config), read_geometry(model.config), get_layers(model)[0]
+    heads = {"num_attention_heads": groups * geometry.ratios[0], "num_key_value_heads": groups}
+    own = {**heads, "head_dim": geometry.head_dim, family.width: channels}
+    try:
+        with torch.device("meta"):
+            rebuilt = type(layer)(LayerConfig(model.config, own), 0)
+    except ValueError as error:
+        raise _make_error(model, f"its first layer cannot be built once it is cut ({first_line(error)})") from None
+    shapes = {name: list(parameter.shape) for name, parameter in layer.named_parameters()}
+    for name, parameter in rebuilt.named_parameters():
+        if list(parameter.shape) != shapes.get(name):
+            raise _make_error(model, f"cut, {name} is {shapes.get(name)}, its config promises {list(parameter.shape)}")
 
 
 @contextmanager

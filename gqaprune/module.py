@@ -175,7 +175,10 @@ class CausalLMModule(LightningModule):
         return self._trainer is not None and self._trainer.state.fn == "fit" and self._trainer.limit_train_batches != 0
 
     def prepare_recovery(self) -> None:
-        """Add adapters and load the teacher. Does nothing the second time."""
+        """Add adapters and load the teacher, once; after a further cut forget what was compiled before it."""
+        if self._compiled is not None:
+            self._compiled = None
+            torch.compiler.reset()  # else the programs of earlier shapes would use up how many there may be
         if self.recovery.uses_lora and not self._adapted:
             seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) + self.rounds_done
             self._adapted.append(add_adapters(self.model, self.recovery, seed))

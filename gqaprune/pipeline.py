@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.allocation import AllocationOptions
-from gqaprune.architecture import BlockKey, describe_experts
+from gqaprune.architecture import BlockKey, check_biases, describe_experts
 from gqaprune.config import PruningConfig
 from gqaprune.counts import (
     bind_allocation,
@@ -140,6 +140,9 @@ class Pruner:
         if config.removes_something:
             check_reachable(self.dense_blocks, self.budget, config)
             check_text(batches, config)
+            if (repair := config.repair_options()) is not None and repair.bias:
+                some = {block.key.kind for block in self.dense_blocks}
+                check_biases(model.config, ("attention", "mlp") if repair.everywhere else sorted(some))
         self.plan = replace(keep_everything(model), model=source)
         self.report = Report(source, asdict(config), note=describe_experts(model))
         self.share = 0.0

@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from gqaprune.processes import is_gone, name_process
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -24,7 +26,7 @@ def check_can_be_folder(folder: Path) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary name beside `path`, then rename; what killed writes of it left there is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{name_process()}.tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -38,13 +40,13 @@ def replace_folder(new: Path, folder: Path) -> None:
     """Give `new` the name `folder`; what had it is removed, and so is what killed replacements left beside it.
 
     On Linux the two names are exchanged in one step. Elsewhere the old folder is moved away first; a program killed
-    right then leaves it as `.<name>.<number>.old`.
+    right then leaves it as `.<name>.<process>.old`.
     """
     old = new
     if not folder.exists():
         new.rename(folder)
     elif not _exchange(new, folder):
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        old = folder.with_name(f".{folder.name}.{name_process()}.old")
         folder.rename(old)
         try:
             new.rename(folder)
@@ -61,13 +63,13 @@ def make_temporary_folder(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in _list_left(path):
         shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(f".{os.getpid()}.tmp", f".{path.name}.", path.parent))
+    return Path(tempfile.mkdtemp(f".{name_process()}.tmp", f".{path.name}.", path.parent))
 
 
 def _list_left(path: Path) -> list[Path]:
-    """Temporary names of a path whose processes are gone from this machine."""
+    """Temporary names of a path whose processes are gone."""
     names = path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
-    return [name for name in names if not is_running(name.name.split(".")[-2])]
+    return [name for name in names if is_gone(name.name.split(".")[-2])]
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -77,14 +79,3 @@ def _exchange(one: Path, other: Path) -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
-
-
-def is_running(process: str | int) -> bool:
-    """Whether a process of that number runs on this machine."""
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from gqaprune.processes import is_running
 from gqaprune.progress import console
-from gqaprune.replace import is_running, write_atomically
+from gqaprune.replace import write_atomically
 from gqaprune.stages import describe_change
 
 UNFINISHED = Path("lightning_logs") / "unfinished"
@@ -28,17 +29,17 @@ class RunNote:
         settings: all of them, as plain data.
         folder: that it writes its logs to.
         checkpoints: folders that it writes checkpoints to.
-        process: its number.
+        process: its name.
     """
 
     settings: Mapping[str, Any]
     folder: str
     checkpoints: tuple[str, ...]
-    process: int
+    process: str
 
     @property
     def is_running(self) -> bool:
-        """Whether the run still goes on, on this machine."""
+        """Whether the run still goes on, in this place."""
         return is_running(self.process)
 
     def save(self, root: Path) -> None:
@@ -52,7 +53,7 @@ class RunNote:
         """The note under a root folder, if there is a whole one."""
         try:
             data = json.loads((root / UNFINISHED / _NOTE).read_text(encoding="utf-8"))
-            return RunNote(**data | {"checkpoints": tuple(data["checkpoints"])})
+            return RunNote(**data | {"checkpoints": tuple(data["checkpoints"]), "process": str(data["process"])})
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -429,6 +429,12 @@ def test_rounds_are_refused_where_the_model_is_split(config: Path, tmp_path: Pat
         run(tmp_path / "fit", "fit", config, "--model.recovery.rounds", "2", *FSDP2)
 
 
+def test_compiled_layers_are_refused_where_the_model_is_split(config: Path, tmp_path: Path) -> None:
+    done = start(tmp_path / "fit", "fit", config, "--model.compile", "true", *FSDP2)
+    assert done.returncode == 1 and "model.compile compiles whole layers, which ModelParallelStrategy" in done.stderr
+    assert "dense:" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("strategy", "arguments", "message"),
     [

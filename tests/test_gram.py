@@ -146,6 +146,16 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+def test_large_matrices_are_in_files_where_none_can_be_allocated_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(gram, "WORKSPACE", 800)
+    monkeypatch.delattr(os, "posix_fallocate")
+    matrix = Memory(CPU).make_zeros(700, 300)
+    assert matrix.shape == (700, 300) and not matrix.any() and not list(tmp_path.iterdir())
+
+
 def test_own_memory_stays_near_the_workspace_and_below_one_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     size, workspace = 3000, 2**25
     monkeypatch.setattr(gram, "WORKSPACE", workspace)

@@ -32,7 +32,9 @@ def test_core_imports_without_lightning(module: str) -> None:
     subprocess.run([sys.executable, "-c", SCRIPT.format(blocked=blocked, module=module)], check=True)
 
 
-@pytest.mark.parametrize(("module", "siblings"), [("plan", {"gqaprune.replace"}), ("replace", set())])
+@pytest.mark.parametrize(
+    ("module", "siblings"), [("plan", {"gqaprune.replace"}), ("replace", {"gqaprune.processes"}), ("processes", set())]
+)
 def test_the_plan_needs_files_and_nothing_else(module: str, siblings: set[str]) -> None:
     tree = ast.parse(inspect.getsource(importlib.import_module(f"gqaprune.{module}")))
     imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -27,7 +27,7 @@ def make_unknown(family: str, **settings: Any) -> PreTrainedModel:
     sizes = {"vocab_size": 260, "intermediate_size": 20, "num_hidden_layers": 3, "max_position_embeddings": 64}
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shapes, **sizes, **tokens, **settings))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**shapes, **sizes, **tokens, **settings}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
@@ -67,6 +67,18 @@ def test_others_are_refused_with_what_is_different(family: str, reason: str) -> 
     model = make_unknown(family)
     with pytest.raises(ValueError, match=f"type '{family}' cannot be pruned yet: {reason}.*; supported types"):
         prune(model, [make_tokens()], PruningConfig(rate=0.2))
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("helium", r"cut, self_attn\.o_proj\.weight is \[32, 24\], its config promises \[32, 32\]"),
+        ("stablelm", r"its first layer cannot be built once it is cut \(hidden_size must be"),
+    ],
+)
+def test_those_that_would_be_cut_to_what_nothing_loads_are_refused(family: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"type '{family}' cannot be pruned yet: {reason}.*; supported types"):
+        check_likeness(make_unknown(family, head_dim=4))
 
 
 def rename(model: PreTrainedModel) -> PreTrainedModel:

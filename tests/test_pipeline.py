@@ -337,3 +337,12 @@ def test_scores_of_the_last_cut_stay_with_the_pruner_and_are_read_back_with_its_
     again = cut()
     assert again.scores.keys() == first.scores.keys()
     assert all(torch.equal(again.scores[key], score_U) for key, score_U in first.scores.items())
+
+
+@pytest.mark.parametrize("settings", [{"repair": "bias"}, {"repair": "least_squares", "repair_bias": True}])
+def test_biases_without_a_place_are_refused_before_anything_is_scored(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqaprune.selection.score_units", lambda *_: pytest.fail("scored"))
+    with pytest.raises(ValueError, match="qwen2 checkpoints have no place for a bias of .*; repair without bias"):
+        prune(make_model("qwen2"), BATCHES, make_plain(rate=0.2, **settings))

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 from gqaprune import replace
+from gqaprune.processes import name_process
 from gqaprune.replace import make_temporary_folder, replace_folder, write_atomically
+
+
+def name_ended_process() -> str:
+    ended = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    name = name_process(ended.pid)
+    ended.communicate(b"\n")
+    return name
+
+
+PARENT = name_process(os.getppid())
 
 
 def make_folder(path: Path, content: str) -> Path:
@@ -48,12 +59,11 @@ def test_a_rename_that_fails_puts_the_older_folder_back(tmp_path: Path, monkeypa
 
 
 def test_what_killed_programs_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    for process in (ended.pid, os.getppid()):
+    ended = name_ended_process()
+    for process in (ended, PARENT):
         make_folder(tmp_path / f".out.{process}.tmp", "half")
-    replace_folder(make_folder(tmp_path / f".out.{os.getpid()}.tmp", "whole"), tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"out", f".out.{os.getppid()}.tmp"}
+    replace_folder(make_folder(tmp_path / f".out.{name_process()}.tmp", "whole"), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", f".out.{PARENT}.tmp"}
 
 
 def test_a_killed_program_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
@@ -86,20 +96,18 @@ def test_failed_save_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: P
 
 
 def test_a_write_removes_what_killed_writes_of_the_same_name_left(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    others = [f".[x].json.{os.getppid()}.tmp", f".y.json.{ended.pid}.tmp"]
-    for name in (f".[x].json.{ended.pid}.tmp", *others):
+    ended = name_ended_process()
+    others = [f".[x].json.{PARENT}.tmp", f".y.json.{ended}.tmp"]
+    for name in (f".[x].json.{ended}.tmp", *others):
         (tmp_path / name).write_text("half")
     write_atomically(tmp_path / "[x].json", b"whole")
     assert {path.name for path in tmp_path.iterdir()} == {"[x].json", *others}
 
 
 def test_a_temporary_folder_is_new_and_those_of_killed_programs_go(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    make_folder(tmp_path / f".work.x.{ended.pid}.tmp", "half")
-    make_folder(tmp_path / f".work.x.{os.getppid()}.tmp", "half")
+    ended = name_ended_process()
+    make_folder(tmp_path / f".work.x.{ended}.tmp", "half")
+    make_folder(tmp_path / f".work.x.{PARENT}.tmp", "half")
     first, second = make_temporary_folder(tmp_path / "work"), make_temporary_folder(tmp_path / "work")
     assert first != second
-    assert set(tmp_path.iterdir()) == {first, second, tmp_path / f".work.x.{os.getppid()}.tmp"}
+    assert set(tmp_path.iterdir()) == {first, second, tmp_path / f".work.x.{PARENT}.tmp"}

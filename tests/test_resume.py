@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from gqaprune.cli import main
+from gqaprune.processes import name_process
 from gqaprune.resume import UNFINISHED
 
 from tiny import DATA, PLAIN
@@ -188,7 +189,7 @@ def test_a_run_beside_one_that_goes_on_is_a_run_of_its_own(
 ) -> None:
     assert run(tmp_path, at="mid-epoch") == -signal.SIGKILL
     note = tmp_path / UNFINISHED / "run.json"
-    note.write_text(json.dumps(json.loads(note.read_text()) | {"process": os.getpid()}))
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"process": name_process()}))
     assert run(tmp_path) == 0, read_output(tmp_path)
     assert "going on" not in read_output(tmp_path)
     assert read_files(tmp_path) == whole()

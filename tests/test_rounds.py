@@ -182,3 +182,29 @@ def test_a_plan_that_was_given_is_whole(tiny_folder: Path, tmp_path: Path) -> No
 def test_rounds_refuse_what_measures_whole_cuts(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="swap_generations measures cuts of the whole model, which several rounds"):
         recover(tiny_folder, tmp_path, RecoveryConfig(rounds=2), {**PRUNING, "swap_generations": 1})
+
+
+def test_every_round_compiles_the_layers_that_it_trains(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[Any] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_by = torch.compile
+    monkeypatch.setattr("torch.compile", lambda call: compile_by(call, backend=count))
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 3)  # as many as there are layers, which differ
+    monkeypatch.setattr("gqaprune.compilation.max", lambda *_: 3, raising=False)
+    compiled = []
+    for rounds in (1, 2):
+        graphs.clear()
+        torch.compiler.reset()
+        module = CausalLMModule(
+            str(tiny_folder), compile=True, recovery=RecoveryConfig(rounds=rounds), optimizer=fast_optimizer
+        )
+        trainer = make_trainer(tmp_path, TaylorPruning(**{**PRUNING, "allocation": "global"}))
+        trainer.fit(module, datamodule=make_data(tiny_folder, batch_size=2))
+        compiled.append(len(graphs))
+    assert compiled[1] == 2 * compiled[0]

@@ -1,7 +1,13 @@
 """Settings that exclude one another, refused before any work."""
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 
 from gqaprune.config import PruningConfig
 from gqaprune.counts import check_goes_by_layer
@@ -25,6 +31,15 @@ def check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfig
     if config.uses_damage_curves or config.swap_generations:
         name = "damage_levels" if config.uses_damage_curves else "swap_generations"
         raise ValueError(f"{name} measures cuts of the whole model, which several rounds have not: set rounds to 1")
+
+
+def check_compile(trainer: Trainer, module: CausalLMModule) -> None:
+    """Refuse to compile layers that a strategy is going to split, before any work."""
+    if module.compile_layers and isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy)):
+        raise ValueError(
+            f"model.compile compiles whole layers, which {type(trainer.strategy).__name__} splits: set it to false, or "
+            "trainer.strategy to ddp or auto"
+        )
 
 
 def check_offload(trainer: Trainer, module: CausalLMModule) -> None:

@@ -1,6 +1,5 @@
 """Leave a note of a run while it trains, so that the same command finds where it stopped."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gqaprune.callbacks.pruning import get_run_folder
 from gqaprune.module import list_checkpoint_folders
+from gqaprune.processes import name_process
 from gqaprune.resume import RunNote
 
 
@@ -29,7 +29,7 @@ class KeepRunNote(Callback):
         if trainer.is_global_zero:
             folder = get_run_folder(trainer)
             checkpoints = dict.fromkeys([*self.before, *list_checkpoint_folders(trainer)])
-            RunNote(self.settings, str(folder), tuple(checkpoints), os.getpid()).save(self.root)
+            RunNote(self.settings, str(folder), tuple(checkpoints), name_process()).save(self.root)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove it; a run that is stopped does not come here."""

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from transformers import PreTrainedModel
 
-from gqaprune.callbacks.checks import check_apart, check_offload, check_rounds, check_sharded
+from gqaprune.callbacks.checks import check_apart, check_compile, check_offload, check_rounds, check_sharded
 from gqaprune.config import PruningConfig
 from gqaprune.criteria.base import Scores
 from gqaprune.datamodules import TextDataModule
@@ -79,6 +79,7 @@ class TaylorPruning(GradientAccumulationScheduler):
             return
         module, data = get_parts(trainer, pl_module)
         check_rounds(trainer, module, self.config)
+        check_compile(trainer, module)
         if trainer.strategy.handles_gradient_accumulation:
             trainer.accumulate_grad_batches = self._get_only_factor(trainer)
         if self.offload:
