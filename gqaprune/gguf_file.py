@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from gqaprune.architecture import read_geometry
+from gqaprune.errors import first_line
 from gqaprune.padding import pad_checkpoint
 from gqaprune.plan import Geometry
 from gqaprune.progress import track
@@ -278,9 +279,14 @@ def _check_tokenizer(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Read the tokenizer back.
 
     Raises:
-        ValueError: if it reads text in another way.
+        ValueError: if it cannot be, or reads text in another way.
     """
-    written = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    try:
+        written = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer cannot be read from a GGUF file ({type(error).__name__}: {first_line(error)}); use padded"
+        ) from None
     expected, found = (each(_SAMPLE, add_special_tokens=False)["input_ids"] for each in (tokenizer, written))
     if expected != found:
         raise ValueError(

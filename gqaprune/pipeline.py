@@ -130,13 +130,13 @@ class Pruner:
         if (apart := get_layers_apart(model)) is not None:
             check_goes_by_layer(config, apart)
         check_likeness(model)
-        check_finite_weights(model)
+        self.dense_blocks, self.budget = select_blocks(model, config), read_budget(model, config)
+        check_finite_weights(model)  # of what is quantised it could not say
         self.model, self.batches, self.config = model, batches, config
         self.accumulate, self.evaluation = accumulate, evaluation or {}
         self.held_out = {_HELD_OUT: held_out} if held_out else {}
         self.source, self.seed, self.corpora = source, seed, tuple(corpora)
         self.stages = stages or Stages()
-        self.dense_blocks, self.budget = select_blocks(model, config), read_budget(model, config)
         if config.removes_something:
             check_reachable(self.dense_blocks, self.budget, config)
             check_text(batches, config)

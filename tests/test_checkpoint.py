@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_surgery import make_plan
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from gqaprune import PruningConfig, prune
 from gqaprune.architecture import find_blocks, read_geometry
 from gqaprune.checkpoint import save
 from gqaprune.loading import load_model, load_tokenizer
@@ -19,6 +20,7 @@ from gqaprune.plan import PruningPlan
 from gqaprune.processes import name_process
 from gqaprune.selection import keep_everything
 from gqaprune.surgery import apply_plan
+from gqaprune.tools.export import export
 
 from tiny import make_model, make_tokenizer, make_tokens
 
@@ -301,6 +303,12 @@ def test_gguf_checkpoints_are_loaded_from_their_folder(tmp_path: Path) -> None:
         load_model(tmp_path / "out")
 
 
+def test_tokenizer_that_a_gguf_file_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the tokenizer cannot be read from a GGUF file .*; use padded"):
+        save(make_model("llama"), make_tokenizer(), tmp_path / "out", format="gguf-f16")  # no merges at all
+    assert not list(tmp_path.iterdir())
+
+
 def test_formats_that_cannot_hold_a_model_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     uneven = make_model("llama", layers=6, kv_heads=3, ratio=2)
     channels = [list(range(20))] * 6
@@ -364,6 +372,10 @@ def test_weights_in_8_bits_are_smaller_and_give_nearly_the_same_logits(format: s
         assert 1e-4 < error < 0.1
     with pytest.raises(ValueError, match="layer 0 attention q_proj is .*not a plain floating-point linear layer"):
         find_blocks(load_model(tmp_path / "int8"))
+    with pytest.raises(ValueError, match="not a plain floating-point linear layer: load the model unquantised"):
+        prune(load_model(tmp_path / "int8"), [make_tokens()], PruningConfig(rate=0.1))
+    with pytest.raises(ValueError, match="not a plain floating-point linear layer"):
+        export(str(tmp_path / "int8"), str(tmp_path / "out"), "padded")
     with pytest.raises(ValueError, match="gguf-f16 and quantization int8 both say how weights are stored"):
         save(model, make_tokenizer(), tmp_path / "out", format="gguf-f16", quantization="int8")
 

@@ -133,7 +133,9 @@ def test_a_cut_model_that_is_not_finite_is_told_with_its_place(
     monkeypatch.setattr("gqaprune.pipeline.apply_plan", cut_and_break)
     with pytest.raises(ValueError, match="not finite"):
         fit(learned_folder, tmp_path, PerplexityGuard(), MILD)
-    facts = json.loads((tmp_path / "guard.json").read_text())
+    text = (tmp_path / "guard.json").read_text()
+    facts = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert facts["diagnosis"]["pruned"] is None
     assert "layer 1 (model.layers.1.mlp.up_proj.weight)" in facts["diagnosis"]["verdict"]["sentence"]
     assert not PruningPlan.load(tmp_path / "plan.json").removes_nothing
 

@@ -1,6 +1,7 @@
 """Stop before money is spent on a broken model: watch perplexity on held-out windows, and say why it exploded."""
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -133,7 +134,16 @@ class PerplexityGuard(Callback):
             facts["diagnosis"] = self.diagnosis.to_dict()
             console.print(build_diagnosis_table(self.diagnosis))
         self.facts = facts
-        write_atomically(folder / GUARD_FILE, (json.dumps(facts, indent=2) + "\n").encode())
+        write_atomically(folder / GUARD_FILE, (json.dumps(_make_plain(facts), indent=2) + "\n").encode())
+
+
+def _make_plain(value: Any) -> Any:
+    """Data with null for numbers that are not finite, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _make_plain(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_make_plain(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _diagnose(module: CausalLMModule, data: TextDataModule, is_trained: bool) -> Diagnosis:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from gqaprune.architecture import read_geometry
+from gqaprune.architecture import find_blocks, read_geometry
 from gqaprune.card import describe_padding
-from gqaprune.checkpoint import SHARD_SIZE, measure_weights, save
+from gqaprune.checkpoint import SHARD_SIZE, choose_format, measure_weights, save
 from gqaprune.loading import load_config, load_model, load_tokenizer
 from gqaprune.plan import find_plan
 from gqaprune.progress import console
@@ -36,6 +36,8 @@ def export(
         ValueError: if there is no such model, or the format cannot hold it.
     """
     loaded = load_model(model, dtype, trust_remote_code=trust_remote_code)
+    if choose_format(loaded.config, format, quantization) != "stock":
+        find_blocks(loaded)  # refuses quantised weights, which go nowhere else
     plan = find_plan(model, read_geometry(loaded.config))
     written = save(
         loaded,

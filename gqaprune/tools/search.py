@@ -147,8 +147,8 @@ def find_best_split(
         raise ValueError("search compares splits on validation text, got none: name a corpus in data.val")
     check_text(batches, config)
     check_likeness(model)
-    check_finite_weights(model)
     blocks, budget = select_blocks(model, config), read_budget(model, config)
+    check_finite_weights(model)
     check_reachable(blocks, budget, config)
 
     settings_of = {name: value for name, value in asdict(config).items() if name not in ("split", "sensitivity_path")}
