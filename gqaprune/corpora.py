@@ -131,6 +131,11 @@ def read_corpus(corpus: Corpus) -> Iterable[str]:
     return documents if corpus.split == "all" else _take_share(documents, corpus.split)
 
 
+def replace_halves(text: str) -> str:
+    """A text whose halves of characters, which JSON can spell and no tokenizer reads, are replacement characters."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _read_hub(corpus: Corpus) -> Iterable[str]:
     from datasets import load_dataset
 
@@ -188,7 +193,7 @@ def _read_jsonl(path: Path) -> list[str]:
             raise ValueError(f"{path}, line {number} is not JSON ({error.msg})") from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise ValueError(f"{path}, line {number} has no string field `text`")
-        documents.append(row["text"])
+        documents.append(replace_halves(row["text"]))
     return documents
 
 

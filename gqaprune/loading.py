@@ -2,15 +2,17 @@
 
 import copy
 import importlib.util
+import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -21,6 +23,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
@@ -46,9 +49,13 @@ QUANTIZATIONS = ("int8",)
 _CHECKPOINT_FILES = [CONFIG_NAME, GENERATION_CONFIG_NAME, "model*.safetensors", "model.safetensors.index.json"]
 """What is fetched of a model on the hub whose files are read here."""
 
+_VOCABULARY_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken*.json")
+"""What a folder without a tokenizer has none of."""
+
 _LOADING_ERRORS = (
     ArithmeticError,
     AttributeError,
+    ImportError,
     KeyError,
     OSError,
     RuntimeError,
@@ -57,7 +64,7 @@ _LOADING_ERRORS = (
     TypeError,
     ValueError,
 )
-"""What transformers raises on missing, broken or forged files."""
+"""What transformers raises on missing, broken or forged files, and where a package is missing that they need."""
 
 
 def load_model(
@@ -78,8 +85,8 @@ def load_model(
             model can be run, not pruned or trained.
 
     Raises:
-        ValueError: if there is no such model, its files are broken, its family is not supported, or quantising needs
-            a package that is not installed.
+        ValueError: if there is no such model, its files are broken, its family is not supported, or loading needs a
+            package that is not installed.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -99,10 +106,13 @@ def load_model(
             del arguments["trust_remote_code"]
         if not gguf:
             arguments |= {"config": config, "use_safetensors": True}
-        model, found = model_class.from_pretrained(place, output_loading_info=True, **arguments)
+        # What has another shape is refused below, by its name; transformers refuses it without.
+        model, found = model_class.from_pretrained(
+            place, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
         _check_keys(found, family.layers)
     except _LOADING_ERRORS as error:
-        raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
+        raise _make_error("model", source, first_line(error)) from None
     _forget_quantization(model)
     return model
 
@@ -216,11 +226,11 @@ def _load_by_layer(
         missing = model.state_dict().keys() - files.keys()
         model.tie_weights(missing_keys=missing, recompute_mapping=False)  # what is tied is missing no longer
         strange = files.keys() - model.state_dict().keys()
-        _check_keys({"missing_keys": missing, "unexpected_keys": strange}, family.layers)
+        _check_keys({"mismatched_keys": (), "missing_keys": missing, "unexpected_keys": strange}, family.layers)
         if (checkpoint / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     except _LOADING_ERRORS as error:
-        raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
+        raise _make_error("model", source, first_line(error)) from None
     return model.eval()
 
 
@@ -239,7 +249,7 @@ def find_weights(source: str | Path) -> list[Path]:
     try:
         return sorted(set(find_tensors(_fetch(place)).values()))
     except _LOADING_ERRORS as error:
-        raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
+        raise _make_error("model", source, first_line(error)) from None
 
 
 def _fetch(place: Path | str) -> Path:
@@ -279,12 +289,17 @@ def build_without_weights(config: PretrainedConfig, trust_remote_code: bool = Fa
         return build_model(config, torch.float32, trust_remote_code=trust_remote_code)
 
 
-def _check_keys(found: Mapping[str, Collection[str]], layers: str) -> None:
+def _check_keys(found: Mapping[str, Collection[Any]], layers: str) -> None:
     """Refuse weights that are not those of the config: transformers would make up what is missing.
 
     Raises:
         ValueError: naming the first of them.
     """
+    if wrong := sorted(found["mismatched_keys"]):
+        name, shape, promised = wrong[0]
+        raise ValueError(
+            f"{name} is {list(shape)} in its files, its config promises {list(promised)} ({len(wrong)} such in all)"
+        )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"its files lack {missing[0]} ({len(missing)} in all), which its config promises")
     strange = [name for name in found["unexpected_keys"] if name.startswith(f"{layers}.")]
@@ -307,7 +322,7 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
     try:
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
     except _LOADING_ERRORS as error:
-        raise ValueError(f"cannot load a model from {str(source)!r}: {first_line(error)}") from None
+        raise _make_error("model", source, first_line(error)) from None
 
 
 def make_quantization_config(quantization: str) -> "TorchAoConfig":
@@ -334,22 +349,54 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or it is broken.
     """
     place, gguf = _locate(source)
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
+        if _is_empty(tokenizer):
+            raise ValueError("it has no tokens but special ones")
+        if gguf:
+            _drop_appended(tokenizer)
     except _LOADING_ERRORS as error:
-        raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {first_line(error)}") from None
+        reason = first_line(error)
+        if isinstance(place, Path) and not gguf and not any(any(place.glob(name)) for name in _VOCABULARY_FILES):
+            reason = "it has no tokenizer files; copy them from the model that it comes from"
+        raise _make_error("tokenizer", source, reason) from None
+    return tokenizer
 
 
-def load(source: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether transformers made a tokenizer up: for some families it does where there are no files."""
+    is_backed = isinstance(tokenizer, PreTrainedTokenizerFast)
+    return is_backed and tokenizer.get_vocab().keys() <= tokenizer.added_tokens_encoder.keys()
+
+
+def _drop_appended(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Drop what transformers adds to a GGUF file's own tokens, for which the model need not have an embedding."""
+    backend = tokenizer.backend_tokenizer
+    last = max(backend.get_vocab(with_added_tokens=False).values())
+    if len(tokenizer) > last + 1:
+        state = json.loads(backend.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] <= last]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+
+def load(
+    source: str | Path, dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, and check that they belong together.
+
+    Args:
+        source: as for `load_model`.
+        dtype: likewise.
+        trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
         ValueError: as `load_model`, `load_tokenizer` and `check_tokenizer`.
     """
-    model, tokenizer = load_model(source, dtype), load_tokenizer(source)
+    model = load_model(source, dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code)
     check_tokenizer(tokenizer, model)
     return model, tokenizer
 
@@ -395,6 +442,12 @@ def _locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
     if path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2:
         raise ValueError(f"no model at {source}: the folder does not exist")
     return str(source), {}
+
+
+def _make_error(what: str, source: str | Path, reason: str) -> ValueError:
+    """Why something cannot be loaded, and that a hub name is no folder, for it may be one that is mistyped."""
+    place = ", which is no folder here" if isinstance(_locate(source)[0], str) else ""
+    return ValueError(f"cannot load a {what} from {str(source)!r}{place}: {reason}")
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from gqaprune.architecture import get_layers
+from gqaprune.errors import first_line
 from gqaprune.holding import LayersApart, detach_parameters, keep_apart, name_layer, name_outside
 from gqaprune.replace import make_temporary_folder
 
@@ -94,20 +95,33 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     """Name -> file of every tensor in a checkpoint's safetensors files.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or a file is broken.
     """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        paths = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    elif (folder / SAFE_WEIGHTS_NAME).is_file():
+    if (folder / SAFE_WEIGHTS_NAME).is_file():  # which transformers reads too where there are both
         paths = [folder / SAFE_WEIGHTS_NAME]
+    elif index.is_file():
+        paths = _read_index(index)
     else:
         raise ValueError(f"there is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, which hold the weights")
     files: dict[str, Path] = {}
     for path in paths:
-        with safe_open(path, "pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
+        try:
+            with safe_open(path, "pt") as file:
+                files |= dict.fromkeys(file.keys(), path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{path.name} is missing, broken or cut off ({first_line(error)}); fetch it again"
+            ) from None
     return files
+
+
+def _read_index(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{index.name} does not say which file holds which tensor: fetch it again") from None
+    return sorted(index.parent / name for name in names)
 
 
 def _fill(model: PreTrainedModel, files: Mapping[str, Path], wanted: Mapping[str, Tensor]) -> None:

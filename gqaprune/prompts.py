@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gqaprune.corpora import replace_halves
 from gqaprune.errors import first_line
 
 Message = dict[str, str]
@@ -40,7 +41,7 @@ def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
         ValueError: if there is no such file, no prompt in it, or a line that is none of these.
     """
     if not isinstance(source, str):
-        prompts = [Prompt(text) for text in source]
+        prompts = [Prompt(replace_halves(text)) for text in source]
     else:
         path = Path(source)
         if not path.is_file():
@@ -67,7 +68,7 @@ def _read_line(line: str, place: str) -> Prompt:
     if isinstance(value, dict):
         value = value.get("messages", value.get("prompt"))
     if isinstance(value, str):
-        return Prompt(value)
+        return Prompt(replace_halves(value))
     wrong = f"{place} is no prompt: a line is a string, an object with `prompt`, or one with `messages`, each of which "
     wrong += "has a `role` and a `content`"
     if not isinstance(value, list):
@@ -76,7 +77,7 @@ def _read_line(line: str, place: str) -> Prompt:
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ValueError(wrong)
-        messages.append({"role": message["role"], "content": message["content"]})
+        messages.append({key: replace_halves(message[key]) for key in ("role", "content")})
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:

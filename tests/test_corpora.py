@@ -153,6 +153,11 @@ def test_text_file_is_one_document(tmp_path: Path) -> None:
     ]
 
 
+def test_halves_of_characters_are_replaced_and_whole_ones_are_not(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.jsonl", r'{"text": "one \ud83d\n\udc00 \ud83d\ude00\t漢"}')
+    assert read(path) == ["one \ufffd\n\ufffd 😀\t漢"]
+
+
 def test_jsonl_file_is_a_document_a_line_and_blank_lines_are_skipped(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.jsonl", '{"text": "one", "id": 1}\n\n{"text": "zwei\\nZeilen ü"}')
     assert read(path) == ["one", "zwei\nZeilen ü"]

@@ -17,7 +17,7 @@ from gqaprune.checkpoint import save
 from gqaprune.gguf_file import _SPLITS as SPLITS
 from gqaprune.gguf_file import _compute_rope_factors as compute_rope_factors
 from gqaprune.gguf_file import write_gguf
-from gqaprune.loading import load_model
+from gqaprune.loading import load, load_model
 from gqaprune.surgery import apply_plan
 
 from tiny import make_model, make_tokenizer
@@ -128,6 +128,24 @@ def test_byte_level_tokenizers_read_text_as_before(split: str, tmp_path: Path) -
         assert written(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert written.chat_template == tokenizer.chat_template
     assert (written.bos_token, written.eos_token) == ("<s>", "</s>")
+
+
+@pytest.mark.parametrize("split", ["gpt-2", "llama-bpe"])
+def test_a_file_with_an_embedding_for_each_token_and_no_more_is_loaded_with_its_own_tokens(
+    split: str, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer([("e", "d"), ("r", "u")])
+    if split == "llama-bpe":
+        pattern = next(pattern for pattern, name in SPLITS.items() if name == split)
+        steps = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    model = make_model()
+    assert model.config.vocab_size == len(tokenizer)
+    save(model, tokenizer, tmp_path, format="gguf-f16")
+    _, loaded = load(tmp_path)
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    text = "It ran.<|endoftext|></s>"
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 def test_scaled_rotary_frequencies_are_those_of_llama_3(tmp_path: Path) -> None:

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_surgery import make_plan
 from transformers import PreTrainedTokenizerFast
 
 import gqaprune
 from gqaprune.checkpoint import save
 from gqaprune.loading import check_tokenizer, load_model, load_tokenizer
+from gqaprune.surgery import apply_plan
 
 from tiny import make_model
 
@@ -32,12 +35,14 @@ def test_broken_config_is_said_in_a_sentence(text: str, tmp_path: Path) -> None:
         ("/no/such/model", "the folder does not exist"),
         ("./here", "the folder does not exist"),
         ("gone.gguf", "no GGUF file at gone.gguf"),
-        ("nobody/nothing", "cannot load a model from 'nobody/nothing'"),
+        ("nobody/nothing", "from 'nobody/nothing', which is no folder here: "),
+        ("lama", "from 'lama', which is no folder here: "),
     ],
 )
 def test_missing_model_is_said_in_a_sentence(source: str, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        load_model(source)
+    for load_it in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=sentence):
+            load_it(source)
 
 
 def test_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -51,6 +56,35 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-200])
     with pytest.raises(ValueError, match="cannot load a model from"):
         load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("variant", "groups"), [("llama", 2), ("mixtral", 2), ("llama", 1)])
+def test_weights_of_another_shape_are_named_with_both_shapes(variant: str, groups: int, tmp_path: Path) -> None:
+    model = make_model(variant)
+    if groups == 1:  # layers that differ
+        apply_plan(model, make_plan(model, [[0, 1], [0], [1]], [list(range(20)), [0, 1], [3]]))
+    save(model, None, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(4, 24)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    sentence = (
+        rf"layers\.1\.self_attn\.k_proj\.weight is \[4, 24\] in its files, its config promises \[{8 * groups}, 24\]"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        load_model(tmp_path)
+
+
+def test_a_package_that_weights_need_is_said_in_a_sentence(tmp_path: Path) -> None:
+    model = make_model("llama")
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot load a model from .* GPTQ"):
+        load_model(tmp_path)
+
+
+def test_an_attention_kernel_without_its_package_is_said_in_a_sentence(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot load a model from .* FlashAttention2"):
+        load_model(tiny_folder, attn_implementation="flash_attention_2")
 
 
 def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
@@ -69,10 +103,22 @@ def test_tokenizer_that_makes_unknown_ids_is_refused(tokenizer: PreTrainedTokeni
         check_tokenizer(tokenizer, model)
 
 
-def test_missing_tokenizer_is_said_in_a_sentence(tmp_path: Path) -> None:
-    save(make_model("llama"), None, tmp_path / "out")
-    with pytest.raises(ValueError, match="cannot load a tokenizer from"):
-        load_tokenizer(tmp_path / "out")
+@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("settings", [None, '{"added_tokens_decoder": {"7": {"content": "<tool>", "special": false}}}'])
+def test_missing_tokenizer_is_said_in_a_sentence(variant: str, settings: str | None, tmp_path: Path) -> None:
+    save(make_model(variant), None, tmp_path)
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(ValueError, match="it has no tokenizer files; copy them from the model that it comes from"):
+        load_tokenizer(tmp_path)
+
+
+def test_broken_tokenizer_is_said_in_a_sentence(tmp_path: Path) -> None:
+    save(make_model("llama"), None, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot load a tokenizer from") as caught:
+        load_tokenizer(tmp_path)
+    assert "no tokenizer files" not in str(caught.value)
 
 
 def test_unknown_dtype_is_refused(tiny_folder: Path) -> None:

@@ -346,3 +346,10 @@ def test_a_model_in_memory_is_not_offloaded(tmp_path: Path) -> None:
     model = load_offloaded_model(write_dense(tmp_path), tmp_path / "work")
     assert are_layers_apart(model)
     assert not are_layers_apart(make_model())
+
+
+def test_a_single_file_goes_before_an_index_as_transformers_has_it(tmp_path: Path) -> None:
+    write_dense(tmp_path, max_shard_size="10KB")
+    other = make_model(kv_heads=4, seed=1)
+    save_file(other.state_dict(), tmp_path / "dense/model.safetensors", {"format": "pt"})
+    assert_same(load_model(tmp_path / "dense"), open_dense(tmp_path))

@@ -40,6 +40,18 @@ def test_lines_of_a_jsonl_file_are_strings_prompts_or_messages_up_to_the_answer(
     assert read_prompts(str(tmp_path / "prompts.jsonl")) == [Prompt("Plain"), Prompt("Asked"), chat, chat, chat]
 
 
+def test_halves_of_characters_are_replaced_so_that_a_tokenizer_reads_them(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, chatty: PreTrainedTokenizerFast
+) -> None:
+    half, whole = "x \ud83d y", "x \ufffd y"
+    lines = [half, {"prompt": half}, [{"role": "user", "content": half}]]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    prompts = [*read_prompts([half]), *read_prompts(str(tmp_path / "prompts.jsonl"))]
+    assert [prompt.text for prompt in prompts] == [whole] * 4
+    assert tokenizer.decode(encode_prompt(tokenizer, prompts[0])["input_ids"][0]) == whole
+    assert chatty.decode(encode_prompt(chatty, prompts[3])["input_ids"][0]) == f"user: {whole}\nassistant: "
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [

@@ -1,5 +1,6 @@
 """A configuration that is right for a model to begin with, as commented YAML."""
 
+import json
 from collections.abc import Sequence
 
 from gqaprune.loading import DTYPES
@@ -38,8 +39,11 @@ def write_advice(
     first, end = layers // 7, layers - layers // 14
     corpus = "embedded" if model == EMBEDDED else "wikitext2"
     name = dtype if dtype in DTYPES and dtype != "float16" else "bfloat16"
-    limit = min(0.28, 0.9 * sum(own.reachable for own in reach if own.kind == "mlp" or "mlp" not in of_kind))
-    rate = int(100 * min(0.2 if is_large else 0.25, limit)) / 100
+    if "mlp" in of_kind:
+        rate = int(100 * min(0.2 if is_large else 0.25, 0.9 * of_kind["mlp"].reachable)) / 100
+    else:  # a whole number of groups, the same in every layer
+        groups = min(max(1, min(geometry.kv_heads) // 4), min(geometry.kv_heads) - 1)
+        rate = groups * len(_find_middle(layers)) * of_kind["attention"].of_decoder
     lines = [
         f"# {model}: {_count(geometry.query_heads)}Q:{_count(geometry.kv_heads)}KV, {layers} layers, MLP "
         f"{_count(geometry.channels)}; written by gqaprune inspect.",
@@ -47,7 +51,7 @@ def write_advice(
         "# Add a recovery and, for several devices, a strategy: configs/recovery/*.yaml, configs/strategy/*.yaml.",
         "seed_everything: 0",
         "model:",
-        f"  pretrained: {model}",
+        f"  pretrained: {json.dumps(model, ensure_ascii=False)}",
         f"  dtype: {name}" + (" # float16 overflows" if name == "bfloat16" else ""),
         "data:",
         f"  calibration: [{corpus}] # text like that which the model is to be good at",
@@ -73,6 +77,8 @@ def write_advice(
         ]
         if is_large:
             lines += ["  channel_multiple: 128 # widths that run fast on GPUs"]
+    else:
+        lines += ["  split: free # its MLPs stay whole"]
     if "attention" in of_kind:
         lines += _list_attention(of_kind["attention"], geometry, "mlp" in of_kind, "" if "mlp" not in of_kind else "# ")
     lines += ["trainer:", "  max_epochs: 1"]
@@ -82,7 +88,7 @@ def write_advice(
 def _list_attention(own: Reach, geometry: Geometry, is_second: bool, comment: str) -> list[str]:
     """Lines that let attention give as well, in the middle third of the layers."""
     layers, fewest = geometry.num_layers, min(geometry.kv_heads)
-    middle = f"[{layers // 3 + layers // 28}, {layers - layers // 7}]"
+    middle = f"[{_find_middle(layers).start}, {_find_middle(layers).stop}]"
     if fewest == 1:
         return [] if is_second else ["  granularity: query # one KV head: its group cannot go"]
     words = f"one of {fewest} KV heads is {own.of_block:.0%} of a layer's attention"
@@ -96,6 +102,11 @@ def _list_attention(own: Reach, geometry: Geometry, is_second: bool, comment: st
     if fewest <= FEW_KV_HEADS and geometry.ratios[0] > 2:
         lines += [f"  # granularity: query # {geometry.ratios[0]}:1 → {geometry.ratios[0] - 1}:1, every KV head stays"]
     return lines
+
+
+def _find_middle(layers: int) -> range:
+    """Layers far from both ends."""
+    return range(layers // 3 + layers // 28, layers - layers // 7)
 
 
 def _count(numbers: Sequence[int]) -> str:

@@ -1,17 +1,17 @@
 """Whether a pruned checkpoint is whole: each layer's ratio, what went from its base, its tensors against its config."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 from safetensors import safe_open
 from transformers import PretrainedConfig
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from gqaprune.architecture import read_geometry
 from gqaprune.families import get_family
-from gqaprune.loading import build_without_weights
-from gqaprune.offload import find_tensors
+from gqaprune.loading import build_without_weights, find_weights
 from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
 
 
@@ -24,7 +24,7 @@ class LayerCheck:
         shape: its heads and channels, in words.
         removed: what went from the base's layer, in words; empty where nothing did or the base is not known.
         keeps_ratio: whether every KV head has as many query heads as the plan says, or in all other layers.
-        wrong_tensors: tensors whose shapes are not those of the config, with both shapes.
+        wrong_tensors: tensors whose shapes are not those of the config, with both shapes, and those that no file holds.
     """
 
     layer: int
@@ -39,19 +39,28 @@ def read_plan_of(folder: Path) -> PruningPlan | None:
     return PruningPlan.load(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
 
 
-def check_layers(folder: Path, config: PretrainedConfig, plan: PruningPlan | None) -> list[LayerCheck]:
-    """Check every layer of a checkpoint folder; its tensors' shapes are read, not the tensors.
+def check_layers(
+    config: PretrainedConfig, plan: PruningPlan | None, wrong: Mapping[int | None, Sequence[str]]
+) -> list[LayerCheck]:
+    """Check every layer of a checkpoint.
 
     Args:
-        folder: the checkpoint.
         config: its config.
         plan: what was cut; None where it is not known.
+        wrong: what `find_wrong_tensors` finds in its folder.
+
+    Raises:
+        ValueError: if the plan is of another number of layers.
     """
     geometry = read_geometry(config)
     promised = geometry if plan is None else plan.pruned_geometry
+    if promised.num_layers != geometry.num_layers:
+        raise ValueError(
+            f"{PLAN_FILE} is of {promised.num_layers} layers, {CONFIG_NAME} of {geometry.num_layers}: "
+            "one of them comes from another model"
+        )
     # All layers of a padded checkpoint are as large as its largest; what was cut is in the plan alone.
-    is_padded = geometry.is_uniform and promised != geometry
-    wrong = find_wrong_tensors(folder, config)
+    is_padded = geometry.is_padding_of(promised)
     usual = max(set(geometry.ratios), key=geometry.ratios.count)
     checks = []
     for layer in range(geometry.num_layers):
@@ -68,23 +77,45 @@ def check_layers(folder: Path, config: PretrainedConfig, plan: PruningPlan | Non
     return checks
 
 
-def find_wrong_tensors(folder: Path, config: PretrainedConfig) -> Mapping[int, list[str]]:
-    """Layer -> its tensors whose shapes in the files are not those that the config promises."""
-    try:
-        files = find_tensors(folder)
-    except ValueError:
-        return {}  # no safetensors: a GGUF
-    shapes = {name: list(tensor.shape) for name, tensor in build_without_weights(config).state_dict().items()}
-    prefix = f"{get_family(config).layers}."
-    wrong: dict[int, list[str]] = {}
-    for path in sorted(set(files.values())):
+def find_wrong_tensors(
+    folder: Path, config: PretrainedConfig, trust_remote_code: bool = False
+) -> dict[int | None, list[str]]:
+    """Layer -> its tensors that are not as the config promises; None -> those outside of the layers.
+
+    Their names and shapes are read, not the tensors. Experts and quantised weights are stored under other names than
+    those of the model: of these only what has the model's names is looked at.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        ValueError: if a file is broken.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        return {}  # a GGUF
+    found: dict[str, list[int]] = {}
+    has_weights = any((folder / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    for path in find_weights(folder) if has_weights else ():
         with safe_open(path, "pt") as file:
-            for name in sorted(file.keys()):
-                if not name.startswith(prefix) or name not in shapes:
-                    continue
-                if (found := file.get_slice(name).get_shape()) != shapes[name]:
-                    layer = int(name.removeprefix(prefix).split(".")[0])
-                    wrong.setdefault(layer, []).append(f"{name} is {found}, its config promises {shapes[name]}")
+            found |= {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+    model, family = build_without_weights(config, trust_remote_code), get_family(config)
+    wrong: dict[int | None, list[str]] = {}
+    for name, tensor in model.state_dict().items():
+        if (shape := found.get(name, list(tensor.shape))) != list(tensor.shape):
+            sentence = f"{name} is {shape}, its config promises {list(tensor.shape)}"
+            wrong.setdefault(_find_layer(name, family.layers), []).append(sentence)
+    if family.has_experts or hasattr(config, "quantization_config"):
+        return wrong
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    held = {id(parameters[name]) for name in found.keys() & parameters.keys()}  # a tied one has several names
+    missing: dict[int | None, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in held:
+            missing.setdefault(_find_layer(name, family.layers), []).append(name)
+    for layer, names in missing.items():
+        wrong.setdefault(layer, []).append(f"no file holds {names[0]} ({len(names)} in all)")
     return wrong
 
 
@@ -103,6 +134,11 @@ def build_layers_table(checks: list[LayerCheck], base: str) -> Table:
             "❌ " + "; ".join(check.wrong_tensors) if check.wrong_tensors else "✅",
         )
     return table
+
+
+def _find_layer(name: str, layers: str) -> int | None:
+    """Index of the layer that a tensor is of; None outside of the layers."""
+    return int(name.removeprefix(f"{layers}.").split(".")[0]) if name.startswith(f"{layers}.") else None
 
 
 def _describe(geometry: Geometry, layer: int) -> str:

@@ -21,7 +21,7 @@ from gqaprune.outliers import Outliers, find_outliers
 from gqaprune.recovery import RecoveryConfig, list_projections
 from gqaprune.replace import write_atomically
 from gqaprune.tools.advice import write_advice
-from gqaprune.tools.checkup import build_layers_table, check_layers, read_plan_of
+from gqaprune.tools.checkup import build_layers_table, check_layers, find_wrong_tensors, read_plan_of
 from gqaprune.tools.reach import NAMES, Reach, measure_reach
 from gqaprune.tools.risks import list_risks
 from gqaprune.windows import read_windows
@@ -121,11 +121,12 @@ def inspect(
     weights = {name: sizes.parameters * of.itemsize for name, of in DTYPES.items() if isinstance(of, torch.dtype)}
     cache = geometry.kv_cache_bytes_per_token(kind.itemsize)
     reach = measure_reach(build_without_weights(config, trust_remote_code))
-    found = look_for_outliers(model) if outliers else None
+    found = look_for_outliers(model, trust_remote_code) if outliers else None
     outside = 1 - sizes.decoder_parameters / sizes.parameters
     risks = list_risks(config, geometry, outside, type_name, found)
     plan = read_plan_of(Path(model)) if Path(model).is_dir() else None
-    checks = check_layers(Path(model), config, plan) if Path(model).is_dir() else []
+    wrong = find_wrong_tensors(Path(model), config, trust_remote_code) if Path(model).is_dir() else {}
+    checks = check_layers(config, plan, wrong) if Path(model).is_dir() else []
     if write_config is not None:
         window = getattr(config, "max_position_embeddings", None) or 2048
         own = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
@@ -137,7 +138,8 @@ def inspect(
         facts |= {"calibration_tokens": calibration_tokens, "gradient_checkpointing": gradient_checkpointing}
         facts |= {**asdict(sizes), "kv_cache_bytes_per_token": cache}
         facts |= {"reach": [asdict(one) for one in reach], "risks": risks, "weight_bytes": weights}
-        facts |= {"layer_checks": [asdict(check) for check in checks], "memory_gib": memory}
+        facts |= {"layer_checks": [asdict(check) for check in checks], "wrong_outside": wrong.get(None, [])}
+        facts |= {"memory_gib": memory}
         print(json_format.dumps(facts, indent=1))
         return
     console = Console()
@@ -145,8 +147,10 @@ def inspect(
     console.print(build_reach_table(reach))
     for one in reach:
         console.print(one.describe_step())
-    if plan is not None or not geometry.is_uniform or any(check.wrong_tensors for check in checks):
+    if plan is not None or not geometry.is_uniform or wrong:
         console.print(build_layers_table(checks, plan.model if plan is not None else ""))
+    for sentence in wrong.get(None, ()):
+        console.print(f"[red]wrong[/]: {escape(sentence)}")
     for risk in risks:
         console.print(f"[yellow]risk[/]: {escape(risk)}")
     caption = f"{tokens:,} tokens a micro-batch, {calibration_tokens:,} of calibration, weights in {type_name}"
@@ -156,9 +160,9 @@ def inspect(
         console.print(f"configuration  {write_config}", markup=False)
 
 
-def look_for_outliers(model: str) -> Outliers:
+def look_for_outliers(model: str, trust_remote_code: bool = False) -> Outliers:
     """Load a model and find the units that carry massive activations on the embedded text."""
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, trust_remote_code=trust_remote_code)
     windows = read_windows(tokenizer, ["embedded"], window=512, count=16)
     return find_outliers(loaded, find_blocks(loaded), list(windows.split(2)))
 

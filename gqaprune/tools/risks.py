@@ -36,13 +36,14 @@ def list_risks(
         risks.append(f"attention stays whole: {whole['attention']}")
     elif fewest == 1:
         risks.append(
-            f"{geometry.kv_heads.count(1)} layers have one KV head, whose group cannot go; channels can, and query "
-            "heads with pruning.granularity query"
+            f"{geometry.kv_heads.count(1)} layers have one KV head, whose group cannot go; "
+            f"{'' if 'mlp' in whole else 'channels can, and '}query heads can with pruning.granularity query"
         )
     elif fewest <= FEW_KV_HEADS:
         risks.append(
             f"few KV heads: one of {fewest} is {1 / fewest:.0%} of a layer's attention, so that steps are coarse; "
-            "leave attention whole (pruning.split 0:10, the default) or set pruning.granularity to query"
+            f"{'' if 'mlp' in whole else 'leave attention whole (pruning.split 0:10, the default) or '}"
+            "set pruning.granularity to query"
         )
     if "mlp" in whole:
         risks.append(f"MLPs stay whole: {whole['mlp']}")

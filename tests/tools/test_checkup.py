@@ -1,6 +1,7 @@
 """What `inspect` says of a checkpoint beyond its sizes: layers, reachable rates, risks, and settings to begin with."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from gqaprune import PruningConfig, prune
 from gqaprune.architecture import BlockKey, count_layer_parameters, read_geometry
 from gqaprune.cli import main
 from gqaprune.loading import load_config
+from gqaprune.selection import keep_everything
 from gqaprune.surgery import apply_plan
-from gqaprune.tools.checkup import check_layers, read_plan_of
+from gqaprune.tools.checkup import check_layers, find_wrong_tensors, read_plan_of
 from gqaprune.tools.inspect import inspect
 from gqaprune.tools.reach import measure_reach
 from gqaprune.tools.risks import list_risks
 
-from tiny import make_model
+from tiny import WHOLE_ATTENTION, WHOLE_MLP, make_model
 
 
 @pytest.fixture
@@ -37,7 +39,8 @@ def pruned_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 
 
 def check(folder: Path) -> list[Any]:
-    return check_layers(folder, load_config(folder), read_plan_of(folder))
+    config = load_config(folder)
+    return check_layers(config, read_plan_of(folder), find_wrong_tensors(folder, config))
 
 
 def test_every_layer_of_a_sound_checkpoint_passes_with_what_it_lost(pruned_folder: Path) -> None:
@@ -65,9 +68,63 @@ def test_a_layer_with_another_ratio_than_its_plan_is_marked(pruned_folder: Path)
     plan = json.loads((pruned_folder / "plan.json").read_text())
     plan["geometry"]["query_heads"][1] = 4  # a base with 2:1 there
     (pruned_folder / "plan.json").write_text(json.dumps(plan))
-    checks = check_layers(pruned_folder, load_config(pruned_folder), read_plan_of(pruned_folder))
+    checks = check(pruned_folder)
     assert checks[1].removed.startswith("2 of 4 query heads")
     assert [own.keeps_ratio for own in checks] == [True, False, True]
+
+
+def test_fewer_kv_heads_than_planned_in_every_layer_are_marked(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = make_model("llama", kv_heads=1, ratio=6)
+    gqaprune.save(model, tokenizer, tmp_path / "out")
+    keep_everything(make_model("llama")).save(tmp_path / "out/plan.json")  # 6Q:2KV
+    assert [own.keeps_ratio for own in check(tmp_path / "out")] == [False] * 3
+
+
+def test_a_plan_of_another_number_of_layers_is_refused(pruned_folder: Path) -> None:
+    keep_everything(make_model("qwen2", layers=2)).save(pruned_folder / "plan.json")
+    with pytest.raises(ValueError, match=r"plan\.json is of 2 layers, config\.json of 3"):
+        check(pruned_folder)
+
+
+def test_tensors_that_no_file_holds_are_named_in_their_layer_and_outside_of_the_layers(pruned_folder: Path) -> None:
+    file = pruned_folder / "model.safetensors"
+    tensors = load_file(file)
+    sound = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name and "embed" not in name}
+    save_file(sound, file, {"format": "pt"})
+    wrong = find_wrong_tensors(pruned_folder, load_config(pruned_folder))
+    assert wrong == {
+        None: ["no file holds model.embed_tokens.weight (1 in all)"],
+        1: ["no file holds model.layers.1.self_attn.q_proj.weight (12 in all)"],
+    }
+    file.unlink()
+    assert set(find_wrong_tensors(pruned_folder, load_config(pruned_folder))) == {None, 0, 1, 2}
+
+
+def test_no_tensor_of_a_sound_checkpoint_is_missed(any_variant: str, tmp_path: Path) -> None:
+    model = make_model(any_variant)
+    model.save_pretrained(tmp_path)
+    assert find_wrong_tensors(tmp_path, model.config) == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", None])
+def test_broken_weights_are_said_in_a_sentence(content: bytes | None, pruned_folder: Path) -> None:
+    file = pruned_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-200] if content is None else content)
+    with pytest.raises(ValueError, match="model.safetensors is missing, broken or cut off"):
+        inspect(str(pruned_folder))
+
+
+def test_a_broken_index_and_what_it_names_in_vain_are_said_in_a_sentence(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path, max_shard_size="10KB")
+    next(tmp_path.glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"safetensors is missing, broken or cut off \(No such file"):
+        inspect(str(tmp_path))
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match="does not say which file holds which tensor: fetch it again"):
+            inspect(str(tmp_path))
 
 
 def test_padded_checkpoint_keeps_the_ratio_of_its_plan(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -115,6 +172,8 @@ def test_risks_name_what_the_model_has_and_nothing_else() -> None:
     massive = list_of(outliers={BlockKey(1, "mlp"): {7: 2687.0, 3: 25.0}}, kv_heads=8, ratio=1)
     assert "2 units" in massive[0] and "layer 1 mlp unit 7 2,687 times" in massive[0]
     assert "share their weights, 25%" in list_of(variant="qwen2-tied", kv_heads=8, ratio=1)[0]
+    assert list_of(variant="mixtral")[0].endswith("so that steps are coarse; set pruning.granularity to query")
+    assert "channels" not in list_of(variant="mixtral", kv_heads=1)[0]
     assert list_of(variant="olmo2")[0].startswith("attention stays whole")
 
 
@@ -146,6 +205,31 @@ def test_the_written_configuration_of_qwen_takes_mlps_first_and_is_accepted(
     assert yaml.safe_load(capsys.readouterr().out)["pruning"]["rate"] == settings["pruning"]["rate"]
 
 
+@pytest.mark.parametrize("variant", ["llama", *WHOLE_ATTENTION, *WHOLE_MLP])
+@pytest.mark.parametrize("shape", [{}, {"layers": 32, "kv_heads": 4}, {"layers": 32, "kv_heads": 8}])
+def test_the_written_configuration_can_be_pruned_with(variant: str, shape: Any, tmp_path: Path) -> None:
+    model = make_model(variant, **shape)
+    geometry = read_geometry(model.config)
+    model.config.save_pretrained(tmp_path)
+    inspect(str(tmp_path), write_config=str(tmp_path / "own.yaml"))
+    settings = yaml.safe_load((tmp_path / "own.yaml").read_text())["pruning"]
+    del settings["scheduling"]
+    prune(model, [], PruningConfig(**settings, criterion="l1", repair="none"))
+    pruned = read_geometry(model.config)
+    assert (pruned.kv_heads != geometry.kv_heads) == (variant in WHOLE_MLP)
+    assert pruned != geometry
+
+
+@pytest.mark.parametrize("name", ["my #1 llama", "123", "a: b", "@x", 'the "best"', "null"])
+def test_any_folder_name_is_read_back_from_the_written_configuration(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("llama").config.save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    inspect(name, write_config="own.yaml")
+    assert yaml.safe_load(Path("own.yaml").read_text())["model"]["pretrained"] == name
+
+
 def main_or_exit() -> None:
     raise SystemExit(main())
 
@@ -157,9 +241,8 @@ def test_inspect_prints_layers_risks_and_steps(pruned_folder: Path, capsys: pyte
     assert "risk: layers differ in shape" in printed
     inspect(str(pruned_folder), json=True)
     facts = json.loads(capsys.readouterr().out)
-    assert [own["keeps_ratio"] for own in facts["layer_checks"]] == [True] * 3 and facts["reach"][0][
-        "kind"
-    ] == "attention"
+    assert [own["keeps_ratio"] for own in facts["layer_checks"]] == [True] * 3 and facts["wrong_outside"] == []
+    assert facts["reach"][0]["kind"] == "attention"
 
 
 def test_outliers_are_looked_for_where_they_are_asked_for(
@@ -168,3 +251,16 @@ def test_outliers_are_looked_for_where_they_are_asked_for(
     monkeypatch.setattr("gqaprune.outliers.OUTLIER_RATIO", 1.5)
     inspect(str(tiny_folder), outliers=True)
     assert "massive activations:" in capsys.readouterr().out
+
+
+def test_a_model_with_code_of_its_own_is_inspected_where_that_is_trusted(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "remote")
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
+    config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    inspect(str(folder), outliers=True, trust_remote_code=True)
