@@ -36,7 +36,7 @@ from gqaprune.module import CausalLMModule
 from gqaprune.processor import avoid_illegal_instructions
 from gqaprune.progress import logger
 from gqaprune.replace import check_can_be_folder
-from gqaprune.resume import find_run, read_plan, read_strategy
+from gqaprune.resume import SHARDED, find_run, read_plan, read_strategy
 from gqaprune.run_log import RunLog
 from gqaprune.tools.compare import compare
 from gqaprune.tools.export import export
@@ -169,11 +169,19 @@ class PruningCLI(LightningCLI):
             listed = _list_settings(parser, self.config)
             found = find_run(root, listed, settings.ckpt_path, is_first=_is_rank_0())
             settings.ckpt_path = found.checkpoint
-            if found.checkpoint and Path(found.checkpoint).is_dir():
-                settings.model.plan = read_plan(Path(found.checkpoint))  # Lightning does it for files
             if found.folder is not None:
                 self._folder, self.save_config_kwargs = found.folder, {"overwrite": True}
-            self.trainer_defaults["callbacks"] = [RunSummary(), KeepRunNote(root, listed, found.searched)]
+            self.trainer_defaults["callbacks"] = [RunSummary(), KeepRunNote(root, listed, found.searched, found.run)]
+
+    def _parse_ckpt_path(self) -> None:
+        """Take over a checkpoint's plan, whose shapes its weights have.
+
+        Lightning would take all of the model's settings: those of the run that wrote it, not of the command.
+        """
+        settings = self.config.get(self.config.get("subcommand", ""), {})
+        path = Path(settings.get("ckpt_path") or "")
+        if path.is_file() or (path / SHARDED).is_file():
+            settings.model.plan = read_plan(path) or settings.model.plan
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard, without Lightning's placeholder metric: the summary logs the real one."""

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -32,7 +33,7 @@ from gqaprune.losses import measure_losses
 from gqaprune.perplexity import Perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.recovery import RecoveryConfig, add_adapters
-from gqaprune.resume import find_finite_checkpoint
+from gqaprune.resume import find_checkpoint
 from gqaprune.sharding import gather_state_dict, shard_model, unwrap_model, wrap_model
 from gqaprune.surgery import apply_plan
 from gqaprune.teacher import CachedTeacher, Predictions, cache_teacher
@@ -91,6 +92,7 @@ class CausalLMModule(LightningModule):
         self.max_new_tokens = max_new_tokens
         self.plan, self.goes_on = _read_plan(plan), isinstance(plan, dict)
         self.rounds_done = 0
+        self.run = uuid4().hex  # what checkpoints are known by
         self._model: PreTrainedModel | None = None
         self._apart: list[PreTrainedModel] = []  # in lists, or Lightning would move them, or keep them with its own
         self._adapted: list[PeftModel] = []
@@ -232,7 +234,7 @@ class CausalLMModule(LightningModule):
         with seed, self._running_compiled():
             loss = self._measure_loss(batch)
         if not torch.isfinite(loss):
-            good = find_finite_checkpoint(list_checkpoint_folders(self.trainer))
+            good = find_checkpoint(list_checkpoint_folders(self.trainer), self.run)
             restart = f"go on from {good} (--ckpt_path)" if good else "no checkpoint with finite weights was written"
             raise ValueError(
                 f"the training loss is {loss.item()} at step {self.global_step}, batch {batch_idx}: "
@@ -341,6 +343,7 @@ class CausalLMModule(LightningModule):
         """Keep the plan with the hyperparameters, so that a resumed run builds the pruned shapes."""
         if self.plan is not None:
             checkpoint["hyper_parameters"]["plan"] = self.plan.to_dict()
+        checkpoint["run"] = self.run
         checkpoint["recovery"] = asdict(self.recovery)
         checkpoint["rounds_done"] = self.rounds_done
         checkpoint["strategy"] = type(self.trainer.strategy).__name__

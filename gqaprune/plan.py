@@ -271,7 +271,7 @@ class PruningPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, as `plan.json` holds them: `queries` where a layer lost query heads of its own."""
-        data = {"format": FORMAT, **asdict(self)}
+        data: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **asdict(self)}))
         for kept in data["layers"]:
             if kept["queries"] is None:
                 del kept["queries"]

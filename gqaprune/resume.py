@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gqaprune.errors import first_line
 from gqaprune.processes import is_running
 from gqaprune.progress import console
 from gqaprune.replace import write_atomically
@@ -17,7 +18,7 @@ from gqaprune.stages import describe_change
 UNFINISHED = Path("lightning_logs") / "unfinished"
 """Where, under a run's root folder, its note and its stages are until it ends."""
 _NOTE = "run.json"
-_SHARDED = "meta.pt"
+SHARDED = "meta.pt"
 """What Lightning writes last into the folder of a sharded checkpoint."""
 
 
@@ -29,12 +30,14 @@ class RunNote:
         settings: all of them, as plain data.
         folder: that it writes its logs to.
         checkpoints: folders that it writes checkpoints to.
+        run: what its checkpoints know it by, for other runs may write to the same folders.
         process: its name.
     """
 
     settings: Mapping[str, Any]
     folder: str
     checkpoints: tuple[str, ...]
+    run: str
     process: str
 
     @property
@@ -74,11 +77,13 @@ class FoundRun:
         folder: that it writes its logs to; null takes a new one.
         checkpoint: that training goes on from; null begins it.
         searched: folders that it was looked for in.
+        run: what its checkpoints know it by; empty where it begins.
     """
 
     folder: Path | None = None
     checkpoint: str | None = None
     searched: tuple[str, ...] = ()
+    run: str = ""
 
 
 def find_run(root: Path, settings: Mapping[str, Any], asked: str | None, is_first: bool) -> FoundRun:
@@ -97,8 +102,9 @@ def find_run(root: Path, settings: Mapping[str, Any], asked: str | None, is_firs
     if change and asked is None:
         found, sentence = FoundRun(), f"a run that did not end had other settings: {change}; training begins anew"
     else:
-        path = find_finite_checkpoint(note.checkpoints)
-        found = FoundRun(None if change else Path(note.folder), str(path) if path else None, note.checkpoints)
+        path = find_checkpoint(note.checkpoints, note.run)
+        folder, checkpoint = (None if change else Path(note.folder)), (str(path) if path else None)
+        found = FoundRun(folder, checkpoint, note.checkpoints, note.run)
         place = f"from {path}" if path else "which has no checkpoint yet"
         sentence = f"going on with the run in {note.folder}, {place}"
         sentence += f"; its settings were others: {change}" if change else ""
@@ -108,45 +114,55 @@ def find_run(root: Path, settings: Mapping[str, Any], asked: str | None, is_firs
 
 
 def read_plan(checkpoint: Path) -> dict[str, Any] | None:
-    """The plan that a sharded checkpoint, a folder, carries in plain types; null where it has none."""
-    plan = _read_sharded(checkpoint).get("hyper_parameters", {}).get("plan")
+    """The plan that a checkpoint, a file or a folder of shards, carries in plain types; null where it has none.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    plan = _read(checkpoint).get("hyper_parameters", {}).get("plan")
     assert plan is None or isinstance(plan, dict)
     return plan
 
 
 def read_strategy(checkpoint: Path) -> str:
     """The strategy that wrote a sharded checkpoint, a folder, which no other can read."""
-    return str(_read_sharded(checkpoint).get("strategy", "ModelParallelStrategy"))
+    return str(_read(checkpoint).get("strategy", "ModelParallelStrategy"))
 
 
-def _read_sharded(checkpoint: Path) -> dict[str, Any]:
-    """What a sharded checkpoint holds besides tensors.
+def _read(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds; of a folder of shards, what it holds besides tensors.
 
     Raises:
-        ValueError: if it has no such file, which nothing but unpickling could replace.
+        ValueError: if it is none, or a folder where nothing but unpickling could tell.
     """
-    path = checkpoint / _SHARDED
+    path = checkpoint / SHARDED if checkpoint.is_dir() else checkpoint
     if not path.is_file():
         raise ValueError(
-            f"{checkpoint} has no {_SHARDED}: gqaprune goes on from Lightning's files and from folders of FSDP and "
+            f"{checkpoint} has no {SHARDED}: gqaprune goes on from Lightning's files and from folders of FSDP and "
             "FSDP2, not from DeepSpeed's, which would have to be unpickled; begin anew with --ckpt_path null"
         )
-    content: dict[str, Any] = torch.load(path, weights_only=True)
-    return content
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{path} is cut short, or no checkpoint of Lightning's ({first_line(error)})") from None
+    return content if isinstance(content, dict) else {}
 
 
-def find_finite_checkpoint(folders: Iterable[str | Path]) -> Path | None:
-    """The newest of the checkpoints in folders that are whole, and whose weights are all finite if they are a file."""
+def find_checkpoint(folders: Iterable[str | Path], run: str) -> Path | None:
+    """The newest checkpoint in folders that a run can go on from.
+
+    It is the run's own, whole, with the optimizer's state; its weights are all finite, if they are in one file.
+    """
     paths = [path for folder in set(folders) for path in Path(folder).glob("*.ckpt")]
     newest_first = sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return next((path for path in newest_first if _is_finite(path)), None)
+    return next((path for path in newest_first if _can_go_on(path, run)), None)
 
 
-def _is_finite(path: Path) -> bool:
-    if path.is_dir():
-        return (path / _SHARDED).exists()
+def _can_go_on(path: Path, run: str) -> bool:
     try:
-        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
-    except (OSError, RuntimeError, KeyError, UnpicklingError):
-        return False  # cut short
-    return all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+        content = _read(path)
+    except (OSError, ValueError):
+        return False
+    is_whole = "callbacks" in content  # which a checkpoint of weights alone lacks
+    weights = {} if path.is_dir() else content.get("state_dict", {})
+    return content.get("run") == run and is_whole and all(bool(torch.isfinite(w).all()) for w in weights.values())

@@ -28,6 +28,10 @@ CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") 
 """Where sampled documents are kept, a safetensors file per batch, model and settings."""
 
 
+_SCHEME = 2
+"""Raised where the same settings come to write other text, so that what was kept before is not read back."""
+
+
 def sample_from_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -115,7 +119,7 @@ class _Batch:
 
 def _write_batches(model: PreTrainedModel, batches: Sequence[_Batch], cache: Path | None) -> list[Tensor]:
     """The documents of each batch, `[batch, length]`: read from the cache, or sampled and kept there one by one."""
-    key = "" if cache is None else hash_model(model)
+    key = "" if cache is None else hash_model(model, [_SCHEME])
     names = [hashlib.sha256(f"{key} {batch}".encode()).hexdigest()[:32] for batch in batches]
     paths = [None if cache is None else cache / f"{name}.safetensors" for name in names]
     written = {index: kept for index, path in enumerate(paths) if (kept := _read_cache(path)) is not None}
@@ -123,6 +127,7 @@ def _write_batches(model: PreTrainedModel, batches: Sequence[_Batch], cache: Pat
         positions = [position for index in left for position in range(batches[index].length - 1)]
         steps = track(positions, "sampling text from the model", "steps")
         with freeze_parameters(model), closing(steps):
+            model.eval()  # layers that recompute activations, too: those forget keys and values
             for index in left:
                 written[index] = _sample(model, batches[index], steps)
                 _write_cache(paths[index], written[index])

@@ -29,7 +29,8 @@ from gqaprune.replace import write_atomically
 Inputs = Mapping[str, Any]
 """What a stage depends on, by the name that a user knows it by; plain types."""
 
-_ENDING = ".safetensors"
+_ENDING = ".stage"
+"""Of files that are safetensors inside: a folder that a user names may hold weights, which clearing it leaves alone."""
 _RUN = 2**16
 """Values whose bits are summed together: 32 bits times a place in it, added up, stay below 2^63."""
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -144,7 +145,7 @@ class Stages:
         """Remove all stages, once they are no longer needed."""
         if self.folder is None or get_rank_and_world_size()[0] != 0 or not self.folder.is_dir():
             return
-        for pattern in (f"*{_ENDING}", ".*.tmp"):  # what a killed run was writing, too
+        for pattern in (f"*{_ENDING}", f".*{_ENDING}.*.tmp"):  # what a killed run was writing, too
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
         if not any(self.folder.iterdir()):

@@ -37,6 +37,17 @@ def test_every_recovery_and_strategy_config_composes_with_a_model_config(path: P
             assert cli.trainer.strategy._data_parallel_size == 2
 
 
+@pytest.mark.parametrize(
+    "added", [path for path in CONFIGS if path.parent.name == "recovery"], ids=lambda path: path.stem
+)
+@pytest.mark.parametrize("base", MODEL_CONFIGS, ids=lambda path: path.stem)
+def test_every_recovery_can_be_added_to_every_model(base: Path, added: Path) -> None:
+    arguments = [argument for path in (base, added) for argument in ("--config", str(path))]
+    cli = PruningCLI(run=False, args=[*arguments, "--trainer.accelerator", "cpu", "--trainer.devices", "1"])
+    watches = [callback for callback in cli.trainer.callbacks if getattr(callback, "monitor", None) == "ppl/wikitext2"]
+    assert len(watches) == (2 if added.stem == "stop_early" else 0)
+
+
 @pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: path.stem)
 def test_every_strategy_config_that_lightning_refuses_without_gpus_is_parsed(
     path: Path, monkeypatch: pytest.MonkeyPatch

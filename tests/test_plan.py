@@ -352,7 +352,7 @@ def test_plan_of_whole_groups_is_written_as_ever_and_query_heads_only_where_a_la
     assert {key for kept in make_plan().to_dict()["layers"] for key in kept} == {"groups", "channels"}
     whole, shrunk = make_plan().layers[1], KeptUnits((0, 1), (0,), (0, 2, 3, 4))
     written = make_plan(layers=(whole, shrunk)).to_dict()["layers"]
-    assert "queries" not in written[0] and written[1]["queries"] == (0, 2, 3, 4)
+    assert "queries" not in written[0] and written[1]["queries"] == [0, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,13 @@ MODES = {
     "lora": ["--model.recovery.mode", "lora", "--model.recovery.lora_dropout", "0.2"],
     "distill": ["--model.recovery.mode", "distill"],
     "two rounds": ["--model.recovery.rounds", "2"],
+    "accumulated": ["--pruning.scheduling", "{0: 4, 1: 2}"],
+    "validated within windows": [
+        "--pruning.scheduling",
+        "{0: 2}",
+        "--trainer.check_val_every_n_epoch",
+        "null",
+    ],
 }
 
 
@@ -146,6 +153,17 @@ def test_every_recovery_goes_on(
     assert read_files(tmp_path) == whole(*MODES[mode])
 
 
+@pytest.mark.parametrize("at", ["mid-epoch", "second epoch"])
+@pytest.mark.parametrize("mode", ["accumulated", "validated within windows"])
+def test_gradients_of_whole_windows_accumulate_where_a_run_goes_on(
+    run: Run, whole: Callable[..., dict[str, Any]], mode: str, at: str, tmp_path: Path
+) -> None:
+    assert run(tmp_path, *MODES[mode], at=at) == -signal.SIGKILL
+    assert run(tmp_path, *MODES[mode]) == 0, read_output(tmp_path)
+    assert ", from lightning_logs" in read_output(tmp_path)
+    assert read_files(tmp_path) == whole(*MODES[mode])
+
+
 @pytest.mark.parametrize("at", ["calibration", "repair", "mid-epoch"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_runs_that_are_asked_to_stop_say_how_they_go_on_and_leave_whole_files(
@@ -176,12 +194,65 @@ def test_a_changed_rate_keeps_the_scores_and_trains_anew(
     assert list_left(tmp_path) == []
 
 
+def add_checkpoints(folder: Path, **settings: Any) -> list[str]:
+    """Arguments of a run that writes checkpoints to `shared` in its folder after each validation."""
+    writer = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": "shared", **settings},
+    }
+    (folder / "checkpoints.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [writer]}}))
+    return ["--config", str(folder / "checkpoints.yaml")]
+
+
+def test_checkpoints_of_other_runs_in_the_same_folder_are_left_alone(run: Run, tmp_path: Path) -> None:
+    arguments = add_checkpoints(tmp_path)
+    assert run(tmp_path, *arguments, "--pruning.rate", "0.2") == 0, read_output(tmp_path)
+    theirs = list(tmp_path.glob("shared/*.ckpt"))
+    assert theirs and run(tmp_path, *arguments, at="first steps") == -signal.SIGKILL
+    assert run(tmp_path, *arguments) == 0, read_output(tmp_path)
+    assert "which has no checkpoint yet" in read_output(tmp_path)
+    assert run(tmp_path, *arguments, at="mid-epoch") == -signal.SIGKILL
+    for path in theirs:
+        os.utime(path)  # as if that run were still going on
+    assert run(tmp_path, *arguments) == 0, read_output(tmp_path)
+    assert ".ckpt" in read_output(tmp_path).split(" Seed set")[0]
+    assert all(path.name not in read_output(tmp_path).split(" Seed set")[0] for path in theirs)
+
+
+def test_runs_killed_after_their_last_checkpoint_are_measured_and_written_all_the_same(
+    run: Run, whole: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    arguments = [
+        *add_checkpoints(tmp_path, monitor="ppl/embedded", save_last=True),
+        "--trainer.val_check_interval",
+        "4",
+    ]
+    assert run(tmp_path, *arguments, at="export") == -signal.SIGKILL
+    assert run(tmp_path, *arguments) == 0, read_output(tmp_path)
+    assert "from" in read_output(tmp_path).split(" Seed set")[0]
+    assert "best ppl/embedded" in read_output(tmp_path)
+    assert read_files(tmp_path) == whole(*arguments)
+    assert [stage["name"] for stage in read_files(tmp_path)["stages"]] == ["dense", "pruned", "recovered"]
+
+
+def test_checkpoints_of_weights_alone_are_not_gone_on_from(run: Run, tmp_path: Path) -> None:
+    arguments = add_checkpoints(tmp_path, save_weights_only=True)
+    assert run(tmp_path, *arguments, at="mid-epoch") == -signal.SIGKILL
+    assert list(tmp_path.glob("shared/*.ckpt"))
+    assert run(tmp_path, *arguments) == 0, read_output(tmp_path)
+    assert "which has no checkpoint yet" in read_output(tmp_path)
+
+
 def test_last_is_the_stopped_runs_checkpoint_whatever_the_settings(run: Run, tmp_path: Path) -> None:
     assert run(tmp_path, at="mid-epoch") == -signal.SIGKILL
-    assert run(tmp_path, "--trainer.max_epochs", "3", "--ckpt_path", "last") == 0, read_output(tmp_path)
+    changes = ("--trainer.max_epochs", "3", "--model.warmup_steps", "1")
+    assert run(tmp_path, *changes, "--ckpt_path", "last") == 0, read_output(tmp_path)
     output = read_output(tmp_path)
+    assert "Warning: Dump of a value" not in output
+    (config,) = (yaml.safe_load(path.read_text()) for path in tmp_path.glob("lightning_logs/version_1/config.yaml"))
+    assert config["model"]["warmup_steps"] == 1 and config["model"]["plan"]["layers"]
     assert "going on with the run in lightning_logs/version_0, from lightning_logs/version_0/checkpoints" in output
-    assert "its settings were others: trainer.max_epochs was 2, is 3" in output
+    assert "its settings were others: model.warmup_steps was null, is 1, trainer.max_epochs was 2, is 3" in output
 
 
 def test_a_run_beside_one_that_goes_on_is_a_run_of_its_own(

@@ -31,6 +31,15 @@ def test_near_zero_temperature_gives_the_likeliest_continuation(any_variant: str
         assert torch.equal(row[len(start) :], likeliest[len(start) - 1 : -1])
 
 
+def test_models_that_recompute_activations_write_the_same() -> None:
+    model = make_model()
+    model.activation_checkpointing_enable()
+    model.train()
+    sampled = sample_from_model(model, make_tokenizer(), 3, 12, cache=None)
+    assert torch.equal(sampled, sample())
+    assert model.is_activation_checkpointing and all(module.training for module in model.modules())
+
+
 def test_tokens_are_drawn_from_the_models_distribution() -> None:
     model = make_model()
     windows = sample_from_model(model, make_tokenizer(), 2000, 2, cache=None, batch_size=500, temperature=2.0)

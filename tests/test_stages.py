@@ -184,6 +184,17 @@ def test_a_folder_that_cannot_be_written_is_said_and_costs_nothing(
     assert "work is not kept for a resumed run" in " ".join(capture.get().split())
 
 
+def test_clearing_leaves_what_is_not_of_a_run(tmp_path: Path) -> None:
+    others = {"model.safetensors", ".model.tmp", ".other.host.12.tmp"}
+    for name in others:
+        (tmp_path / name).write_bytes(b"weights")
+    stages = Stages(tmp_path)
+    stages.write("work", {}, Stage(1))
+    (tmp_path / ".work.stage.host.12.tmp").write_bytes(b"what a killed run was writing")
+    stages.clear()
+    assert {path.name for path in tmp_path.iterdir()} == others
+
+
 def test_inputs_and_facts_come_back_as_they_went(tmp_path: Path) -> None:
     stages = Stages(tmp_path).of("part", {"model": "a"})
     facts, tensors = {"b": [1, 0.1, None]}, {"x": torch.tensor([0.1, 1e-300], dtype=torch.float64)}

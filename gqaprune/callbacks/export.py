@@ -78,8 +78,10 @@ class CheckpointExport(Callback):
         self._export(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export where there was nothing to train."""
-        if self.written is None:
+        """Export where there was nothing to train, or nothing any more in a run that goes on."""
+        if self.written is None and trainer.limit_train_batches != 0:
+            self.on_train_end(trainer, pl_module)
+        elif self.written is None:
             self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:

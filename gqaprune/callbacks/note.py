@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gqaprune.callbacks.pruning import get_run_folder
+from gqaprune.callbacks.pruning import get_parts, get_run_folder
 from gqaprune.module import list_checkpoint_folders
 from gqaprune.processes import name_process
 from gqaprune.resume import RunNote
@@ -19,17 +19,24 @@ class KeepRunNote(Callback):
         root: the run's root folder.
         settings: all settings of the run, as plain data.
         before: folders with checkpoints of the run that it goes on with.
+        run: what those are known by; empty where a run begins.
     """
 
-    def __init__(self, root: Path, settings: Mapping[str, Any], before: Sequence[str] = ()) -> None:
-        self.root, self.settings, self.before = root, settings, before
+    def __init__(self, root: Path, settings: Mapping[str, Any], before: Sequence[str] = (), run: str = "") -> None:
+        self.root, self.settings, self.before, self.run = root, settings, before, run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let checkpoints of all ranks be known by the same name, that of the run which this one goes on with."""
+        module = get_parts(trainer, pl_module)[0]
+        module.run = trainer.strategy.broadcast(self.run or module.run)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the note: from here on there may be checkpoints."""
         if trainer.is_global_zero:
             folder = get_run_folder(trainer)
             checkpoints = dict.fromkeys([*self.before, *list_checkpoint_folders(trainer)])
-            RunNote(self.settings, str(folder), tuple(checkpoints), name_process()).save(self.root)
+            run = get_parts(trainer, pl_module)[0].run
+            RunNote(self.settings, str(folder), tuple(checkpoints), run, name_process()).save(self.root)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove it; a run that is stopped does not come here."""

@@ -7,8 +7,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
+from gqaprune.callbacks.accumulation import go_back_to_step, validate_between_steps
 from gqaprune.callbacks.checks import check_apart, check_compile, check_offload, check_rounds, check_sharded
 from gqaprune.config import PruningConfig
 from gqaprune.criteria.base import Scores
@@ -117,6 +119,18 @@ class TaylorPruning(GradientAccumulationScheduler):
         """Check the trainer's own accumulation, except where `setup` has set it for a strategy that accumulates."""
         if not trainer.strategy.handles_gradient_accumulation:
             super().on_train_start(trainer, pl_module)
+            self.on_train_epoch_start(trainer)  # which Lightning leaves out where it goes on within an epoch
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Accumulate as scheduled, and validate between optimizer steps."""
+        super().on_train_epoch_start(trainer)
+        validate_between_steps(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on between optimizer steps."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.strategy.handles_gradient_accumulation:
+            epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            go_back_to_step(checkpoint, self.get_accumulate_grad_batches(epoch))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Prune on where a round of recovery has had its steps."""

@@ -92,13 +92,6 @@ class RunSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the recovered model and finish."""
         _stop_progress_bar(trainer, pl_module)
-        report = _get_report(trainer)
-        if report is not None:
-            module, data = get_parts(trainer, pl_module)
-            report.add_stage("recovered", module.model, data.evaluation_batches())
-            if trainer.is_global_zero:
-                _log_perplexity(trainer, report.stages[-1])
-            self._measure_quantized(trainer, pl_module, report)
         self._finish(trainer, pl_module)
 
     def _measure_quantized(self, trainer: Trainer, pl_module: LightningModule, report: Report) -> None:
@@ -117,10 +110,8 @@ class RunSummary(Callback):
             _log_perplexity(trainer, report.stages[-1])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish where there was nothing to train."""
+        """Finish where there was nothing to train, or nothing any more in a run that goes on."""
         if not self._finished:
-            if (report := _get_report(trainer)) is not None:
-                self._measure_quantized(trainer, pl_module, report)
             self._finish(trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,8 +138,14 @@ class RunSummary(Callback):
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finished = True
-        module = get_parts(trainer, pl_module)[0]
+        module, data = get_parts(trainer, pl_module)
         report, plan = _get_report(trainer), module.plan
+        if report is not None:
+            if trainer.limit_train_batches != 0:
+                report.add_stage("recovered", module.model, data.evaluation_batches())
+                if trainer.is_global_zero:
+                    _log_perplexity(trainer, report.stages[-1])
+            self._measure_quantized(trainer, pl_module, report)
         if report is None or plan is None or not trainer.is_global_zero:
             return
         folder = get_run_folder(trainer)
