@@ -34,7 +34,7 @@ from gqaprune.perplexity import Perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.recovery import RecoveryConfig, add_adapters
 from gqaprune.resume import find_checkpoint
-from gqaprune.sharding import gather_state_dict, shard_model, unwrap_model, wrap_model
+from gqaprune.sharding import gather_state_dict, shard_model, unwrap_model, unwrap_name, wrap_model
 from gqaprune.surgery import apply_plan
 from gqaprune.teacher import CachedTeacher, Predictions, cache_teacher
 from gqaprune.windows import Batch
@@ -100,6 +100,7 @@ class CausalLMModule(LightningModule):
         self._cached_teacher: CachedTeacher | None = None
         self._compiled: CompiledLayers | None = None
         self._perplexity: dict[str, Perplexity] = {}
+        self._matrices: set[str] = set()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -169,6 +170,7 @@ class CausalLMModule(LightningModule):
                 shard_model(model, self.device_mesh["data_parallel"])
         elif self._trainer is not None and self._model is not None:
             device = self._trainer.strategy.root_device
+            self._matrices |= {name for name, parameter in self.named_parameters() if parameter.ndim > 1}  # FSDP1: flat
             self._model = wrap_model(self._model, device)
             self._teacher = [wrap_model(teacher, device) for teacher in self._teacher]
 
@@ -309,9 +311,14 @@ class CausalLMModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule on the live parameters, after pruning."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": [parameter for parameter in trained if parameter.ndim > 1]}]
-        if vectors := [parameter for parameter in trained if parameter.ndim <= 1]:
+        matrices: list[Tensor] = []
+        vectors: list[Tensor] = []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                is_matrix = parameter.ndim > 1 or unwrap_name(name) in self._matrices
+                (matrices if is_matrix else vectors).append(parameter)
+        groups: list[dict[str, Any]] = [{"params": matrices}]
+        if vectors:
             groups.append({"params": vectors, "weight_decay": 0.0})
         optimizer = self.optimizer_factory(groups)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.families import get_family
+from gqaprune.sharding import unwrap_name
 from gqaprune.splitting import show_whole_shapes
 
 MODES = ("none", "full", "lora", "distill", "lora+distill")
@@ -127,7 +128,7 @@ def merge_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor]) -> dict
     """
     weights = {name.replace(".base_layer.", "."): tensor for name, tensor in state_dict.items() if ".lora_" not in name}
     for path, module in adapted.get_base_model().named_modules():
-        name = path.replace("_fsdp_wrapped_module.", "")  # of FSDP1's wrappers, which weights are not named by
+        name = unwrap_name(path)  # as weights are named
         if isinstance(module, LoraLinear):
             (adapter,) = module.active_adapters
             down, up = (state_dict[f"{name}.lora_{part}.{adapter}.weight"].float() for part in "AB")

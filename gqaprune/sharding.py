@@ -50,6 +50,11 @@ def unwrap_model(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.module) if isinstance(model, FullyShardedDataParallel) else model
 
 
+def unwrap_name(name: str) -> str:
+    """The name that a module or parameter has without FSDP1's wrappers."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
 def is_split(model: PreTrainedModel) -> bool:
     """Whether a strategy has split the weights, so that they are whole only within the model's own forward."""
     if isinstance(model, (FSDPModule, FullyShardedDataParallel)):

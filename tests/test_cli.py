@@ -40,7 +40,7 @@ from tiny import DATA, PLAIN, make_model, make_tokenizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 Run = Callable[..., int]
-DENSE = "lightning_logs/unfinished/perplexity-dense.safetensors"
+DENSE = "lightning_logs/unfinished/perplexity-dense.stage"
 """What a run has finished before it calibrates."""
 
 

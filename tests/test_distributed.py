@@ -284,11 +284,13 @@ def test_two_processes_prune_split_layers_as_one_and_recover_them_as_whole_ones(
 
     losses = {}
     pruned = ("--model.pretrained", str(tmp_path / "two/out"), "--pruning.rate", "0")
-    for name, strategy in (("ddp", DDP), ("fsdp2", FSDP2)):
-        events = EventAccumulator(str(run(tmp_path / name, "fit", config, *pruned, *strategy)))
+    decay = ("--model.optimizer", "AdamW", "--model.optimizer.lr", "1e-3", "--model.optimizer.weight_decay", "50")
+    for name, strategy in (("ddp", DDP), ("fsdp2", FSDP2), ("fsdp", FSDP1)):
+        events = EventAccumulator(str(run(tmp_path / name, "fit", config, *pruned, *decay, *strategy)))
         events.Reload()
         losses[name] = [event.value for event in events.Scalars("train/loss")]
     assert losses["fsdp2"] == pytest.approx(losses["ddp"], rel=1e-4) and len(losses["ddp"]) > 1
+    assert losses["fsdp"] == pytest.approx(losses["ddp"], rel=1e-4)  # matrices decay where they are stored flat, too
 
 
 def test_two_processes_prune_and_recover_in_rounds(config: Path, tmp_path: Path) -> None:
