@@ -113,7 +113,7 @@ class PruningCLI(LightningCLI):
             trainer_defaults={
                 "log_every_n_steps": 1,
                 "enable_model_summary": False,
-                "callbacks": [PredictionJudge(), RunSummary()],  # which tells what was judged
+                "callbacks": [PredictionJudge(releases=True), RunSummary()],  # which tells what was judged
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,  # would hold the dense parameters: it is built before pruning
@@ -154,6 +154,7 @@ class PruningCLI(LightningCLI):
         parser.add_lightning_class_args(TaylorPruning, "pruning")
         parser.add_lightning_class_args(PerplexityGuard, "guard")  # after pruning: it judges what that left
         parser.link_arguments("model.pretrained", "data.tokenizer")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
         parser.add_lightning_class_args(PruningTrainer, "trainer")
         parser.add_argument("--verbose", **VERBOSE)
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"})

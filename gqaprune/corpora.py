@@ -169,6 +169,8 @@ def _read_files(pattern: str) -> list[str]:
     documents: list[str] = []
     for path in paths:
         suffix = path.suffix.lower()
+        if suffix in _TABLES:
+            raise ValueError(f"{path} would be read as plain text: files are txt, jsonl (field `text`) or parquet")
         reader = _READERS.get(suffix, _read_text)
         documents.extend(reader(path))
     return documents
@@ -213,6 +215,8 @@ def _read_parquet(path: Path) -> list[str]:
     return [document for document in column.to_pylist() if document is not None]
 
 
+_TABLES = {".json", ".csv", ".tsv"}
+"""Endings of files whose text is among names, quotes and commas."""
 _READERS: Mapping[str, Callable[[Path], list[str]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 

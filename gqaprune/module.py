@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from gqaprune.architecture import get_layers
 from gqaprune.compilation import CompiledLayers
+from gqaprune.dense import find_dense
 from gqaprune.distillation import measure_distance, measure_divergence, measure_divergence_from_top
 from gqaprune.generation import continue_greedily
 from gqaprune.holding import are_layers_apart
@@ -197,10 +198,14 @@ class CausalLMModule(LightningModule):
                 )
                 teacher.to("meta")
 
+    @property
+    def teacher_source(self) -> str:
+        """What distillation learns from: `recovery.teacher`, or the dense model, of pruned checkpoints too."""
+        return self.recovery.teacher or find_dense(self.pretrained, self.trust_remote_code)[0] or self.pretrained
+
     def _load_teacher(self) -> PreTrainedModel:
         """Whole on each device, or split as the model is; what is to be cached runs before a strategy splits it."""
-        settings = self.recovery
-        source = settings.teacher or self.pretrained
+        settings, source = self.recovery, self.teacher_source
         is_split = are_layers_apart(self.model) and not settings.teacher_top_k
         if is_split and can_read_by_layer(source, self.trust_remote_code):
             return self._load_sharded(source, settings.teacher_dtype)
@@ -397,7 +402,9 @@ class CausalLMModule(LightningModule):
         return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
     def _start_perplexity(self, stream: str) -> None:
-        labels = self.trainer.datamodule.get_labels(stream)  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        counts = self.trainer.num_val_batches if stream == "val" else self.trainer.num_test_batches
+        labels = [str(number) for number in range(len(counts))] if data is None else data.get_labels(stream)
         self._perplexity = {label: Perplexity().to(self.device) for label in labels}
 
     def _update_perplexity(self, batch: Batch, dataloader_idx: int) -> None:

@@ -32,7 +32,7 @@ class RecoveryConfig:
         hidden_weight: weight of the distance to the teacher's hidden states, added to the loss.
         hidden_layers: decoder layers after which that is measured; null takes the last.
         teacher: the dense model to learn from, and for `predict` to compare with, as `model.pretrained`; null takes
-            that, or in `predict` what a checkpoint's plan names.
+            what a pruned checkpoint's plan names, or that.
         teacher_dtype: type of its weights, as `model.dtype`.
         teacher_top_k: this many of the teacher's likeliest tokens stand for its predictions: they are computed before
             training, once for the same text, and kept on disk (6 bytes each for every training token); then the teacher
@@ -72,6 +72,8 @@ class RecoveryConfig:
             raise ValueError(
                 f"recovery.hidden_weight {self.hidden_weight} needs the teacher itself: set teacher_top_k to 0"
             )
+        if self.hidden_layers is not None and min(self.hidden_layers, default=0) < 0:
+            raise ValueError(f"recovery.hidden_layers counts decoder layers from 0, got {self.hidden_layers}")
         if self.rounds < 1:
             raise ValueError(f"recovery.rounds must be at least 1, got {self.rounds}; 2 is a start")
         if self.temperature <= 0 or not 0 <= self.distill_weight <= 1 or self.hidden_weight < 0:

@@ -158,6 +158,13 @@ def test_halves_of_characters_are_replaced_and_whole_ones_are_not(tmp_path: Path
     assert read(path) == ["one \ufffd\n\ufffd 😀\t漢"]
 
 
+@pytest.mark.parametrize("name", ["a.json", "A.CSV", "a.tsv"])
+def test_tables_are_not_taken_for_text(tmp_path: Path, name: str) -> None:
+    path = write_text(tmp_path / name, '[{"text": "one"}]')
+    with pytest.raises(ValueError, match="would be read as plain text: files are txt, jsonl"):
+        read_corpus(Corpus(str(path), "all"))
+
+
 def test_jsonl_file_is_a_document_a_line_and_blank_lines_are_skipped(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.jsonl", '{"text": "one", "id": 1}\n\n{"text": "zwei\\nZeilen ü"}')
     assert read(path) == ["one", "zwei\nZeilen ü"]

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 
 from gqaprune.architecture import count_parameters
 from gqaprune.callbacks import TaylorPruning
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
+from gqaprune.perplexity import measure_perplexity
 from gqaprune.recovery import RecoveryConfig
 
 from tiny import PLAIN, make_plain
@@ -120,7 +122,9 @@ def test_lightning_checkpoint_carries_the_plan_and_resumes_pruned(tiny_folder: P
 
 def test_strategies_that_accumulate_by_themselves_get_one_factor_before_training(tiny_folder: Path) -> None:
     trainer: Any = SimpleNamespace(
-        datamodule=make_data(tiny_folder), strategy=SimpleNamespace(handles_gradient_accumulation=True)
+        datamodule=make_data(tiny_folder),
+        strategy=SimpleNamespace(handles_gradient_accumulation=True),
+        max_epochs=1,
     )
     module = CausalLMModule(str(tiny_folder))
     with pytest.raises(ValueError, match=r"pruning.scheduling has \{0: 4, 2: 8\}: leave one, such as \{0: 4\}"):
@@ -180,6 +184,24 @@ def test_compiled_layers_train_as_they_are_and_are_compiled_in_training_only(
         assert len(compiled) == (3 if compiles else 0)
     torch.testing.assert_close(weights[1], weights[0], atol=1e-4, rtol=1e-4)
     assert all(layer._compiled_call_impl is None for layer in module.model.model.layers)
+
+
+def test_a_few_batches_can_be_overfitted(tiny_folder: Path, tmp_path: Path) -> None:
+    module = CausalLMModule(str(tiny_folder), optimizer=fast_optimizer)
+    data = make_data(tiny_folder, val=[], batch_size=2)
+    losses: list[float] = []
+    probe = LambdaCallback(on_train_batch_end=lambda *arguments: losses.append(float(arguments[2]["loss"])))
+    trainer = make_trainer(tmp_path, TaylorPruning(rate=0.0), probe, overfit_batches=2, max_epochs=8)
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == len(losses) == 16 and losses[-1] < losses[1]
+
+
+def test_loaders_without_a_data_module_are_trained_on_and_measured(tiny_folder: Path, tmp_path: Path) -> None:
+    data, module = make_data(tiny_folder), CausalLMModule(str(tiny_folder))
+    trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+    trainer.fit(module, data.train_dataloader(), data.val_dataloader())
+    (measured,) = measure_perplexity(module.model, data.evaluation_batches(["val"])).values()
+    assert float(trainer.callback_metrics["ppl/0"]) == pytest.approx(measured, rel=1e-5)
 
 
 def test_other_modules_are_refused(tiny_folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Recovery: what each mode trains, towards what, and what is left of it on disk."""
 
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from peft import PeftModel
 from test_module import Probe, fast_optimizer, make_data, make_trainer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import gqaprune
 from gqaprune import load_model
 from gqaprune.architecture import count_parameters
 from gqaprune.callbacks import CheckpointExport, TaylorPruning
@@ -21,7 +24,7 @@ from gqaprune.perplexity import measure_perplexity
 from gqaprune.recovery import MODES, RecoveryConfig
 from gqaprune.sampling import sample_from_model
 
-from tiny import PLAIN, make_tokens
+from tiny import PLAIN, make_tokenizer, make_tokens
 
 PRUNING = {**PLAIN, "rate": 0.3, "allocation": "uniform"}
 
@@ -222,6 +225,7 @@ def test_lightning_checkpoints_load_without_further_arguments(tiny_folder: Path,
         ({"lora_rank": 0}, "lora_rank >= 1.*got 0"),
         ({"temperature": 0.0}, "temperature > 0.*got 0.0"),
         ({"distill_weight": 1.5}, "distill_weight in"),
+        ({"hidden_layers": [0, -1]}, r"hidden_layers counts decoder layers from 0, got .0, -1."),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"teacher_top_k": -1}, "teacher_top_k must be at least 0, got -1"),
         ({"teacher_top_k": 8, "hidden_weight": 1.0}, "hidden_weight 1.0 needs the teacher itself"),
@@ -230,6 +234,51 @@ def test_lightning_checkpoints_load_without_further_arguments(tiny_folder: Path,
 def test_settings_out_of_bounds_are_refused(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         RecoveryConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"vocab_size": 300}, "has vocab_size 300, .* has 260: take a teacher with the same"),
+        ({"hidden_size": 96}, "has hidden_size 96, .* has 24"),
+        ({"num_hidden_layers": 2}, r"hidden_layers has to be of 0 to 1, got \[2\]"),
+    ],
+)
+def test_a_teacher_that_cannot_be_learned_from_is_refused_before_any_work(
+    tiny_folder: Path, tmp_path: Path, change: dict[str, int], sentence: str
+) -> None:
+    config = json.loads((tiny_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))  # and no weights
+    recovery = RecoveryConfig("distill", teacher=str(tmp_path), hidden_weight=1.0, hidden_layers=[2])
+    with pytest.raises(ValueError, match=sentence):
+        recover(tiny_folder, tmp_path, recovery)
+
+
+def test_pruned_checkpoints_learn_from_the_model_that_they_come_from(tiny_folder: Path, tmp_path: Path) -> None:
+    gqaprune.save(load_model(tiny_folder), make_tokenizer(), tmp_path / "copy")
+    recover(tmp_path / "copy", tmp_path, RecoveryConfig("none"))
+    module = CausalLMModule(str(tmp_path / "out"), recovery=RecoveryConfig("distill"))
+    trainer, data = make_trainer(tmp_path, TaylorPruning(rate=0.0)), make_data(tiny_folder)
+    trainer.fit(module, datamodule=data)
+    (teacher,) = module._teacher
+    assert count_parameters(teacher) == count_parameters(load_model(tiny_folder)) > count_parameters(module.model)
+
+    shutil.rmtree(tmp_path / "copy")
+    with pytest.raises(ValueError, match="would learn from .*out itself, which this run does not prune"):
+        make_trainer(tmp_path, TaylorPruning(rate=0.0)).fit(
+            CausalLMModule(str(tmp_path / "out"), recovery=RecoveryConfig("distill")), datamodule=data
+        )
+
+
+def test_an_end_by_time_alone_needs_a_constant_rate(tiny_folder: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_epochs": -1, "max_time": {"seconds": 1}}
+    with pytest.raises(ValueError, match="schedule cosine .* which trainer.max_time does not tell: set trainer.max_st"):
+        make_trainer(tmp_path, TaylorPruning(rate=0.0), **settings).fit(
+            CausalLMModule(str(tiny_folder)), datamodule=make_data(tiny_folder)
+        )
+    trainer = make_trainer(tmp_path, TaylorPruning(rate=0.0), **settings)
+    trainer.fit(CausalLMModule(str(tiny_folder), schedule="constant"), datamodule=make_data(tiny_folder))
+    assert trainer.global_step > 1 and trainer.optimizers[0].param_groups[0]["lr"] == 1e-5
 
 
 def test_unknown_targets_are_refused_with_those_there_are(tiny_folder: Path, tmp_path: Path) -> None:

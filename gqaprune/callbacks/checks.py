@@ -13,6 +13,7 @@ from gqaprune.config import PruningConfig
 from gqaprune.counts import check_goes_by_layer
 from gqaprune.datamodules import TextDataModule
 from gqaprune.holding import LayersApart
+from gqaprune.loading import load_config
 from gqaprune.module import CausalLMModule
 
 
@@ -31,6 +32,44 @@ def check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfig
     if config.uses_damage_curves or config.swap_generations:
         name = "damage_levels" if config.uses_damage_curves else "swap_generations"
         raise ValueError(f"{name} measures cuts of the whole model, which several rounds have not: set rounds to 1")
+
+
+def check_schedule(trainer: Trainer, module: CausalLMModule) -> None:
+    """Refuse a course of the learning rate, or rounds, whose end nothing tells, before any work."""
+    is_endless = trainer.max_epochs == -1 and trainer.max_steps == -1 and trainer.limit_train_batches != 0
+    if is_endless and (module.schedule != "constant" or module.recovery.rounds > 1):
+        raise ValueError(
+            f"model.schedule {module.schedule} and recovery.rounds {module.recovery.rounds} need the number of steps, "
+            "which trainer.max_time does not tell: set trainer.max_steps or trainer.max_epochs beside it, or "
+            "model.schedule to constant and recovery.rounds to 1"
+        )
+
+
+def check_teacher(trainer: Trainer, module: CausalLMModule, config: PruningConfig) -> None:
+    """Refuse a teacher that the model cannot learn from, before any work."""
+    settings = module.recovery
+    if not settings.distills or trainer.limit_train_batches == 0:
+        return
+    source = module.teacher_source
+    is_itself = source == module.pretrained and (module.plan is None or module.plan.removes_nothing)
+    if is_itself and not config.removes_something:
+        raise ValueError(
+            f"recovery.mode {settings.mode} would learn from {source} itself, which this run does not prune: name the "
+            "dense model by model.recovery.teacher"
+        )
+    student, teacher = (
+        load_config(name, module.trust_remote_code).get_text_config() for name in (module.pretrained, source)
+    )
+    names = ["vocab_size", *(["hidden_size"] if settings.hidden_weight else [])]
+    for name in names:
+        own, other = getattr(student, name), getattr(teacher, name)
+        if own != other:
+            raise ValueError(
+                f"{source} has {name} {other}, {module.pretrained} has {own}: take a teacher with the same"
+            )
+    layers = min(student.num_hidden_layers, teacher.num_hidden_layers)
+    if settings.hidden_weight and max(settings.hidden_layers or [0]) >= layers:
+        raise ValueError(f"recovery.hidden_layers has to be of 0 to {layers - 1}, got {settings.hidden_layers}")
 
 
 def check_compile(trainer: Trainer, module: CausalLMModule) -> None:

@@ -1,7 +1,6 @@
 """Judge what `predict` wrote, beside what the dense model writes."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,13 +9,14 @@ from transformers import PreTrainedModel
 
 from gqaprune.callbacks.pruning import get_parts, get_run_folder
 from gqaprune.datamodules import TextDataModule
+from gqaprune.dense import find_dense
 from gqaprune.generation import continue_greedily, measure_text_perplexity, split_continuation
 from gqaprune.judgement import MeasuredText, measure_text
 from gqaprune.loading import check_tokenizer, load_config
 from gqaprune.module import CausalLMModule
-from gqaprune.plan import PLAN_FILE, PruningPlan
 from gqaprune.predictions import Comparison, Predictions, render_predictions
 from gqaprune.progress import console, track
+from gqaprune.sharding import is_split
 
 PREDICTIONS_FILE = "predictions.json"
 
@@ -25,10 +25,14 @@ class PredictionJudge(Callback):
     """Prints each prompt with the texts of both models and a verdict; writes `predictions.json` in the run's folder.
 
     The dense model is `model.recovery.teacher`; or, where the module cuts it by `model.plan`, `model.pretrained`; or
-    what the plan beside a pruned checkpoint names. It is loaded once the pruned one is let go.
+    what the plan beside a pruned checkpoint names. It has the pruned one's device, which waits on the CPU meanwhile.
+
+    Args:
+        releases: let the pruned model go for good instead, in a program that does not need it afterwards.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, releases: bool = False) -> None:
+        self.releases = releases
         self.predictions: Predictions | None = None
         self._dense, self._note = "", ""
         self._written: list[Tensor] = []
@@ -37,7 +41,7 @@ class PredictionJudge(Callback):
         """Find the dense model, before any work."""
         if stage == "predict":
             self._written = []
-            self._dense, self._note = find_dense(get_parts(trainer, pl_module)[0])
+            self._dense, self._note = choose_dense(get_parts(trainer, pl_module)[0])
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Tensor, *_: Any, **__: Any
@@ -56,7 +60,10 @@ class PredictionJudge(Callback):
         perplexities: list[float | None] = [None] * len(pruned)
         dense_texts: list[MeasuredText | None] = [None] * len(pruned)
         if self._dense:
-            module.release()
+            if self.releases:
+                module.release()
+            elif not is_split(module.model):
+                module.model.to("cpu")
             dense = self._load_dense(module, data).to(trainer.strategy.root_device)
             for index, batch in enumerate(track(batches, "the dense model", "prompts")):
                 ids = {name: tensor.to(dense.device) for name, tensor in batch.items()}
@@ -64,6 +71,8 @@ class PredictionJudge(Callback):
                 perplexities[index] = _measure(dense, self._written[index].to(dense.device), sizes[index])
                 added = split_continuation(dense, own, sizes[index])
                 dense_texts[index] = _describe(data, *added, _measure(dense, own, sizes[index]))
+            if not self.releases and not is_split(module.model):
+                module.model.to(trainer.strategy.root_device)
         texts = [_describe(data, *added, value) for added, value in zip(pruned, perplexities, strict=True)]
         prompts = [prompt.text for prompt, _ in data.encode_prompts()]
         comparisons = [Comparison(*parts) for parts in zip(prompts, texts, dense_texts, strict=True)]
@@ -80,7 +89,7 @@ class PredictionJudge(Callback):
         return dense
 
 
-def find_dense(module: CausalLMModule) -> tuple[str, str]:
+def choose_dense(module: CausalLMModule) -> tuple[str, str]:
     """Where the dense model comes from, or an empty string and why there is none, in a sentence.
 
     Raises:
@@ -93,18 +102,8 @@ def find_dense(module: CausalLMModule) -> tuple[str, str]:
         return module.pretrained, ""
     alone = "no dense model to compare with, so that only what repeats itself is seen, not what makes no sense"
     way_out = "name it by --model.recovery.teacher"
-    place = Path(module.pretrained)
-    try:
-        name = PruningPlan.load((place if place.is_dir() else place.parent) / PLAN_FILE).model
-    except ValueError:
-        return "", f"{alone}: {module.pretrained} has no plan that tells it; {way_out}"
-    try:
-        load_config(name, module.trust_remote_code)
-    except ValueError as error:
-        return "", f"{alone}: {error}; {way_out}"
-    if Path(name).resolve() == place.resolve():
-        return "", f"{alone}: the plan of {module.pretrained} names itself; {way_out}"
-    return name, ""
+    name, reason = find_dense(module.pretrained, module.trust_remote_code)
+    return name, f"{alone}: {reason}; {way_out}" if reason else ""
 
 
 def _measure(dense: PreTrainedModel, ids_1T: Tensor, prompt_tokens: int) -> float:

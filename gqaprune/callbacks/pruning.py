@@ -11,7 +11,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
 from gqaprune.callbacks.accumulation import go_back_to_step, validate_between_steps
-from gqaprune.callbacks.checks import check_apart, check_compile, check_offload, check_rounds, check_sharded
+from gqaprune.callbacks.checks import (
+    check_apart,
+    check_compile,
+    check_offload,
+    check_rounds,
+    check_schedule,
+    check_sharded,
+    check_teacher,
+)
 from gqaprune.config import PruningConfig
 from gqaprune.criteria.base import Scores
 from gqaprune.datamodules import TextDataModule
@@ -81,6 +89,8 @@ class TaylorPruning(GradientAccumulationScheduler):
             return
         module, data = get_parts(trainer, pl_module)
         check_rounds(trainer, module, self.config)
+        check_schedule(trainer, module)
+        check_teacher(trainer, module, self.config)
         check_compile(trainer, module)
         if trainer.strategy.handles_gradient_accumulation:
             trainer.accumulate_grad_batches = self._get_only_factor(trainer)

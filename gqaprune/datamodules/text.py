@@ -60,6 +60,7 @@ class TextDataModule(LightningDataModule):
             in a `.jsonl` file is a string, an object with `prompt`, or one with `messages` (`role` and `content`).
         chat: put prompts as the user's turn into the tokenizer's chat template; null does so where it has one.
         seed: seed of the choice and order of windows.
+        trust_remote_code: run code that comes with the tokenizer; the command line sets it from `model`.
 
     Raises:
         ValueError: if calibration or training text overlaps with text that is evaluated, or a setting is out of bounds.
@@ -92,6 +93,7 @@ class TextDataModule(LightningDataModule):
         prompts: list[str] | str = ["The capital of France is", "Once upon a time"],  # noqa: B006
         chat: bool | None = None,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         sizes = {
@@ -114,6 +116,7 @@ class TextDataModule(LightningDataModule):
             if count < 0:
                 raise ValueError(f"data.{name} must be at least 0, got {count}")
         self.tokenizer_source = tokenizer
+        self.trust_remote_code = trust_remote_code
         self.calibration_windows = calibration_windows
         self.calibration_window = calibration_window
         self.calibration_batch_size = calibration_batch_size
@@ -151,7 +154,7 @@ class TextDataModule(LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded on first use."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_source)
+            self._tokenizer = load_tokenizer(self.tokenizer_source, self.trust_remote_code)
         return self._tokenizer
 
     @property
@@ -377,8 +380,7 @@ class _TrainLoader(DataLoader[Batch]):
     _resumed: dict[str, int] = {}  # noqa: RUF012  (never changed)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        assert isinstance(self.sampler, DistributedSampler)
-        self._epoch, self._yielded = self.sampler.epoch, 0
+        self._epoch, self._yielded = getattr(self.sampler, "epoch", 0), 0  # `overfit_batches` puts in one without
         skipped = self._resumed.get("yielded", 0) if self._resumed.get("epoch") == self._epoch else 0
         for batch in super().__iter__():
             self._yielded += 1

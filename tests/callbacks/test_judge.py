@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 
 import gqaprune
+from gqaprune.callbacks import PredictionJudge
 from gqaprune.cli import main
+from gqaprune.datamodules import TextDataModule
+from gqaprune.module import CausalLMModule
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import console
 from gqaprune.repetition import measure_distinct, measure_repetition
@@ -108,6 +112,21 @@ def test_a_model_that_writes_what_the_dense_one_does_is_fine(predict: Predict) -
     (row,) = found["prompts"]
     assert row["pruned"] == row["dense"] and row["verdict"]["reason"] == "the dense model's own text"
     assert found["verdict"] == {"level": "fine", "reason": "of 1 texts 1 fine"}
+
+
+@pytest.mark.parametrize("releases", [False, True])
+def test_a_trained_model_outlives_its_judgement(models: Path, tmp_path: Path, releases: bool) -> None:
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path, inference_mode=False
+    )
+    module = CausalLMModule(str(models / "good"), max_new_tokens=SIZE)
+    module.load()
+    trained = module.model.lm_head.weight.data.add_(1).clone()
+    data = TextDataModule(str(models / "good"), prompts=["[AB]"])
+    trainer.callbacks.append(PredictionJudge(releases))
+    trainer.predict(module, datamodule=data)
+    module.load()
+    assert torch.equal(module.model.lm_head.weight, trained) != releases
 
 
 def test_the_dense_model_is_the_teacher_or_what_the_plan_cuts_or_none(

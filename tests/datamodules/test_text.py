@@ -1,5 +1,7 @@
 """Text streams: what each loader yields, that evaluated text is never trained on, and that no window counts twice."""
 
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import torch
 from torch.utils.data import DistributedSampler
 from transformers import PreTrainedTokenizerFast
 
+from gqaprune.cli import PruningCLI
 from gqaprune.datamodules import TextDataModule
 from gqaprune.loading import load_model
 from gqaprune.losses import IGNORED
@@ -351,3 +354,19 @@ def test_protocol_says_how_perplexity_is_measured(make_data: Any, settings: dict
 
 def test_tokenizer_is_the_one_of_the_model(make_data: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     assert make_data().tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def test_tokenizers_with_code_of_their_own_are_read_where_that_is_trusted(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast): pass"
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert type(TextDataModule(str(folder), trust_remote_code=True).tokenizer).__name__ == "Own"
+    with pytest.raises(ValueError, match="custom code"):
+        TextDataModule(str(folder)).tokenizer  # noqa: B018
+    settings = ["--model.pretrained", str(folder), "--model.trust_remote_code", "true", "--trainer.accelerator", "cpu"]
+    assert PruningCLI(run=False, args=settings).datamodule.trust_remote_code
