@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -96,6 +97,8 @@ def load_model(
     arguments = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **gguf}
     if quantization is not None:
         arguments["quantization_config"] = make_quantization_config(quantization)
+    elif gguf:
+        arguments["quantization_config"] = GgufConfig(dequantize=True)  # packed weights can be neither cut nor trained
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     try:
@@ -113,7 +116,6 @@ def load_model(
         _check_keys(found, family.layers)
     except _LOADING_ERRORS as error:
         raise _make_error("model", source, first_line(error)) from None
-    _forget_quantization(model)
     return model
 
 
@@ -448,13 +450,3 @@ def _make_error(what: str, source: str | Path, reason: str) -> ValueError:
     """Why something cannot be loaded, and that a hub name is no folder, for it may be one that is mistyped."""
     place = ", which is no folder here" if isinstance(_locate(source)[0], str) else ""
     return ValueError(f"cannot load a {what} from {str(source)!r}{place}: {reason}")
-
-
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """A GGUF file's weights were expanded on loading; what says otherwise would keep them from being saved."""
-    if (
-        getattr(model, "hf_quantizer", None) is not None
-        and model.hf_quantizer.quantization_config.quant_method == "gguf"
-    ):
-        model.hf_quantizer = None
-        del model.config.quantization_config

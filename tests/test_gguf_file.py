@@ -1,5 +1,6 @@
 """GGUF files: read back by transformers and by llama.cpp with the same logits and the same tokens."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ def write(model: PreTrainedModel, file: Path, kind: str = "f16") -> Any:
 
 def read(file: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+
+
+def test_weights_are_expanded_on_loading_and_nothing_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(make_model(channels=32), tmp_path / "model.gguf", "q8_0")
+    said: list[str] = []
+    monkeypatch.setattr("transformers.quantizers.quantizer_gguf.logger.warning", said.append)
+    model = load_model(tmp_path / "model.gguf", "bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} and not said
+    model.save_pretrained(tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2", "qwen2-tied"])
