@@ -36,7 +36,7 @@ from gqaprune.module import CausalLMModule
 from gqaprune.processor import avoid_illegal_instructions
 from gqaprune.progress import logger
 from gqaprune.replace import check_can_be_folder
-from gqaprune.resume import SHARDED, find_run, read_plan, read_strategy
+from gqaprune.resume import SHARDED, find_run, is_whole, read_plan, read_strategy
 from gqaprune.run_log import RunLog
 from gqaprune.tools.compare import compare
 from gqaprune.tools.export import export
@@ -227,7 +227,7 @@ def split_over_all(trainer: Trainer) -> None:
 
 
 def check_checkpoint(path: Path, trainer: Trainer) -> None:
-    """Refuse to go on from a checkpoint of a strategy whose checkpoints the trainer's cannot read.
+    """Refuse to go on from a checkpoint of weights alone, or of a strategy whose checkpoints the trainer's cannot read.
 
     Raises:
         ValueError: with what can.
@@ -247,6 +247,11 @@ def check_checkpoint(path: Path, trainer: Trainer) -> None:
         )
     if is_sharding and (writer := read_strategy(path)) != name:
         raise ValueError(f"{name} cannot read what {writer} wrote, {path}: set trainer.strategy to {writer}")
+    if not is_whole(path):
+        raise ValueError(
+            f"{path} holds weights alone, without what training goes on with: write whole checkpoints "
+            "(save_weights_only false), and begin anew with --ckpt_path null"
+        )
 
 
 def _is_rank_0() -> bool:

@@ -129,6 +129,15 @@ def read_strategy(checkpoint: Path) -> str:
     return str(_read(checkpoint).get("strategy", "ModelParallelStrategy"))
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint, a file or a folder of shards, has what training goes on with besides weights.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    return "callbacks" in _read(checkpoint)
+
+
 def _read(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint holds; of a folder of shards, what it holds besides tensors.
 
@@ -163,6 +172,6 @@ def _can_go_on(path: Path, run: str) -> bool:
         content = _read(path)
     except (OSError, ValueError):
         return False
-    is_whole = "callbacks" in content  # which a checkpoint of weights alone lacks
     weights = {} if path.is_dir() else content.get("state_dict", {})
-    return content.get("run") == run and is_whole and all(bool(torch.isfinite(w).all()) for w in weights.values())
+    is_own = content.get("run") == run
+    return is_own and is_whole(path) and all(bool(torch.isfinite(weight).all()) for weight in weights.values())

@@ -576,6 +576,8 @@ def list_files() -> list[str]:
         (FSDPStrategy, "one file", "goes on from folders"),
         (DeepSpeedStrategy, "one file", "goes on from nothing but files that have to be unpickled"),
         (FSDPStrategy, "DeepSpeedStrategy", "has no meta.pt"),
+        (SingleDeviceStrategy, "weights alone", "holds weights alone, without what training goes on with"),
+        (SingleDeviceStrategy, "something else", "is cut short, or no checkpoint of Lightning's"),
     ],
 )
 def test_training_goes_on_under_what_can_read_the_checkpoint(
@@ -584,10 +586,14 @@ def test_training_goes_on_under_what_can_read_the_checkpoint(
     path = tmp_path / "epoch=0.ckpt"
     if writer == "one file":
         path.touch()
+    elif writer == "weights alone":
+        torch.save({"state_dict": {}, "loops": {}}, path)
+    elif writer == "something else":
+        path.write_text("something else")
     else:
         path.mkdir()
         if writer != "DeepSpeedStrategy":
-            torch.save({"strategy": writer}, path / "meta.pt")
+            torch.save({"strategy": writer, "callbacks": {}}, path / "meta.pt")
     trainer: Any = SimpleNamespace(strategy=reader.__new__(reader))
     with nullcontext() if sentence is None else pytest.raises(ValueError, match=sentence):
         check_checkpoint(path, trainer)
