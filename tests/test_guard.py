@@ -75,7 +75,7 @@ def test_a_broken_model_stops_the_run_with_its_cause_and_keeps_plan_and_scores(
     page = html.unescape((tmp_path / "report.html").read_text())
     assert "❌ The guard stopped the run" in page and '<p class="state">stopped: PerplexityGuard: after pruning' in page
     assert all(finding["sentence"] in page for finding in facts["diagnosis"]["findings"])
-    assert (tmp_path / "lightning_logs" / "unfinished" / "scores-of-fisher.safetensors").exists()
+    assert (tmp_path / "lightning_logs" / "unfinished" / "scores-of-fisher.stage").exists()
 
 
 def test_an_absolute_bound_stops_only_where_the_dense_model_is_below_it(learned_folder: Path, tmp_path: Path) -> None:
