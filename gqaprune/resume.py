@@ -20,6 +20,8 @@ UNFINISHED = Path("lightning_logs") / "unfinished"
 _NOTE = "run.json"
 SHARDED = "meta.pt"
 """What Lightning writes last into the folder of a sharded checkpoint."""
+_MORE_THAN_WEIGHTS = "callbacks"
+"""What checkpoints of weights alone lack, in one file or in shards."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def is_whole(checkpoint: Path) -> bool:
     Raises:
         ValueError: if it cannot be read.
     """
-    return "callbacks" in _read(checkpoint)
+    return _MORE_THAN_WEIGHTS in _read(checkpoint)
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:
@@ -173,5 +175,5 @@ def _can_go_on(path: Path, run: str) -> bool:
     except (OSError, ValueError):
         return False
     weights = {} if path.is_dir() else content.get("state_dict", {})
-    is_own = content.get("run") == run
-    return is_own and is_whole(path) and all(bool(torch.isfinite(weight).all()) for weight in weights.values())
+    is_own = content.get("run") == run and _MORE_THAN_WEIGHTS in content
+    return is_own and all(bool(torch.isfinite(weight).all()) for weight in weights.values())

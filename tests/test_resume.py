@@ -229,7 +229,7 @@ def test_runs_killed_after_their_last_checkpoint_are_measured_and_written_all_th
     ]
     assert run(tmp_path, *arguments, at="export") == -signal.SIGKILL
     assert run(tmp_path, *arguments) == 0, read_output(tmp_path)
-    assert "from" in read_output(tmp_path).split(" Seed set")[0]
+    assert ", from " in read_output(tmp_path).split(" Seed set")[0]
     assert "best ppl/embedded" in read_output(tmp_path)
     assert read_files(tmp_path) == whole(*arguments)
     assert [stage["name"] for stage in read_files(tmp_path)["stages"]] == ["dense", "pruned", "recovered"]
