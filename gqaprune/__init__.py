@@ -8,10 +8,12 @@ for _name in ("torchao", "torch.utils._pytree"):
 
 from gqaprune.checkpoint import save
 from gqaprune.config import PruningConfig
-from gqaprune.loading import load, load_model, load_offloaded_model, load_sharded_model, load_tokenizer
+from gqaprune.loading import load, load_model
+from gqaprune.loading_by_layer import load_offloaded_model, load_sharded_model
 from gqaprune.pipeline import prune
 from gqaprune.plan import PruningPlan
 from gqaprune.surgery import apply_plan
+from gqaprune.tokenizer import load_tokenizer
 from gqaprune.windows import read_windows
 
 __version__ = "0.1.0"

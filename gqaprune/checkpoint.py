@@ -24,13 +24,14 @@ from gqaprune.card import write_card
 from gqaprune.distributed import get_rank_and_world_size
 from gqaprune.gguf_file import TYPES, check_architecture, write_gguf
 from gqaprune.holding import LayersApart, are_layers_apart, attend_writing, get_layers_apart, write_weights
-from gqaprune.loading import load_config, load_model, make_quantization_config
+from gqaprune.loading import load_model, make_quantization_config
 from gqaprune.padding import pad_checkpoint
 from gqaprune.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
 from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
 from gqaprune.processes import name_process
 from gqaprune.recovery import merge_adapters
 from gqaprune.replace import check_can_be_folder, replace_folder
+from gqaprune.sources import load_config
 
 ADAPTER_FOLDER = "adapter"
 """Where LoRA adapters are saved in a checkpoint's folder, whose weights have them already."""

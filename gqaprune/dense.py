@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from gqaprune.loading import load_config
 from gqaprune.plan import PLAN_FILE, PruningPlan
+from gqaprune.sources import load_config
 
 
 def find_dense(pretrained: str, trust_remote_code: bool = False) -> tuple[str, str]:

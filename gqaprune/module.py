@@ -1,7 +1,6 @@
 """The LightningModule around a causal LM: fine-tuning, perplexity, generation."""
 
 import hashlib
-import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,7 +11,7 @@ from uuid import uuid4
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -23,13 +22,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, get_scheduler
 
+from gqaprune.accumulation import count_optimizer_steps
 from gqaprune.architecture import get_layers
 from gqaprune.compilation import CompiledLayers
 from gqaprune.dense import find_dense
 from gqaprune.distillation import measure_distance, measure_divergence, measure_divergence_from_top
 from gqaprune.generation import continue_greedily
 from gqaprune.holding import are_layers_apart
-from gqaprune.loading import can_read_by_layer, load_model, load_offloaded_model, load_sharded_model
+from gqaprune.loading import load_model
+from gqaprune.loading_by_layer import can_read_by_layer, load_offloaded_model, load_sharded_model
 from gqaprune.losses import measure_losses
 from gqaprune.perplexity import Perplexity
 from gqaprune.plan import PruningPlan
@@ -369,37 +370,7 @@ class CausalLMModule(LightningModule):
 
     def first_step(self, rounds: int) -> int:
         """Optimizer step at which training begins once so many of `recovery.rounds` are done."""
-        return self._count_optimizer_steps() * rounds // self.recovery.rounds
-
-    def _count_optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run, whatever the accumulation factor of each epoch.
-
-        Lightning's own estimate takes the factor of the moment, which a scheduler sets only once training starts.
-        """
-        trainer = self.trainer
-        if trainer.limit_train_batches == 0:
-            return 1
-        if trainer.max_epochs == -1:
-            return max(trainer.max_steps, 1)
-        schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
-        factors = [
-            schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
-            for epoch in range(trainer.max_epochs or 1)
-        ]
-        steps = sum(math.ceil(self._count_batches() / factor) for factor in factors)
-        return max(steps if trainer.max_steps == -1 else min(steps, trainer.max_steps), 1)
-
-    def _count_batches(self) -> int:
-        """Training batches of an epoch.
-
-        Lightning knows only once it has set up its loader, which may not be before a checkpoint's place in it is read.
-        """
-        trainer, data = self.trainer, self.trainer.datamodule  # type: ignore[attr-defined]
-        if data is None:
-            trainer.fit_loop.setup_data()
-            return int(trainer.num_training_batches)
-        batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
-        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return count_optimizer_steps(self.trainer) * rounds // self.recovery.rounds
 
     def _start_perplexity(self, stream: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]

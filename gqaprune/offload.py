@@ -5,7 +5,6 @@ from the safetensors files they are in. A layer that was changed is written to a
 there later.
 """
 
-import json
 import shutil
 import weakref
 from collections.abc import Iterator, Mapping
@@ -13,14 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from gqaprune.architecture import get_layers
-from gqaprune.errors import first_line
 from gqaprune.holding import LayersApart, detach_parameters, keep_apart, name_layer, name_outside
 from gqaprune.replace import make_temporary_folder
 
@@ -89,39 +86,6 @@ def check_files(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
 def fill_outside(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
     """Read what is outside of the decoder layers; what no file holds is left."""
     _fill(model, files, {name: parameter for name, parameter in name_outside(model).items() if name in files})
-
-
-def find_tensors(folder: Path) -> dict[str, Path]:
-    """Name -> file of every tensor in a checkpoint's safetensors files.
-
-    Raises:
-        ValueError: if there are none, or a file is broken.
-    """
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if (folder / SAFE_WEIGHTS_NAME).is_file():  # which transformers reads too where there are both
-        paths = [folder / SAFE_WEIGHTS_NAME]
-    elif index.is_file():
-        paths = _read_index(index)
-    else:
-        raise ValueError(f"there is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, which hold the weights")
-    files: dict[str, Path] = {}
-    for path in paths:
-        try:
-            with safe_open(path, "pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{path.name} is missing, broken or cut off ({first_line(error)}); fetch it again"
-            ) from None
-    return files
-
-
-def _read_index(index: Path) -> list[Path]:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{index.name} does not say which file holds which tensor: fetch it again") from None
-    return sorted(index.parent / name for name in names)
 
 
 def _fill(model: PreTrainedModel, files: Mapping[str, Path], wanted: Mapping[str, Tensor]) -> None:

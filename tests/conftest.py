@@ -7,18 +7,23 @@ if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it: the cores have tests of their own
 
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from command import Run
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 import gqaprune
+from gqaprune.cli import main
 from gqaprune.processor import avoid_illegal_instructions
 from gqaprune.progress import console
 
-from tiny import VARIANTS, WHOLE_ATTENTION, WHOLE_MLP, make_model, make_tokenizer, train_model
+from tiny import DATA, PLAIN, VARIANTS, WHOLE_ATTENTION, WHOLE_MLP, make_model, make_tokenizer, train_model
 
 avoid_illegal_instructions()
 settings.register_profile("any machine", deadline=None)  # how long an example takes says what else the machine does
@@ -77,3 +82,29 @@ def smollm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, tokenizer = gqaprune.load("smollm2-135m", dtype="float32")
     gqaprune.save(model, tokenizer, folder)
     return folder
+
+
+@pytest.fixture
+def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Run a command in an empty folder on the tiny model; returns the exit code."""
+    config = {
+        "model": {"pretrained": str(tiny_folder), "dtype": "float32"},
+        "data": DATA,
+        "pruning": {"scheduling": {0: 2}, "rate": 0.3, "allocation": "global", **PLAIN},
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False, "enable_progress_bar": False},
+    }
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(folder)
+
+    def run_command(command: str, *arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["gqaprune", command, "--config", str(tmp_path / "tiny.yaml"), *arguments])
+        try:
+            return main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    yield run_command
+    signal.signal(signal.SIGINT, on_interrupt)  # Lightning ignores it after an interrupt

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from gqaprune import PruningConfig, prune
 from gqaprune.architecture import find_blocks, read_geometry
 from gqaprune.checkpoint import save
-from gqaprune.loading import load_model, load_tokenizer
+from gqaprune.loading import load_model
 from gqaprune.plan import PruningPlan
 from gqaprune.processes import name_process
 from gqaprune.selection import keep_everything
 from gqaprune.surgery import apply_plan
+from gqaprune.tokenizer import load_tokenizer
 from gqaprune.tools.export import export
 
 from tiny import make_model, make_tokenizer, make_tokens

@@ -18,13 +18,13 @@ import gqaprune
 from gqaprune.architecture import find_blocks
 from gqaprune.distributed import check_same_on_all_ranks
 from gqaprune.importance import CRITERIA, score_units
-from gqaprune.offload import find_tensors
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.reconstruction import apply_plan_with_repair
 from gqaprune.sampling import sample_from_model
 from gqaprune.selection import make_plan
 from gqaprune.sensitivity import SENSITIVITIES
+from gqaprune.sources import find_tensors
 from gqaprune.windows import make_batches
 
 from tiny import make_model, make_tokenizer, make_tokens

@@ -18,10 +18,10 @@ import gqaprune.offload
 from gqaprune import PruningConfig, PruningPlan, apply_plan, load_model, load_offloaded_model, save
 from gqaprune.architecture import get_layers
 from gqaprune.holding import are_layers_apart, hold_layer, named_parameters
-from gqaprune.offload import find_tensors
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.pipeline import prune
 from gqaprune.report import Report
+from gqaprune.sources import find_tensors, load_config
 from gqaprune.stages import Stages, hash_model
 
 from tiny import VARIANTS, WHOLE_ATTENTION, make_model, make_tokenizer, make_tokens
@@ -335,9 +335,9 @@ def test_a_model_on_the_hub_is_fetched_in_safetensors_and_read_where_it_lies(
         )
         return str(folder)
 
-    config = gqaprune.loading.load_config(folder)
-    monkeypatch.setattr("gqaprune.loading.snapshot_download", fetch)
-    monkeypatch.setattr("gqaprune.loading.load_config", lambda *_: config)
+    config = load_config(folder)
+    monkeypatch.setattr("gqaprune.sources.snapshot_download", fetch)
+    monkeypatch.setattr("gqaprune.loading_by_layer.load_config", lambda *_: config)
     assert_same(load_model(folder), load_offloaded_model("owner/name", tmp_path / "work"))
     assert fetched == [("owner/name", {"config.json", "generation_config.json", "model.safetensors"})]
 

@@ -17,9 +17,9 @@ from gqaprune.checkpoint import check_written_by_layer
 from gqaprune.counts import check_goes_by_layer
 from gqaprune.holding import are_layers_apart, hold_layer, name_layer, named_parameters
 from gqaprune.importance import CRITERIA, score_units
-from gqaprune.offload import find_tensors
 from gqaprune.recovery import RecoveryConfig, add_adapters
 from gqaprune.sharding import gather_state_dict, shard_model
+from gqaprune.sources import find_tensors
 from gqaprune.splitting import SplitLayers
 
 from tiny import make_model, make_tokenizer, make_tokens

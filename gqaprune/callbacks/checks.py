@@ -13,8 +13,8 @@ from gqaprune.config import PruningConfig
 from gqaprune.counts import check_goes_by_layer
 from gqaprune.datamodules import TextDataModule
 from gqaprune.holding import LayersApart
-from gqaprune.loading import load_config
 from gqaprune.module import CausalLMModule
+from gqaprune.sources import load_config
 
 
 def check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfig) -> None:

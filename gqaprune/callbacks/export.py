@@ -17,11 +17,11 @@ from gqaprune.checkpoint import (
 )
 from gqaprune.datamodules import TextDataModule
 from gqaprune.holding import are_layers_apart
-from gqaprune.loading import load_config
 from gqaprune.module import CausalLMModule
 from gqaprune.plan import PruningPlan, find_plan
 from gqaprune.progress import console
 from gqaprune.selection import check_equal_counts
+from gqaprune.sources import load_config
 
 
 class CheckpointExport(Callback):

@@ -11,7 +11,6 @@ from gqaprune.callbacks.pruning import get_parts, get_pruning, get_run_folder
 from gqaprune.datamodules import TextDataModule
 from gqaprune.diagnosis import Diagnosis, build_diagnosis_table, diagnose
 from gqaprune.holding import are_layers_apart
-from gqaprune.loading import load_config
 from gqaprune.module import CausalLMModule
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.plan import PLAN_FILE
@@ -19,6 +18,7 @@ from gqaprune.progress import console
 from gqaprune.replace import write_atomically
 from gqaprune.report import REPORT_FILE, Report
 from gqaprune.sharding import is_split
+from gqaprune.sources import load_config
 
 GUARD_FILE = "guard.json"
 

@@ -12,11 +12,12 @@ from gqaprune.datamodules import TextDataModule
 from gqaprune.dense import find_dense
 from gqaprune.generation import continue_greedily, measure_text_perplexity, split_continuation
 from gqaprune.judgement import MeasuredText, measure_text
-from gqaprune.loading import check_tokenizer, load_config
 from gqaprune.module import CausalLMModule
 from gqaprune.predictions import Comparison, Predictions, render_predictions
 from gqaprune.progress import console, track
 from gqaprune.sharding import is_split
+from gqaprune.sources import load_config
+from gqaprune.tokenizer import check_tokenizer
 
 PREDICTIONS_FILE = "predictions.json"
 

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
-from gqaprune.callbacks.accumulation import go_back_to_step, validate_between_steps
+from gqaprune.accumulation import go_back_to_step, validate_between_steps
 from gqaprune.callbacks.checks import (
     check_apart,
     check_compile,
@@ -24,7 +24,7 @@ from gqaprune.config import PruningConfig
 from gqaprune.criteria.base import Scores
 from gqaprune.datamodules import TextDataModule
 from gqaprune.holding import LayersApart, move_model
-from gqaprune.loading import can_read_by_layer, check_tokenizer
+from gqaprune.loading_by_layer import can_read_by_layer
 from gqaprune.module import CausalLMModule
 from gqaprune.offload import LayersOnDisk
 from gqaprune.pipeline import Pruner
@@ -35,6 +35,7 @@ from gqaprune.sensitivity import Importance
 from gqaprune.splitting import SplitLayers
 from gqaprune.stages import Stages
 from gqaprune.steps import Spending
+from gqaprune.tokenizer import check_tokenizer
 
 
 class TaylorPruning(GradientAccumulationScheduler):

@@ -8,9 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gqaprune.callbacks.pruning import TaylorPruning, get_parts
 from gqaprune.figures import save_figure
-from gqaprune.loading import check_tokenizer
 from gqaprune.progress import console
 from gqaprune.replace import check_can_be_folder
+from gqaprune.tokenizer import check_tokenizer
 from gqaprune.tools.search import FIGURE_FILE, SEARCH_FILE, SearchSettings, find_best_split
 from gqaprune.tools.trials import Trials, build_trials_table, draw_trials
 

@@ -18,13 +18,14 @@ from gqaprune.callbacks.pruning import get_parts, get_pruning, get_run_folder, g
 from gqaprune.card import describe_padding, write_card
 from gqaprune.checkpoint import measure_weights
 from gqaprune.figures import draw_importance, draw_plan, save_figure
-from gqaprune.loading import load_config, load_model
+from gqaprune.loading import load_model
 from gqaprune.page import PAGE_FILE
 from gqaprune.plan import PLAN_FILE, PruningPlan
 from gqaprune.progress import console
 from gqaprune.provenance import get_command
 from gqaprune.report import REPORT_FILE, Report, Stage, build_table
 from gqaprune.run_log import LOG_FILE
+from gqaprune.sources import load_config
 
 FIGURE_FILE = "pruning.png"
 

@@ -1,20 +1,20 @@
 """Corpora as streams: calibration and train windows, validation and test perplexity, prompts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.corpora import HUB, Corpus, parse_corpus, read_corpus
-from gqaprune.loading import load_tokenizer
-from gqaprune.losses import IGNORED
+from gqaprune.datamodules.loaders import TrainLoader, Windows, fill_up
 from gqaprune.prompts import Prompt, encode_prompt, read_prompts
 from gqaprune.report import describe_protocol
 from gqaprune.sampling import sample_from_model
+from gqaprune.tokenizer import load_tokenizer
 from gqaprune.windows import Batch, choose_batch_size, cut_windows, make_batches, read_windows, tokenize_corpus
 
 _DEFAULT_SPLITS = {"calibration": "train", "train": "train", "val": "validation", "test": "test"}
@@ -245,8 +245,8 @@ class TextDataModule(LightningDataModule):
         windows = self.read_train_windows()
         strategy = self.trainer.strategy if self.trainer is not None else None
         place = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
-        dataset = _Windows(windows, windows)
-        return _TrainLoader(
+        dataset = Windows(windows, windows)
+        return TrainLoader(
             dataset, self.batch_size, sampler=DistributedSampler(dataset, shuffle=True, seed=self.seed, **place)
         )
 
@@ -356,48 +356,6 @@ class TextDataModule(LightningDataModule):
         world_size = self.trainer.world_size if self.trainer is not None else 1
         batch_size = self.eval_batch_size or choose_batch_size(self.eval_window)
         return [
-            DataLoader(_Windows(*_fill_up(*windows, world_size)), batch_size)
+            DataLoader(Windows(*fill_up(*windows, world_size)), batch_size)
             for windows in self._evaluation_windows(stream).values()
         ]
-
-
-class _Windows(Dataset[Batch]):
-    def __init__(self, input_ids: Tensor, labels: Tensor) -> None:
-        self.input_ids = input_ids
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def __getitem__(self, index: int) -> Batch:
-        return {"input_ids": self.input_ids[index], "labels": self.labels[index], "index": torch.tensor(index)}
-
-
-class _TrainLoader(DataLoader[Batch]):
-    """Knows where it is in an epoch, so that a resumed run goes on with the batch that the interrupted one had next."""
-
-    _epoch, _yielded = 0, 0
-    _resumed: dict[str, int] = {}  # noqa: RUF012  (never changed)
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        self._epoch, self._yielded = getattr(self.sampler, "epoch", 0), 0  # `overfit_batches` puts in one without
-        skipped = self._resumed.get("yielded", 0) if self._resumed.get("epoch") == self._epoch else 0
-        for batch in super().__iter__():
-            self._yielded += 1
-            if self._yielded > skipped:
-                yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The place, as Lightning keeps it in checkpoints."""
-        return {"epoch": self._epoch, "yielded": self._yielded}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from a place."""
-        self._resumed = state_dict
-
-
-def _fill_up(input_ids: Tensor, labels: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
-    """Add windows without labels until every rank gets the same number, so that none is counted twice."""
-    missing = -len(input_ids) % world_size
-    blank = torch.full_like(labels[:1], IGNORED).expand(missing, -1)
-    return torch.cat([input_ids, input_ids[:1].expand(missing, -1)]), torch.cat([labels, blank])

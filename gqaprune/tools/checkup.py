@@ -11,8 +11,9 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from gqaprune.architecture import read_geometry
 from gqaprune.families import get_family
-from gqaprune.loading import build_without_weights, find_weights
+from gqaprune.loading import build_without_weights
 from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
+from gqaprune.sources import find_weights
 
 
 @dataclass(frozen=True)

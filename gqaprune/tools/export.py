@@ -5,9 +5,11 @@ from pathlib import Path
 from gqaprune.architecture import find_blocks, read_geometry
 from gqaprune.card import describe_padding
 from gqaprune.checkpoint import SHARD_SIZE, choose_format, measure_weights, save
-from gqaprune.loading import load_config, load_model, load_tokenizer
+from gqaprune.loading import load_model
 from gqaprune.plan import find_plan
 from gqaprune.progress import console
+from gqaprune.sources import load_config
+from gqaprune.tokenizer import load_tokenizer
 
 
 def export(

@@ -15,11 +15,12 @@ from transformers import PretrainedConfig
 from gqaprune.architecture import count_layer_parameters, count_parameters, find_blocks, get_layers, read_geometry
 from gqaprune.families import get_family
 from gqaprune.gram import WORKSPACE
-from gqaprune.loading import DTYPES, build_without_weights, load, load_config
+from gqaprune.loading import DTYPES, build_without_weights, load
 from gqaprune.losses import PIECE_LOGITS
 from gqaprune.outliers import Outliers, find_outliers
 from gqaprune.recovery import RecoveryConfig, list_projections
 from gqaprune.replace import write_atomically
+from gqaprune.sources import load_config
 from gqaprune.tools.advice import write_advice
 from gqaprune.tools.checkup import build_layers_table, check_layers, find_wrong_tensors, read_plan_of
 from gqaprune.tools.reach import NAMES, Reach, measure_reach

@@ -14,17 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.architecture import read_geometry
 from gqaprune.corpora import Corpus, parse_corpus
-from gqaprune.loading import (
-    build_without_weights,
-    check_tokenizer,
-    find_weights,
-    load_config,
-    load_model,
-    load_tokenizer,
-)
+from gqaprune.loading import build_without_weights, load_model
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.progress import console
 from gqaprune.report import describe_model, describe_protocol
+from gqaprune.sources import find_weights, load_config
+from gqaprune.tokenizer import check_tokenizer, load_tokenizer
 from gqaprune.tools.comparison import Comparison, Speed, Subject
 from gqaprune.tools.speed import has_peak, read_peak, run, start_peak
 from gqaprune.tools.tasks import Tasks

@@ -17,8 +17,8 @@ import gqaprune
 from gqaprune import PruningConfig, prune
 from gqaprune.architecture import BlockKey, count_layer_parameters, read_geometry
 from gqaprune.cli import main
-from gqaprune.loading import load_config
 from gqaprune.selection import keep_everything
+from gqaprune.sources import load_config
 from gqaprune.surgery import apply_plan
 from gqaprune.tools.checkup import check_layers, find_wrong_tensors, read_plan_of
 from gqaprune.tools.inspect import inspect

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 import gqaprune
 from gqaprune.cli import main
 from gqaprune.corpora import parse_corpus
-from gqaprune.loading import load_model, load_tokenizer
+from gqaprune.loading import load_model
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.plan import Geometry
 from gqaprune.report import Stage, describe_model
+from gqaprune.tokenizer import load_tokenizer
 from gqaprune.tools import measure
 from gqaprune.tools.compare import compare
 from gqaprune.tools.comparison import Comparison, Speed, Subject, build_comparison_table, draw_comparison

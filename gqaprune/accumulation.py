@@ -1,0 +1,70 @@
+"""Gradients accumulate over micro-batches: optimizer steps of a run, and what happens only between two of them.
+
+Validation, and going on after a stop: a checkpoint holds no gradients, so that one from the midst of a window of
+micro-batches would go on without its first ones.
+"""
+
+import math
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+
+def count_optimizer_steps(trainer: Trainer) -> int:
+    """Optimizer steps of the whole run, at least 1, whatever the accumulation factor of each epoch.
+
+    Lightning's own estimate takes the factor of the moment, which a scheduler sets only once training starts.
+    """
+    if trainer.limit_train_batches == 0:
+        return 1
+    if trainer.max_epochs == -1:
+        return max(trainer.max_steps, 1)
+    schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    factors = [
+        schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
+        for epoch in range(trainer.max_epochs or 1)
+    ]
+    batches = _count_batches(trainer)
+    steps = sum(math.ceil(batches / factor) for factor in factors)
+    return max(steps if trainer.max_steps == -1 else min(steps, trainer.max_steps), 1)
+
+
+def _count_batches(trainer: Trainer) -> int:
+    """Training batches of an epoch.
+
+    Lightning knows only once it has set up its loader, which may not be before a checkpoint's place in it is read.
+    """
+    data, limit = trainer.datamodule, trainer.limit_train_batches  # type: ignore[attr-defined]
+    if data is None:
+        trainer.fit_loop.setup_data()
+        return int(trainer.num_training_batches)
+    batches = len(data.train_dataloader())
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def validate_between_steps(trainer: Trainer) -> None:
+    """Put off validation within an epoch to the end of the window of micro-batches that it comes in."""
+    interval, batches = trainer.val_check_interval, trainer.num_training_batches
+    if isinstance(interval, (int, float)) and trainer.check_val_every_n_epoch is not None and math.isfinite(batches):
+        every = interval if isinstance(interval, int) else max(1, int(batches * interval))
+        whole = math.ceil(every / trainer.accumulate_grad_batches) * trainer.accumulate_grad_batches
+        trainer.val_check_batch = max(every, min(whole, int(batches)))
+
+
+def go_back_to_step(checkpoint: dict[str, Any], factor: int) -> None:
+    """Let a checkpoint go on with the first micro-batch after its last optimizer step.
+
+    Args:
+        checkpoint: as Lightning has loaded it; its place in the epoch is changed.
+        factor: micro-batches per optimizer step in that epoch.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    progress = loops["epoch_loop.batch_progress"]
+    surplus = 0 if progress["is_last_batch"] else progress["current"]["ready"] % factor
+    if surplus:
+        for span in ("current", "total"):
+            place = progress[span]["ready"] - surplus
+            progress[span] |= dict.fromkeys(("ready", "started", "processed", "completed"), place)
+        for loader in loops["state_dict"].get("combined_loader", ()):
+            loader["yielded"] -= surplus
