@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gqaprune.distributed import sum_across_ranks
-from gqaprune.processor import has_matrix_tiles
+from gqaprune.processor import is_faster_in_bfloat16
 
 _STEP_TOKENS = 1024
 """Tokens per step of Adam, all ranks together."""
@@ -105,7 +105,7 @@ def refine_mlp(
 ) -> Refinement:
     """Train an MLP towards targets, in place; every rank ends with the same weights.
 
-    Works on a float32 copy, with products in bfloat16 where the hardware is made for them.
+    Works on a float32 copy, with products in bfloat16 where the hardware is faster in it.
 
     Args:
         mlp: the module, already cut.
@@ -160,7 +160,7 @@ def _train(mlp: nn.Module, fit: TokenPairs, limit: float, tokens: int, options: 
     device = fit.x_ND.device
     for step_N in _draw_steps(len(fit.x_ND), steps_per_epoch, options.epochs, seed):
         indexes_N = step_N.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=_is_made_for_bfloat16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=_multiplies_bfloat16(device)):
             output_ND = mlp(fit.x_ND[indexes_N].float())
         error_N = (output_ND.float() - fit.y_ND[indexes_N]).square().sum(-1)
         loss = steps_per_epoch / energy * (weight_N[indexes_N] @ error_N)
@@ -193,10 +193,10 @@ def _weigh(y_ND: Tensor, limit: float) -> Tensor:
     return (limit / y_ND.square().sum(-1)).nan_to_num(1.0).clamp(max=1)
 
 
-def _is_made_for_bfloat16(device: torch.device) -> bool:
+def _multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and has_matrix_tiles()
+    return device.type == "cpu" and is_faster_in_bfloat16()
 
 
 def _sum(values: dict[str, float], pairs: TokenPairs) -> dict[str, float]:
