@@ -42,11 +42,20 @@ POINTS = (0, 50_000, 100_000, 200_000)
 """Tokens after which a row is measured; a cosine ends at the last, so that earlier ones are on the way. Sweeps are
 measured at their end only; what rows begin with is measured once."""
 SWEEP_TOKENS = 50_000
+RECIPES: dict[str, dict[str, Any]] = {
+    "full": {"mode": "full"},
+    "distill": {"mode": "distill"},
+    "lora": {"mode": "lora"},
+    "lora+distill": {"mode": "lora+distill"},
+    "distill, trained teacher": {"mode": "distill", "trains_teacher": True},
+}
+"""What has a learning rate of its own: the modes, and teaching by a dense model that learned the text first."""
 SWEEP_RATES = {
     "full": (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4),
     "distill": (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
     "lora": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
     "lora+distill": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
+    "distill, trained teacher": (5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
 }
 RATES = {"full": 1e-4, "distill": 1e-4, "lora": 5e-4, "lora+distill": 1e-3}
 """Learning rates, as the sweep has them; of those within 0.0003 of the lowest, the smaller."""
@@ -61,16 +70,15 @@ def list_rows() -> dict[str, dict[str, Any]]:
     """Row name -> what to train on what."""
     rows: dict[str, dict[str, Any]] = {
         "dense": {"mode": "full", "start": "dense"},
-        **{mode: {"mode": mode} for mode in RATES},
+        **{name: dict(recipe) for name, recipe in RECIPES.items()},
         "full, bfloat16 weights": {"mode": "full", "dtype": "bfloat16"},
         "full, two rounds": {"mode": "full", "start": "dense", "rounds": 2},
-        "distill, trained teacher": {"mode": "distill", "trains_teacher": True},
-        **{f"{mode}, sampled text": {"mode": mode, "text": "sampled"} for mode in RATES},
+        **{f"{mode}, sampled text": {"mode": mode, "text": "sampled"} for mode in RECIPES if mode in MODES},
         "full, two rounds, sampled text": {"mode": "full", "start": "dense", "rounds": 2, "text": "sampled"},
     }
-    for mode, rates in SWEEP_RATES.items():
+    for name, rates in SWEEP_RATES.items():
         for rate in rates:
-            rows[f"sweep {mode} {rate:g}"] = {"mode": mode, "rate": rate, "tokens": SWEEP_TOKENS, "sweep": True}
+            rows[f"sweep {name} {rate:g}"] = RECIPES[name] | {"rate": rate, "tokens": SWEEP_TOKENS, "sweep": True}
     return rows
 
 
@@ -148,7 +156,7 @@ def run_or_skip(name: str, options: argparse.Namespace, tests: Mapping[str, Any]
         "model": options.model,
         "pruning": METHODS["default"],
         "training": TRAINING | {"tokens": row.get("tokens", TRAINING["tokens"]), "precision": options.precision},
-        "row": row | {"rate": row.get("rate", RATES[row["mode"]])},
+        "row": row | {"rate": row.get("rate", RATES.get(name, RATES[row["mode"]]))},
         "protocol": PROTOCOL,
         "texts": dict(texts),
         "versions": read_versions(["torch", "lightning", "transformers", "peft"]),

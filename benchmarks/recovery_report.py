@@ -71,18 +71,18 @@ def build_points(rows: Sequence[Row]) -> Lines:
 
 
 def build_sweep(rows: Sequence[Row]) -> Lines:
-    """Perplexity on validation text by mode and learning rate, and the mean of its logarithms, lowest in bold."""
+    """Perplexity on validation text by recipe and learning rate, and the mean of its logarithms, lowest in bold."""
     sweeps = [row for row in rows if is_sweep(row) and "points" in row]
-    header = ["mode", "rate", *(sweeps[0]["points"][0]["perplexity"] if sweeps else []), "mean log"]
+    header = ["recipe", "rate", *(sweeps[0]["points"][0]["perplexity"] if sweeps else []), "mean log"]
     lines = []
-    for mode in dict.fromkeys(row["inputs"]["row"]["mode"] for row in sweeps):
-        of_mode = [row for row in sweeps if row["inputs"]["row"]["mode"] == mode]
-        best = min(_mean_log(row) for row in of_mode)
-        for row in sorted(of_mode, key=lambda row: row["inputs"]["row"]["rate"]):
+    for recipe in dict.fromkeys(map(_name_recipe, sweeps)):
+        of_recipe = [row for row in sweeps if _name_recipe(row) == recipe]
+        best = min(_mean_log(row) for row in of_recipe)
+        for row in sorted(of_recipe, key=lambda row: row["inputs"]["row"]["rate"]):
             mean = _mean_log(row)
             values = [f"{value:.2f}" for value in row["points"][-1]["perplexity"].values()]
             shown = f"**{mean:.4f}**" if mean == best else f"{mean:.4f}"
-            lines.append([mode, f"{row['inputs']['row']['rate']:g}", *values, shown])
+            lines.append([recipe, f"{row['inputs']['row']['rate']:g}", *values, shown])
     return header, lines
 
 
@@ -167,17 +167,15 @@ def _name_mode(row: Row) -> str:
 
 
 def draw_sweep(rows: Sequence[Row], path: Path) -> None:
-    """Mean log-perplexity of the validation texts by learning rate, a line per mode."""
+    """Mean log-perplexity of the validation texts by learning rate, a line per recipe."""
     sweeps = [row for row in rows if is_sweep(row) and "points" in row]
     if not sweeps:
         return
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for index, mode in enumerate(dict.fromkeys(row["inputs"]["row"]["mode"] for row in sweeps)):
-        points = sorted(
-            (r["inputs"]["row"]["rate"], _mean_log(r)) for r in sweeps if r["inputs"]["row"]["mode"] == mode
-        )
-        axes.plot(*zip(*points, strict=True), f"C{index}o-", label=mode)
+    for index, recipe in enumerate(dict.fromkeys(map(_name_recipe, sweeps))):
+        points = sorted((r["inputs"]["row"]["rate"], _mean_log(r)) for r in sweeps if _name_recipe(r) == recipe)
+        axes.plot(*zip(*points, strict=True), f"C{index}o-", label=recipe)
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("mean log-perplexity, validation texts")
@@ -185,6 +183,11 @@ def draw_sweep(rows: Sequence[Row], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     save_figure(figure, path)
+
+
+def _name_recipe(row: Row) -> str:
+    """What a row of the sweep trains by: its name between `sweep` and the rate."""
+    return str(row["name"]).removeprefix("sweep ").rpartition(" ")[0]
 
 
 def _mean_log(row: Row) -> float:

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from safetensors import SafetensorError
 
+import gqaprune
 from gqaprune.callbacks import (
     CheckpointExport,
     KeepRunNote,
@@ -117,7 +118,10 @@ class PruningCLI(LightningCLI):
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,  # would hold the dense parameters: it is built before pruning
-            parser_kwargs={"description": "Prune GQA groups and MLP channels of causal LMs, recover, measure, save."},
+            parser_kwargs={
+                "description": "Prune GQA groups and MLP channels of causal LMs, recover, measure, save.",
+                "version": gqaprune.__version__,
+            },
             **kwargs,
         )
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,13 @@ def test_checkout_runs_the_same_commands_by_cli_py() -> None:
     assert all(
         f"    {command} " in shown.stdout for command in ("fit", "validate", "test", "predict", "prune", "search")
     )
+
+
+def test_version_is_the_installed_packages(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["gqaprune", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0 and capsys.readouterr().out == f"gqaprune {version('gqaprune')}\n"
 
 
 @pytest.mark.parametrize(
