@@ -3,21 +3,22 @@
 Sources: soft targets with a temperature, Hinton et al. 2015 (arXiv 1503.02531); hidden states, Minitron (arXiv
 2407.14679).
 
-Axes in tensor names: B samples, T tokens, V vocabulary, D hidden width.
+The gradient of a divergence by the student's logits is a difference of two distributions, so it is written with the
+value, a piece of the logits at a time: autograd's way there reads and fills several times as many numbers.
+
+Axes in tensor names: B samples, T tokens, N tokens of all samples, V vocabulary, K likeliest tokens, D hidden width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
+from gqaprune.losses import PIECE_LOGITS
 from gqaprune.teacher import Predictions
 
-_CHUNK_TOKENS = 1024
-"""Tokens whose distributions are held in float32 at a time."""
 _LEAST = -30.0
 """Log-probability that the rest has at least, where the likeliest tokens are all there are."""
 
@@ -30,10 +31,7 @@ def measure_divergence(student_BTV: Tensor, teacher_BTV: Tensor, temperature: fl
         teacher_BTV: logits of the same tokens, without.
         temperature: `τ`, divides both; the factor keeps gradients of the same size.
     """
-    student_NV, teacher_NV = student_BTV.flatten(0, 1), teacher_BTV.flatten(0, 1)
-    chunks = zip(student_NV.split(_CHUNK_TOKENS), teacher_NV.split(_CHUNK_TOKENS), strict=True)
-    sums = [checkpoint(_sum_divergence, *chunk, temperature, use_reentrant=False) for chunk in chunks]
-    return torch.stack(sums).sum() * (temperature**2 / len(student_NV))
+    return _measure(_diverge, student_BTV, (teacher_BTV,), temperature)
 
 
 def measure_divergence_from_top(student_BTV: Tensor, teacher: Predictions, temperature: float = 1.0) -> Tensor:
@@ -44,10 +42,7 @@ def measure_divergence_from_top(student_BTV: Tensor, teacher: Predictions, tempe
         teacher: log-probabilities of the softened distribution, and their tokens.
         temperature: `τ`, that of the predictions.
     """
-    parts = (student_BTV, teacher.log_probability_BTK, teacher.token_BTK)
-    chunks = zip(*(part.flatten(0, 1).split(_CHUNK_TOKENS) for part in parts), strict=True)
-    sums = [checkpoint(_sum_divergence_from_top, *chunk, temperature, use_reentrant=False) for chunk in chunks]
-    return torch.stack(sums).sum() * (temperature**2 / student_BTV.shape[:2].numel())
+    return _measure(_diverge_from_top, student_BTV, (teacher.log_probability_BTK, teacher.token_BTK), temperature)
 
 
 def measure_distance(student_BTD: Sequence[Tensor], teacher_BTD: Sequence[Tensor]) -> Tensor:
@@ -59,16 +54,65 @@ def measure_distance(student_BTD: Sequence[Tensor], teacher_BTD: Sequence[Tensor
     return torch.stack(distances).mean()
 
 
-def _sum_divergence(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-    student_NV, teacher_NV = (
-        functional.log_softmax(logits_NV.float() / temperature, dim=-1) for logits_NV in (student_NV, teacher_NV)
-    )
-    return functional.kl_div(student_NV, teacher_NV, log_target=True, reduction="sum")
+@torch.no_grad()
+def _diverge(student_NV: Tensor, temperature: float, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """`Σ KL(teacher ‖ student)` over tokens, and τ times its gradient by the student's logits."""
+    student_NV, teacher_NV = (_soften(logits_NV, temperature) for logits_NV in (student_NV, teacher_NV))
+    probability_NV = teacher_NV.exp()
+    divergence = teacher_NV.sub_(student_NV).mul_(probability_NV).sum()
+    return divergence, student_NV.exp_().sub_(probability_NV)
 
 
-def _sum_divergence_from_top(student_NV: Tensor, teacher_NK: Tensor, token_NK: Tensor, temperature: float) -> Tensor:
-    student_NV = functional.log_softmax(student_NV.float() / temperature, dim=-1)
+@torch.no_grad()
+def _diverge_from_top(
+    student_NV: Tensor, temperature: float, teacher_NK: Tensor, token_NK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same where all tokens but the likeliest are one."""
+    student_NV = _soften(student_NV, temperature)
+    top_NK, teacher_NK = student_NV.gather(-1, token_NK), teacher_NK.float()
     rest_N = student_NV.scatter(-1, token_NK, -math.inf).logsumexp(-1).clamp(min=_LEAST)
     teacher_rest_N = torch.log1p(-teacher_NK.exp().sum(-1).clamp(max=1)).clamp(min=_LEAST)
-    sum_top = functional.kl_div(student_NV.gather(-1, token_NK), teacher_NK, log_target=True, reduction="sum")
-    return sum_top + functional.kl_div(rest_N, teacher_rest_N, log_target=True, reduction="sum")
+    of_top, of_rest = teacher_NK.exp() * (teacher_NK - top_NK), teacher_rest_N.exp() * (teacher_rest_N - rest_N)
+    # Within the rest the student's own proportions stay.
+    slope_NV = student_NV.exp_().mul_(1 - (teacher_rest_N - rest_N).exp()[:, None])
+    slope_NV.scatter_(-1, token_NK, top_NK.exp() - teacher_NK.exp())
+    return of_top.sum() + of_rest.sum(), slope_NV
+
+
+def _soften(logits_NV: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities in float32."""
+    softened_NV = logits_NV if temperature == 1 else logits_NV.float() / temperature
+    return torch.log_softmax(softened_NV, dim=-1, dtype=torch.float32)
+
+
+def _measure(
+    diverge: Callable[..., tuple[Tensor, Tensor]], student_BTV: Tensor, teacher: Sequence[Tensor], temperature: float
+) -> Tensor:
+    """`τ²` times the mean divergence over tokens, a piece of the logits at a time."""
+    student_NV, parts = student_BTV.flatten(0, 1), [part.flatten(0, 1) for part in teacher]
+    slope_NV, total = torch.empty_like(student_NV), student_NV.new_zeros((), dtype=torch.float32)
+    step = max(1, PIECE_LOGITS // student_NV.shape[1])
+    for start in range(0, len(student_NV), step):
+        piece = slice(start, start + step)
+        divergence, slope_NV[piece] = diverge(student_NV[piece], temperature, *(part[piece] for part in parts))
+        total += divergence
+    tokens = len(student_NV)
+    mean: Tensor = _WithSlope.apply(student_NV, total / tokens, slope_NV, 1 / (tokens * temperature))  # type: ignore[no-untyped-call]
+    return mean * temperature**2
+
+
+class _WithSlope(torch.autograd.Function):
+    """A mean over tokens whose gradient by their logits is known, but for a scale."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, mean: Tensor, slope_NV: Tensor, scale: float) -> Tensor:
+        """The mean as it is."""
+        ctx.save_for_backward(slope_NV)
+        ctx.scale = scale
+        return mean.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """The slope, scaled only now: in float16 small numbers are lost before the loss's scale is in them."""
+        (slope_NV,) = ctx.saved_tensors
+        return slope_NV * (gradient * ctx.scale), None, None, None

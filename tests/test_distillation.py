@@ -9,11 +9,11 @@ from gqaprune.teacher import Predictions
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("chunk", [4, 1024])
+@pytest.mark.parametrize("logits", [44, 1024])
 def test_divergence_and_its_gradient_are_those_of_the_formula(
-    temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+    temperature: float, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distillation, "_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(distillation, "PIECE_LOGITS", logits)
     student_BTV, teacher_BTV = torch.randn(2, 2, 7, 11)
     student_BTV.requires_grad_()
     value = measure_divergence(student_BTV, teacher_BTV, temperature)
@@ -46,6 +46,17 @@ def test_divergence_from_the_likeliest_takes_all_others_as_one(temperature: floa
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
     assert 0 < float(value) < float(measure_divergence(student_BTV, teacher_BTV, temperature))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_narrow_types_are_those_of_float32_rounded(dtype: torch.dtype) -> None:
+    student_BTV, teacher_BTV = torch.randn(2, 2, 7, 1000).to(dtype)
+    gradients = []
+    for own_BTV in (student_BTV.clone(), student_BTV.float()):
+        loss = 4096 * measure_divergence(own_BTV.requires_grad_(), teacher_BTV)  # as a scaler has it
+        gradients += torch.autograd.grad(loss, own_BTV)
+    assert gradients[0].dtype == dtype
+    torch.testing.assert_close(gradients[0].float(), gradients[1], rtol=2e-2, atol=1e-4)
 
 
 def test_the_likeliest_may_be_all() -> None:
