@@ -55,7 +55,7 @@ SWEEP_RATES = {
     "distill": (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
     "lora": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
     "lora+distill": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
-    "distill, trained teacher": (5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
+    "distill, trained teacher": (2e-5, 5e-5, 1e-4, 2e-4, 4e-4),
 }
 RATES = {"full": 1e-4, "distill": 1e-4, "lora": 5e-4, "lora+distill": 1e-3}
 """Learning rates, as the sweep has them; of those within 0.0003 of the lowest, the smaller."""

@@ -1,4 +1,4 @@
-"""What the settings of recovery cost and give: types, attention kernels, recomputed activations, compiled layers.
+"""What the settings of recovery cost and give: types, attention kernels, recomputed or compiled layers, a teacher.
 
     python benchmarks/settings.py --text valid.txt
 
@@ -17,14 +17,18 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from measuring import describe_machine
+from quality import select_names
 from quality_report import format_table, splice
 
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
+from gqaprune.recovery import RecoveryConfig
 from gqaprune.tools.speed import read_clock, read_peak, start_peak
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- settings:begin -->", "<!-- settings:end -->"
+DISTILLATION = RecoveryConfig("distill")
+"""From the model that is trained itself: what it costs does not depend on what there is to learn."""
 ROWS: Mapping[str, Mapping[str, Any]] = {
     "float32, sdpa": {},
     "eager attention": {"attn_implementation": "eager"},
@@ -32,6 +36,8 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "compiled layers": {"compile": True},
     "bfloat16 products": {"precision": "bf16-mixed"},
     "bfloat16 weights": {"dtype": "bfloat16"},
+    "distillation": {"recovery": DISTILLATION},
+    "distillation, bfloat16 products": {"recovery": DISTILLATION, "precision": "bf16-mixed"},
 }
 """Row -> what differs from float32 weights and products with sdpa."""
 
@@ -92,10 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="at least 3; the first two are not in the median")
-    parser.add_argument("--rows", default=",".join(ROWS), help="names, with commas between them")
+    parser.add_argument("--rows", default="*", help="names or patterns, with commas between them")
     parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
     options = parser.parse_args(arguments)
-    names = [name for name in ROWS if name in options.rows]
+    names = select_names(options.rows, list(ROWS))
     measured = {}
     for name in names:
         with get_context("spawn").Pool(1) as pool:

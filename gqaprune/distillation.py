@@ -11,12 +11,11 @@ Axes in tensor names: B samples, T tokens, N tokens of all samples, V vocabulary
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gqaprune.losses import PIECE_LOGITS
+from gqaprune.losses import attach_slope, cut_logits
 from gqaprune.teacher import Predictions
 
 _LEAST = -30.0
@@ -56,11 +55,11 @@ def measure_distance(student_BTD: Sequence[Tensor], teacher_BTD: Sequence[Tensor
 
 @torch.no_grad()
 def _diverge(student_NV: Tensor, temperature: float, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """`Σ KL(teacher ‖ student)` over tokens, and τ times its gradient by the student's logits."""
+    """`Σ KL(teacher ‖ student)` over tokens, and its gradient by the student's logits."""
     student_NV, teacher_NV = (_soften(logits_NV, temperature) for logits_NV in (student_NV, teacher_NV))
     probability_NV = teacher_NV.exp()
     divergence = teacher_NV.sub_(student_NV).mul_(probability_NV).sum()
-    return divergence, student_NV.exp_().sub_(probability_NV)
+    return divergence, student_NV.exp_().sub_(probability_NV).div_(temperature)
 
 
 @torch.no_grad()
@@ -76,7 +75,7 @@ def _diverge_from_top(
     # Within the rest the student's own proportions stay.
     slope_NV = student_NV.exp_().mul_(1 - (teacher_rest_N - rest_N).exp()[:, None])
     slope_NV.scatter_(-1, token_NK, top_NK.exp() - teacher_NK.exp())
-    return of_top.sum() + of_rest.sum(), slope_NV
+    return of_top.sum() + of_rest.sum(), slope_NV.div_(temperature)
 
 
 def _soften(logits_NV: Tensor, temperature: float) -> Tensor:
@@ -91,28 +90,7 @@ def _measure(
     """`τ²` times the mean divergence over tokens, a piece of the logits at a time."""
     student_NV, parts = student_BTV.flatten(0, 1), [part.flatten(0, 1) for part in teacher]
     slope_NV, total = torch.empty_like(student_NV), student_NV.new_zeros((), dtype=torch.float32)
-    step = max(1, PIECE_LOGITS // student_NV.shape[1])
-    for start in range(0, len(student_NV), step):
-        piece = slice(start, start + step)
+    for piece in cut_logits(student_NV):
         divergence, slope_NV[piece] = diverge(student_NV[piece], temperature, *(part[piece] for part in parts))
         total += divergence
-    tokens = len(student_NV)
-    mean: Tensor = _WithSlope.apply(student_NV, total / tokens, slope_NV, 1 / (tokens * temperature))  # type: ignore[no-untyped-call]
-    return mean * temperature**2
-
-
-class _WithSlope(torch.autograd.Function):
-    """A mean over tokens whose gradient by their logits is known, but for a scale."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, mean: Tensor, slope_NV: Tensor, scale: float) -> Tensor:
-        """The mean as it is."""
-        ctx.save_for_backward(slope_NV)
-        ctx.scale = scale
-        return mean.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        """The slope, scaled only now: in float16 small numbers are lost before the loss's scale is in them."""
-        (slope_NV,) = ctx.saved_tensors
-        return slope_NV * (gradient * ctx.scale), None, None, None
+    return attach_slope(total, student_NV, slope_NV) * (temperature**2 / len(student_NV))

@@ -8,6 +8,7 @@ Axes in tensor names: B samples, T tokens, D hidden width, V vocabulary.
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,55 @@ def sum_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def count_scored(labels: Tensor) -> Tensor:
     """Numbers of tokens that have a loss, `[batch]`, of labels `[batch, tokens]`: the first of a window has none."""
     return (labels[:, 1:] != IGNORED).sum(1)
+
+
+def measure_mean_loss(logits_BTV: Tensor, labels: Tensor) -> Tensor:
+    """Mean loss of all scored tokens in nats, a scalar, with its gradient by the logits if they have one.
+
+    The gradient is written with the loss, in the type of the logits, a piece of them at a time: beside that nothing of
+    their size exists, where autograd has logits, softmax and gradient in float32.
+
+    Args:
+        logits_BTV: position t predicts label t + 1.
+        labels: `[batch, tokens]`, `IGNORED` where a token is context only.
+    """
+    logits_NV = logits_BTV.flatten(0, 1)
+    targets_N = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    total, has_slope = logits_NV.new_zeros((), dtype=torch.float32), logits_NV.requires_grad and torch.is_grad_enabled()
+    slope_NV = torch.empty_like(logits_NV if has_slope else logits_NV[:0])
+    with torch.no_grad():
+        for piece in cut_logits(logits_NV):
+            if has_slope:
+                sums_1, slope_1NV = _differentiate_sums(logits_NV[None, piece], targets_N[None, piece])
+                slope_NV[piece] = slope_1NV[0].masked_fill_(targets_N[piece, None] == IGNORED, 0)
+            else:
+                sums_1 = _sum_losses(logits_NV[None, piece], targets_N[None, piece])
+            total += sums_1[0]
+    return attach_slope(total, logits_NV, slope_NV) / (targets_N != IGNORED).sum()
+
+
+def cut_logits(logits_NV: Tensor) -> Iterator[slice]:
+    """Runs of positions, of which no more logits are worked on at once than `PIECE_LOGITS`."""
+    step = max(1, PIECE_LOGITS // logits_NV.shape[1])
+    return (slice(start, start + step) for start in range(0, len(logits_NV), step))
+
+
+def attach_slope(value: Tensor, logits_NV: Tensor, slope_NV: Tensor) -> Tensor:
+    """A scalar that was computed by hand from logits, with the gradient by them that was computed with it."""
+    attached: Tensor = _WithSlope.apply(logits_NV, value, slope_NV)  # type: ignore[no-untyped-call]
+    return attached
+
+
+class _WithSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, value: Tensor, slope_NV: Tensor) -> Tensor:
+        ctx.save_for_backward(slope_NV)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (slope_NV,) = ctx.saved_tensors
+        return slope_NV * gradient, None, None
 
 
 def measure_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from gqaprune.generation import continue_greedily
 from gqaprune.holding import are_layers_apart
 from gqaprune.loading import load_model
 from gqaprune.loading_by_layer import can_read_by_layer, load_offloaded_model, load_sharded_model
-from gqaprune.losses import measure_losses, sum_token_losses
+from gqaprune.losses import measure_losses, measure_mean_loss
 from gqaprune.perplexity import Perplexity
 from gqaprune.plan import PruningPlan
 from gqaprune.recovery import RecoveryConfig, add_adapters
@@ -262,16 +262,14 @@ class CausalLMModule(LightningModule):
     def _measure_loss(self, batch: Batch) -> Tensor:
         """The language model's loss, or its mixture with the distance from the teacher."""
         settings, hidden = self.recovery, self.recovery.distills and self.recovery.hidden_weight > 0
-        ids, labels = batch["input_ids"], batch["labels"]
-        only_distills = settings.distills and settings.distill_weight == 1
-        student = self.model(
-            input_ids=ids, labels=None if only_distills else labels, use_cache=False, output_hidden_states=hidden
-        )
-        if only_distills:  # the text's own loss is for the eye: no gradient of it is computed
-            sums_B, tokens_B = sum_token_losses(student.logits.detach(), labels)
-            loss = sums_B.sum() / tokens_B.sum()
-        else:
-            loss = student.loss
+        ids = batch["input_ids"]
+        student = self.model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
+        is_goal = not settings.distills or settings.distill_weight < 1  # else it is for the eye
+        loss = measure_mean_loss(student.logits if is_goal else student.logits.detach(), batch["labels"])
+        if (
+            is_goal and (imbalance := getattr(student, "aux_loss", None)) is not None
+        ):  # of experts, where the config asks
+            loss = loss + self.model.config.router_aux_loss_coef * imbalance
         if not settings.distills:
             return loss
         logits = student.logits[:, :-1]

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from gqaprune import distillation
 from gqaprune.distillation import measure_distance, measure_divergence, measure_divergence_from_top
 from gqaprune.teacher import Predictions
 
@@ -13,7 +12,7 @@ from gqaprune.teacher import Predictions
 def test_divergence_and_its_gradient_are_those_of_the_formula(
     temperature: float, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distillation, "PIECE_LOGITS", logits)
+    monkeypatch.setattr("gqaprune.losses.PIECE_LOGITS", logits)
     student_BTV, teacher_BTV = torch.randn(2, 2, 7, 11)
     student_BTV.requires_grad_()
     value = measure_divergence(student_BTV, teacher_BTV, temperature)

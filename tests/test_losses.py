@@ -8,12 +8,19 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy, log_softmax
 
 import gqaprune.losses
 from gqaprune.gates import freeze_parameters
 from gqaprune.layerwise import run_decoder
-from gqaprune.losses import IGNORED, count_scored, differentiate_losses, measure_losses, sum_token_losses
+from gqaprune.losses import (
+    IGNORED,
+    count_scored,
+    differentiate_losses,
+    measure_losses,
+    measure_mean_loss,
+    sum_token_losses,
+)
 
 from tiny import VOCABULARY, make_model, make_tokens
 
@@ -43,6 +50,25 @@ def test_losses_of_bfloat16_logits_are_computed_in_float32() -> None:
     sums, _ = sum_token_losses(logits, labels)
     assert sums.dtype == torch.float32
     assert float(sums[0]) == pytest.approx(sum(list_token_losses(logits[0], labels[0].tolist())), rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("logits", [300, 2000, 10**6])
+def test_mean_loss_and_its_gradient_are_those_of_autograd(
+    dtype: torch.dtype, tolerance: float, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gqaprune.losses, "PIECE_LOGITS", logits)
+    logits_BTV, labels = (torch.randn(2, 9, 300) * 3).to(dtype), torch.randint(0, 300, (2, 9))
+    labels[1, 2:5] = IGNORED
+    own_BTV, wide_BTV = logits_BTV.clone().requires_grad_(), logits_BTV.float().requires_grad_()
+    expected = cross_entropy(wide_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten())  # which ignores the same label
+    loss = measure_mean_loss(own_BTV, labels)
+    torch.testing.assert_close(loss, expected)
+    (128 * loss).backward()
+    (128 * expected).backward()
+    assert own_BTV.grad is not None and wide_BTV.grad is not None and own_BTV.grad.dtype == dtype
+    torch.testing.assert_close(own_BTV.grad.float(), wide_BTV.grad, rtol=tolerance, atol=1e-6)
+    torch.testing.assert_close(measure_mean_loss(logits_BTV, labels), expected.detach())
 
 
 def test_losses_of_a_model_are_those_of_its_logits(piece: int, any_variant: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 
+import gqaprune
 from gqaprune.architecture import count_parameters
 from gqaprune.callbacks import TaylorPruning
 from gqaprune.datamodules import TextDataModule
@@ -17,7 +18,7 @@ from gqaprune.module import CausalLMModule
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.recovery import RecoveryConfig
 
-from tiny import PLAIN, make_plain
+from tiny import PLAIN, make_model, make_plain, make_tokenizer
 
 
 def make_data(folder: Path, **settings: Any) -> TextDataModule:
@@ -209,3 +210,31 @@ def test_other_modules_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="need trainer.fit.CausalLMModule.*got BoringModel"):
         make_trainer(tmp_path, TaylorPruning(rate=0.1)).fit(BoringModel(), datamodule=make_data(tiny_folder))
+
+
+@pytest.mark.parametrize(("variant", "settings"), [("llama", {}), ("mixtral", {"output_router_logits": True})])
+def test_the_loss_and_its_gradients_are_those_of_transformers(
+    variant: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = make_model(variant)
+    model.config.update(settings)
+    gqaprune.save(model, make_tokenizer(), tmp_path)
+    expected: dict[str, Any] = {}
+
+    def compute(trainer: Trainer, module: CausalLMModule, batch: dict[str, torch.Tensor], *_: Any) -> None:
+        output = module.model(input_ids=batch["input_ids"], labels=batch["labels"])
+        assert bool(settings) == (getattr(output, "aux_loss", None) is not None)
+        names, parameters = zip(*module.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(output.loss, parameters, allow_unused=True)  # not every expert is chosen
+        expected.update(loss=output.loss.item(), gradients=dict(zip(names, gradients, strict=True)))
+
+    def compare(trainer: Trainer, module: CausalLMModule, *_: Any) -> None:
+        assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(expected["loss"], rel=1e-5)
+        for name, parameter in module.named_parameters():
+            if (gradient := expected["gradients"][name]) is not None:
+                torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+    watch = LambdaCallback(on_train_batch_start=compute, on_before_optimizer_step=compare, on_train_batch_end=compare)
+    trainer = make_trainer(tmp_path, watch, max_steps=1)
+    trainer.fit(CausalLMModule(str(tmp_path)), datamodule=make_data(tmp_path))
+    assert trainer.global_step == 1 and expected
