@@ -61,10 +61,12 @@ def measure_mean_loss(logits_BTV: Tensor, labels: Tensor) -> Tensor:
         for piece in cut_logits(logits_NV):
             if has_slope:
                 sums_1, slope_1NV = _differentiate_sums(logits_NV[None, piece], targets_N[None, piece])
-                slope_NV[piece] = slope_1NV[0].masked_fill_(targets_N[piece, None] == IGNORED, 0)
+                slope_NV[piece] = slope_1NV[0]
             else:
                 sums_1 = _sum_losses(logits_NV[None, piece], targets_N[None, piece])
             total += sums_1[0]
+        if has_slope:
+            slope_NV[targets_N == IGNORED] = 0
     return attach_slope(total, logits_NV, slope_NV) / (targets_N != IGNORED).sum()
 
 
