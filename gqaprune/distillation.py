@@ -88,9 +88,11 @@ def _measure(
     diverge: Callable[..., tuple[Tensor, Tensor]], student_BTV: Tensor, teacher: Sequence[Tensor], temperature: float
 ) -> Tensor:
     """`τ²` times the mean divergence over tokens, a piece of the logits at a time."""
-    student_NV, parts = student_BTV.flatten(0, 1), [part.flatten(0, 1) for part in teacher]
-    slope_NV, total = torch.empty_like(student_NV), student_NV.new_zeros((), dtype=torch.float32)
-    for piece in cut_logits(student_NV):
-        divergence, slope_NV[piece] = diverge(student_NV[piece], temperature, *(part[piece] for part in parts))
-        total += divergence
-    return attach_slope(total, student_NV, slope_NV) * (temperature**2 / len(student_NV))
+    slope_BTV = torch.empty_like(student_BTV, memory_format=torch.contiguous_format)
+    total = student_BTV.new_zeros((), dtype=torch.float32)
+    for sample, student_TV in enumerate(student_BTV):
+        for piece in cut_logits(student_TV):
+            parts = (part[sample, piece] for part in teacher)
+            divergence, slope_BTV[sample, piece] = diverge(student_TV[piece], temperature, *parts)
+            total += divergence
+    return attach_slope(total, student_BTV, slope_BTV) * (temperature**2 / student_BTV.shape[:2].numel())

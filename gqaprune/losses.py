@@ -76,22 +76,22 @@ def cut_logits(logits_NV: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(logits_NV), step))
 
 
-def attach_slope(value: Tensor, logits_NV: Tensor, slope_NV: Tensor) -> Tensor:
+def attach_slope(value: Tensor, logits: Tensor, slope: Tensor) -> Tensor:
     """A scalar that was computed by hand from logits, with the gradient by them that was computed with it."""
-    attached: Tensor = _WithSlope.apply(logits_NV, value, slope_NV)  # type: ignore[no-untyped-call]
+    attached: Tensor = _WithSlope.apply(logits, value, slope)  # type: ignore[no-untyped-call]
     return attached
 
 
 class _WithSlope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, value: Tensor, slope_NV: Tensor) -> Tensor:
-        ctx.save_for_backward(slope_NV)
+    def forward(ctx: Any, logits: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (slope_NV,) = ctx.saved_tensors
-        return slope_NV * gradient, None, None
+        (slope,) = ctx.saved_tensors
+        return slope * gradient, None, None
 
 
 def measure_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,12 @@ HARD: dict[str, Any] = {**PLAIN, "rate": 0.6, "attention_layers": (0, 3), "mlp_l
 def fit(folder: Path, run: Path, guard: PerplexityGuard, pruning: dict[str, Any], **settings: Any) -> TaylorPruning:
     callback = TaylorPruning(**pruning)
     trainer = make_trainer(run, callback, guard, RunSummary(), **settings)
-    rate = 1.0 if settings.get("limit_val_batches") else 1e-6
-    module = CausalLMModule(str(folder), optimizer=lambda groups: torch.optim.AdamW(groups, rate))
+    breaks = bool(settings.get("limit_val_batches"))  # by ascent, which does so wherever it runs
+
+    def build(groups: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, 1e-2 if breaks else 1e-6, maximize=breaks)
+
+    module = CausalLMModule(str(folder), optimizer=build)
     trainer.fit(module, datamodule=make_data(folder, batch_size=4))
     return callback
 

@@ -215,7 +215,7 @@ def estimate_memory(
     tokens of a micro-batch, `c` of calibration, over `N` devices:
 
     - activations `a = t · Σ over layers of (b · (4H + 2·query + 2·KV width + 4·channels) + 8H)`: what one backward pass
-      keeps; logits `l = (2b + 8) · V` a token, with their gradients in the weights' type and in float32
+      keeps; of recovery's logits `l = 2b · V · t + 8V · min(t, 2²⁴ / V)`, with their gradient, and a piece in float32
     - scoring `b·P + max(s + 8V · min(t, 2²⁴ / V), b · H · c/n + s / layers + min(W, 24 · C²))`. Backward passes keep
       `s`, which is `a` without the inputs of projections, whose weights have no gradient, `b · 4H` a layer and token:
       of 1,024 tokens or one window at most, less where a micro-batch is several windows. Forward passes keep the
@@ -223,7 +223,7 @@ def estimate_memory(
       matrices and the work on them take on the device
     - repair `b · (P + D) + 2 · b · H · c/n + H · (b + 4) · c/n + (20 + b) · M + min(W, 40 · C · (C + H))`: two streams
       of hidden states, the tokens of one MLP, its float32 copies and optimizer, second moments with their factor
-    - recovery: full `4b·P + a + l·t` (weights, gradients, two moments of AdamW), LoRA `b·P + 16·A + a + l·t`,
+    - recovery: full `4b·P + a + l` (weights, gradients, two moments of AdamW), LoRA `b·P + 16·A + a + l`,
       distillation full, `b·P` of the teacher and `t · V · b` of its logits
     - DDP adds a copy of the gradients, `b·P` or `4·A`
     - FSDP divides all but activations and logits by `N` and gathers `b · (3D + 2E)` at a time, twice with a teacher;
@@ -243,7 +243,8 @@ def estimate_memory(
     trained = scored + t * sizes.layers * b * 4 * h
     recomputed = [b * h * t * sizes.layers + activations / sizes.layers for activations in (scored, trained)]
     scoring_keeps, recovery_keeps = recomputed if gradient_checkpointing else (scored, trained)
-    recovery_keeps += t * sizes.vocabulary * (2 * b + 8)
+    piece = 8 * min(t * sizes.vocabulary, PIECE_LOGITS)
+    recovery_keeps += 2 * b * t * sizes.vocabulary + piece
     channels = sizes.channel_range[1]
     gram = min(WORKSPACE, 24 * channels**2)
 
@@ -252,11 +253,9 @@ def estimate_memory(
         moments = min(WORKSPACE, 40 * channels * (channels + h))
         return layer + own * h * (3 * b + 4) + (20 + b) * sizes.mlp_parameters + moments
 
-    logits = 8 * min(t * sizes.vocabulary, PIECE_LOGITS)
-
     def score(share: float, kept: float | None = scoring_keeps) -> float:
         forward = b * h * calibration_tokens * share + scored / sizes.layers + gram
-        return forward if kept is None else max(kept + logits, forward)
+        return forward if kept is None else max(kept + piece, forward)
 
     resident = 2 * layer + outside
     split = resident + (weights - outside) / devices
