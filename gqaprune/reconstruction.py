@@ -12,7 +12,8 @@ Axes in tensor names: B samples, T tokens, N tokens of all samples, D hidden wid
 projection, C its columns, S what is free of it: the kept columns and, last, a column of ones for its bias.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -180,11 +181,10 @@ def apply_plan_with_repair(
         dense: list[Stream] = []
         changed = {key.layer for key in repaired}
         for layer in hold_each(model, track(range(max(changed) + 1), "reconstruction", "layers"), changed):
-            if layer > last:  # all that is left is there: nothing is run for it
-                dense, pruned = [], []
             if layer == first and options.pull > 0:
                 dense = [replace(stream) for stream in pruned]  # until here the two are one
-            goals = _advance_dense(model, layers[layer][0][0], dense)
+            attention, stops_at_mlp = layers[layer][0][0], False
+            goals = _advance_dense(model, attention, dense, {block.key for block, _ in layers[layer]} & repaired)
             for block, heads in layers[layer]:
                 name = f"repair of {block.key}"
                 if name in are_there:
@@ -196,9 +196,11 @@ def apply_plan_with_repair(
                     columns = list_kept_columns(plan, block)
                     goals_BTD = goals[block.key.kind]
                     refines = options.refinement.epochs > 0 and block.key.kind == "mlp"
+                    stops_at_mlp = refines and block.key.kind not in family.scaled
+                    passages = _run_to_block(model, attention, block, pruned, stays=not stops_at_mlp)
                     memory = Memory(block.output.weight.device)
                     seen = _measure_block(
-                        model, block, columns, pruned, are_held, goals_BTD, options, memory, keep_tokens=refines
+                        model, block, columns, passages, are_held, goals_BTD, options, memory, refines
                     )
                     cut_block(model, plan, block, heads)
                     repair = _refit_block(block, seen, options, memory)
@@ -208,8 +210,13 @@ def apply_plan_with_repair(
                         repair = replace(repair, refinement=refinement)
                     repairs.append(repair)
                     stages.write(name, inputs, Stage(repair.to_dict(), get_module(model, block.key).state_dict()))
-            for stream in pruned:
-                stream.hidden_BTD = run_layer(model, layer, stream)
+            if layer == last:  # nothing after it looks at what it gives
+                dense, pruned = [], []
+            elif stops_at_mlp:
+                _pass_mlp(model, BlockKey(layer, "mlp"), pruned, are_held, seen.tokens)
+            else:
+                for stream in pruned:
+                    stream.hidden_BTD = run_layer(model, layer, stream)
     write_shapes(model, plan)
     return repairs
 
@@ -226,16 +233,18 @@ def _select_blocks(blocks: Sequence[Block], plan: PruningPlan, options: RepairOp
 
 
 def _advance_dense(
-    model: PreTrainedModel, attention: Block, streams: Sequence[Stream]
+    model: PreTrainedModel, attention: Block, streams: Sequence[Stream], repaired: Collection[BlockKey]
 ) -> dict[BlockKind, list[Tensor]]:
-    """Move streams through a dense layer; their hidden states after its attention and after its MLP."""
+    """Move streams through a dense layer; their hidden states after its MLP and, if that is repaired, its attention."""
     goals: dict[BlockKind, list[Tensor]] = {"attention": [], "mlp": []}
     outputs_BTD: list[Tensor] = []
     handle = attention.output.register_forward_hook(lambda _, __, output: outputs_BTD.append(output))
     try:
         for stream in streams:
             before_BTD, stream.hidden_BTD = stream.hidden_BTD, run_layer(model, attention.key.layer, stream)
-            goals["attention"].append(before_BTD + compute_addition(model, attention.key, outputs_BTD.pop()))
+            output_BTD = outputs_BTD.pop()
+            if attention.key in repaired:
+                goals["attention"].append(before_BTD + compute_addition(model, attention.key, output_BTD))
             goals["mlp"].append(stream.hidden_BTD)
     finally:
         handle.remove()
@@ -243,32 +252,90 @@ def _advance_dense(
 
 
 class _BlockReachedError(Exception):
-    """Ends a layer's forward once its attention is done; never leaves this file."""
+    """Ends a layer's forward once a block's output is there; never leaves this file."""
 
 
-def _run_to_block(model: PreTrainedModel, block: Block, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs of a block's first and output projections, hidden states after the block; what follows it is not run."""
-    calls: list[tuple[Tensor, Tensor]] = []
+@dataclass(frozen=True)
+class _Passage:
+    """One stream at the output of a block that is still whole.
+
+    Args:
+        input_BTD: input of its first projections.
+        x_BTC: input of its output projection.
+        output_BTD: what that gives.
+        before_BTD: the hidden states that the block adds to.
+    """
+
+    input_BTD: Tensor
+    x_BTC: Tensor
+    output_BTD: Tensor
+    before_BTD: Tensor
+
+
+def _run_to_block(
+    model: PreTrainedModel, attention: Block, block: Block, streams: Sequence[Stream], stays: bool
+) -> Iterator[_Passage]:
+    """Run streams through a layer up to a block's output; what follows that is not run.
+
+    Args:
+        model: the model, cut up to the block.
+        attention: the layer's attention.
+        block: that or the layer's MLP.
+        streams: at the layer's input.
+        stays: leave them there, not at the hidden states that the block adds to.
+    """
+    attended_BTD: list[Tensor] = []
     inputs_BTD: list[Tensor] = []
+    calls: list[tuple[Tensor, Tensor]] = []
 
-    def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def stop(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls.append((inputs[0], output))
-        if block.key.kind == "attention":
-            raise _BlockReachedError
+        raise _BlockReachedError
 
-    first = block.inputs[0].linear.register_forward_pre_hook(lambda _, inputs: inputs_BTD.append(inputs[0]))
-    handle = block.output.register_forward_hook(record)
-    try:
-        hidden_BTD = run_layer(model, block.key.layer, stream)
-    except _BlockReachedError:
-        hidden_BTD = stream.hidden_BTD + compute_addition(model, block.key, calls[0][1])
-    finally:
-        handle.remove()
-        first.remove()
-    (input_BTD,), ((x_BTC, _),) = inputs_BTD, calls
-    if x_BTC.ndim == 2:  # MLPs beside experts see no samples
-        input_BTD, x_BTC = (tensor.unflatten(0, hidden_BTD.shape[:2]) for tensor in (input_BTD, x_BTC))
-    return input_BTD, x_BTC, hidden_BTD
+    for stream in streams:
+        with ExitStack() as hooks:
+            first, record = block.inputs[0].linear, attention.output.register_forward_hook
+            hooks.callback(first.register_forward_pre_hook(lambda _, inputs: inputs_BTD.append(inputs[0])).remove)
+            hooks.callback(record(lambda _, __, output: attended_BTD.append(output)).remove)
+            hooks.callback(block.output.register_forward_hook(stop).remove)
+            hooks.enter_context(suppress(_BlockReachedError))
+            run_layer(model, block.key.layer, stream)
+        input_BTD, attended, (x_BTC, output_BTD) = inputs_BTD.pop(), attended_BTD.pop(), calls.pop()
+        before_BTD = stream.hidden_BTD
+        if block.key.kind == "mlp":
+            before_BTD = before_BTD + compute_addition(model, attention.key, attended)
+        if not stays:
+            stream.hidden_BTD = before_BTD
+        # MLPs beside experts see no samples.
+        input_BTD, x_BTC, output_BTD = (
+            tensor.view(*before_BTD.shape[:2], -1) for tensor in (input_BTD, x_BTC, output_BTD)
+        )
+        yield _Passage(input_BTD, x_BTC, output_BTD, before_BTD)
+
+
+def _pass_mlp(
+    model: PreTrainedModel,
+    key: BlockKey,
+    streams: Sequence[Stream],
+    are_held: Sequence[bool],
+    tokens: tuple[TokenPairs, TokenPairs],
+) -> None:
+    """Move streams, which are at the hidden states that an MLP adds to, past it as it is now.
+
+    Args:
+        model: the model, cut up to and with the MLP.
+        key: the MLP's.
+        streams: this rank's.
+        are_held: whether each is held out.
+        tokens: what the MLP takes, on streams to fit on and on held-out ones.
+    """
+    mlp, done = get_module(model, key), [0, 0]
+    for stream, is_held in zip(streams, are_held, strict=True):
+        count = stream.hidden_BTD.shape[:2].numel()
+        x_ND = tokens[is_held].x_ND[done[is_held] :][:count]
+        done[is_held] += count
+        output_BTD = mlp(x_ND.view_as(stream.hidden_BTD))
+        stream.hidden_BTD = stream.hidden_BTD + compute_addition(model, key, output_BTD)
 
 
 @dataclass(frozen=True)
@@ -290,20 +357,20 @@ def _measure_block(
     model: PreTrainedModel,
     block: Block,
     columns: Tensor,
-    streams: Sequence[Stream],
+    passages: Iterable[_Passage],
     are_held: Sequence[bool],
     goals_BTD: Sequence[Tensor],
     options: RepairOptions,
     memory: Memory,
     keep_tokens: bool,
 ) -> _Seen:
-    """Run this rank's streams through a block that is still whole.
+    """Look at what a block that is still whole takes and gives.
 
     Args:
         model: the model, cut up to the block.
         block: the block.
         columns: columns of its output projection that will stay.
-        streams: this rank's streams, which stay.
+        passages: of this rank's streams.
         are_held: whether each is held out.
         goals_BTD: the dense model's hidden states after the block, one for each stream; none are needed without pull.
         options: what is free, and how far the target goes from the block's own output to those hidden states.
@@ -320,15 +387,15 @@ def _measure_block(
     energies = [torch.zeros_like(part.energy) for part in parts]
     none = weight_DC.new_zeros(0, block.inputs[0].linear.in_features), gone_DC.new_zeros(0, len(weight_DC))
     tokens = [[none], [none]]
-    for index, (stream, is_held) in enumerate(zip(streams, are_held, strict=True)):
-        input_BTD, x_BTC, after_BTD = _run_to_block(model, block, stream)
-        x_NC = x_BTC.flatten(0, 1).float()
-        # Computed again, for in a narrow type the model's own output is rounded; some rows at a time are made wide.
-        target_ND = torch.cat([functional.linear(x_NC, rows_RC.float()) for rows_RC in weight_DC.split(_ROWS)], dim=1)
-        if bias_D is not None:
-            target_ND += bias_D.float()
+    for index, (passage, is_held) in enumerate(zip(passages, are_held, strict=True)):
+        x_NC, target_ND = passage.x_BTC.flatten(0, 1).float(), passage.output_BTD.flatten(0, 1)
+        if weight_DC.dtype != torch.float32:  # in which the output is rounded; some rows at a time are made wide
+            target_ND = torch.cat([functional.linear(x_NC, rows_RC.float()) for rows_RC in weight_DC.split(_ROWS)], 1)
+            if bias_D is not None:
+                target_ND += bias_D.float()
         lacking_ND = functional.linear(x_NC[:, is_gone_C], gone_DC)
         if goals_BTD:
+            after_BTD = passage.before_BTD + compute_addition(model, block.key, passage.output_BTD)
             missing_BTD = goals_BTD[index].float() - after_BTD.float()
             missing_BTD *= options.pull / read_residual_multiplier(model.config)
             target_ND += missing_BTD.flatten(0, 1)
@@ -345,7 +412,7 @@ def _measure_block(
         parts[is_held].add(x_NS, lacking_ND)
         energies[is_held] += energy_N.sum()
         if keep_tokens:
-            tokens[is_held].append((input_BTD.flatten(0, 1), target_ND))
+            tokens[is_held].append((passage.input_BTD.flatten(0, 1), target_ND))
     for part in parts:
         part.sum_across_ranks()
     add_across_ranks(energies, memory.device)

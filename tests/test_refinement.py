@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gqaprune.reconstruction import RepairOptions, apply_plan_with_repair
 from gqaprune.refinement import RefinementOptions, TokenPairs, refine_mlp
+from gqaprune.stages import Stages
 
 from tiny import make_model
 
@@ -156,6 +157,19 @@ def test_refined_models_are_nearer_to_the_dense_one_than_refitted_ones(variant: 
     kinds = {repair.key.kind: repair.refinement is not None for repair in repairs}
     assert kinds == {"attention": False, "mlp": True}
     assert measure_divergence(refined, dense) < 0.9 * measure_divergence(refitted, dense)
+
+
+def test_layers_after_refined_mlps_get_what_these_give(variant: str, tmp_path: Path) -> None:
+    """The last block alone, after blocks that are there already, whose layers run as a whole: the same bits."""
+    dtype = torch.float32 if variant == "qwen2_moe" else torch.bfloat16  # experts that small do not run in bfloat16
+    whole, resumed = (make_model(variant).to(dtype) for _ in range(2))
+    plan, stages = plan_cut(whole), Stages(tmp_path)
+    options = RepairOptions(pull=0.5, refinement=RefinementOptions(epochs=2))
+    repairs = apply_plan_with_repair(whole, plan, BATCHES, options, stages)
+    assert [repair.key for repair in repairs if repair.refinement] == [(0, "mlp"), (1, "mlp")]
+    (tmp_path / "repair-of-layer-2-attention.stage").unlink()
+    assert apply_plan_with_repair(resumed, plan, BATCHES, options, stages) == repairs
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 def refine_and_save(rank: int, world_size: int, folder: Path) -> None:
