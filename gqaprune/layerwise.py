@@ -88,8 +88,7 @@ def _record_calls(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str
 
     with ExitStack() as restored:
         for layer in layers:
-            layer.forward = pass_through
-            restored.callback(layer.__dict__.pop, "forward")
+            restored.enter_context(replace_forward(layer, pass_through))
         yield calls
 
 
@@ -121,12 +120,22 @@ def resume_at(model: PreTrainedModel, index: int, hidden_BTD: Tensor) -> Iterato
     """
     with ExitStack() as restored:
         for layer in get_layers(model)[:index]:
-            if "forward" in layer.__dict__:
-                restored.callback(setattr, layer, "forward", layer.forward)
-            else:
-                restored.callback(layer.__dict__.pop, "forward")
-            layer.forward = lambda *_, **__: hidden_BTD
+            restored.enter_context(replace_forward(layer, lambda *_, **__: hidden_BTD))
         yield
+
+
+@contextmanager
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module computes something else while the context lasts; contexts nest."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
 
 
 def run_decoder(model: PreTrainedModel, batch_BT: Tensor) -> Tensor:

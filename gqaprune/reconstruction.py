@@ -33,11 +33,11 @@ from gqaprune.architecture import (
     read_residual_multiplier,
 )
 from gqaprune.distributed import add_across_ranks, get_rank_and_world_size, sum_across_ranks
-from gqaprune.families import BlockKind, get_family
+from gqaprune.families import FAMILIES, BlockKind, get_family
 from gqaprune.gates import freeze_parameters
 from gqaprune.gram import Memory, Panels, split_rows
 from gqaprune.holding import hold_each
-from gqaprune.layerwise import Stream, embed_batches, run_layer
+from gqaprune.layerwise import Stream, embed_batches, replace_forward, run_layer
 from gqaprune.least_squares import Moments, refit
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import track
@@ -171,7 +171,7 @@ def apply_plan_with_repair(
     are_there = set(stages.find([f"repair of {key}" for key in sorted(repaired)], inputs, "repaired blocks"))
     left = [key for key in repaired if f"repair of {key}" not in are_there]
     first, last = min(repaired).layer, max((key.layer for key in left), default=-1)
-    is_normed = bool(family.output_norms)
+    is_normed, is_known = bool(family.output_norms), model.config.model_type in FAMILIES
     rank, world_size = get_rank_and_world_size()
     own, held_out = range(rank, len(batches), world_size), choose_held_out(len(batches), options.holdout)
     are_held = [index in held_out for index in own]
@@ -184,6 +184,7 @@ def apply_plan_with_repair(
             if layer == first and options.pull > 0:
                 dense = [replace(stream) for stream in pruned]  # until here the two are one
             attention, stops_at_mlp = layers[layer][0][0], False
+            attended_BTC: list[Tensor] = []
             goals = _advance_dense(model, attention, dense, {block.key for block, _ in layers[layer]} & repaired)
             for block, heads in layers[layer]:
                 name = f"repair of {block.key}"
@@ -194,10 +195,12 @@ def apply_plan_with_repair(
                     repairs.append(BlockRepair.from_dict(stage.facts))
                 elif block.key in repaired:
                     columns = list_kept_columns(plan, block)
-                    goals_BTD = goals[block.key.kind]
+                    goals_BTD = goals.pop(block.key.kind)
                     refines = options.refinement.epochs > 0 and block.key.kind == "mlp"
                     stops_at_mlp = refines and block.key.kind not in family.scaled
-                    passages = _run_to_block(model, attention, block, pruned, stays=not stops_at_mlp)
+                    is_whole = len(columns) == block.output.in_features
+                    keeps = is_known and is_whole and block.key.kind == "attention" and BlockKey(layer, "mlp") in left
+                    passages = _run_to_block(model, attention, block, pruned, attended_BTC, keeps, not stops_at_mlp)
                     memory = Memory(block.output.weight.device)
                     seen = _measure_block(
                         model, block, columns, passages, are_held, goals_BTD, options, memory, refines
@@ -273,7 +276,13 @@ class _Passage:
 
 
 def _run_to_block(
-    model: PreTrainedModel, attention: Block, block: Block, streams: Sequence[Stream], stays: bool
+    model: PreTrainedModel,
+    attention: Block,
+    block: Block,
+    streams: Sequence[Stream],
+    attended_BTC: list[Tensor],
+    keeps_attended: bool,
+    stays: bool,
 ) -> Iterator[_Passage]:
     """Run streams through a layer up to a block's output; what follows that is not run.
 
@@ -282,9 +291,13 @@ def _run_to_block(
         attention: the layer's attention.
         block: that or the layer's MLP.
         streams: at the layer's input.
-        stays: leave them there, not at the hidden states that the block adds to.
+        attended_BTC: inputs of attention's output projection that are kept for the MLP, which takes them out again and
+            does not run attention then.
+        keeps_attended: whether to keep them.
+        stays: leave the streams there, not at the hidden states that the block adds to.
     """
-    attended_BTD: list[Tensor] = []
+    module = get_module(model, attention.key)
+    outputs_BTD: list[Tensor] = []
     inputs_BTD: list[Tensor] = []
     calls: list[tuple[Tensor, Tensor]] = []
 
@@ -296,14 +309,19 @@ def _run_to_block(
         with ExitStack() as hooks:
             first, record = block.inputs[0].linear, attention.output.register_forward_hook
             hooks.callback(first.register_forward_pre_hook(lambda _, inputs: inputs_BTD.append(inputs[0])).remove)
-            hooks.callback(record(lambda _, __, output: attended_BTD.append(output)).remove)
+            hooks.callback(record(lambda _, __, output: outputs_BTD.append(output)).remove)
             hooks.callback(block.output.register_forward_hook(stop).remove)
+            if block.key.kind == "mlp" and attended_BTC:
+                known_BTD = attention.output(attended_BTC.pop(0))
+                hooks.enter_context(replace_forward(module, lambda *_, known=known_BTD, **__: (known, None)))
             hooks.enter_context(suppress(_BlockReachedError))
             run_layer(model, block.key.layer, stream)
-        input_BTD, attended, (x_BTC, output_BTD) = inputs_BTD.pop(), attended_BTD.pop(), calls.pop()
+        input_BTD, attended_BTD, (x_BTC, output_BTD) = inputs_BTD.pop(), outputs_BTD.pop(), calls.pop()
+        if keeps_attended:
+            attended_BTC.append(x_BTC)
         before_BTD = stream.hidden_BTD
         if block.key.kind == "mlp":
-            before_BTD = before_BTD + compute_addition(model, attention.key, attended)
+            before_BTD = before_BTD + compute_addition(model, attention.key, attended_BTD)
         if not stays:
             stream.hidden_BTD = before_BTD
         # MLPs beside experts see no samples.

@@ -74,12 +74,12 @@ def test_training_that_went_too_far_is_taken_back_part_of_the_way(monkeypatch: p
     fit, held = make_pairs(target, 60, 1), make_pairs(target, 500, 2)
     fit.y_ND.add_(0.3 * fit.y_ND.std() * torch.randn(fit.y_ND.shape, generator=torch.Generator().manual_seed(3)))
     options, errors = RefinementOptions(epochs=20, learning_rate=0.01), {}
-    for shares in ((1.0,), (0.25, 0.5, 0.75, 1.0)):
+    for shares in ((1.0,), (1.0, 0.75, 0.5, 0.25)):
         mlp = move(make_mlp(), 0.02)
         start = measure(mlp, held)
         monkeypatch.setattr("gqaprune.refinement._SHARES", shares)
         refinement = refine_mlp(mlp, fit, held, options, seed=0)
-        errors[shares[0]] = measure(mlp, held)
+        errors[shares[-1]] = measure(mlp, held)
     assert refinement.is_kept and errors[0.25] < 0.95 * min(start, errors[1.0])
     assert refinement.error_after == pytest.approx(errors[0.25], rel=0.2)  # massive tokens weigh less
 
@@ -164,10 +164,10 @@ def test_layers_after_refined_mlps_get_what_these_give(variant: str, tmp_path: P
     dtype = torch.float32 if variant == "qwen2_moe" else torch.bfloat16  # experts that small do not run in bfloat16
     whole, resumed = (make_model(variant).to(dtype) for _ in range(2))
     plan, stages = plan_cut(whole), Stages(tmp_path)
-    options = RepairOptions(pull=0.5, refinement=RefinementOptions(epochs=2))
+    options = RepairOptions(pull=0.5, everywhere=True, refinement=RefinementOptions(epochs=2))
     repairs = apply_plan_with_repair(whole, plan, BATCHES, options, stages)
-    assert [repair.key for repair in repairs if repair.refinement] == [(0, "mlp"), (1, "mlp")]
-    (tmp_path / "repair-of-layer-2-attention.stage").unlink()
+    assert {repair.key for repair in repairs if repair.refinement} >= {(0, "mlp"), (1, "mlp")}
+    (tmp_path / f"repair-of-layer-2-{repairs[-1].key.kind}.stage").unlink()
     assert apply_plan_with_repair(resumed, plan, BATCHES, options, stages) == repairs
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))
 
