@@ -102,8 +102,11 @@ def find_wrong_tensors(
         with safe_open(path, "pt") as file:
             found |= {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
     model, family = build_without_weights(config, trust_remote_code), get_family(config)
+    promised, prefix = model.state_dict(), f"{model.base_model_prefix}."
+    # What was saved of the model without its head has names without the prefix, which loading puts before them.
+    found = {f"{prefix}{name}" if f"{prefix}{name}" in promised else name: shape for name, shape in found.items()}
     wrong: dict[int | None, list[str]] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in promised.items():
         if (shape := found.get(name, list(tensor.shape))) != list(tensor.shape):
             sentence = f"{name} is {shape}, its config promises {list(tensor.shape)}"
             wrong.setdefault(_find_layer(name, family.layers), []).append(sentence)

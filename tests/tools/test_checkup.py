@@ -108,6 +108,16 @@ def test_no_tensor_of_a_sound_checkpoint_is_missed(any_variant: str, tmp_path: P
     assert find_wrong_tensors(tmp_path, model.config) == {}
 
 
+def test_a_model_saved_without_its_head_is_whole_if_that_is_tied(tmp_path: Path) -> None:
+    model = make_model("qwen2-tied")
+    model.model.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    assert "layers.1.mlp.up_proj.weight" in load_file(tmp_path / "model.safetensors")
+    assert find_wrong_tensors(tmp_path, model.config) == {}
+    loaded, ids = gqaprune.load_model(tmp_path), torch.arange(8)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", None])
 def test_broken_weights_are_said_in_a_sentence(content: bytes | None, pruned_folder: Path) -> None:
     file = pruned_folder / "model.safetensors"
