@@ -12,13 +12,12 @@ Axes in tensor names: B samples, T tokens, N tokens of all samples, D hidden wid
 projection, C its columns, S what is free of it: the kept columns and, last, a column of ones for its bias.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -33,17 +32,17 @@ from gqaprune.architecture import (
     read_residual_multiplier,
 )
 from gqaprune.distributed import add_across_ranks, get_rank_and_world_size, sum_across_ranks
-from gqaprune.families import FAMILIES, BlockKind, get_family
+from gqaprune.families import BlockKind, get_family
 from gqaprune.gates import freeze_parameters
 from gqaprune.gram import Memory, Panels, split_rows
 from gqaprune.holding import hold_each
-from gqaprune.layerwise import Stream, embed_batches, replace_forward, run_layer
 from gqaprune.least_squares import Moments, refit
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import track
 from gqaprune.refinement import Refinement, RefinementOptions, TokenPairs, refine_mlp
 from gqaprune.stages import Stage, Stages
 from gqaprune.surgery import apply_plan, check_plan, cut_block, list_kept_columns, write_shapes
+from gqaprune.walk import Passage, Walk
 
 _ROWS = 1024
 """Rows of an output projection that are made float32 at a time."""
@@ -171,21 +170,17 @@ def apply_plan_with_repair(
     are_there = set(stages.find([f"repair of {key}" for key in sorted(repaired)], inputs, "repaired blocks"))
     left = [key for key in repaired if f"repair of {key}" not in are_there]
     first, last = min(repaired).layer, max((key.layer for key in left), default=-1)
-    is_normed, is_known = bool(family.output_norms), model.config.model_type in FAMILIES
     rank, world_size = get_rank_and_world_size()
     own, held_out = range(rank, len(batches), world_size), choose_held_out(len(batches), options.holdout)
-    are_held = [index in held_out for index in own]
     repairs = []
     with freeze_parameters(model), torch.no_grad():
-        pruned = embed_batches(model, [batches[index] for index in own]) if left else []
-        dense: list[Stream] = []
+        walk = Walk(model, [batches[index] for index in own if left], [index in held_out for index in own if left])
         changed = {key.layer for key in repaired}
         for layer in hold_each(model, track(range(max(changed) + 1), "reconstruction", "layers"), changed):
             if layer == first and options.pull > 0:
-                dense = [replace(stream) for stream in pruned]  # until here the two are one
-            attention, stops_at_mlp = layers[layer][0][0], False
-            attended_BTC: list[Tensor] = []
-            goals = _advance_dense(model, attention, dense, {block.key for block, _ in layers[layer]} & repaired)
+                walk.branch_off()
+            attention, tokens = layers[layer][0][0], None
+            walk.enter(attention, has_goal=attention.key in repaired)
             for block, heads in layers[layer]:
                 name = f"repair of {block.key}"
                 if name in are_there:
@@ -194,32 +189,14 @@ def apply_plan_with_repair(
                     get_module(model, block.key).load_state_dict(dict(stage.tensors))
                     repairs.append(BlockRepair.from_dict(stage.facts))
                 elif block.key in repaired:
-                    columns = list_kept_columns(plan, block)
-                    goals_BTD = goals.pop(block.key.kind)
-                    refines = options.refinement.epochs > 0 and block.key.kind == "mlp"
-                    stops_at_mlp = refines and block.key.kind not in family.scaled
-                    is_whole = len(columns) == block.output.in_features
-                    keeps = is_known and is_whole and block.key.kind == "attention" and BlockKey(layer, "mlp") in left
-                    passages = _run_to_block(model, attention, block, pruned, attended_BTC, keeps, not stops_at_mlp)
-                    memory = Memory(block.output.weight.device)
-                    seen = _measure_block(
-                        model, block, columns, passages, are_held, goals_BTD, options, memory, refines
-                    )
-                    cut_block(model, plan, block, heads)
-                    repair = _refit_block(block, seen, options, memory)
-                    if refines:
-                        mlp = get_module(model, block.key)
-                        refinement = refine_mlp(mlp, *seen.tokens, options.refinement, layer, is_normed)
-                        repair = replace(repair, refinement=refinement)
+                    is_mlp_left = BlockKey(layer, "mlp") in left
+                    repair, tokens = _repair_block(model, plan, block, heads, walk, options, is_mlp_left)
                     repairs.append(repair)
                     stages.write(name, inputs, Stage(repair.to_dict(), get_module(model, block.key).state_dict()))
             if layer == last:  # nothing after it looks at what it gives
-                dense, pruned = [], []
-            elif stops_at_mlp:
-                _pass_mlp(model, BlockKey(layer, "mlp"), pruned, are_held, seen.tokens)
+                walk.end()
             else:
-                for stream in pruned:
-                    stream.hidden_BTD = run_layer(model, layer, stream)
+                walk.leave(tokens)
     write_shapes(model, plan)
     return repairs
 
@@ -235,125 +212,46 @@ def _select_blocks(blocks: Sequence[Block], plan: PruningPlan, options: RepairOp
     return [block for block in blocks if block.key >= cut[0].key] if cut and options.everywhere else cut
 
 
-def _advance_dense(
-    model: PreTrainedModel, attention: Block, streams: Sequence[Stream], repaired: Collection[BlockKey]
-) -> dict[BlockKind, list[Tensor]]:
-    """Move streams through a dense layer; their hidden states after its MLP and, if that is repaired, its attention."""
-    goals: dict[BlockKind, list[Tensor]] = {"attention": [], "mlp": []}
-    outputs_BTD: list[Tensor] = []
-    handle = attention.output.register_forward_hook(lambda _, __, output: outputs_BTD.append(output))
-    try:
-        for stream in streams:
-            before_BTD, stream.hidden_BTD = stream.hidden_BTD, run_layer(model, attention.key.layer, stream)
-            output_BTD = outputs_BTD.pop()
-            if attention.key in repaired:
-                goals["attention"].append(before_BTD + compute_addition(model, attention.key, output_BTD))
-            goals["mlp"].append(stream.hidden_BTD)
-    finally:
-        handle.remove()
-    return goals
-
-
-class _BlockReachedError(Exception):
-    """Ends a layer's forward once a block's output is there; never leaves this file."""
-
-
-@dataclass(frozen=True)
-class _Passage:
-    """One stream at the output of a block that is still whole.
-
-    Args:
-        input_BTD: input of its first projections.
-        x_BTC: input of its output projection.
-        output_BTD: what that gives.
-        before_BTD: the hidden states that the block adds to.
-    """
-
-    input_BTD: Tensor
-    x_BTC: Tensor
-    output_BTD: Tensor
-    before_BTD: Tensor
-
-
-def _run_to_block(
+def _repair_block(
     model: PreTrainedModel,
-    attention: Block,
+    plan: PruningPlan,
     block: Block,
-    streams: Sequence[Stream],
-    attended_BTC: list[Tensor],
-    keeps_attended: bool,
-    stays: bool,
-) -> Iterator[_Passage]:
-    """Run streams through a layer up to a block's output; what follows that is not run.
+    heads: Block,
+    walk: Walk,
+    options: RepairOptions,
+    is_mlp_left: bool,
+) -> tuple[BlockRepair, tuple[TokenPairs, TokenPairs] | None]:
+    """Look at a block while it is whole, cut and repair it.
 
     Args:
         model: the model, cut up to the block.
-        attention: the layer's attention.
-        block: that or the layer's MLP.
-        streams: at the layer's input.
-        attended_BTC: inputs of attention's output projection that are kept for the MLP, which takes them out again and
-            does not run attention then.
-        keeps_attended: whether to keep them.
-        stays: leave the streams there, not at the hidden states that the block adds to.
+        plan: which units stay.
+        block: the block.
+        heads: the same with query heads as its units.
+        walk: at the block's layer.
+        options: how.
+        is_mlp_left: whether the layer's MLP is to be repaired, too, or this is it.
+
+    Returns:
+        What was done; and an MLP's tokens, if the walk's streams wait before it.
     """
-    module = get_module(model, attention.key)
-    outputs_BTD: list[Tensor] = []
-    inputs_BTD: list[Tensor] = []
-    calls: list[tuple[Tensor, Tensor]] = []
-
-    def stop(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.append((inputs[0], output))
-        raise _BlockReachedError
-
-    for stream in streams:
-        with ExitStack() as hooks:
-            first, record = block.inputs[0].linear, attention.output.register_forward_hook
-            hooks.callback(first.register_forward_pre_hook(lambda _, inputs: inputs_BTD.append(inputs[0])).remove)
-            hooks.callback(record(lambda _, __, output: outputs_BTD.append(output)).remove)
-            hooks.callback(block.output.register_forward_hook(stop).remove)
-            if block.key.kind == "mlp" and attended_BTC:
-                known_BTD = attention.output(attended_BTC.pop(0))
-                hooks.enter_context(replace_forward(module, lambda *_, known=known_BTD, **__: (known, None)))
-            hooks.enter_context(suppress(_BlockReachedError))
-            run_layer(model, block.key.layer, stream)
-        input_BTD, attended_BTD, (x_BTC, output_BTD) = inputs_BTD.pop(), outputs_BTD.pop(), calls.pop()
-        if keeps_attended:
-            attended_BTC.append(x_BTC)
-        before_BTD = stream.hidden_BTD
-        if block.key.kind == "mlp":
-            before_BTD = before_BTD + compute_addition(model, attention.key, attended_BTD)
-        if not stays:
-            stream.hidden_BTD = before_BTD
-        # MLPs beside experts see no samples.
-        input_BTD, x_BTC, output_BTD = (
-            tensor.view(*before_BTD.shape[:2], -1) for tensor in (input_BTD, x_BTC, output_BTD)
-        )
-        yield _Passage(input_BTD, x_BTC, output_BTD, before_BTD)
-
-
-def _pass_mlp(
-    model: PreTrainedModel,
-    key: BlockKey,
-    streams: Sequence[Stream],
-    are_held: Sequence[bool],
-    tokens: tuple[TokenPairs, TokenPairs],
-) -> None:
-    """Move streams, which are at the hidden states that an MLP adds to, past it as it is now.
-
-    Args:
-        model: the model, cut up to and with the MLP.
-        key: the MLP's.
-        streams: this rank's.
-        are_held: whether each is held out.
-        tokens: what the MLP takes, on streams to fit on and on held-out ones.
-    """
-    mlp, done = get_module(model, key), [0, 0]
-    for stream, is_held in zip(streams, are_held, strict=True):
-        count = stream.hidden_BTD.shape[:2].numel()
-        x_ND = tokens[is_held].x_ND[done[is_held] :][:count]
-        done[is_held] += count
-        output_BTD = mlp(x_ND.view_as(stream.hidden_BTD))
-        stream.hidden_BTD = stream.hidden_BTD + compute_addition(model, key, output_BTD)
+    family, columns, memory = (
+        get_family(model.config),
+        list_kept_columns(plan, block),
+        Memory(block.output.weight.device),
+    )
+    refines = options.refinement.epochs > 0 and block.key.kind == "mlp"
+    waits = refines and block.key.kind not in family.scaled
+    is_whole_attention = block.key.kind == "attention" and len(columns) == block.output.in_features
+    passages = walk.run_to(block, is_mlp_next=is_mlp_left and is_whole_attention, waits=waits)
+    seen = _measure_block(model, block, columns, passages, options, memory, keep_tokens=refines)
+    cut_block(model, plan, block, heads)
+    repair = _refit_block(block, seen, options, memory)
+    if refines:
+        mlp, is_normed = get_module(model, block.key), block.key.kind in family.output_norms
+        refinement = refine_mlp(mlp, *seen.tokens, options.refinement, block.key.layer, is_normed)
+        repair = replace(repair, refinement=refinement)
+    return repair, seen.tokens if waits else None
 
 
 @dataclass(frozen=True)
@@ -375,9 +273,7 @@ def _measure_block(
     model: PreTrainedModel,
     block: Block,
     columns: Tensor,
-    passages: Iterable[_Passage],
-    are_held: Sequence[bool],
-    goals_BTD: Sequence[Tensor],
+    passages: Iterable[Passage],
     options: RepairOptions,
     memory: Memory,
     keep_tokens: bool,
@@ -388,9 +284,7 @@ def _measure_block(
         model: the model, cut up to the block.
         block: the block.
         columns: columns of its output projection that will stay.
-        passages: of this rank's streams.
-        are_held: whether each is held out.
-        goals_BTD: the dense model's hidden states after the block, one for each stream; none are needed without pull.
+        passages: of this rank's streams, with the dense model's hidden states after the block, unless there is no pull.
         options: what is free, and how far the target goes from the block's own output to those hidden states.
         memory: that keeps the moments.
         keep_tokens: whether to keep inputs and targets, too.
@@ -405,16 +299,16 @@ def _measure_block(
     energies = [torch.zeros_like(part.energy) for part in parts]
     none = weight_DC.new_zeros(0, block.inputs[0].linear.in_features), gone_DC.new_zeros(0, len(weight_DC))
     tokens = [[none], [none]]
-    for index, (passage, is_held) in enumerate(zip(passages, are_held, strict=True)):
+    for passage in passages:
         x_NC, target_ND = passage.x_BTC.flatten(0, 1).float(), passage.output_BTD.flatten(0, 1)
         if weight_DC.dtype != torch.float32:  # in which the output is rounded; some rows at a time are made wide
             target_ND = torch.cat([functional.linear(x_NC, rows_RC.float()) for rows_RC in weight_DC.split(_ROWS)], 1)
             if bias_D is not None:
                 target_ND += bias_D.float()
         lacking_ND = functional.linear(x_NC[:, is_gone_C], gone_DC)
-        if goals_BTD:
+        if passage.goal_BTD is not None:
             after_BTD = passage.before_BTD + compute_addition(model, block.key, passage.output_BTD)
-            missing_BTD = goals_BTD[index].float() - after_BTD.float()
+            missing_BTD = passage.goal_BTD.float() - after_BTD.float()
             missing_BTD *= options.pull / read_residual_multiplier(model.config)
             target_ND += missing_BTD.flatten(0, 1)
             lacking_ND += missing_BTD.flatten(0, 1)
@@ -427,10 +321,10 @@ def _measure_block(
             x_NS /= size_N1
             lacking_ND /= size_N1
             energy_N /= size_N1[:, 0].double().square()
-        parts[is_held].add(x_NS, lacking_ND)
-        energies[is_held] += energy_N.sum()
+        parts[passage.is_held].add(x_NS, lacking_ND)
+        energies[passage.is_held] += energy_N.sum()
         if keep_tokens:
-            tokens[is_held].append((passage.input_BTD.flatten(0, 1), target_ND))
+            tokens[passage.is_held].append((passage.input_BTD.flatten(0, 1), target_ND))
     for part in parts:
         part.sum_across_ranks()
     add_across_ranks(energies, memory.device)
