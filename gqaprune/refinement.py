@@ -163,11 +163,12 @@ def _train(mlp: nn.Module, fit: TokenPairs, limit: float, tokens: int, options: 
     for step_N in _draw_steps(len(fit.x_ND), steps_per_epoch, options.epochs, seed):
         indexes_N = step_N.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=_multiplies_bfloat16(device)):
-            output_ND = mlp(fit.x_ND[indexes_N].float())
-        error_N = (output_ND.float() - fit.y_ND[indexes_N]).square().sum(-1)
-        loss = steps_per_epoch / energy * (weight_N[indexes_N] @ error_N)
-        gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
-        for name, gradient in sum_across_ranks(gradients).items():
+            output_ND = mlp(fit.x_ND.index_select(0, indexes_N).float())
+        # The slope of the weighted squared error, whose value is not needed.
+        slope_ND = output_ND.detach().float() - fit.y_ND.index_select(0, indexes_N)
+        slope_ND *= (2 * steps_per_epoch / energy) * weight_N[indexes_N, None]
+        gradients = torch.autograd.grad(output_ND, list(parameters.values()), slope_ND.to(output_ND.dtype))
+        for name, gradient in sum_across_ranks(dict(zip(parameters, gradients, strict=True))).items():
             parameters[name].grad = gradient
         adam.step()
         schedule.step()
