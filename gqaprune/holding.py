@@ -22,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from gqaprune.architecture import get_layers
 from gqaprune.families import get_family
-from gqaprune.layerwise import embed_batches, run_layer
+from gqaprune.layerwise import embed_batches, replace_forward, run_layer
 from gqaprune.progress import track
 
 _METADATA = {"format": "pt"}
@@ -89,8 +89,7 @@ def hold_layers_that_run(model: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as restored:
         if are_layers_apart(model):
             for index, layer in enumerate(get_layers(model)):
-                layer.forward = partial(_run_held, model, index, layer.forward)
-                restored.callback(layer.__dict__.pop, "forward")
+                restored.enter_context(replace_forward(layer, partial(_run_held, model, index, layer.forward)))
                 restored.callback(setattr, layer, "training", layer.training)
                 layer.training = False  # in which a layer would recompute by itself, when it is held no longer
         yield

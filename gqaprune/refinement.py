@@ -28,8 +28,8 @@ _CHUNK_TOKENS = 4096
 """Tokens per forward when measuring."""
 _WARM_UP = 0.05
 """Share of the steps."""
-_SHARES = (1.0, 0.75, 0.5, 0.25)
-"""Shares of the way from the refitted to the trained weights that are judged, until one is worse than a good one."""
+_SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the way from the refitted to the trained weights that are judged."""
 _MASSIVE = 4.0
 """A token whose target's square is more than so many times the median weighs as if it were that: others count too."""
 _LEAST = 1e-12
@@ -136,8 +136,6 @@ def refine_mlp(
         if error < refinement.error_after:
             refinement = Refinement(before, error)
             mlp.load_state_dict(candidate.state_dict())
-        elif refinement.is_kept:  # from its least on, the error grows on the way back
-            break
     return refinement
 
 
