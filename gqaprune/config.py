@@ -74,7 +74,8 @@ class PruningConfig:
             hidden states back to the dense model's.
         repair_everywhere: also refit blocks that lose nothing after the first one that does; needs a pull.
         repair_ridges: ridge strengths that each block chooses from, on held-out calibration windows.
-        repair_holdout: share of the calibration batches that are held out for that choice.
+        repair_holdout: share of the calibration batches that are held out for that choice and for how far
+            training goes.
         repair_bias: fit a bias too, where the family's checkpoints have a place for it.
         repair_epochs: passes over the calibration text in which each MLP, after least squares, is trained by itself
             towards the same targets, all its weights; no loss of the language model takes part. 0 leaves it out.
@@ -117,7 +118,7 @@ class PruningConfig:
     repair_ridges: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
     repair_holdout: float = 0.1
     repair_bias: bool = False
-    repair_epochs: int = 6
+    repair_epochs: int = 3
     repair_learning_rate: float = 0.01
 
     def __post_init__(self) -> None:

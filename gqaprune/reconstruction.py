@@ -246,7 +246,7 @@ def _repair_block(
     passages = walk.run_to(block, is_mlp_next=is_mlp_left and is_whole_attention, waits=waits)
     seen = _measure_block(model, block, columns, passages, options, memory, keep_tokens=refines)
     cut_block(model, plan, block, heads)
-    repair = _refit_block(block, seen, options, memory)
+    repair = _refit_block(block, seen, options, memory, spares_held=refines)
     if refines:
         mlp, is_normed = get_module(model, block.key), block.key.kind in family.output_norms
         refinement = refine_mlp(mlp, *seen.tokens, options.refinement, block.key.layer, is_normed)
@@ -338,10 +338,18 @@ def _measure_block(
     return _Seen((parts[0], parts[judged]), float(energies[judged]), (pairs[0], pairs[1]))
 
 
-def _refit_block(block: Block, seen: _Seen, options: RepairOptions, memory: Memory) -> BlockRepair:
+def _refit_block(block: Block, seen: _Seen, options: RepairOptions, memory: Memory, spares_held: bool) -> BlockRepair:
     """Write the best weights into a block that has been cut, those of rank 0 on every rank.
 
     Those of the best ridge, fitted on all windows; those of the cut where no ridge beats them.
+
+    Args:
+        block: the block, already cut.
+        seen: what it takes and should give.
+        options: what is free, and the ridges.
+        memory: for start and factor.
+        spares_held: fit without the held-out windows, for refinement is judged on them: weights that have seen them
+            would look better there than all that training makes of them.
     """
     linear, (fit, held) = block.output, seen.moments
     free = [linear.weight] if options.refit else []
@@ -361,7 +369,7 @@ def _refit_block(block: Block, seen: _Seen, options: RepairOptions, memory: Memo
     errors = {ridge: refit(start_DS, [fit], held, ridge, penalised, factor) for ridge in ridges}
     ridge, before = min(errors, key=errors.__getitem__), float(held.energy)
     if errors[ridge] < before:
-        for parts in ([fit, held], [fit]):  # all windows, unless what is stored were worse for them
+        for parts in [[fit]] if spares_held else [[fit, held], [fit]]:  # all, unless what is stored were worse for them
             if refit(start_DS, parts, held, ridge, penalised, factor, write) < before:
                 break
     rank, _ = get_rank_and_world_size()

@@ -3,7 +3,8 @@
 Least squares move the output projection alone. Here all of an MLP's weights move, by Adam on the squared error of its
 output: no loss of the language model, no labels, no backward pass through another block, one MLP's gradients at a time.
 How far to go from the weights it began with to those that training ended with is chosen on held-out tokens, for the end
-may fit the text it saw. Steps hold rank-own tokens, so that the weights differ a little between numbers of processes.
+may fit the text it saw; the weights it began with must not have seen them either. Steps hold rank-own tokens, so that
+the weights differ a little between numbers of processes.
 
 Sources: block-wise reconstruction, BRECQ (arXiv 2102.05426); of sparse language models, EBFT (arXiv 2402.12419).
 
@@ -54,7 +55,7 @@ class RefinementOptions:
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
-            raise ValueError(f"refinement's epochs must be at least 0, got {self.epochs}; 6 is a start")
+            raise ValueError(f"refinement's epochs must be at least 0, got {self.epochs}; 3 is a start")
         if not 0 < self.learning_rate <= 1:
             raise ValueError(
                 "refinement's learning rate must be above 0 and at most 1, a share of the weights' size, "
@@ -110,7 +111,7 @@ def refine_mlp(
     Args:
         mlp: the module, already cut.
         fit: tokens to train on.
-        held: tokens to judge on; those of `fit` if no rank has any.
+        held: tokens to judge on, which the module's weights have not seen; those of `fit` if no rank has any.
         options: how long and how fast.
         seed: of the order of the tokens.
         is_normed: whether the output passes a norm next: all tokens' relative errors count alike then.

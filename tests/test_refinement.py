@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_reconstruction import BATCHES, measure_divergence, plan_cut
+from test_reconstruction import BATCHES, measure_divergence, plan_cut, plan_one
 from test_surgery import make_plan
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from gqaprune.reconstruction import RepairOptions, apply_plan_with_repair
 from gqaprune.refinement import RefinementOptions, TokenPairs, refine_mlp
 from gqaprune.stages import Stages
 
-from tiny import make_model
+from tiny import make_model, make_tokens
 
 OPTIONS = RefinementOptions(epochs=40, learning_rate=0.03)
 
@@ -157,6 +157,21 @@ def test_refined_models_are_nearer_to_the_dense_one_than_refitted_ones(variant: 
     kinds = {repair.key.kind: repair.refinement is not None for repair in repairs}
     assert kinds == {"attention": False, "mlp": True}
     assert measure_divergence(refined, dense) < 0.9 * measure_divergence(refitted, dense)
+
+
+@pytest.mark.parametrize("refines", [True, False], ids=["refined", "refitted alone"])
+def test_windows_that_refinement_is_judged_on_take_no_part_in_the_fit_before_it(refines: bool) -> None:
+    """Where it follows: otherwise the refitted weights would look best there, whatever training makes of them."""
+    batches = [*BATCHES[:9], make_tokens(4, 30, seed=99)]  # the last one is held out
+    refinement = RefinementOptions(int(refines), 1e-9)  # which leaves the weights where they are
+    weights_DC = []
+    for own in (BATCHES, batches):
+        model = make_model()
+        options = RepairOptions(ridges=(0.1,), refinement=refinement)
+        (repair,) = apply_plan_with_repair(model, plan_one(model, (1, "mlp")), own, options)
+        assert repair.ridge == 0.1
+        weights_DC.append(model.model.layers[1].mlp.down_proj.weight)
+    assert torch.allclose(*weights_DC, rtol=0, atol=1e-7) == refines
 
 
 def test_layers_after_refined_mlps_get_what_these_give(variant: str, tmp_path: Path) -> None:
