@@ -56,7 +56,7 @@ GROWTH: Mapping[str, Sequence[int]] = {
 }
 WINDOW = 128
 CRITERIA = ("fisher", "obs")
-REPAIRS = {"least squares": 0, "least squares and refinement": 6}
+REPAIRS = {"least squares": 0, "least squares and refinement": gqaprune.PruningConfig().repair_epochs}
 """Name -> `repair_epochs`."""
 Seconds = dict[str, float]
 """By part of the work."""

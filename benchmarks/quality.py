@@ -54,10 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "attention_layers": [15, 30],
         "calibration": MIXED,
     },
-    "default, 192 windows of each, half the passes": {
-        "repair_epochs": 3,
-        "calibration": {"windows": 192, "sampled": 192},
-    },
+    "default, 192 windows of each": {"calibration": {"windows": 192, "sampled": 192}},
     "default, 96 windows of each": {"repair_holdout": 0.2, "calibration": {"windows": 96, "sampled": 96}},
     "default, a third of the text": {"calibration": THIRD},
     "default, a third of the text, none sampled": {"calibration": {"windows": 64}},

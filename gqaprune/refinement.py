@@ -161,7 +161,7 @@ def _train(mlp: nn.Module, fit: TokenPairs, limit: float, tokens: int, options: 
     device = fit.x_ND.device
     for step_N in _draw_steps(len(fit.x_ND), steps_per_epoch, options.epochs, seed):
         indexes_N = step_N.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=_multiplies_bfloat16(device)):
+        with _choose_products(device):
             output_ND = mlp(fit.x_ND.index_select(0, indexes_N).float())
         # The slope of the weighted squared error, whose value is not needed.
         slope_ND = output_ND.detach().float() - fit.y_ND.index_select(0, indexes_N)
@@ -185,7 +185,9 @@ def _measure_error(mlp: nn.Module, pairs: TokenPairs, limit: float) -> float:
     error = energy = 0.0
     for x_ND, y_ND in zip(pairs.x_ND.split(_CHUNK_TOKENS), pairs.y_ND.split(_CHUNK_TOKENS), strict=True):
         weight_N = _weigh(y_ND, limit)
-        error += float(weight_N @ (mlp(x_ND).float() - y_ND).square().sum(-1))
+        with _choose_products(x_ND.device):
+            output_ND = mlp(x_ND)
+        error += float(weight_N @ (output_ND.float() - y_ND).square().sum(-1))
         energy += float(weight_N @ y_ND.square().sum(-1))
     sums = _sum({"error": error, "energy": energy}, pairs)
     return sums["error"] / sums["energy"] if sums["energy"] > 0 else 0.0
@@ -193,6 +195,11 @@ def _measure_error(mlp: nn.Module, pairs: TokenPairs, limit: float) -> float:
 
 def _weigh(y_ND: Tensor, limit: float) -> Tensor:
     return (limit / y_ND.square().sum(-1)).nan_to_num(1.0).clamp(max=1)
+
+
+def _choose_products(device: torch.device) -> torch.autocast:
+    """Context of an MLP's forward: float32 modules multiply in bfloat16, too, where the hardware is faster in it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=_multiplies_bfloat16(device))
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
