@@ -119,7 +119,7 @@ class PruningConfig:
     repair_holdout: float = 0.1
     repair_bias: bool = False
     repair_epochs: int = 3
-    repair_learning_rate: float = 0.01
+    repair_learning_rate: float = 0.02
 
     def __post_init__(self) -> None:
         self._check_names()

@@ -51,7 +51,7 @@ class RefinementOptions:
     """
 
     epochs: int = 0
-    learning_rate: float = 0.01
+    learning_rate: float = 0.02
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
@@ -59,7 +59,7 @@ class RefinementOptions:
         if not 0 < self.learning_rate <= 1:
             raise ValueError(
                 "refinement's learning rate must be above 0 and at most 1, a share of the weights' size, "
-                f"got {self.learning_rate}; 0.01 is a start"
+                f"got {self.learning_rate}; 0.02 is a start"
             )
 
 
