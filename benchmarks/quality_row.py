@@ -20,7 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gqaprune
+from gqaprune import PruningPlan
 from gqaprune.architecture import count_layer_parameters, count_parameters, read_geometry
+from gqaprune.checkpoint import check_output_folder
 from gqaprune.corpora import Corpus
 from gqaprune.datamodules import TextDataModule
 from gqaprune.loading import load_model
@@ -34,8 +36,11 @@ def run_row(spec: Mapping[str, Any]) -> Result:
     """Prune as the spec says (see `quality.make_spec`) and measure on every test text.
 
     Raises:
-        ValueError: if the pruner or the measurement fails, with its reason.
+        ValueError: if the pruner or the measurement fails, with its reason; or, before either, if the folder to keep
+            the model in holds something else.
     """
+    if spec.get("keep"):
+        check_output_folder(Path(spec["keep"]))
     model, tokenizer = gqaprune.load(spec["model"], dtype="float32")
     tests = {name: read_test(tokenizer, test, spec["protocol"]) for name, test in spec["tests"].items()}
     dense_parameters = sum(count_layer_parameters(model))
@@ -49,9 +54,9 @@ def run_row(spec: Mapping[str, Any]) -> Result:
         if spec["method"] in PEERS:
             model, result = prune_by_peer(model, windows, spec)
         else:
-            result = prune_by_own(model, windows, spec)
+            plan, result = prune_by_own(model, windows, spec)
             if spec.get("keep"):
-                gqaprune.save(model, tokenizer, Path(spec["keep"]))
+                gqaprune.save(model, tokenizer, Path(spec["keep"]), plan)
     result["windows"] = {name: len(batches) for name, batches in tests.items()}
     result["perplexity"] = measure_perplexity(model, tests, spec["method"])
     decoder_parameters = sum(count_layer_parameters(model))
@@ -103,14 +108,14 @@ def shuffle(windows: Tensor) -> Tensor:
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
 
 
-def prune_by_own(model: PreTrainedModel, windows: Tensor, spec: Mapping[str, Any]) -> Result:
+def prune_by_own(model: PreTrainedModel, windows: Tensor, spec: Mapping[str, Any]) -> tuple[PruningPlan, Result]:
     """Prune in place with gqaprune."""
     calibration = spec["calibration"]
     config = gqaprune.PruningConfig(**spec["settings"], rate=spec["rate"])
     batches = list(windows.split(calibration["batch_size"]))
     start = time.perf_counter()
-    gqaprune.prune(model, batches, config, accumulate=calibration["accumulate"], seed=calibration["seed"])
-    return {"seconds": time.perf_counter() - start, "peak_rss": read_peak_rss()}
+    plan, _ = gqaprune.prune(model, batches, config, accumulate=calibration["accumulate"], seed=calibration["seed"])
+    return plan, {"seconds": time.perf_counter() - start, "peak_rss": read_peak_rss()}
 
 
 def prune_by_peer(

@@ -171,8 +171,8 @@ def prepare_pruned(spec: Mapping[str, Any]) -> Path:
     if not folder.exists():
         model, tokenizer = gqaprune.load(spec["model"], dtype="float32")
         windows = read_calibration(model, spec["model"], spec["pruning"]["calibration"])
-        prune_by_own(model, windows, spec["pruning"])
-        gqaprune.save(model, tokenizer, folder)
+        plan, _ = prune_by_own(model, windows, spec["pruning"])
+        gqaprune.save(model, tokenizer, folder, plan)
     return folder
 
 

@@ -180,6 +180,13 @@ def test_a_row_prunes_and_measures_a_tiny_model(tiny_folder: Path, tmp_path: Pat
     dense = quality_row.run_row(spec | {"method": "dense", "rate": 0.0})
     assert dense["rate_reached"] == 0 and dense["perplexity"] != result["perplexity"]
     json.dumps([result, dense])
+    kept = spec | {"keep": str(tmp_path / "kept")}
+    for _ in range(2):  # the second takes the place of the first
+        quality_row.run_row(kept)
+    assert load_model(tmp_path / "kept").num_parameters() == result["parameters"]
+    (tmp_path / "kept" / "plan.json").unlink()
+    with pytest.raises(ValueError, match="holds files that are not from an earlier run"):
+        quality_row.run_row(kept | {"model": "is not even loaded"})
 
 
 def test_the_floor_is_fitted_on_the_tested_windows(tiny_folder: Path, tmp_path: Path) -> None:
