@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                            # Llama-3-8B's shapes, then Qwen2.5-7B's
     python benchmarks/gpu.py --geometry qwen2.5-7b      # one of them has all the time
+    python benchmarks/gpu.py --geometry qwen2.5-7b --epochs 3 --seconds 1800      # with the default's refinement
     python benchmarks/gpu.py --device cpu --geometry tiny
 
 Weights (bfloat16) and text are random, 128 windows of 2,048 tokens in batches of 1; what is removed is the default's:
@@ -41,7 +42,7 @@ CAP = 24
 """GiB."""
 TEXT: Mapping[str, tuple[int, int]] = {"llama-3-8b": (128, 2048), "qwen2.5-7b": (128, 2048), "tiny": (4, 32)}
 """Geometry -> windows of calibration text, and tokens of each."""
-STAGES = ("weights", "scores of fisher", "scores of obs", "cut and least squares")
+STAGES = ("weights", "scores of fisher", "scores of obs", "cut and repair")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Row:
     outcome: str = "done"
 
 
-def run_stages(geometry: str, cap: int | None, device: str, report: Callable[[Row], None]) -> None:
+def run_stages(geometry: str, cap: int | None, device: str, epochs: int, report: Callable[[Row], None]) -> None:
     """Make a model, score, cut and repair it; report each stage once it has ended."""
 
     def attempt(stage: str, work: Callable[[], T]) -> T | None:
@@ -78,7 +79,7 @@ def run_stages(geometry: str, cap: int | None, device: str, report: Callable[[Ro
         report(Row(geometry, cap, stage, read_clock(device) - start, read_peak(device), outcome))
         return result
 
-    config = PruningConfig(repair_epochs=0)
+    config = PruningConfig(repair_epochs=epochs)
     model = attempt("weights", lambda: make_model(GEOMETRIES[geometry], torch.bfloat16, device))
     if model is None:
         return
@@ -103,10 +104,10 @@ def choose_units(model: PreTrainedModel, config: PruningConfig, scores: Scores) 
     return make_plan(model, blocks, scores, removed, config)
 
 
-def run_apart(geometry: str, cap: int | None, device: str, seconds: float) -> list[Row]:
+def run_apart(geometry: str, cap: int | None, device: str, epochs: int, seconds: float) -> list[Row]:
     """The same in a process of its own, which is ended after so many seconds; a row for every stage."""
     receiver, sender = get_context("spawn").Pipe(duplex=False)
-    process = get_context("spawn").Process(target=_work, args=(geometry, cap, device, sender))
+    process = get_context("spawn").Process(target=_work, args=(geometry, cap, device, epochs, sender))
     rows, end, outcome = [], time.monotonic() + seconds, "the process ended before"
     if seconds > 0:
         process.start()
@@ -125,11 +126,11 @@ def run_apart(geometry: str, cap: int | None, device: str, seconds: float) -> li
     return rows + [Row(geometry, cap, stage, outcome=outcome) for stage in STAGES[len(rows) :]]
 
 
-def _work(geometry: str, cap: int | None, device: str, sender: Connection) -> None:
+def _work(geometry: str, cap: int | None, device: str, epochs: int, sender: Connection) -> None:
     console.quiet = True
     if cap is not None:
         torch.cuda.set_per_process_memory_fraction(cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
-    run_stages(geometry, cap, device, sender.send)
+    run_stages(geometry, cap, device, epochs, sender.send)
 
 
 def build_line(row: Row) -> list[str]:
@@ -139,14 +140,14 @@ def build_line(row: Row) -> list[str]:
     return [row.stage, "none" if row.cap is None else f"{row.cap} GiB", seconds, peak, row.outcome]
 
 
-def describe(rows: Sequence[Row], device: str) -> str:
+def describe(rows: Sequence[Row], device: str, epochs: int) -> str:
     """The table of one geometry, as Markdown."""
     geometry = rows[0].geometry
     windows, length = TEXT[geometry]
     measured = "tensors of torch on the GPU" if device == "cuda" else "resident memory"
     about = (
         f"{geometry}'s shapes, random bfloat16 weights, {windows} windows of {length:,} random tokens, batch 1; 20 % "
-        "of the decoder in channels of the middle layers, least squares without refinement. "
+        f"of the decoder in channels of the middle layers; least squares, passes of refinement after them: {epochs}. "
         f"{describe_machine(device)}. Peak: {measured}, the model's own among it."
     )
     header = ["stage", "cap", "seconds", "peak GiB", "outcome"]
@@ -158,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--geometry", nargs="+", choices=list(TEXT), default=["llama-3-8b", "qwen2.5-7b"])
+    parser.add_argument("--epochs", type=int, default=0, help="of refinement, after least squares")
     parser.add_argument("--seconds", type=float, default=450, help="after which what has not ended is left out")
     parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
     options = parser.parse_args(arguments)
@@ -167,8 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for geometry in options.geometry:
         rows = []
         for cap in (None, CAP) if options.device == "cuda" else (None,):
-            rows += run_apart(geometry, cap, options.device, end - time.monotonic())
-        tables.append(describe(rows, options.device))
+            rows += run_apart(geometry, cap, options.device, options.epochs, end - time.monotonic())
+        tables.append(describe(rows, options.device, options.epochs))
         begin, finish = (f"<!-- gpu-{geometry}:{edge} -->" for edge in ("begin", "end"))
         splice(options.results, f"{begin}\n\n{tables[-1]}\n\n{finish}", begin, finish, f"On a GPU: {geometry}")
     print("\n\n".join(tables))

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 import gqaprune
 from gqaprune import PruningConfig
 from gqaprune.importance import score_units
+from gqaprune.outliers import find_outliers
 from gqaprune.perplexity import measure_perplexity
 from gqaprune.pipeline import prune
 from gqaprune.progress import console
@@ -102,6 +103,13 @@ def make_pruning(**settings: object) -> Line:
     return run
 
 
+def run_outliers(model: PreTrainedModel, batches: Batches) -> None:
+    """Look for units with massive activations; it reads so much text at most."""
+    find_outliers(model, select_blocks(model, PruningConfig()), batches)
+
+
+BY_SIZE = {"criterion": "l2", "protect_outliers": False}
+"""A choice that reads no text, so that what is timed is what follows it."""
 LINES: Mapping[str, Line] = {
     "forward": run_forward,
     "forward of one window": run_forward_of_one,
@@ -109,9 +117,10 @@ LINES: Mapping[str, Line] = {
     "score: fisher, activations recomputed": make_scoring("fisher", recomputes=True),
     "score: obs": make_scoring("obs"),
     "element-wise Taylor, gradients kept": keep_gradients,
-    "cut alone, by size": make_pruning(criterion="l2", repair="none"),
-    "cut and least squares": make_pruning(criterion="l2", repair_epochs=0),
-    "cut and repair as by default": make_pruning(criterion="l2"),
+    "outliers": run_outliers,
+    "cut alone": make_pruning(**BY_SIZE, repair="none"),
+    "cut and least squares": make_pruning(**BY_SIZE, repair_epochs=0),
+    "cut and repair": make_pruning(**BY_SIZE),
     "prune, without refinement": make_pruning(repair_epochs=0),
     "prune as by default": make_pruning(),
     "perplexity": run_perplexity,

@@ -39,7 +39,7 @@ from gqaprune.holding import hold_each
 from gqaprune.least_squares import Moments, refit
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import track
-from gqaprune.refinement import Refinement, RefinementOptions, TokenPairs, refine_mlp
+from gqaprune.refinement import Refinement, RefinementOptions, TokenPairs, refine_mlp, reserve_pairs
 from gqaprune.stages import Stage, Stages
 from gqaprune.surgery import apply_plan, check_plan, cut_block, list_kept_columns, write_shapes
 from gqaprune.walk import Passage, Walk
@@ -244,14 +244,17 @@ def _repair_block(
     waits = refines and block.key.kind not in family.scaled
     is_whole_attention = block.key.kind == "attention" and len(columns) == block.output.in_features
     passages = walk.run_to(block, is_mlp_next=is_mlp_left and is_whole_attention, waits=waits)
-    seen = _measure_block(model, block, columns, passages, options, memory, keep_tokens=refines)
+    tokens, mlp = None, get_module(model, block.key)
+    if refines:
+        tokens = reserve_pairs(walk.count_tokens(), block.inputs[0].linear.in_features, mlp)
+    seen = _measure_block(model, block, columns, passages, options, memory, tokens)
     cut_block(model, plan, block, heads)
     repair = _refit_block(block, seen, options, memory, spares_held=refines)
-    if refines:
-        mlp, is_normed = get_module(model, block.key), block.key.kind in family.output_norms
-        refinement = refine_mlp(mlp, *seen.tokens, options.refinement, block.key.layer, is_normed)
+    if tokens is not None:
+        is_normed = block.key.kind in family.output_norms
+        refinement = refine_mlp(mlp, *tokens, options.refinement, block.key.layer, is_normed)
         repair = replace(repair, refinement=refinement)
-    return repair, seen.tokens if waits else None
+    return repair, tokens if waits else None
 
 
 @dataclass(frozen=True)
@@ -261,12 +264,10 @@ class _Seen:
     Args:
         moments: of the free weights' inputs and of what the cut block lacks of its targets, all ranks' together.
         energy: `Σ ‖target‖²` on the windows that count when judging.
-        tokens: of the whole block, this rank's; empty unless it is refined.
     """
 
     moments: tuple[Moments, Moments]
     energy: float
-    tokens: tuple[TokenPairs, TokenPairs]
 
 
 def _measure_block(
@@ -276,7 +277,7 @@ def _measure_block(
     passages: Iterable[Passage],
     options: RepairOptions,
     memory: Memory,
-    keep_tokens: bool,
+    tokens: tuple[TokenPairs, TokenPairs] | None,
 ) -> _Seen:
     """Look at what a block that is still whole takes and gives.
 
@@ -287,7 +288,7 @@ def _measure_block(
         passages: of this rank's streams, with the dense model's hidden states after the block, unless there is no pull.
         options: what is free, and how far the target goes from the block's own output to those hidden states.
         memory: that keeps the moments.
-        keep_tokens: whether to keep inputs and targets, too.
+        tokens: room for this rank's inputs and targets, on streams to fit on and on held-out ones; None keeps none.
     """
     weight_DC, bias_D = block.output.weight, block.output.bias
     is_gone_C = torch.ones_like(weight_DC[0], dtype=torch.bool)
@@ -297,8 +298,7 @@ def _measure_block(
     inputs = (len(columns) if options.refit else 0) + options.bias
     parts = [Moments(inputs, len(weight_DC), memory) for _ in range(2)]
     energies = [torch.zeros_like(part.energy) for part in parts]
-    none = weight_DC.new_zeros(0, block.inputs[0].linear.in_features), gone_DC.new_zeros(0, len(weight_DC))
-    tokens = [[none], [none]]
+    done = [0, 0]
     for passage in passages:
         x_NC, target_ND = passage.x_BTC.flatten(0, 1).float(), passage.output_BTD.flatten(0, 1)
         if weight_DC.dtype != torch.float32:  # in which the output is rounded; some rows at a time are made wide
@@ -323,8 +323,11 @@ def _measure_block(
             energy_N /= size_N1[:, 0].double().square()
         parts[passage.is_held].add(x_NS, lacking_ND)
         energies[passage.is_held] += energy_N.sum()
-        if keep_tokens:
-            tokens[passage.is_held].append((passage.input_BTD.flatten(0, 1), target_ND))
+        if tokens is not None:
+            pairs, first = tokens[passage.is_held], done[passage.is_held]
+            done[passage.is_held] += len(target_ND)
+            pairs.x_ND[first : done[passage.is_held]] = passage.input_BTD.flatten(0, 1)
+            pairs.y_ND[first : done[passage.is_held]] = target_ND
     for part in parts:
         part.sum_across_ranks()
     add_across_ranks(energies, memory.device)
@@ -333,9 +336,8 @@ def _measure_block(
             f"{block.key}: the input or the target of its output projection is not finite on the calibration text: "
             "activations overflow; load the model with dtype bfloat16 or float32"
         )
-    pairs = [TokenPairs(*map(torch.cat, zip(*part, strict=True))) for part in tokens]
     judged = 1 if parts[1].gram.tokens > 0 else 0  # of one batch, none was held out
-    return _Seen((parts[0], parts[judged]), float(energies[judged]), (pairs[0], pairs[1]))
+    return _Seen((parts[0], parts[judged]), float(energies[judged]))
 
 
 def _refit_block(block: Block, seen: _Seen, options: RepairOptions, memory: Memory, spares_held: bool) -> BlockRepair:

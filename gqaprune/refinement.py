@@ -13,7 +13,7 @@ Axes in tensor names: N tokens of all samples, D hidden width.
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -27,6 +27,8 @@ _STEP_TOKENS = 1024
 """Tokens per step of Adam, all ranks together."""
 _CHUNK_TOKENS = 4096
 """Tokens per forward when measuring."""
+_TRAINING_BYTES = 18
+"""Of a parameter in training: float32 weight, gradient and two moments, and the weight in bfloat16 for products."""
 _WARM_UP = 0.05
 """Share of the steps."""
 _SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -89,11 +91,53 @@ class TokenPairs:
 
     Args:
         x_ND: inputs, in the model's type.
-        y_ND: targets, float32.
+        y_ND: targets, bfloat16 or float32; both on the MLP's device, or both in the host's memory.
     """
 
     x_ND: Tensor
     y_ND: Tensor
+
+    def take(self, tokens: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs, and targets in float32, of some tokens, on a device."""
+        if isinstance(tokens, Tensor):
+            tokens = tokens.to(self.x_ND.device)
+        return self.x_ND[tokens].to(device), self.y_ND[tokens].to(device).float()
+
+    def split(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same of all tokens, some at a time."""
+        for start in range(0, len(self.x_ND), _CHUNK_TOKENS):
+            yield self.take(slice(start, start + _CHUNK_TOKENS), device)
+
+
+def reserve_pairs(counts: tuple[int, int], width: int, mlp: nn.Module) -> tuple[TokenPairs, TokenPairs]:
+    """Room for an MLP's tokens: on its device if training has what it needs beside them, else in the host's memory.
+
+    Args:
+        counts: of tokens to fit on, and of held-out ones.
+        width: of inputs and targets, which are float32, of a bfloat16 model bfloat16.
+        mlp: the module, still whole.
+    """
+    parameters = list(mlp.parameters())
+    device, dtype = parameters[0].device, parameters[0].dtype
+    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    needed = sum(counts) * width * (dtype.itemsize + wide.itemsize)
+    needed += _TRAINING_BYTES * sum(parameter.numel() for parameter in parameters)
+    place = device if needed < _count_free_bytes(device) else torch.device("cpu")
+
+    def reserve(count: int) -> TokenPairs:
+        return TokenPairs(*(torch.empty(count, width, dtype=each, device=place) for each in (dtype, wide)))
+
+    return reserve(counts[0]), reserve(counts[1])
+
+
+def _count_free_bytes(device: torch.device) -> float:
+    """What this process may still take of a GPU's memory; of the host's, all."""
+    if device.type != "cuda":
+        return math.inf
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device)
+    allowed = total * torch.cuda.get_per_process_memory_fraction(device) - held
+    return min(free, allowed) + held - torch.cuda.memory_allocated(device)
 
 
 def refine_mlp(
@@ -119,31 +163,55 @@ def refine_mlp(
     Returns:
         The errors before and after. The module keeps its weights where the new ones are no better or not finite.
     """
-    judged = held if _sum({"tokens": float(len(held.x_ND))}, held)["tokens"] > 0 else fit
-    median = float(fit.y_ND.square().sum(-1).median()) if len(fit.y_ND) else 0.0
-    sums = _sum({"tokens": float(len(fit.y_ND)), "median": median * len(fit.y_ND)}, fit)
+    device = next(mlp.parameters()).device
+    energy_N = torch.cat([y_ND.square().sum(-1) for _, y_ND in fit.split(device)] or [torch.zeros(0, device=device)])
+    median = float(energy_N.median()) if len(energy_N) else 0.0
+    sums = _sum({"tokens": len(energy_N), "median": median * len(energy_N), "held": len(held.x_ND)}, device)
     limit = (_LEAST if is_normed else _MASSIVE) * sums["median"] / sums["tokens"]
+    judged = held if sums["held"] > 0 else fit
 
     before = _measure_error(mlp, judged, limit)
     trained = copy.deepcopy(mlp).float()
-    start = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     with torch.enable_grad():
-        _train(trained.requires_grad_(True), fit, limit, int(sums["tokens"]), options, seed)
-    end = trained.state_dict()
-    refinement, candidate = Refinement(before, before), copy.deepcopy(mlp)
+        _train(trained.requires_grad_(True), fit, energy_N, limit, int(sums["tokens"]), options, seed)
+    start, end = mlp.state_dict(), trained.state_dict()
+
+    def move(module: nn.Module, share: float) -> None:
+        module.load_state_dict({name: torch.lerp(start[name].float(), end[name], share) for name in start})
+
+    candidate, best, after = copy.deepcopy(mlp), 0.0, before
     for share in _SHARES:
-        candidate.load_state_dict({name: torch.lerp(start[name], end[name], share) for name in start})
+        move(candidate, share)
         error = _measure_error(candidate, judged, limit)  # judged as it will be stored
-        if error < refinement.error_after:
-            refinement = Refinement(before, error)
-            mlp.load_state_dict(candidate.state_dict())
-    return refinement
+        if error < after:
+            best, after = share, error
+    if best > 0:
+        move(mlp, best)
+    return Refinement(before, after)
 
 
-def _train(mlp: nn.Module, fit: TokenPairs, limit: float, tokens: int, options: RefinementOptions, seed: int) -> None:
-    """Adam; at every step each rank takes an equal share of its tokens, and gradients are added over ranks."""
-    weight_N = _weigh(fit.y_ND, limit)
-    energy = _sum({"energy": float(weight_N @ fit.y_ND.square().sum(-1))}, fit)["energy"]
+def _train(
+    mlp: nn.Module,
+    fit: TokenPairs,
+    energy_N: Tensor,
+    limit: float,
+    tokens: int,
+    options: RefinementOptions,
+    seed: int,
+) -> None:
+    """Adam; at every step each rank takes an equal share of its tokens, and gradients are added over ranks.
+
+    Args:
+        mlp: the module.
+        fit: this rank's tokens.
+        energy_N: the squares of their targets.
+        limit: square from which on a token weighs less.
+        tokens: how many all ranks have.
+        options: how long and how fast.
+        seed: of the order.
+    """
+    weight_N, device = _weigh(energy_N, limit), energy_N.device
+    energy = _sum({"energy": float(weight_N @ energy_N)}, device)["energy"]
     if energy == 0:
         return
     steps_per_epoch = max(1, tokens // _STEP_TOKENS)
@@ -158,14 +226,13 @@ def _train(mlp: nn.Module, fit: TokenPairs, limit: float, tokens: int, options: 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda step: min(1.0, (step + 1) / (_WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
     )
-    device = fit.x_ND.device
-    for step_N in _draw_steps(len(fit.x_ND), steps_per_epoch, options.epochs, seed):
-        indexes_N = step_N.to(device)
+    for step_N in _draw_steps(len(energy_N), steps_per_epoch, options.epochs, seed):
+        x_ND, y_ND = fit.take(step_N, device)
         with _choose_products(device):
-            output_ND = mlp(fit.x_ND.index_select(0, indexes_N).float())
+            output_ND = mlp(x_ND.float())
         # The slope of the weighted squared error, whose value is not needed.
-        slope_ND = output_ND.detach().float() - fit.y_ND.index_select(0, indexes_N)
-        slope_ND *= (2 * steps_per_epoch / energy) * weight_N[indexes_N, None]
+        slope_ND = output_ND.detach().float() - y_ND
+        slope_ND *= (2 * steps_per_epoch / energy) * weight_N[step_N.to(device), None]
         gradients = torch.autograd.grad(output_ND, list(parameters.values()), slope_ND.to(output_ND.dtype))
         for name, gradient in sum_across_ranks(dict(zip(parameters, gradients, strict=True))).items():
             parameters[name].grad = gradient
@@ -182,19 +249,20 @@ def _draw_steps(tokens: int, steps_per_epoch: int, epochs: int, seed: int) -> It
 
 @torch.no_grad()
 def _measure_error(mlp: nn.Module, pairs: TokenPairs, limit: float) -> float:
-    error = energy = 0.0
-    for x_ND, y_ND in zip(pairs.x_ND.split(_CHUNK_TOKENS), pairs.y_ND.split(_CHUNK_TOKENS), strict=True):
-        weight_N = _weigh(y_ND, limit)
-        with _choose_products(x_ND.device):
+    device, error, energy = next(mlp.parameters()).device, 0.0, 0.0
+    for x_ND, y_ND in pairs.split(device):
+        energy_N = y_ND.square().sum(-1)
+        weight_N = _weigh(energy_N, limit)
+        with _choose_products(device):
             output_ND = mlp(x_ND)
         error += float(weight_N @ (output_ND.float() - y_ND).square().sum(-1))
-        energy += float(weight_N @ y_ND.square().sum(-1))
-    sums = _sum({"error": error, "energy": energy}, pairs)
+        energy += float(weight_N @ energy_N)
+    sums = _sum({"error": error, "energy": energy}, device)
     return sums["error"] / sums["energy"] if sums["energy"] > 0 else 0.0
 
 
-def _weigh(y_ND: Tensor, limit: float) -> Tensor:
-    return (limit / y_ND.square().sum(-1)).nan_to_num(1.0).clamp(max=1)
+def _weigh(energy_N: Tensor, limit: float) -> Tensor:
+    return (limit / energy_N).nan_to_num(1.0).clamp(max=1)
 
 
 def _choose_products(device: torch.device) -> torch.autocast:
@@ -208,9 +276,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and is_faster_in_bfloat16()
 
 
-def _sum(values: dict[str, float], pairs: TokenPairs) -> dict[str, float]:
-    """Add numbers over ranks, on the device that tokens are on."""
-    tensors = {
-        name: torch.tensor(value, dtype=torch.float64, device=pairs.x_ND.device) for name, value in values.items()
-    }
+def _sum(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Add numbers over ranks, on the device that works."""
+    tensors = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in values.items()}
     return {name: float(value) for name, value in sum_across_ranks(tensors).items()}

@@ -56,6 +56,13 @@ class Walk:
         self._goals_BTD: dict[BlockKind, list[Tensor]] = {}
         self._attended_BTC: list[Tensor] = []
 
+    def count_tokens(self) -> tuple[int, int]:
+        """Of streams to fit on, and of held-out ones."""
+        counts = [0, 0]
+        for stream, is_held in zip(self._pruned, self.are_held, strict=True):
+            counts[is_held] += stream.hidden_BTD.shape[:2].numel()
+        return counts[0], counts[1]
+
     def branch_off(self) -> None:
         """Let the dense model go along from here: until now the two were one."""
         self._dense = [replace(stream) for stream in self._pruned]
@@ -140,7 +147,7 @@ class Walk:
         mlp = get_module(self.model, key)
         for stream, is_held in zip(self._pruned, self.are_held, strict=True):
             count = stream.hidden_BTD.shape[:2].numel()
-            x_ND = tokens[is_held].x_ND[done[is_held] :][:count]
+            x_ND = tokens[is_held].x_ND[done[is_held] :][:count].to(stream.hidden_BTD.device)
             done[is_held] += count
             output_BTD = mlp(x_ND.view_as(stream.hidden_BTD))
             stream.hidden_BTD = stream.hidden_BTD + compute_addition(self.model, key, output_BTD)

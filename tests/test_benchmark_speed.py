@@ -183,7 +183,7 @@ def test_growth_measures_every_part_at_every_size() -> None:
 
 def run_tiny(cap: int | None = None) -> list[gpu.Row]:
     rows: list[gpu.Row] = []
-    gpu.run_stages("tiny", cap, "cpu", rows.append)
+    gpu.run_stages("tiny", cap, "cpu", 1, rows.append)
     return rows
 
 
@@ -229,17 +229,20 @@ def test_the_plan_of_the_scores_removes_what_the_config_says() -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, 0.1])
 def test_what_time_left_out_says_so(seconds: float) -> None:
-    rows = gpu.run_apart("tiny", None, "cpu", seconds)
+    rows = gpu.run_apart("tiny", None, "cpu", 0, seconds)
     assert [(row.stage, row.outcome) for row in rows] == [(stage, "no time left") for stage in gpu.STAGES]
 
 
 def test_a_run_ends_with_its_table_which_results_have_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--device", "cpu", "--geometry", "tiny", "--results", str(tmp_path / "r.md")]) == 0
+    assert (
+        gpu.main(["--device", "cpu", "--geometry", "tiny", "--epochs", "1", "--results", str(tmp_path / "r.md")]) == 0
+    )
     text, printed = (tmp_path / "r.md").read_text(), capsys.readouterr().out.rstrip()
     lines = printed.splitlines()[-4:]
     assert [line.split(" | ")[0] for line in lines] == [f"| {stage}" for stage in gpu.STAGES]
     assert all(line.endswith("| done |") and line in text for line in lines)
     assert "<!-- gpu-tiny:begin -->" in text and "4 windows of 32 random tokens" in text
+    assert "refinement after them: 1." in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

@@ -11,7 +11,7 @@ from test_surgery import make_plan
 from torch import Tensor, nn
 
 from gqaprune.reconstruction import RepairOptions, apply_plan_with_repair
-from gqaprune.refinement import RefinementOptions, TokenPairs, refine_mlp
+from gqaprune.refinement import RefinementOptions, TokenPairs, _count_free_bytes, refine_mlp, reserve_pairs
 from gqaprune.stages import Stages
 
 from tiny import make_model, make_tokens
@@ -123,6 +123,44 @@ def test_bfloat16_stays_and_is_judged_as_stored() -> None:
     assert refine_mlp(mlp, fit, held, OPTIONS, seed=0).is_kept
     assert all(parameter.dtype == torch.bfloat16 for parameter in mlp.parameters())
     assert measure(mlp, held) < 0.5 * before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tokens_lie_on_the_mlps_device_if_training_has_room_beside_them(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlp, wide = make_mlp().to("meta", dtype), 2 if dtype == torch.bfloat16 else 4
+    width, weights = mlp.gate_proj.in_features, sum(parameter.numel() for parameter in mlp.parameters())
+    needed = 1200 * width * (dtype.itemsize + wide) + 18 * weights
+    for free, place in ((needed + 1, "meta"), (needed, "cpu")):
+        monkeypatch.setattr("gqaprune.refinement._count_free_bytes", lambda _, free=free: free)
+        for pairs, count in zip(reserve_pairs((1000, 200), width, mlp), (1000, 200), strict=True):
+            assert pairs.x_ND.shape == pairs.y_ND.shape == (count, width)
+            assert pairs.x_ND.device.type == pairs.y_ND.device.type == place
+            assert (pairs.x_ND.dtype, pairs.y_ND.dtype.itemsize) == (dtype, wide)
+
+
+@pytest.mark.parametrize(("free", "fraction", "left"), [(60, 1.0, 65), (3, 1.0, 8), (60, 0.3, 9)])
+def test_free_memory_of_a_gpu_is_what_the_card_and_the_cap_leave_and_what_torch_holds_unused(
+    free: int, fraction: float, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"mem_get_info": (free, 80), "get_per_process_memory_fraction": fraction}
+    for name, value in (facts | {"memory_reserved": 20, "memory_allocated": 15}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert _count_free_bytes(torch.device("cuda")) == left
+    assert _count_free_bytes(torch.device("cpu")) > 2**60
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_tokens_on_the_host_give_what_those_on_the_gpu_give() -> None:
+    weights = []
+    for place in ("cuda", "cpu"):
+        fit, held = make_pairs(make_mlp(), 2000, 1), make_pairs(make_mlp(), 500, 2)
+        mlp = move(make_mlp()).to("cuda")
+        fit, held = (TokenPairs(pairs.x_ND.to(place), pairs.y_ND.to(place)) for pairs in (fit, held))
+        assert refine_mlp(mlp, fit, held, OPTIONS, seed=0).is_kept
+        weights.append(mlp.down_proj.weight)
+    torch.testing.assert_close(*weights)
 
 
 def test_products_are_bfloat16_only_where_these_are_the_faster_ones(monkeypatch: pytest.MonkeyPatch) -> None:

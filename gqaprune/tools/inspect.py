@@ -221,8 +221,10 @@ def estimate_memory(
       of 1,024 tokens or one window at most, less where a micro-batch is several windows. Forward passes keep the
       hidden states of all windows; `n` is `N`, or 1 on one device; `W` bytes, `WORKSPACE`, are the most that Gram
       matrices and the work on them take on the device
-    - repair `b · (P + D) + 2 · b · H · c/n + H · (b + 4) · c/n + (20 + b) · M + min(W, 40 · C · (C + H))`: two streams
-      of hidden states, the tokens of one MLP, its float32 copies and optimizer, second moments with their factor
+    - repair `b · (P + D) + 4 · b · H · c/n + max(18 · M, b · Q · c/n) + min(W, 40 · C · (C + H))`: two streams of
+      hidden states, inputs and targets of one MLP, its float32 copies and optimizer or, before, what attention gave,
+      `Q` wide, and second moments with their factor. Inputs and targets, half of the second term, lie in the host's
+      memory where a GPU has less room
     - recovery: full `4b·P + a + l` (weights, gradients, two moments of AdamW), LoRA `b·P + 16·A + a + l`,
       distillation full, `b·P` of the teacher and `t · V · b` of its logits
     - DDP adds a copy of the gradients, `b·P` or `4·A`
@@ -251,7 +253,8 @@ def estimate_memory(
     def repair(share: float) -> float:
         own = calibration_tokens * share
         moments = min(WORKSPACE, 40 * channels * (channels + h))
-        return layer + own * h * (3 * b + 4) + (20 + b) * sizes.mlp_parameters + moments
+        attended = own * b * sizes.head_dim * max(sizes.query_head_range)
+        return layer + 4 * own * b * h + max(18 * sizes.mlp_parameters, attended) + moments
 
     def score(share: float, kept: float | None = scoring_keeps) -> float:
         forward = b * h * calibration_tokens * share + scored / sizes.layers + gram
