@@ -73,7 +73,8 @@ class PruningConfig:
         repair_pull: what least squares fit a block to, 0 to 1: at 0 its own output before the cut, at 1 what brings the
             hidden states back to the dense model's.
         repair_everywhere: also refit blocks that lose nothing after the first one that does; needs a pull.
-        repair_ridges: ridge strengths that each block chooses from, on held-out calibration windows.
+        repair_ridges: ridge strengths that each block chooses from, on held-out calibration windows, downhill from the
+            middle one.
         repair_holdout: share of the calibration batches that are held out for that choice and for how far
             training goes.
         repair_bias: fit a bias too, where the family's checkpoints have a place for it.

@@ -61,6 +61,26 @@ class Moments:
         return change_RS.mul_(weight_RS).sum()
 
 
+def search_downhill(ridges: Sequence[float], measure: Callable[[float], float]) -> None:
+    """Measure ridges from the middle one on until both neighbours of the best are worse: as a rule there is one valley.
+
+    Args:
+        ridges: to choose from, one or more.
+        measure: gives a ridge's error, infinite where it is too weak for a solution; called once for each.
+    """
+    ordered = sorted(set(ridges))
+    middle = len(ordered) // 2
+    start = measure(ordered[middle])
+    for others in (ordered[middle + 1 :], ordered[:middle][::-1]):
+        least = start
+        for ridge in others:
+            if (error := measure(ridge)) > least:
+                break
+            least = error
+        if least < start:
+            break
+
+
 def refit(
     start_DS: Tensor,
     parts: Sequence[Moments],

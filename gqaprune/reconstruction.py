@@ -36,7 +36,7 @@ from gqaprune.families import BlockKind, get_family
 from gqaprune.gates import freeze_parameters
 from gqaprune.gram import Memory, Panels, split_rows
 from gqaprune.holding import hold_each
-from gqaprune.least_squares import Moments, refit
+from gqaprune.least_squares import Moments, refit, search_downhill
 from gqaprune.plan import PruningPlan
 from gqaprune.progress import track
 from gqaprune.refinement import Refinement, RefinementOptions, TokenPairs, refine_mlp, reserve_pairs
@@ -53,7 +53,8 @@ class RepairOptions:
     """How blocks are repaired.
 
     Args:
-        ridges: ridge strengths to choose from, in units of the mean squared input of the kept columns.
+        ridges: ridge strengths to choose from, in units of the mean squared input of the kept columns; those on the way
+            downhill from the middle one are tried.
         holdout: share of the calibration batches that the choice is made on, between 0 and 1.
         pull: what a block is fitted to, 0 to 1: at 0, to its own output before the cut; at 1, to what brings the hidden
             states back to those of the dense model, which also makes up for the error of the layers before.
@@ -349,7 +350,7 @@ def _refit_block(block: Block, seen: _Seen, options: RepairOptions, memory: Memo
         block: the block, already cut.
         seen: what it takes and should give.
         options: what is free, and the ridges.
-        memory: for start and factor.
+        memory: for weights and factor.
         spares_held: fit without the held-out windows, for refinement is judged on them: weights that have seen them
             would look better there than all that training makes of them.
     """
@@ -367,18 +368,27 @@ def _refit_block(block: Block, seen: _Seen, options: RepairOptions, memory: Memo
     for own, part in zip(free, start_DS.split(widths, dim=1), strict=True):
         part.copy_(own)
     penalised, factor = sum(widths) - options.bias, Panels(sum(widths), memory)
-    ridges = options.ridges if options.refit else (0.0,)
-    errors = {ridge: refit(start_DS, [fit], held, ridge, penalised, factor) for ridge in ridges}
-    ridge, before = min(errors, key=errors.__getitem__), float(held.energy)
-    if errors[ridge] < before:
-        for parts in [[fit]] if spares_held else [[fit, held], [fit]]:  # all, unless what is stored were worse for them
-            if refit(start_DS, parts, held, ridge, penalised, factor, write) < before:
-                break
+    # Weights of the best ridge so far, and of the one that is tried. At an infinite one they stay as they are.
+    weights_DS = [memory.make_zeros(len(start_DS), sum(widths), start_DS.dtype) for _ in range(2)]
+    before, errors = float(held.energy), {float("inf"): float(held.energy)}
+
+    def measure(ridge: float) -> float:
+        error = refit(start_DS, [fit], held, ridge, penalised, factor, weights_DS[1].__setitem__)
+        if error < min(errors.values()):
+            weights_DS.reverse()
+        errors[ridge] = error
+        return error
+
+    search_downhill(options.ridges if options.refit else (0.0,), measure)
+    ridge, after = min(errors.items(), key=lambda item: item[1])
+    # All windows are better still, unless what is stored were worse for them.
+    if after < before and (
+        spares_held or refit(start_DS, [fit, held], held, ridge, penalised, factor, write) >= before
+    ):
+        write(slice(None), weights_DS[0])
     rank, _ = get_rank_and_world_size()
     for own in free:
         for rows in split_rows(*own.shape):
             own[rows] = sum_across_ranks({"weights": own[rows].double() * (rank == 0)})["weights"]
     scale = seen.energy or 1.0
-    if errors[ridge] >= before:
-        return BlockRepair(block.key, None, before / scale, before / scale)
-    return BlockRepair(block.key, ridge, before / scale, errors[ridge] / scale)
+    return BlockRepair(block.key, ridge if after < before else None, before / scale, after / scale)

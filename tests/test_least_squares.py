@@ -6,9 +6,10 @@ from torch import Tensor
 
 from gqaprune import gram
 from gqaprune.gram import Memory, Panels
-from gqaprune.least_squares import Moments, refit
+from gqaprune.least_squares import Moments, refit, search_downhill
 
 INPUTS, OUTPUTS = 13, 7
+INFINITE = float("inf")
 MEMORY = Memory(torch.device("cpu"))
 
 
@@ -81,3 +82,29 @@ def test_numbers_do_not_depend_on_the_panels(monkeypatch: pytest.MonkeyPatch) ->
     (error, weights), (other_error, other_weights) = found.values()
     assert error == pytest.approx(other_error, rel=1e-11)
     torch.testing.assert_close(weights, other_weights, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("errors", "measured"),
+    [
+        ([5, 4, 3, 2, 1], [3, 2, 1]),
+        ([1, 2, 3, 4, 5], [3, 4, 2, 1]),
+        ([5, 4, 3, 4, 5], [3, 4, 4]),
+        ([4, 2, 3, 4, 5], [3, 4, 2, 4]),
+        ([INFINITE, INFINITE, INFINITE, 2, 3], [INFINITE, 2, 3]),
+        ([INFINITE, INFINITE, INFINITE, INFINITE, 3], [INFINITE, INFINITE, 3]),
+        ([1, 2], [2, 1]),
+        ([1], [1]),
+    ],
+)
+def test_ridges_are_searched_from_the_middle_one_to_where_both_neighbours_are_worse(
+    errors: list[float], measured: list[float]
+) -> None:
+    by_ridge, seen = dict(zip((0.1, 0.2, 0.3, 0.4, 0.5), errors, strict=False)), []
+
+    def measure(ridge: float) -> float:
+        seen.append(by_ridge[ridge])
+        return by_ridge[ridge]
+
+    search_downhill(list(by_ridge)[::-1], measure)  # in any order
+    assert seen == measured
