@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gqaprune.reconstruction import RepairOptions, apply_plan_with_repair
 from gqaprune.refinement import RefinementOptions, TokenPairs, _count_free_bytes, refine_mlp, reserve_pairs
 from gqaprune.stages import Stages
+from gqaprune.surgery import apply_plan
 
 from tiny import make_model, make_tokens
 
@@ -210,6 +211,9 @@ def test_windows_that_refinement_is_judged_on_take_no_part_in_the_fit_before_it(
         assert repair.ridge == 0.1
         weights_DC.append(model.model.layers[1].mlp.down_proj.weight)
     assert torch.allclose(*weights_DC, rtol=0, atol=1e-7) == refines
+    cut = make_model()
+    apply_plan(cut, plan_one(cut, (1, "mlp")))
+    assert not torch.allclose(cut.model.layers[1].mlp.down_proj.weight, weights_DC[0], rtol=0, atol=1e-3)
 
 
 def test_layers_after_refined_mlps_get_what_these_give(variant: str, tmp_path: Path) -> None:
