@@ -381,11 +381,10 @@ def _refit_block(block: Block, seen: _Seen, options: RepairOptions, memory: Memo
 
     search_downhill(options.ridges if options.refit else (0.0,), measure)
     ridge, after = min(errors.items(), key=lambda item: item[1])
-    # All windows are better still, unless what is stored were worse for them.
-    if after < before and (
-        spares_held or refit(start_DS, [fit, held], held, ridge, penalised, factor, write) >= before
-    ):
+    if after < before:
         write(slice(None), weights_DS[0])
+        if not spares_held and refit(start_DS, [fit, held], held, ridge, penalised, factor, write) >= before:
+            write(slice(None), weights_DS[0])  # what is stored of the fit on all windows is worse for them
     rank, _ = get_rank_and_world_size()
     for own in free:
         for rows in split_rows(*own.shape):
