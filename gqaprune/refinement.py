@@ -27,7 +27,7 @@ _STEP_TOKENS = 1024
 """Tokens per step of Adam, all ranks together."""
 _CHUNK_TOKENS = 4096
 """Tokens per forward when measuring."""
-_TRAINING_BYTES = 18
+TRAINING_BYTES = 18
 """Of a parameter in training: float32 weight, gradient and two moments, and the weight in bfloat16 for products."""
 _WARM_UP = 0.05
 """Share of the steps."""
@@ -121,7 +121,7 @@ def reserve_pairs(counts: tuple[int, int], width: int, mlp: nn.Module) -> tuple[
     device, dtype = parameters[0].device, parameters[0].dtype
     wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     needed = sum(counts) * width * (dtype.itemsize + wide.itemsize)
-    needed += _TRAINING_BYTES * sum(parameter.numel() for parameter in parameters)
+    needed += TRAINING_BYTES * sum(parameter.numel() for parameter in parameters)
     place = device if needed < _count_free_bytes(device) else torch.device("cpu")
 
     def reserve(count: int) -> TokenPairs:

@@ -19,6 +19,7 @@ from gqaprune.loading import DTYPES, build_without_weights, load
 from gqaprune.losses import PIECE_LOGITS
 from gqaprune.outliers import Outliers, find_outliers
 from gqaprune.recovery import RecoveryConfig, list_projections
+from gqaprune.refinement import TRAINING_BYTES
 from gqaprune.replace import write_atomically
 from gqaprune.sources import load_config
 from gqaprune.tools.advice import write_advice
@@ -254,7 +255,7 @@ def estimate_memory(
         own = calibration_tokens * share
         moments = min(WORKSPACE, 40 * channels * (channels + h))
         attended = own * b * sizes.head_dim * max(sizes.query_head_range)
-        return layer + 4 * own * b * h + max(18 * sizes.mlp_parameters, attended) + moments
+        return layer + 4 * own * b * h + max(TRAINING_BYTES * sizes.mlp_parameters, attended) + moments
 
     def score(share: float, kept: float | None = scoring_keeps) -> float:
         forward = b * h * calibration_tokens * share + scored / sizes.layers + gram
