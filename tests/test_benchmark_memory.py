@@ -11,7 +11,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import memory
-from measuring import make_model
+from measuring import GEOMETRIES, make_model
+
+from gqaprune.cli import PruningCLI
+from gqaprune.tools.inspect import GIB, estimate_memory, read_sizes
 
 SHAPE = argparse.Namespace(hidden=192, width=3072, layers=8, vocabulary=512, tokens=64, calibration_tokens=128)
 
@@ -35,3 +38,25 @@ def test_every_cell_stands_beside_its_formula(tmp_path: Path, monkeypatch: pytes
     formula = memory.estimate_memory(memory.read_sizes(memory.make_shape(SHAPE)), 4, 2, 64, 128)["repair"]["ddp"]
     assert formula is not None
     assert f"| repair | ddp | {formula / 2**20:,.0f} | 3 | {3 * 2**20 / formula:.2f} |" in table
+
+
+@pytest.mark.parametrize(
+    ("base", "geometry"), [("llama3_8b", "llama-3-8b"), ("qwen2_5_7b_mlp_only", "qwen2.5-7b")], ids=str
+)
+def test_models_of_7b_and_8b_are_pruned_and_recovered_on_a_gpu_of_24_gib(
+    base: str, geometry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By formula, with a tenth to spare: in repair inputs and targets are then in the host's memory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["gqaprune"])
+    names = (f"{base}.yaml", "recovery/lora.yaml", "strategy/single_24gb_gpu.yaml")
+    files = [argument for name in names for argument in ("--config", str(ROOT / "configs" / name))]
+    config = PruningCLI(run=False, args=[*files, "--trainer.accelerator", "cpu"]).config
+    data, model, shape = config.data, config.model, GEOMETRIES[geometry]
+    tokens = (data.calibration_windows + data.sampled_windows) * data.calibration_window
+    micro = max(data.calibration_batch_size * data.calibration_window, data.batch_size * data.train_window)
+    needed = estimate_memory(read_sizes(shape), 2, 1, micro, tokens, model.gradient_checkpointing)
+    most = {work: needed[work]["one device"] or 0 for work in ("scoring", "repair", f"recovery, {model.recovery.mode}")}
+    assert model.recovery.mode == "lora" and most["repair"] > 0.9 * 24 * GIB
+    most["repair"] -= 2 * 2 * shape.hidden_size * tokens
+    assert all(size < 0.9 * 24 * GIB for size in most.values()), most
