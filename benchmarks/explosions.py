@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import gqaprune
-from gqaprune.architecture import BlockKey, find_blocks, get_layers
-from gqaprune.diagnosis import Diagnosis, build_diagnosis_table, diagnose
-from gqaprune.importance import Scores, score_units
-from gqaprune.outliers import find_outliers, protect_units
-from gqaprune.plan import PruningPlan
-from gqaprune.selection import keep_everything
-from gqaprune.surgery import apply_plan
-from gqaprune.windows import make_batches
+from gqaprune.data.windows import make_batches
+from gqaprune.evaluation.diagnosis import Diagnosis, build_diagnosis_table, diagnose
+from gqaprune.models.architecture import find_blocks, get_layers
+from gqaprune.plan import BlockKey, PruningPlan
+from gqaprune.planning.selection import keep_everything
+from gqaprune.scoring.outliers import find_outliers, protect_units
+from gqaprune.scoring.scores import Scores, score_units
+from gqaprune.surgery.cut import apply_plan
 
 WINDOW, CALIBRATION, HELD_OUT = 512, 16, 4
 TOO_LARGE = 8.0

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gqaprune
-from gqaprune.checkpoint import measure_weights, save
-from gqaprune.windows import read_windows
+from gqaprune.checkpoints.save import measure_weights, save
+from gqaprune.data.windows import read_windows
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- formats:begin -->", "<!-- formats:end -->"

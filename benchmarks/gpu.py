@@ -27,13 +27,13 @@ from quality_report import format_table, splice
 from transformers import PreTrainedModel
 
 from gqaprune import PruningConfig, PruningPlan
-from gqaprune.allocation import AllocationOptions
-from gqaprune.counts import bind_allocation
-from gqaprune.importance import Scores, combine_scores, score_units
-from gqaprune.progress import console
-from gqaprune.reconstruction import apply_plan_with_repair
-from gqaprune.selection import budget_blocks, make_plan, read_budget, select_blocks
-from gqaprune.tools.speed import read_clock, read_peak, start_peak
+from gqaprune.commands.speed import read_clock, read_peak, start_peak
+from gqaprune.common.console import console
+from gqaprune.planning.allocation import AllocationOptions
+from gqaprune.planning.counts import bind_allocation
+from gqaprune.planning.selection import budget_blocks, make_plan, read_budget, select_blocks
+from gqaprune.scoring.scores import Scores, combine_scores, score_units
+from gqaprune.surgery.repair import apply_plan_with_repair
 
 T = TypeVar("T")
 

@@ -23,11 +23,11 @@ from quality_report import format_table, save_figure, splice
 from transformers import LlamaConfig
 
 import gqaprune
-from gqaprune.architecture import find_blocks
-from gqaprune.importance import score_units
-from gqaprune.progress import console
-from gqaprune.reconstruction import apply_plan_with_repair
-from gqaprune.tools.speed import read_clock
+from gqaprune.commands.speed import read_clock
+from gqaprune.common.console import console
+from gqaprune.models.architecture import find_blocks
+from gqaprune.scoring.scores import score_units
+from gqaprune.surgery.repair import apply_plan_with_repair
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- growth:begin -->", "<!-- growth:end -->"

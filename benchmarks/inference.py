@@ -29,8 +29,8 @@ from quality_report import splice
 from transformers import PreTrainedModel
 
 import gqaprune
-from gqaprune.architecture import count_layer_parameters, read_geometry
-from gqaprune.tools.speed import read_peak, run, start_peak
+from gqaprune.commands.speed import read_peak, run, start_peak
+from gqaprune.models.architecture import count_layer_parameters, read_geometry
 
 HERE = Path(__file__).parent
 VARIANTS: Mapping[str, Mapping[str, Any]] = {

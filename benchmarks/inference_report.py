@@ -7,7 +7,7 @@ from statistics import median
 from measuring import describe_machine
 from quality_report import format_table
 
-from gqaprune.tools.speed import Run
+from gqaprune.commands.speed import Run
 
 
 @dataclass(frozen=True)

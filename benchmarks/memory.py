@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, PreTrainedModel
 
 from gqaprune import PruningConfig, load_model, load_sharded_model, prune
-from gqaprune.architecture import find_blocks
-from gqaprune.importance import score_units
+from gqaprune.commands.inspect import estimate_memory, read_sizes
+from gqaprune.common.console import console
+from gqaprune.models.architecture import find_blocks
 from gqaprune.module import CausalLMModule
-from gqaprune.progress import console
-from gqaprune.recovery import RecoveryConfig
-from gqaprune.tools.inspect import estimate_memory, read_sizes
+from gqaprune.scoring.scores import score_units
+from gqaprune.training.recovery import RecoveryConfig
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- memory:begin -->", "<!-- memory:end -->"

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from gqaprune.sources import find_tensors
+from gqaprune.models.sources import find_tensors
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- offload:begin -->", "<!-- offload:end -->"

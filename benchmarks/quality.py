@@ -28,10 +28,10 @@ from peers import PEERS, read_versions
 from quality_report import draw_gaps, draw_layers, print_tables, write_markdown
 
 import gqaprune
-from gqaprune.allocation import ALLOCATIONS
-from gqaprune.corpora import Corpus, read_corpus
-from gqaprune.importance import CRITERIA
-from gqaprune.replace import write_atomically
+from gqaprune.common.atomic_files import write_atomically
+from gqaprune.data.corpora import Corpus, read_corpus
+from gqaprune.planning.allocation import ALLOCATIONS
+from gqaprune.scoring.scores import CRITERIA
 
 HERE = Path(__file__).parent
 

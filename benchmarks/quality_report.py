@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
-from gqaprune.replace import write_atomically
+from gqaprune.common.atomic_files import write_atomically
 
 Row = Mapping[str, Any]
 

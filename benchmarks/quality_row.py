@@ -21,13 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gqaprune
 from gqaprune import PruningPlan
-from gqaprune.architecture import count_layer_parameters, count_parameters, read_geometry
-from gqaprune.checkpoint import check_output_folder
-from gqaprune.corpora import Corpus
+from gqaprune.checkpoints.save import check_output_folder
+from gqaprune.data.corpora import Corpus
+from gqaprune.data.windows import Batch, cut_windows, make_batches, sample_windows, tokenize_corpus
 from gqaprune.datamodules import TextDataModule
-from gqaprune.loading import load_model
-from gqaprune.perplexity import measure_perplexity
-from gqaprune.windows import Batch, cut_windows, make_batches, sample_windows, tokenize_corpus
+from gqaprune.evaluation.perplexity import measure_perplexity
+from gqaprune.models.architecture import count_layer_parameters, count_parameters, read_geometry
+from gqaprune.models.loading import load_model
 
 Result = dict[str, Any]
 

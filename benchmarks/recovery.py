@@ -23,8 +23,8 @@ from peers import read_versions
 from quality import METHODS, PROTOCOL, hash_corpus, hash_inputs, make_spec, name_tests, select_names, write_row
 from recovery_report import PRODUCTS, draw_points, draw_sweep, print_tables, write_markdown
 
-from gqaprune.corpora import Corpus
-from gqaprune.recovery import MODES, RecoveryConfig
+from gqaprune.data.corpora import Corpus
+from gqaprune.training.recovery import MODES, RecoveryConfig
 
 HERE = Path(__file__).parent
 

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gqaprune
 from gqaprune.callbacks import TaylorPruning
+from gqaprune.data.windows import Batch
 from gqaprune.datamodules import TextDataModule
+from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.module import CausalLMModule
-from gqaprune.perplexity import measure_perplexity
-from gqaprune.recovery import RecoveryConfig
-from gqaprune.windows import Batch
+from gqaprune.training.recovery import RecoveryConfig
 
 Result = dict[str, Any]
 HELD_OUT = 1 / 7

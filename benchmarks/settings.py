@@ -20,10 +20,10 @@ from measuring import describe_machine
 from quality import select_names
 from quality_report import format_table, splice
 
+from gqaprune.commands.speed import read_clock, read_peak, start_peak
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
-from gqaprune.recovery import RecoveryConfig
-from gqaprune.tools.speed import read_clock, read_peak, start_peak
+from gqaprune.training.recovery import RecoveryConfig
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- settings:begin -->", "<!-- settings:end -->"

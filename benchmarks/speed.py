@@ -27,14 +27,14 @@ from transformers import PreTrainedModel
 
 import gqaprune
 from gqaprune import PruningConfig
-from gqaprune.importance import score_units
-from gqaprune.outliers import find_outliers
-from gqaprune.perplexity import measure_perplexity
+from gqaprune.commands.speed import read_clock, read_peak, start_peak
+from gqaprune.common.console import console
+from gqaprune.data.windows import make_batches, read_windows
+from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.pipeline import prune
-from gqaprune.progress import console
-from gqaprune.selection import select_blocks
-from gqaprune.tools.speed import read_clock, read_peak, start_peak
-from gqaprune.windows import make_batches, read_windows
+from gqaprune.planning.selection import select_blocks
+from gqaprune.scoring.outliers import find_outliers
+from gqaprune.scoring.scores import score_units
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"

@@ -26,9 +26,9 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers import Trainer as TransformersTrainer
 
 import gqaprune
+from gqaprune.data.windows import read_windows
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
-from gqaprune.windows import read_windows
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- trainer-speed:begin -->", "<!-- trainer-speed:end -->"

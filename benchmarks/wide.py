@@ -22,13 +22,13 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 import gqaprune
-from gqaprune.architecture import find_blocks
-from gqaprune.importance import score_units
+from gqaprune.commands.speed import read_clock, read_peak, start_peak
+from gqaprune.common.console import console
+from gqaprune.models.architecture import find_blocks
 from gqaprune.plan import KeptUnits, PruningPlan
-from gqaprune.progress import console
-from gqaprune.reconstruction import apply_plan_with_repair
-from gqaprune.selection import keep_everything
-from gqaprune.tools.speed import read_clock, read_peak, start_peak
+from gqaprune.planning.selection import keep_everything
+from gqaprune.scoring.scores import score_units
+from gqaprune.surgery.repair import apply_plan_with_repair
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- wide:begin -->", "<!-- wide:end -->"

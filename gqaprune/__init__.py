@@ -6,15 +6,15 @@ for _name in ("torchao", "torch.utils._pytree"):
     # transformers imports torchao wherever it is, which then warns of kernels for hardware that is not there.
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-from gqaprune.checkpoint import save
-from gqaprune.config import PruningConfig
-from gqaprune.loading import load, load_model
-from gqaprune.loading_by_layer import load_offloaded_model, load_sharded_model
+from gqaprune.checkpoints.save import save
+from gqaprune.data.windows import read_windows
+from gqaprune.models.loading import load, load_model
+from gqaprune.models.tokenizer import load_tokenizer
 from gqaprune.pipeline import prune
+from gqaprune.placement.loading_by_layer import load_offloaded_model, load_sharded_model
 from gqaprune.plan import PruningPlan
-from gqaprune.surgery import apply_plan
-from gqaprune.tokenizer import load_tokenizer
-from gqaprune.windows import read_windows
+from gqaprune.planning.config import PruningConfig
+from gqaprune.surgery.cut import apply_plan
 
 __version__ = "0.1.0"
 

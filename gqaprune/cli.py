@@ -31,18 +31,18 @@ from gqaprune.callbacks import (
     SplitSearch,
     TaylorPruning,
 )
-from gqaprune.callbacks.pruning import get_run_folder
+from gqaprune.callbacks.lookup import get_run_folder
+from gqaprune.commands.compare import compare
+from gqaprune.commands.export import export
+from gqaprune.commands.inspect import inspect
+from gqaprune.commands.search import SearchSettings
+from gqaprune.common.atomic_files import check_can_be_folder
+from gqaprune.common.console import logger
+from gqaprune.common.cpu import avoid_illegal_instructions
+from gqaprune.common.run_log import RunLog
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
-from gqaprune.processor import avoid_illegal_instructions
-from gqaprune.progress import logger
-from gqaprune.replace import check_can_be_folder
-from gqaprune.resume import SHARDED, find_run, is_whole, read_plan, read_strategy
-from gqaprune.run_log import RunLog
-from gqaprune.tools.compare import compare
-from gqaprune.tools.export import export
-from gqaprune.tools.inspect import inspect
-from gqaprune.tools.search import SearchSettings
+from gqaprune.training.resume import SHARDED, find_run, is_whole, read_plan, read_strategy
 
 DESCRIPTIONS = {
     "fit": "Calibrate, prune, fine-tune, measure and save a model. Settings come from YAML files and the command line.",

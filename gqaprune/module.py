@@ -22,24 +22,25 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, get_scheduler
 
-from gqaprune.accumulation import count_optimizer_steps
-from gqaprune.architecture import get_layers
-from gqaprune.compilation import CompiledLayers
-from gqaprune.dense import find_dense
-from gqaprune.distillation import measure_distance, measure_divergence, measure_divergence_from_top
-from gqaprune.generation import continue_greedily
-from gqaprune.holding import are_layers_apart
-from gqaprune.loading import load_model
-from gqaprune.loading_by_layer import can_read_by_layer, load_offloaded_model, load_sharded_model
-from gqaprune.losses import measure_losses, measure_mean_loss
-from gqaprune.perplexity import Perplexity
+from gqaprune.checkpoints.origin import find_dense
+from gqaprune.data.windows import Batch
+from gqaprune.evaluation.generation import continue_greedily
+from gqaprune.evaluation.perplexity import Perplexity
+from gqaprune.models.architecture import get_layers
+from gqaprune.models.loading import load_model
+from gqaprune.models.losses import measure_losses, measure_mean_loss
+from gqaprune.models.wrapping import unwrap_model, unwrap_name
+from gqaprune.placement.fsdp import gather_state_dict, shard_model, wrap_model
+from gqaprune.placement.layer_store import are_layers_apart
+from gqaprune.placement.loading_by_layer import can_read_by_layer, load_offloaded_model, load_sharded_model
 from gqaprune.plan import PruningPlan
-from gqaprune.recovery import RecoveryConfig, add_adapters
-from gqaprune.resume import find_checkpoint
-from gqaprune.sharding import gather_state_dict, shard_model, unwrap_model, unwrap_name, wrap_model
-from gqaprune.surgery import apply_plan
-from gqaprune.teacher import CachedTeacher, Predictions, cache_teacher
-from gqaprune.windows import Batch
+from gqaprune.surgery.cut import apply_plan
+from gqaprune.training.accumulation import count_optimizer_steps
+from gqaprune.training.compilation import CompiledLayers
+from gqaprune.training.distillation import measure_distance, measure_divergence, measure_divergence_from_top
+from gqaprune.training.recovery import RecoveryConfig, add_adapters
+from gqaprune.training.resume import find_checkpoint
+from gqaprune.training.teacher import CachedTeacher, Predictions, cache_teacher
 
 
 class CausalLMModule(LightningModule):

@@ -7,10 +7,17 @@ from dataclasses import asdict, replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gqaprune.allocation import AllocationOptions
-from gqaprune.architecture import BlockKey, check_biases, describe_experts
-from gqaprune.config import PruningConfig
-from gqaprune.counts import (
+from gqaprune.common.distributed import check_same_on_all_ranks, get_rank_and_world_size
+from gqaprune.common.stage_cache import Stage, Stages
+from gqaprune.evaluation.perplexity import Evaluation, measure_perplexity
+from gqaprune.models.architecture import check_biases, describe_experts
+from gqaprune.placement.layer_store import get_layers_apart
+from gqaprune.placement.model_hash import hash_model, hash_tensors
+from gqaprune.plan import BlockKey, PruningPlan
+from gqaprune.planning.allocation import AllocationOptions
+from gqaprune.planning.allocation.steps import Spending, spend_share
+from gqaprune.planning.config import PruningConfig
+from gqaprune.planning.counts import (
     bind_allocation,
     check_goes_by_layer,
     check_reachable,
@@ -20,20 +27,21 @@ from gqaprune.counts import (
     measure_options,
     refine_counts,
 )
-from gqaprune.criteria.base import Scores
-from gqaprune.distributed import check_same_on_all_ranks, get_rank_and_world_size
-from gqaprune.holding import get_layers_apart
-from gqaprune.importance import check_finite_weights
-from gqaprune.likeness import check_likeness
-from gqaprune.perplexity import Evaluation, measure_perplexity
-from gqaprune.plan import PruningPlan
-from gqaprune.reconstruction import BlockRepair, apply_plan_with_repair
-from gqaprune.report import Outlier, Report, describe_model
-from gqaprune.selection import budget_blocks, keep_everything, make_plan, read_budget, score_blocks, select_blocks
-from gqaprune.sensitivity import Importance
-from gqaprune.stages import Stage, Stages, hash_model, hash_tensors
-from gqaprune.steps import Spending, spend_share
-from gqaprune.surgery import apply_plan
+from gqaprune.planning.selection import (
+    budget_blocks,
+    keep_everything,
+    make_plan,
+    read_budget,
+    score_blocks,
+    select_blocks,
+)
+from gqaprune.reporting.report import Outlier, Report, describe_model
+from gqaprune.scoring.criteria.base import Scores
+from gqaprune.scoring.scores import check_finite_weights
+from gqaprune.scoring.sensitivity import Importance
+from gqaprune.surgery.compatibility import check_likeness
+from gqaprune.surgery.cut import apply_plan
+from gqaprune.surgery.repair import BlockRepair, apply_plan_with_repair
 
 _HELD_OUT = "held-out calibration text"
 

@@ -10,12 +10,30 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, cast
 
-from gqaprune.replace import write_atomically
+from gqaprune.common.atomic_files import write_atomically
 
 PLAN_FILE = "plan.json"
 FORMAT = "gqaprune-plan/1"
+
+BlockKind = Literal["attention", "mlp"]
+
+
+class BlockKey(NamedTuple):
+    """Names one block: decoder layer and kind."""
+
+    layer: int
+    kind: BlockKind
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.kind}"
+
+    @classmethod
+    def parse(cls, text: str) -> "BlockKey":
+        """What `str` made."""
+        _, layer, kind = text.split()
+        return cls(int(layer), cast(BlockKind, kind))
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from gqaprune.allocation import ALLOCATIONS, AllocationOptions, BlockBudget, Budget, Removed
-from gqaprune.architecture import BlockKey
-from gqaprune.families import BlockKind
+from gqaprune.plan import BlockKey, BlockKind
+from gqaprune.planning.allocation import ALLOCATIONS, AllocationOptions, BlockBudget, Budget, Removed
 
 
 def allocate_by(name: str, **options: object) -> Callable[[Sequence[BlockBudget], Budget], Removed]:

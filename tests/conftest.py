@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from command import Run
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 import gqaprune
 from gqaprune.cli import main
-from gqaprune.processor import avoid_illegal_instructions
-from gqaprune.progress import console
+from gqaprune.common.console import console
+from gqaprune.common.cpu import avoid_illegal_instructions
 
+from command import Run
 from tiny import DATA, PLAIN, VARIANTS, WHOLE_ATTENTION, WHOLE_MLP, make_model, make_tokenizer, train_model
 
 avoid_illegal_instructions()

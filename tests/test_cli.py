@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import Run, read_scalars
 from transformers import AutoModelForCausalLM
 
 from gqaprune.cli import PruningCLI, main, spell_out
+from gqaprune.common.console import console
+from gqaprune.data.sampling import sample_from_model
 from gqaprune.plan import PruningPlan
-from gqaprune.progress import console
-from gqaprune.sampling import sample_from_model
-from gqaprune.surgery import apply_plan
+from gqaprune.surgery.cut import apply_plan
+
+from command import Run, read_scalars
 
 
 def test_written_config_repeats_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +151,7 @@ def test_search_goes_on_with_what_its_folder_holds_and_refuses_what_is_of_anothe
     assert run("search", *arguments) == 0
     first = Path("found/search.json").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr("gqaprune.selection.score_units", lambda *_: pytest.fail("scored again"))
+        patch.setattr("gqaprune.planning.selection.score_units", lambda *_: pytest.fail("scored again"))
         assert run("search", *arguments) == 0
     assert Path("found/search.json").read_text() == first
     assert run("search", *arguments, "--data.seed", "3") == 1

@@ -5,13 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
-from command import Run, read_scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from transformers import AutoModelForCausalLM
 
+from gqaprune.common.console import console
 from gqaprune.plan import PruningPlan
-from gqaprune.progress import console
+
+from command import Run, read_scalars
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from command import Run
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -19,9 +18,10 @@ from lightning.pytorch.strategies import (
 )
 
 from gqaprune.cli import check_checkpoint
-from gqaprune.gates import compute_gate_gradients
-from gqaprune.selection import keep_everything
+from gqaprune.models.gates import compute_gate_gradients
+from gqaprune.planning.selection import keep_everything
 
+from command import Run
 from tiny import make_model, make_tokenizer
 
 DENSE = "lightning_logs/unfinished/perplexity-dense.stage"
@@ -151,7 +151,7 @@ def test_nan_scores_stop_with_the_block(
         gradients[1, "attention"][0, 1] = float("inf")
         return gradients, losses
 
-    monkeypatch.setattr("gqaprune.criteria.gates.compute_gate_gradients", spoil)
+    monkeypatch.setattr("gqaprune.scoring.criteria.gates.compute_gate_gradients", spoil)
     assert run("fit") == 1
     assert "layer 1 attention: 1 of 2 scores are NaN or infinite (first: unit 1)" in capsys.readouterr().err
     assert list_files() == [DENSE]
@@ -166,7 +166,7 @@ def test_interrupt_during_calibration_leaves_nothing_half_written(run: Run, monk
             raise KeyboardInterrupt
         return compute_gate_gradients(*arguments)
 
-    monkeypatch.setattr("gqaprune.criteria.gates.compute_gate_gradients", interrupt)
+    monkeypatch.setattr("gqaprune.scoring.criteria.gates.compute_gate_gradients", interrupt)
     assert run("fit", "--export.folder", "out") == 128 + signal.SIGINT
     assert len(calls) == 3
     assert list_files() == [DENSE]

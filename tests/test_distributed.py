@@ -15,23 +15,23 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gqaprune
-from gqaprune.architecture import find_blocks
-from gqaprune.distributed import check_same_on_all_ranks
-from gqaprune.importance import CRITERIA, score_units
-from gqaprune.perplexity import measure_perplexity
+from gqaprune.common.distributed import check_same_on_all_ranks
+from gqaprune.data.sampling import sample_from_model
+from gqaprune.data.windows import make_batches
+from gqaprune.evaluation.perplexity import measure_perplexity
+from gqaprune.models.architecture import find_blocks
+from gqaprune.models.sources import find_tensors
 from gqaprune.plan import PruningPlan
-from gqaprune.reconstruction import apply_plan_with_repair
-from gqaprune.sampling import sample_from_model
-from gqaprune.selection import make_plan
-from gqaprune.sensitivity import SENSITIVITIES
-from gqaprune.sources import find_tensors
-from gqaprune.windows import make_batches
+from gqaprune.planning.selection import make_plan
+from gqaprune.scoring.scores import CRITERIA, score_units
+from gqaprune.scoring.sensitivity import SENSITIVITIES
+from gqaprune.surgery.repair import apply_plan_with_repair
 
 from tiny import make_model, make_tokenizer, make_tokens
 
 SCRIPT = """
 import os, signal
-import gqaprune.reconstruction
+import gqaprune.surgery.repair
 from gqaprune.cli import main
 from gqaprune.module import CausalLMModule
 def stop(owner, name, calls):
@@ -43,7 +43,7 @@ def stop(owner, name, calls):
         return function(*arguments)
     setattr(owner, name, call)
 stop(CausalLMModule, "training_step", int(os.environ["STEPS"]))
-stop(gqaprune.reconstruction, "refine_mlp", int(os.environ["REPAIRS"]))
+stop(gqaprune.surgery.repair, "refine_mlp", int(os.environ["REPAIRS"]))
 raise SystemExit(main())
 """
 """The command, in a file that Lightning starts other ranks from; ranks kill themselves after so many calls."""

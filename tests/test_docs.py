@@ -14,7 +14,7 @@ import yaml
 
 import gqaprune
 from gqaprune.cli import TOOLS, PruningCLI, _make_tool_parser, main, spell_out
-from gqaprune.config import PruningConfig
+from gqaprune.planning.config import PruningConfig
 
 from tiny import DATA, make_tokenizer
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_surgery import make_plan
 
 from gqaprune import PruningConfig, load_model, prune
-from gqaprune.architecture import find_blocks, read_geometry
-from gqaprune.checkpoint import save
-from gqaprune.reconstruction import RepairOptions, apply_plan_with_repair
-from gqaprune.report import build_table
-from gqaprune.surgery import apply_plan
+from gqaprune.checkpoints.save import save
+from gqaprune.models.architecture import find_blocks, read_geometry
+from gqaprune.reporting.report import build_table
+from gqaprune.surgery.cut import apply_plan
+from gqaprune.surgery.repair import RepairOptions, apply_plan_with_repair
 
+from cuts import make_plan
 from tiny import WHOLE_MLP, make_model, make_tokens
 
 BATCHES = [make_tokens(4, 30, seed=seed) for seed in range(6)]

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoint import EVEN, UNEVEN, make_pruned
-from test_surgery import make_plan
 
-from gqaprune.checkpoint import save
+from gqaprune.checkpoints.save import save
 from gqaprune.cli import main
 
+from cuts import EVEN, UNEVEN, make_plan, make_pruned
 from tiny import make_model, make_tokenizer
 
 

@@ -30,13 +30,14 @@ def list_core() -> list[str]:
 
 def test_core_imports_without_lightning() -> None:
     core = list_core()
-    assert {"gqaprune.pipeline", "gqaprune.checkpoint", "gqaprune.tools.compare"} < set(core)
+    assert {"gqaprune.pipeline", "gqaprune.checkpoints.save", "gqaprune.commands.compare"} < set(core)
     done = subprocess.run([sys.executable, "-c", SCRIPT, *core], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
-    ("module", "siblings"), [("plan", {"gqaprune.replace"}), ("replace", {"gqaprune.processes"}), ("processes", set())]
+    ("module", "siblings"),
+    [("plan", {"gqaprune.common.atomic_files"}), ("replace", {"gqaprune.common.processes"}), ("processes", set())],
 )
 def test_the_plan_needs_files_and_nothing_else(module: str, siblings: set[str]) -> None:
     tree = ast.parse(inspect.getsource(importlib.import_module(f"gqaprune.{module}")))

@@ -11,12 +11,12 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 
 import gqaprune
-from gqaprune.architecture import count_parameters
 from gqaprune.callbacks import TaylorPruning
 from gqaprune.datamodules import TextDataModule
+from gqaprune.evaluation.perplexity import measure_perplexity
+from gqaprune.models.architecture import count_parameters
 from gqaprune.module import CausalLMModule
-from gqaprune.perplexity import measure_perplexity
-from gqaprune.recovery import RecoveryConfig
+from gqaprune.training.recovery import RecoveryConfig
 
 from tiny import PLAIN, make_model, make_plain, make_tokenizer
 

@@ -10,13 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from gqaprune import PruningConfig, apply_plan, prune
-from gqaprune.architecture import count_layer_parameters, count_parameters, find_blocks, read_geometry
-from gqaprune.checkpoint import choose_format
-from gqaprune.importance import score_units
+from gqaprune.checkpoints.save import choose_format
+from gqaprune.common.stage_cache import Stages
+from gqaprune.data.windows import make_batches
+from gqaprune.models.architecture import count_layer_parameters, count_parameters, find_blocks, read_geometry
 from gqaprune.pipeline import Pruner
 from gqaprune.plan import KeptUnits, PruningPlan
-from gqaprune.stages import Stages
-from gqaprune.windows import make_batches
+from gqaprune.scoring.scores import score_units
 
 from tiny import make_model, make_plain, make_tokens
 
@@ -201,7 +201,7 @@ def test_every_step_scores_what_the_one_before_left(monkeypatch: pytest.MonkeyPa
         seen.append(sum(count_layer_parameters(model)))
         return score_units(model, *arguments)
 
-    monkeypatch.setattr("gqaprune.selection.score_units", score)
+    monkeypatch.setattr("gqaprune.planning.selection.score_units", score)
     model = make_model("llama", kv_heads=4, channels=60)
     dense = sum(count_layer_parameters(model))
     prune(model, BATCHES, make_plain(rate=0.3, allocation="global", steps=3))
@@ -343,6 +343,6 @@ def test_scores_of_the_last_cut_stay_with_the_pruner_and_are_read_back_with_its_
 def test_biases_without_a_place_are_refused_before_anything_is_scored(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gqaprune.selection.score_units", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr("gqaprune.planning.selection.score_units", lambda *_: pytest.fail("scored"))
     with pytest.raises(ValueError, match="qwen2 checkpoints have no place for a bias of .*; repair without bias"):
         prune(make_model("qwen2"), BATCHES, make_plain(rate=0.2, **settings))

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_surgery import gate_logits
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import gqaprune
 from gqaprune import PruningPlan, apply_plan, prune, read_windows
-from gqaprune.architecture import read_geometry
-from gqaprune.corpora import parse_corpus
-from gqaprune.perplexity import measure_perplexity
+from gqaprune.data.corpora import parse_corpus
+from gqaprune.data.windows import Batch, cut_windows, make_batches, tokenize_corpus
+from gqaprune.evaluation.perplexity import measure_perplexity
+from gqaprune.models.architecture import read_geometry
 from gqaprune.plan import KeptUnits
-from gqaprune.windows import Batch, cut_windows, make_batches, tokenize_corpus
 
+from cuts import gate_logits
 from tiny import make_plain
 
 

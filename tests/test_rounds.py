@@ -9,11 +9,11 @@ from lightning.pytorch import Callback, Trainer
 from test_module import fast_optimizer, make_data, make_trainer
 
 from gqaprune import load_model
-from gqaprune.architecture import count_layer_parameters, find_blocks
 from gqaprune.callbacks import CheckpointExport, TaylorPruning
+from gqaprune.common.console import console
+from gqaprune.models.architecture import count_layer_parameters, find_blocks
 from gqaprune.module import CausalLMModule
-from gqaprune.progress import console
-from gqaprune.recovery import RecoveryConfig
+from gqaprune.training.recovery import RecoveryConfig
 
 from tiny import PLAIN, make_tokens
 
@@ -196,7 +196,7 @@ def test_every_round_compiles_the_layers_that_it_trains(
     compile_by = torch.compile
     monkeypatch.setattr("torch.compile", lambda call: compile_by(call, backend=count))
     monkeypatch.setattr("torch._dynamo.config.recompile_limit", 3)  # as many as there are layers, which differ
-    monkeypatch.setattr("gqaprune.compilation.max", lambda *_: 3, raising=False)
+    monkeypatch.setattr("gqaprune.training.compilation.max", lambda *_: 3, raising=False)
     compiled = []
     for rounds in (1, 2):
         graphs.clear()

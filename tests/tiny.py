@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Exaone4Config,
     Gemma2Config,
@@ -200,3 +201,15 @@ def make_pattern(batch: int = 4, length: int = 24) -> torch.Tensor:
     for _ in range(length - 1):
         tokens.append((5 * tokens[-1] + 3) % 64)
     return torch.stack(tokens, dim=1)
+
+
+def make_unknown(family: str, **settings: Any) -> PreTrainedModel:
+    shapes = {"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    sizes = {"vocab_size": 260, "intermediate_size": 20, "num_hidden_layers": 3, "max_position_embeddings": 64}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**shapes, **sizes, **tokens, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model.eval()

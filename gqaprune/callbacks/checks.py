@@ -9,12 +9,12 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
-from gqaprune.config import PruningConfig
-from gqaprune.counts import check_goes_by_layer
 from gqaprune.datamodules import TextDataModule
-from gqaprune.holding import LayersApart
+from gqaprune.models.sources import load_config
 from gqaprune.module import CausalLMModule
-from gqaprune.sources import load_config
+from gqaprune.placement.layer_store import LayersApart
+from gqaprune.planning.config import PruningConfig
+from gqaprune.planning.counts import check_goes_by_layer
 
 
 def check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfig) -> None:

@@ -6,8 +6,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
-from gqaprune.checkpoint import (
+from gqaprune.callbacks.lookup import get_parts, get_run_folder
+from gqaprune.callbacks.pruning import TaylorPruning
+from gqaprune.checkpoints.save import (
     SHARD_SIZE,
     check_output_folder,
     check_shard_size,
@@ -15,13 +16,13 @@ from gqaprune.checkpoint import (
     choose_format,
     save,
 )
+from gqaprune.common.console import console
 from gqaprune.datamodules import TextDataModule
-from gqaprune.holding import are_layers_apart
+from gqaprune.models.sources import load_config
 from gqaprune.module import CausalLMModule
+from gqaprune.placement.layer_store import are_layers_apart
 from gqaprune.plan import PruningPlan, find_plan
-from gqaprune.progress import console
-from gqaprune.selection import check_equal_counts
-from gqaprune.sources import load_config
+from gqaprune.planning.selection import check_equal_counts
 
 
 class CheckpointExport(Callback):

@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gqaprune.callbacks.pruning import get_parts, get_pruning, get_run_folder
+from gqaprune.callbacks.lookup import get_parts, get_run_folder
+from gqaprune.callbacks.pruning import get_pruning
+from gqaprune.common.atomic_files import write_atomically
+from gqaprune.common.console import console
 from gqaprune.datamodules import TextDataModule
-from gqaprune.diagnosis import Diagnosis, build_diagnosis_table, diagnose
-from gqaprune.holding import are_layers_apart
+from gqaprune.evaluation.diagnosis import Diagnosis, build_diagnosis_table, diagnose
+from gqaprune.evaluation.perplexity import measure_perplexity
+from gqaprune.models.sources import load_config
+from gqaprune.models.wrapping import is_split
 from gqaprune.module import CausalLMModule
-from gqaprune.perplexity import measure_perplexity
+from gqaprune.placement.layer_store import are_layers_apart
 from gqaprune.plan import PLAN_FILE
-from gqaprune.progress import console
-from gqaprune.replace import write_atomically
-from gqaprune.report import REPORT_FILE, Report
-from gqaprune.sharding import is_split
-from gqaprune.sources import load_config
+from gqaprune.reporting.report import REPORT_FILE, Report
 
 GUARD_FILE = "guard.json"
 

@@ -7,17 +7,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gqaprune.callbacks.pruning import get_parts, get_run_folder
+from gqaprune.callbacks.lookup import get_parts, get_run_folder
+from gqaprune.checkpoints.origin import find_dense
+from gqaprune.common.console import console, track
 from gqaprune.datamodules import TextDataModule
-from gqaprune.dense import find_dense
-from gqaprune.generation import continue_greedily, measure_text_perplexity, split_continuation
-from gqaprune.judgement import MeasuredText, measure_text
+from gqaprune.evaluation.generation import continue_greedily, measure_text_perplexity, split_continuation
+from gqaprune.evaluation.judgement import MeasuredText, measure_text
+from gqaprune.evaluation.predictions import Comparison, Predictions, render_predictions
+from gqaprune.models.sources import load_config
+from gqaprune.models.tokenizer import check_tokenizer
+from gqaprune.models.wrapping import is_split
 from gqaprune.module import CausalLMModule
-from gqaprune.predictions import Comparison, Predictions, render_predictions
-from gqaprune.progress import console, track
-from gqaprune.sharding import is_split
-from gqaprune.sources import load_config
-from gqaprune.tokenizer import check_tokenizer
 
 PREDICTIONS_FILE = "predictions.json"
 

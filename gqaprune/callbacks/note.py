@@ -6,10 +6,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gqaprune.callbacks.pruning import get_parts, get_run_folder
+from gqaprune.callbacks.lookup import get_parts, get_run_folder
+from gqaprune.common.processes import name_process
 from gqaprune.module import list_checkpoint_folders
-from gqaprune.processes import name_process
-from gqaprune.resume import RunNote
+from gqaprune.training.resume import RunNote
 
 
 class KeepRunNote(Callback):

@@ -8,11 +8,12 @@ from lightning.pytorch import LightningModule, Trainer
 
 from gqaprune.callbacks.guard import PerplexityGuard
 from gqaprune.callbacks.judge import PredictionJudge
-from gqaprune.callbacks.pruning import TaylorPruning, get_parts, get_run_folder
+from gqaprune.callbacks.lookup import get_parts, get_run_folder
+from gqaprune.callbacks.pruning import TaylorPruning
 from gqaprune.callbacks.samples import SampleGenerations
-from gqaprune.page import PAGE_FILE, Page, Sample, build_page
-from gqaprune.provenance import get_command, get_versions
-from gqaprune.replace import write_atomically
+from gqaprune.common.atomic_files import write_atomically
+from gqaprune.common.provenance import get_command, get_versions
+from gqaprune.reporting.page import PAGE_FILE, Page, Sample, build_page
 
 
 def write_page(trainer: Trainer, pl_module: LightningModule, state: str, began: datetime) -> Path:

@@ -5,12 +5,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
-from gqaprune.accumulation import go_back_to_step, validate_between_steps
 from gqaprune.callbacks.checks import (
     check_apart,
     check_compile,
@@ -20,22 +18,24 @@ from gqaprune.callbacks.checks import (
     check_sharded,
     check_teacher,
 )
-from gqaprune.config import PruningConfig
-from gqaprune.criteria.base import Scores
+from gqaprune.callbacks.lookup import get_parts
+from gqaprune.common.console import console
+from gqaprune.common.stage_cache import Stages
 from gqaprune.datamodules import TextDataModule
-from gqaprune.holding import LayersApart, move_model
-from gqaprune.loading_by_layer import can_read_by_layer
+from gqaprune.models.tokenizer import check_tokenizer
 from gqaprune.module import CausalLMModule
-from gqaprune.offload import LayersOnDisk
 from gqaprune.pipeline import Pruner
-from gqaprune.progress import console
-from gqaprune.report import Report
-from gqaprune.resume import UNFINISHED
-from gqaprune.sensitivity import Importance
-from gqaprune.splitting import SplitLayers
-from gqaprune.stages import Stages
-from gqaprune.steps import Spending
-from gqaprune.tokenizer import check_tokenizer
+from gqaprune.placement.disk_store import LayersOnDisk
+from gqaprune.placement.layer_store import LayersApart, move_model
+from gqaprune.placement.loading_by_layer import can_read_by_layer
+from gqaprune.placement.sharded_store import SplitLayers
+from gqaprune.planning.allocation.steps import Spending
+from gqaprune.planning.config import PruningConfig
+from gqaprune.reporting.report import Report
+from gqaprune.scoring.criteria.base import Scores
+from gqaprune.scoring.sensitivity import Importance
+from gqaprune.training.accumulation import go_back_to_step, validate_between_steps
+from gqaprune.training.resume import UNFINISHED
 
 
 class TaylorPruning(GradientAccumulationScheduler):
@@ -254,33 +254,7 @@ class TaylorPruning(GradientAccumulationScheduler):
         return pruner
 
 
-def get_parts(trainer: Trainer, pl_module: LightningModule) -> tuple[CausalLMModule, TextDataModule]:
-    """The module and the streams, checked.
-
-    Raises:
-        ValueError: if they are not gqaprune's.
-    """
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(pl_module, CausalLMModule) or not isinstance(data, TextDataModule):
-        raise ValueError(
-            "gqaprune's callbacks need trainer.fit(CausalLMModule(...), datamodule=TextDataModule(...)), got "
-            f"{type(pl_module).__name__} and {type(data).__name__}"
-        )
-    return pl_module, data
-
-
 def get_pruning(trainer: Trainer) -> TaylorPruning | None:
     """The callback of a trainer that prunes; None where there is none."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, TaylorPruning)), None)
-
-
-def get_run_folder(trainer: Trainer) -> Path:
-    """Where a run writes. Unlike `trainer.log_dir` this does not broadcast, so that one rank alone may ask."""
-    folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
-    return Path(next((folder for folder in folders if folder), trainer.default_root_dir))
-
-
-def get_tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    """The loggers that take text and figures."""
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

@@ -2,10 +2,10 @@
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gqaprune.callbacks.pruning import get_parts, get_tensorboards
-from gqaprune.generation import continue_greedily, split_continuation
-from gqaprune.progress import console
-from gqaprune.sharding import is_split
+from gqaprune.callbacks.lookup import get_parts, get_tensorboards
+from gqaprune.common.console import console
+from gqaprune.evaluation.generation import continue_greedily, split_continuation
+from gqaprune.models.wrapping import is_split
 
 
 class SampleGenerations(Callback):

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gqaprune.callbacks.pruning import TaylorPruning, get_parts
-from gqaprune.figures import save_figure
-from gqaprune.progress import console
-from gqaprune.replace import check_can_be_folder
-from gqaprune.tokenizer import check_tokenizer
-from gqaprune.tools.search import FIGURE_FILE, SEARCH_FILE, SearchSettings, find_best_split
-from gqaprune.tools.trials import Trials, build_trials_table, draw_trials
+from gqaprune.callbacks.lookup import get_parts
+from gqaprune.callbacks.pruning import TaylorPruning
+from gqaprune.commands.search import FIGURE_FILE, SEARCH_FILE, SearchSettings, find_best_split
+from gqaprune.commands.trials import Trials, build_trials_table, draw_trials
+from gqaprune.common.atomic_files import check_can_be_folder
+from gqaprune.common.console import console
+from gqaprune.models.tokenizer import check_tokenizer
+from gqaprune.reporting.figures import save_figure
 
 
 class SplitSearch(Callback):

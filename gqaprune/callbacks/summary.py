@@ -10,22 +10,23 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gqaprune.architecture import read_geometry
 from gqaprune.callbacks.export import CheckpointExport
 from gqaprune.callbacks.judge import PredictionJudge
+from gqaprune.callbacks.lookup import get_parts, get_run_folder, get_tensorboards
 from gqaprune.callbacks.page import write_page
-from gqaprune.callbacks.pruning import get_parts, get_pruning, get_run_folder, get_tensorboards
-from gqaprune.card import describe_padding, write_card
-from gqaprune.checkpoint import measure_weights
-from gqaprune.figures import draw_importance, draw_plan, save_figure
-from gqaprune.loading import load_model
-from gqaprune.page import PAGE_FILE
+from gqaprune.callbacks.pruning import get_pruning
+from gqaprune.checkpoints.card import describe_padding, write_card
+from gqaprune.checkpoints.save import measure_weights
+from gqaprune.common.console import console
+from gqaprune.common.provenance import get_command
+from gqaprune.common.run_log import LOG_FILE
+from gqaprune.models.architecture import read_geometry
+from gqaprune.models.loading import load_model
+from gqaprune.models.sources import load_config
 from gqaprune.plan import PLAN_FILE, PruningPlan
-from gqaprune.progress import console
-from gqaprune.provenance import get_command
-from gqaprune.report import REPORT_FILE, Report, Stage, build_table
-from gqaprune.run_log import LOG_FILE
-from gqaprune.sources import load_config
+from gqaprune.reporting.figures import draw_importance, draw_plan, save_figure
+from gqaprune.reporting.page import PAGE_FILE
+from gqaprune.reporting.report import REPORT_FILE, Report, Stage, build_table
 
 FIGURE_FILE = "pruning.png"
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gqaprune.losses import IGNORED
-from gqaprune.windows import Batch
+from gqaprune.data.windows import Batch
+from gqaprune.models.losses import IGNORED
 
 
 class Windows(Dataset[Batch]):

@@ -9,13 +9,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gqaprune.corpora import HUB, Corpus, parse_corpus, read_corpus
+from gqaprune.data.corpora import HUB, Corpus, parse_corpus, read_corpus
+from gqaprune.data.prompts import Prompt, encode_prompt, read_prompts
+from gqaprune.data.sampling import sample_from_model
+from gqaprune.data.windows import (
+    Batch,
+    choose_batch_size,
+    cut_windows,
+    describe_protocol,
+    make_batches,
+    read_windows,
+    tokenize_corpus,
+)
 from gqaprune.datamodules.loaders import TrainLoader, Windows, fill_up
-from gqaprune.prompts import Prompt, encode_prompt, read_prompts
-from gqaprune.report import describe_protocol
-from gqaprune.sampling import sample_from_model
-from gqaprune.tokenizer import load_tokenizer
-from gqaprune.windows import Batch, choose_batch_size, cut_windows, make_batches, read_windows, tokenize_corpus
+from gqaprune.models.tokenizer import load_tokenizer
 
 _DEFAULT_SPLITS = {"calibration": "train", "train": "train", "val": "validation", "test": "test"}
 

@@ -15,12 +15,12 @@ from lightning.pytorch import Trainer
 import gqaprune
 from gqaprune.callbacks import PredictionJudge
 from gqaprune.cli import main
+from gqaprune.common.console import console
 from gqaprune.datamodules import TextDataModule
+from gqaprune.evaluation.repetition import measure_distinct, measure_repetition
 from gqaprune.module import CausalLMModule
 from gqaprune.plan import PruningPlan
-from gqaprune.progress import console
-from gqaprune.repetition import measure_distinct, measure_repetition
-from gqaprune.selection import keep_everything
+from gqaprune.planning.selection import keep_everything
 
 from tiny import CHAT_TEMPLATE, make_counting_model, make_tokenizer
 

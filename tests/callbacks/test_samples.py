@@ -10,10 +10,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gqaprune.callbacks import SampleGenerations, TaylorPruning
+from gqaprune.common.console import console
 from gqaprune.datamodules import TextDataModule
-from gqaprune.loading import load_model
+from gqaprune.models.loading import load_model
 from gqaprune.module import CausalLMModule
-from gqaprune.progress import console
 
 PROMPTS = ["Once upon", "#1 <b>\nHello", "Never shown"]
 

@@ -13,11 +13,11 @@ from torch.utils.data import DistributedSampler
 from transformers import PreTrainedTokenizerFast
 
 from gqaprune.cli import PruningCLI
+from gqaprune.data.sampling import sample_from_model
+from gqaprune.data.windows import make_batches
 from gqaprune.datamodules import TextDataModule
-from gqaprune.loading import load_model
-from gqaprune.losses import IGNORED
-from gqaprune.sampling import sample_from_model
-from gqaprune.windows import make_batches
+from gqaprune.models.loading import load_model
+from gqaprune.models.losses import IGNORED
 
 LINES = [f"Line {number} of the book, as it was written.\n" for number in range(200)]
 

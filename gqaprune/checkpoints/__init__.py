@@ -1,0 +1,5 @@
+"""Save models, and say where they came from: stock, per-layer, padded and GGUF checkpoints, adapters merged, cards.
+
+May import what stands below it: reporting, planning and evaluation, scoring, surgery, data and training, placement,
+models, plan, common. To add a format, write the function that makes its files and enter it in `save.py`.
+"""

@@ -1,0 +1,125 @@
+"""Equal shapes in every layer for a model whose layers differ: zeros for the units that some of them lack.
+
+A unit of zeros gives zeros: the values of its KV head are 0, the gates of its channels are shut. So the logits stay the
+same, and a stock class can hold the model, at the price of storing the zeros and multiplying by them.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import ceil, prod
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from gqaprune.models.architecture import make_stock_config, read_geometry, write_geometry
+from gqaprune.models.families import get_family
+from gqaprune.plan import Geometry
+
+_MOST_HEADS = 4
+"""Head counts are looked for up to so many times the largest one."""
+
+
+def pad_checkpoint(
+    config: PretrainedConfig,
+    state_dict: Mapping[str, Tensor],
+    is_loadable: Callable[[Geometry], bool] = lambda _: True,
+    channel_multiple: int = 1,
+) -> tuple[PretrainedConfig, dict[str, Tensor]]:
+    """Config of a stock class and weights for it, every layer padded to the largest one's units.
+
+    Args:
+        config: of the pruned model; left as it is.
+        state_dict: its whole weights; tensors that need no padding are handed on.
+        is_loadable: a further condition on the padded shapes.
+        channel_multiple: widths of the MLPs become multiples of it.
+
+    Returns:
+        Config and weights.
+
+    Raises:
+        ValueError: if no stock class can hold the shapes.
+    """
+    geometry = read_geometry(config)
+    padded, stock = _find_shapes(config, geometry, is_loadable, channel_multiple)
+    return stock, pad_state_dict(state_dict, config, geometry, padded)
+
+
+def pad_state_dict(
+    state_dict: Mapping[str, Tensor], config: PretrainedConfig, old: Geometry, new: Geometry
+) -> dict[str, Tensor]:
+    """Weights of larger shapes: each unit at the place it has there, zeros for those that are missing.
+
+    Args:
+        state_dict: whole weights.
+        config: of the model that they are of.
+        old: its shapes.
+        new: shapes at least as large; of as many layers.
+    """
+    family, head = get_family(config), old.head_dim
+    weights = dict(state_dict)
+    for layer in range(old.num_layers):
+        places, sizes = _place_units(old, new, layer)
+        for kind, layout in family.layouts.items():
+            size = head if kind == "attention" else 1
+            prefix = f"{family.layers}.{layer}.{layout.module}"
+            for name, parts in layout.inputs.items():
+                own, totals = [places[part] for part in parts], [sizes[part] for part in parts]
+                for tensor in ("weight", "bias"):
+                    _pad(weights, f"{prefix}.{name}.{tensor}", 0, own, totals, size)
+            part = "query" if kind == "attention" else "up"
+            _pad(weights, f"{prefix}.{layout.output}.weight", 1, [places[part]], [sizes[part]], size)
+    return weights
+
+
+def _place_units(old: Geometry, new: Geometry, layer: int) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """Where each head and channel of a layer goes, and how many there are then, by part of the projections."""
+    ratio, wider = old.ratios[layer], new.ratios[layer]
+    queries = [group * wider + head for group in range(old.kv_heads[layer]) for head in range(ratio)]
+    groups, channels = list(range(old.kv_heads[layer])), list(range(old.channels[layer]))
+    places = {"query": queries, "key": groups, "value": groups, "gate": channels, "up": channels}
+    heads, width = new.kv_heads[layer], new.channels[layer]
+    return places, {"query": new.query_heads[layer], "key": heads, "value": heads, "gate": width, "up": width}
+
+
+def _pad(
+    weights: dict[str, Tensor], name: str, dim: int, places: Sequence[list[int]], sizes: Sequence[int], unit: int
+) -> None:
+    """Spread the rows or columns of a tensor, part after part, over a larger one of zeros."""
+    tensor = weights.get(name)
+    if tensor is None or sum(sizes) * unit == tensor.shape[dim]:
+        return
+    starts = [sum(sizes[:part]) for part in range(len(sizes))]
+    units = torch.tensor([start + place for start, own in zip(starts, places, strict=True) for place in own])
+    indexes = (units[:, None] * unit + torch.arange(unit)).flatten().to(tensor.device)
+    shape = list(tensor.shape)
+    shape[dim] = sum(sizes) * unit
+    weights[name] = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device).index_copy_(dim, indexes, tensor)
+
+
+def _find_shapes(
+    config: PretrainedConfig, geometry: Geometry, is_loadable: Callable[[Geometry], bool], channel_multiple: int
+) -> tuple[Geometry, PretrainedConfig]:
+    """The smallest equal shapes that hold every layer's and that a stock class accepts."""
+    kv_heads, ratio = max(geometry.kv_heads), max(geometry.ratios)
+    width = ceil(max(geometry.channels) / channel_multiple) * channel_multiple
+    counts = [
+        (kv, r)
+        for kv in range(kv_heads, _MOST_HEADS * kv_heads + 1)
+        for r in range(ratio, _MOST_HEADS * ratio + 1)
+        if "attention" not in get_family(config).whole or (kv, r) == (kv_heads, ratio)
+    ]
+    for kv, r in sorted(counts, key=lambda pair: (prod(pair), pair[0])):
+        layers = geometry.num_layers
+        padded = replace(geometry, query_heads=(kv * r,) * layers, kv_heads=(kv,) * layers, channels=(width,) * layers)
+        if is_loadable(padded):
+            candidate = copy.deepcopy(config)
+            write_geometry(candidate, padded)
+            stock = make_stock_config(candidate)
+            if stock is not None:
+                return padded, stock
+    raise ValueError(
+        f"no stock {config.model_type} holds {kv_heads} KV heads of {ratio} query heads each on a hidden size of "
+        f"{geometry.hidden_size}; save the model per layer"
+    )

@@ -1,0 +1,114 @@
+"""A configuration that is right for a model to begin with, as commented YAML."""
+
+import json
+from collections.abc import Sequence
+
+from gqaprune.commands.reach import Reach
+from gqaprune.commands.risks import FEW_KV_HEADS
+from gqaprune.models.loading import DTYPES
+from gqaprune.plan import Geometry
+
+LARGE = 1_000_000_000
+"""Parameters from which on micro-batches are small and widths round for a GPU."""
+EMBEDDED = "smollm2-135m"
+"""The model that comes with its text, without the hub."""
+
+
+def write_advice(
+    model: str,
+    geometry: Geometry,
+    parameters: int,
+    dtype: str,
+    window: int,
+    reach: Sequence[Reach],
+    risks: Sequence[str],
+) -> str:
+    """YAML for `gqaprune fit` and `prune`: channels alone first, a cautious share of attention second, as comments.
+
+    Args:
+        model: name or folder of the model.
+        geometry: its shapes.
+        parameters: all of them.
+        dtype: its own type, a name of `model.dtype`.
+        window: tokens that the model reads at most.
+        reach: what can go from each kind of block.
+        risks: what to know, in sentences; they become comments.
+    """
+    of_kind = {own.kind: own for own in reach}
+    layers, is_large = geometry.num_layers, parameters >= LARGE
+    first, end = layers // 7, layers - layers // 14
+    corpus = "embedded" if model == EMBEDDED else "wikitext2"
+    name = dtype if dtype in DTYPES and dtype != "float16" else "bfloat16"
+    if "mlp" in of_kind:
+        rate = int(100 * min(0.2 if is_large else 0.25, 0.9 * of_kind["mlp"].reachable)) / 100
+    else:  # a whole number of groups, the same in every layer
+        groups = min(max(1, min(geometry.kv_heads) // 4), min(geometry.kv_heads) - 1)
+        rate = groups * len(_find_middle(layers)) * of_kind["attention"].of_decoder
+    lines = [
+        f"# {model}: {_count(geometry.query_heads)}Q:{_count(geometry.kv_heads)}KV, {layers} layers, MLP "
+        f"{_count(geometry.channels)}; written by gqaprune inspect.",
+        *(f"# - {risk}" for risk in risks),
+        "# Add a recovery and, for several devices, a strategy: configs/recovery/*.yaml, configs/strategy/*.yaml.",
+        "seed_everything: 0",
+        "model:",
+        f"  pretrained: {json.dumps(model, ensure_ascii=False)}",
+        f"  dtype: {name}" + (" # float16 overflows" if name == "bfloat16" else ""),
+        "data:",
+        f"  calibration: [{corpus}] # text like that which the model is to be good at",
+        f"  train: [{corpus}]",
+        f"  val: [{corpus}]",
+        f"  test: [{corpus}]",
+        "  calibration_windows: 128",
+        "  sampled_windows: 128 # the model's own text, for what the corpus is not like",
+        f"  calibration_window: {min(512, window)}",
+        f"  calibration_batch_size: {2 if is_large else 4}",
+        f"  train_window: {min(1024 if is_large else 512, window)}",
+        f"  batch_size: {1 if is_large else 4}",
+        f"  eval_window: {min(2048, window)}",
+        "pruning:",
+        "  scheduling: {0: 8}",
+        f"  rate: {rate:g} # of the decoder layers' parameters",
+    ]
+    if "mlp" in of_kind:
+        own = of_kind["mlp"]
+        lines += [
+            '  split: "0:10" # channels alone cost least',
+            f"  mlp_layers: [{first}, {end}] # the ends cost most; up to {own.reachable:.0%} of the decoder can go so",
+        ]
+        if is_large:
+            lines += ["  channel_multiple: 128 # widths that run fast on GPUs"]
+    else:
+        lines += ["  split: free # its MLPs stay whole"]
+    if "attention" in of_kind:
+        lines += _list_attention(of_kind["attention"], geometry, "mlp" in of_kind, "" if "mlp" not in of_kind else "# ")
+    lines += ["trainer:", "  max_epochs: 1"]
+    return "\n".join(lines) + "\n"
+
+
+def _list_attention(own: Reach, geometry: Geometry, is_second: bool, comment: str) -> list[str]:
+    """Lines that let attention give as well, in the middle third of the layers."""
+    layers, fewest = geometry.num_layers, min(geometry.kv_heads)
+    middle = f"[{_find_middle(layers).start}, {_find_middle(layers).stop}]"
+    if fewest == 1:
+        return [] if is_second else ["  granularity: query # one KV head: its group cannot go"]
+    words = f"one of {fewest} KV heads is {own.of_block:.0%} of a layer's attention"
+    lines = [f"  # {words}, {own.of_layer:.1%} of the layer"]
+    if is_second:
+        lines += [
+            "  # Second, if the first keeps enough: some attention too, far from both ends, instead of that split:"
+        ]
+        lines += ["  # split: free # as near to equal shares as whole groups allow"]
+    lines += [f"  {comment}attention_layers: {middle}"]
+    if fewest <= FEW_KV_HEADS and geometry.ratios[0] > 2:
+        lines += [f"  # granularity: query # {geometry.ratios[0]}:1 → {geometry.ratios[0] - 1}:1, every KV head stays"]
+    return lines
+
+
+def _find_middle(layers: int) -> range:
+    """Layers far from both ends."""
+    return range(layers // 3 + layers // 28, layers - layers // 7)
+
+
+def _count(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{high:,}" if low == high else f"{low:,}–{high:,}"

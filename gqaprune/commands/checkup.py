@@ -1,0 +1,159 @@
+"""Whether a pruned checkpoint is whole: each layer's ratio, what went from its base, its tensors against its config."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+from safetensors import safe_open
+from transformers import PretrainedConfig
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from gqaprune.models.architecture import read_geometry
+from gqaprune.models.families import get_family
+from gqaprune.models.loading import build_without_weights
+from gqaprune.models.sources import find_weights
+from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer of a checkpoint.
+
+    Args:
+        layer: index of the decoder layer.
+        shape: its heads and channels, in words.
+        removed: what went from the base's layer, in words; empty where nothing did or the base is not known.
+        keeps_ratio: whether every KV head has as many query heads as the plan says, or in all other layers.
+        wrong_tensors: tensors whose shapes are not those of the config, with both shapes, and those that no file holds.
+    """
+
+    layer: int
+    shape: str
+    removed: str
+    keeps_ratio: bool
+    wrong_tensors: tuple[str, ...] = ()
+
+
+def read_plan_of(folder: Path) -> PruningPlan | None:
+    """The plan that a pruned checkpoint carries; None where there is none."""
+    return PruningPlan.load(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
+
+
+def check_layers(
+    config: PretrainedConfig, plan: PruningPlan | None, wrong: Mapping[int | None, Sequence[str]]
+) -> list[LayerCheck]:
+    """Check every layer of a checkpoint.
+
+    Args:
+        config: its config.
+        plan: what was cut; None where it is not known.
+        wrong: what `find_wrong_tensors` finds in its folder.
+
+    Raises:
+        ValueError: if the plan is of another number of layers.
+    """
+    geometry = read_geometry(config)
+    promised = geometry if plan is None else plan.pruned_geometry
+    if promised.num_layers != geometry.num_layers:
+        raise ValueError(
+            f"{PLAN_FILE} is of {promised.num_layers} layers, {CONFIG_NAME} of {geometry.num_layers}: "
+            "one of them comes from another model"
+        )
+    # All layers of a padded checkpoint are as large as its largest; what was cut is in the plan alone.
+    is_padded = geometry.is_padding_of(promised)
+    usual = max(set(geometry.ratios), key=geometry.ratios.count)
+    checks = []
+    for layer in range(geometry.num_layers):
+        asked = usual if plan is None else promised.ratios[layer]
+        checks.append(
+            LayerCheck(
+                layer,
+                _describe(geometry, layer),
+                "" if plan is None else _describe_removed(plan.geometry, promised, layer),
+                geometry.ratios[layer] == asked or is_padded,
+                tuple(wrong.get(layer, ())),
+            )
+        )
+    return checks
+
+
+def find_wrong_tensors(
+    folder: Path, config: PretrainedConfig, trust_remote_code: bool = False
+) -> dict[int | None, list[str]]:
+    """Layer -> its tensors that are not as the config promises; None -> those outside of the layers.
+
+    Their names and shapes are read, not the tensors. Experts and quantised weights are stored under other names than
+    those of the model: of these only what has the model's names is looked at.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        ValueError: if a file is broken.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        return {}  # a GGUF
+    found: dict[str, list[int]] = {}
+    has_weights = any((folder / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    for path in find_weights(folder) if has_weights else ():
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+    model, family = build_without_weights(config, trust_remote_code), get_family(config)
+    promised, prefix = model.state_dict(), f"{model.base_model_prefix}."
+    # What was saved of the model without its head has names without the prefix, which loading puts before them.
+    found = {f"{prefix}{name}" if f"{prefix}{name}" in promised else name: shape for name, shape in found.items()}
+    wrong: dict[int | None, list[str]] = {}
+    for name, tensor in promised.items():
+        if (shape := found.get(name, list(tensor.shape))) != list(tensor.shape):
+            sentence = f"{name} is {shape}, its config promises {list(tensor.shape)}"
+            wrong.setdefault(_find_layer(name, family.layers), []).append(sentence)
+    if family.has_experts or hasattr(config, "quantization_config"):
+        return wrong
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    held = {id(parameters[name]) for name in found.keys() & parameters.keys()}  # a tied one has several names
+    missing: dict[int | None, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in held:
+            missing.setdefault(_find_layer(name, family.layers), []).append(name)
+    for layer, names in missing.items():
+        wrong.setdefault(layer, []).append(f"no file holds {names[0]} ({len(names)} in all)")
+    return wrong
+
+
+def build_layers_table(checks: list[LayerCheck], base: str) -> Table:
+    """One row per layer."""
+    caption = f"against {base}" if base else "what it was pruned from is not known"
+    table = Table(title="layers", caption=caption, caption_style="dim", title_justify="left")
+    for name in ("layer", "heads and channels", "removed", "ratio", "tensors"):
+        table.add_column(name, justify="right" if name == "layer" else "left")
+    for check in checks:
+        table.add_row(
+            str(check.layer),
+            check.shape,
+            check.removed or "–",
+            "✅" if check.keeps_ratio else "❌",
+            "❌ " + "; ".join(check.wrong_tensors) if check.wrong_tensors else "✅",
+        )
+    return table
+
+
+def _find_layer(name: str, layers: str) -> int | None:
+    """Index of the layer that a tensor is of; None outside of the layers."""
+    return int(name.removeprefix(f"{layers}.").split(".")[0]) if name.startswith(f"{layers}.") else None
+
+
+def _describe(geometry: Geometry, layer: int) -> str:
+    heads = f"{geometry.query_heads[layer]}Q:{geometry.kv_heads[layer]}KV ({geometry.ratios[layer]}:1)"
+    return f"{heads}  MLP {geometry.channels[layer]:,}"
+
+
+def _describe_removed(before: Geometry, after: Geometry, layer: int) -> str:
+    parts = [
+        f"{lost:,} of {getattr(before, name)[layer]:,} {words}"
+        for name, words in (("query_heads", "query heads"), ("kv_heads", "KV heads"), ("channels", "channels"))
+        if (lost := getattr(before, name)[layer] - getattr(after, name)[layer])
+    ]
+    return ", ".join(parts)

@@ -1,0 +1,239 @@
+"""What `compare` measured of several models: as data, as a table beside the first model, and as a figure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import matplotlib
+import matplotlib.figure
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich.table import Table
+
+from gqaprune.commands.inspect import find_range, show_range
+from gqaprune.commands.tasks import Score
+from gqaprune.plan import Geometry
+from gqaprune.reporting.report import Stage, show_change
+
+OTHER_TOKENIZER = (
+    "* its tokenizer is not the first model's: perplexities per token are not comparable with the first model's, "
+    "bits per byte are"
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a model is, and what it takes.
+
+    Args:
+        prefill: tokens per second of a prompt.
+        decode: tokens per second written after it.
+        peak_bytes: most memory in use meanwhile, the weights included; None where the machine does not tell.
+    """
+
+    prefill: float
+    decode: float
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One of the models compared.
+
+    Args:
+        model: folder, file or name, as it was given.
+        dtype: of the weights in memory.
+        geometry: shapes of its layers.
+        stage: its counts, size on disk (`weight_bytes`) and perplexities by corpus; its name heads the column.
+        tokens: tokens of each corpus's text, by its own tokenizer.
+        bits_per_byte: what its losses make per byte of that text, by corpus.
+        has_other_tokenizer: whether its tokens of that text are not the first model's.
+        speed: None where it was not measured.
+        scores: by task and metric.
+    """
+
+    model: str
+    dtype: str
+    geometry: Geometry
+    stage: Stage
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    bits_per_byte: Mapping[str, float] = field(default_factory=dict)
+    has_other_tokenizer: bool = False
+    speed: Speed | None = None
+    scores: Mapping[str, Score] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, as JSON has them."""
+        counts, shapes = asdict(self.stage), self.geometry
+        layers = zip(shapes.query_heads, shapes.kv_heads, shapes.channels, strict=True)
+        return {
+            "model": self.model,
+            "name": counts.pop("name"),
+            "family": shapes.family,
+            "dtype": self.dtype,
+            "disk_bytes": counts.pop("weight_bytes"),
+            **counts,
+            "bits_per_byte": dict(self.bits_per_byte),
+            "tokens": dict(self.tokens),
+            "has_other_tokenizer": self.has_other_tokenizer,
+            "speed": None if self.speed is None else asdict(self.speed),
+            "tasks": {label: asdict(score) for label, score in self.scores.items()},
+            "layers": [{"query_heads": query, "kv_heads": kv, "channels": width} for query, kv, width in layers],
+        }
+
+    def count_differing_layers(self, first: "Subject") -> int:
+        """Layers whose shapes are not those of the same layer of another model, or that only one of them has."""
+        mine, other = (
+            list(zip(shapes.query_heads, shapes.kv_heads, shapes.channels, strict=True))
+            for shapes in (self.geometry, first.geometry)
+        )
+        return sum(a != b for a, b in zip(mine, other, strict=False)) + abs(len(mine) - len(other))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models side by side; the others are compared with the first.
+
+    Args:
+        subjects: the models.
+        text_bytes: bytes of each corpus's text, the same for all models.
+        protocol: how each kind of thing was measured, in words.
+    """
+
+    subjects: tuple[Subject, ...]
+    text_bytes: Mapping[str, int]
+    protocol: tuple[str, ...]
+
+    @property
+    def has_several_tokenizers(self) -> bool:
+        """Whether perplexities per token are not comparable."""
+        return any(subject.has_other_tokenizer for subject in self.subjects)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, as JSON has them."""
+        return {
+            "protocol": list(self.protocol),
+            "text_bytes": dict(self.text_bytes),
+            "has_several_tokenizers": self.has_several_tokenizers,
+            "models": [subject.to_dict() for subject in self.subjects],
+        }
+
+
+def build_comparison_table(comparison: Comparison) -> Table:
+    """One row per quantity, one column per model, with the change from the first model."""
+    subjects, first = comparison.subjects, comparison.subjects[0]
+    notes = [*comparison.protocol, *([OTHER_TOKENIZER] if comparison.has_several_tokenizers else [])]
+    table = Table(caption="\n".join(notes) or None, caption_style="dim", caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for subject in subjects:
+        table.add_column(subject.stage.name, justify="right", overflow="fold")
+
+    def add_row(label: str, pattern: str, values: Sequence[float | None]) -> None:
+        cells = ("–" if v is None else pattern.format(v) + _show_change(v, values[0]) for v in values)
+        table.add_row(label, *cells)
+
+    stages = [subject.stage for subject in subjects]
+    add_row("parameters", "{:,.2f} M", [stage.parameters / 1e6 for stage in stages])
+    add_row("decoder parameters", "{:,.2f} M", [stage.decoder_parameters / 1e6 for stage in stages])
+    table.add_row("type in memory", *(subject.dtype for subject in subjects))
+    add_row("size on disk", "{:,.1f} MB", [stage.weight_bytes / 1e6 for stage in stages])
+    add_row("KV-cache bytes/token", "{:,.0f}", [stage.kv_cache_bytes_per_token for stage in stages])
+    for corpus in comparison.text_bytes:
+        table.add_row(f"ppl {corpus}", *(_show_perplexity(subject, first, corpus) for subject in subjects))
+        add_row(f"bits/byte {corpus}", "{:.4f}", [subject.bits_per_byte[corpus] for subject in subjects])
+    speeds = [subject.speed for subject in subjects if subject.speed is not None]
+    if speeds:
+        add_row("prefill tokens/s", "{:,.1f}", [speed.prefill for speed in speeds])
+        add_row("decode tokens/s", "{:,.1f}", [speed.decode for speed in speeds])
+        peaks = [speed.peak_bytes for speed in speeds]
+        add_row("peak memory", "{:,.1f} MB", [None if peak is None else peak / 1e6 for peak in peaks])
+    for label in first.scores:
+        table.add_row(label, *(_show_score(subject.scores[label], first.scores[label]) for subject in subjects))
+    shapes = [subject.geometry for subject in subjects]
+    table.add_row("layers", *(str(geometry.num_layers) for geometry in shapes))
+    heads = ([show_range(find_range(counts)) for counts in (g.query_heads, g.kv_heads)] for g in shapes)
+    table.add_row("query heads : KV heads", *(" : ".join(pair) for pair in heads))
+    table.add_row("MLP channels", *(show_range(find_range(geometry.channels)) for geometry in shapes))
+    table.add_row("layers that differ", "", *(str(subject.count_differing_layers(first)) for subject in subjects[1:]))
+    return table
+
+
+def draw_comparison(comparison: Comparison) -> matplotlib.figure.Figure:
+    """Draw each layer's heads and channels as shares of the first model's, and bars of what text and disk say."""
+    subjects, first = comparison.subjects, comparison.subjects[0]
+    panels = {"query heads": "query_heads", "KV heads": "kv_heads", "MLP channels": "channels"}
+    if all(subject.geometry.ratios == first.geometry.ratios for subject in subjects):  # then they say the same
+        panels = {"attention heads": "kv_heads", "MLP channels": "channels"}
+    panels = {title: name for title, name in panels.items() if any(getattr(first.geometry, name))}
+    bars = (["text"] if comparison.text_bytes else []) + ["size"]
+    rows: list[Any] = [*([title] * len(bars) for title in panels), bars]
+    figure = matplotlib.figure.Figure(figsize=(10.0, 2.4 * len(panels) + 3.2), layout="constrained")
+    axes: dict[str, Axes] = figure.subplot_mosaic(rows, height_ratios=[1.0] * len(panels) + [1.3])
+    for title, name in panels.items():
+        _draw_shares(axes[title], comparison, title, name)
+    axes[list(panels)[-1]].set_xlabel("decoder layer")
+    if comparison.text_bytes:
+        _draw_text(axes["text"], comparison)
+    sizes = [[subject.stage.weight_bytes / 1e6] for subject in subjects]
+    _draw_bars(axes["size"], sizes, [""], "size on disk, MB", "{:,.0f}")
+    handles, labels = axes[next(iter(panels))].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(subjects), 4), frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_shares(axes: Axes, comparison: Comparison, title: str, name: str) -> None:
+    base = getattr(comparison.subjects[0].geometry, name)
+    for index, subject in enumerate(comparison.subjects):
+        shares = [count / dense for count, dense in zip(getattr(subject.geometry, name), base, strict=False)]
+        width = 1.5 + 1.5 * (len(comparison.subjects) - 1 - index)  # where lines lie upon each other all are seen
+        axes.plot(shares, drawstyle="steps-mid", linewidth=width, color=_pick_color(index), label=subject.stage.name)
+    axes.set_title(f"{title}, share of the first model's", loc="left", fontsize=11)
+    axes.set_ylim(0, max(1.1, axes.get_ylim()[1]))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_text(axes: Axes, comparison: Comparison) -> None:
+    """Bars of perplexity, or of bits per byte where tokenizers differ."""
+    corpora = list(comparison.text_bytes)
+    if comparison.has_several_tokenizers:
+        values = [[subject.bits_per_byte[corpus] for corpus in corpora] for subject in comparison.subjects]
+        _draw_bars(axes, values, corpora, "bits per byte (tokenizers differ)", "{:.3f}")
+    else:
+        values = [[subject.stage.perplexity[corpus] for corpus in corpora] for subject in comparison.subjects]
+        _draw_bars(axes, values, corpora, "perplexity", "{:.2f}")
+
+
+def _draw_bars(axes: Axes, values: list[list[float]], groups: list[str], title: str, pattern: str) -> None:
+    """One bar per model in each group."""
+    width = 0.8 / len(values)
+    for index, row in enumerate(values):
+        places = [group + (index - (len(values) - 1) / 2) * width for group in range(len(groups))]
+        bars = axes.bar(places, row, width=0.95 * width, color=_pick_color(index))
+        axes.bar_label(bars, [pattern.format(value) for value in row], fontsize=8)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.margins(y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _pick_color(index: int) -> Any:
+    return "#999999" if index == 0 else matplotlib.colormaps["tab10"]((index - 1) % 10)
+
+
+def _show_change(value: float, first: float | None) -> str:
+    return show_change(value, first) if first else ""
+
+
+def _show_perplexity(subject: Subject, first: Subject, corpus: str) -> str:
+    value = subject.stage.perplexity[corpus]
+    if subject.has_other_tokenizer:
+        return f"{value:.2f} *"
+    return f"{value:.2f}" + _show_change(value, first.stage.perplexity[corpus])
+
+
+def _show_score(score: Score, first: Score) -> str:
+    error = "" if score.error is None else f" ± {score.error:.4f}"
+    change = "" if score.value == first.value else f" ({score.value - first.value:+.4f})"
+    return f"{score.value:.4f}{error}{change}"

@@ -1,0 +1,58 @@
+"""`gqaprune export`: write a model that is already pruned, or a dense one, in another format."""
+
+from pathlib import Path
+
+from gqaprune.checkpoints.card import describe_padding
+from gqaprune.checkpoints.save import SHARD_SIZE, choose_format, measure_weights, save
+from gqaprune.common.console import console
+from gqaprune.models.architecture import find_blocks, read_geometry
+from gqaprune.models.loading import load_model
+from gqaprune.models.sources import load_config
+from gqaprune.models.tokenizer import load_tokenizer
+from gqaprune.plan import find_plan
+
+
+def export(
+    model: str,
+    folder: str,
+    format: str = "auto",
+    max_shard_size: str = SHARD_SIZE,
+    quantization: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a model in another format: pruned or dense, a folder, a GGUF file or a hub name.
+
+    Args:
+        model: what to write: a folder, a `.gguf` file, a hub name, or `smollm2-135m`.
+        folder: where to, a new or empty folder.
+        format: `stock` (plain transformers loads it; needs equal counts in every layer), `per-layer` (unequal ones,
+            with a small modeling file), `padded` (a stock class, zeros for what some layers lack), `gguf-f16` or
+            `gguf-q8_0` (for llama.cpp); `auto` is `stock` where counts are equal, else `per-layer`.
+        max_shard_size: weights above it are split into several files.
+        quantization: `int8` stores the matrices of the decoder layers in 8 bits, through torchao.
+        dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
+        trust_remote_code: run code that comes with the model. Pruned checkpoints do not need it here.
+
+    Raises:
+        ValueError: if there is no such model, or the format cannot hold it.
+    """
+    loaded = load_model(model, dtype, trust_remote_code=trust_remote_code)
+    if choose_format(loaded.config, format, quantization) != "stock":
+        find_blocks(loaded)  # refuses quantised weights, which go nowhere else
+    plan = find_plan(model, read_geometry(loaded.config))
+    written = save(
+        loaded,
+        load_tokenizer(model, trust_remote_code),
+        folder,
+        plan,
+        format=format,
+        max_shard_size=max_shard_size,
+        quantization=quantization,
+    )
+    size = measure_weights(Path(folder))
+    console.print(f"{folder}  {written} format, {size / 1e6:,.1f} MB of weights", markup=False)
+    dense = None if plan is None else plan.geometry
+    shapes = read_geometry(load_config(folder, trust_remote_code))
+    if padding := describe_padding(read_geometry(loaded.config), shapes, dense):
+        console.print(padding)

@@ -1,0 +1,299 @@
+"""`search`: the split of attention and MLP at which a model loses least, for one budget.
+
+The dense model is scored once. Every split is then allocated and tried by gates on the dense model, which computes what
+surgery would leave: one perplexity each, on validation text, with nothing cut and nothing loaded again.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gqaprune.commands.trials import Trial, Trials
+from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere
+from gqaprune.common.stage_cache import Stages
+from gqaprune.evaluation.perplexity import measure_perplexity
+from gqaprune.models.architecture import Block, read_geometry
+from gqaprune.models.gates import apply_gates
+from gqaprune.placement.model_hash import hash_model, hash_tensors
+from gqaprune.plan import BlockKey
+from gqaprune.planning.allocation import BlockBudget, Budget, parse_split
+from gqaprune.planning.allocation.budget import UnreachableError
+from gqaprune.planning.config import FREE, PruningConfig
+from gqaprune.planning.counts import (
+    Allocation,
+    bind_allocation,
+    check_reachable,
+    check_text,
+    measure_curves,
+    measure_options,
+)
+from gqaprune.planning.selection import budget_blocks, read_budget, score_blocks, select_blocks
+from gqaprune.scoring.damage import make_gates
+from gqaprune.scoring.scores import Scores, check_finite_weights
+from gqaprune.surgery.compatibility import check_likeness
+
+SEARCH_FILE = "search.json"
+FIGURE_FILE = "search.png"
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How to search for the best split of attention and MLP.
+
+    Args:
+        coarse_step: tenths between the splits of the first walk: 1 tries 0:10, 1:9, 2:8 and so on.
+        fine_step: tenths between the splits tried on both sides of the best of them: 0.1 tries 1.9:8.1, 2.1:7.9 …
+        patience: a walk ends after so many rises of perplexity in a row.
+        folder: where `search.json` and `search.png` go; a search that finds its own trials there goes on.
+
+    Raises:
+        ValueError: if a setting is out of its bounds.
+    """
+
+    coarse_step: float = 1.0
+    fine_step: float = 0.1
+    patience: int = 3
+    folder: str = "lightning_logs/search"
+
+    def __post_init__(self) -> None:
+        if not 0.001 <= self.fine_step <= self.coarse_step <= 10:
+            raise ValueError(
+                "search.fine_step and search.coarse_step must satisfy 0.001 <= fine_step <= coarse_step <= 10, in "
+                f"tenths, got {self.fine_step} and {self.coarse_step}"
+            )
+        if self.patience < 1:
+            raise ValueError(f"search.patience must be at least 1, got {self.patience}")
+
+
+def search_split(evaluate: Callable[[str], float], trials: Trials, settings: SearchSettings) -> Trial:
+    """Walk from 0:10 upwards in coarse steps, then from the best split to both sides in fine ones.
+
+    Args:
+        evaluate: perplexity of a split; UnreachableError where the budget cannot be met with it.
+        trials: earlier trials, which are not evaluated again; every new one is added.
+        settings: steps and patience.
+
+    Returns:
+        The best of all trials.
+
+    Raises:
+        ValueError: if the budget can be met with none of the splits.
+    """
+
+    def attempt(attention: float) -> Trial:
+        split = f"{attention:g}:{round(10 - attention, 6):g}"
+        if split not in trials.trials:
+            try:
+                trials.add(Trial(split, evaluate(split)))
+            except UnreachableError as error:
+                trials.add(Trial(split, None, str(error)))
+        return trials.trials[split]
+
+    def list_positions(start: float, step: float, end: float) -> list[float]:
+        count = math.floor(abs(end - start) / abs(step) + 1e-9)
+        return [round(start + i * step, 6) for i in range(count + 1)]
+
+    coarse = _walk(attempt, list_positions(0, settings.coarse_step, 10), settings.patience)
+    reached = [trial for trial in coarse if trial.perplexity is not None]
+    if not reached:
+        raise ValueError(f"no split meets the budget; of the last one tried, {coarse[-1].split}: {coarse[-1].reason}")
+    centre = min(reached, key=lambda trial: trial.perplexity or math.inf).attention
+    for sign in (-1, 1):
+        # Up to the next coarse split, which is known.
+        end = min(max(centre + sign * (settings.coarse_step - settings.fine_step / 2), 0), 10)
+        _walk(attempt, list_positions(centre, sign * settings.fine_step, end), settings.patience)
+    assert trials.best is not None
+    return trials.best
+
+
+def find_best_split(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    config: PruningConfig,
+    settings: SearchSettings,
+    validation: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    *,
+    accumulate: int = 1,
+    protocol: str = "",
+    source: str = "",
+    seed: int = 0,
+    corpora: Sequence[str] = (),
+) -> Trials:
+    """Search the split at which pruning a dense model costs least perplexity; the model stays as it is.
+
+    What follows a single cut is not part of it: `steps` and `swap_generations` are ignored, and nothing is repaired or
+    trained. In a process group rank 0 writes.
+
+    Args:
+        model: the dense causal LM, on the device to work on.
+        batches: calibration token ids, each `[batch, tokens]`; in a process group the same list on every rank.
+        config: what to remove; its `split` is what is searched.
+        settings: steps, patience and folder.
+        validation: corpus name -> batches of `input_ids` and `labels`, never calibration or test text. Of several
+            corpora the geometric mean of perplexities counts.
+        accumulate: micro-batches per accumulation window of the criterion.
+        protocol: how perplexity is measured, in words.
+        source: name of the model.
+        seed: seed that chose the calibration windows.
+        corpora: names of the calibration corpora.
+
+    Raises:
+        ValueError: if there is nothing to search or to measure on, if the trials in the folder are of another search,
+            or if the budget can be met with no split.
+    """
+    config = replace(config, split=FREE, steps=1, swap_generations=0)
+    if config.kv_rate:
+        raise ValueError(f"search chooses what attention gives, and so does kv_rate {config.kv_rate}: set it to 0")
+    if not config.rate:
+        raise ValueError("search needs a rate above 0, got 0: there is nothing to split")
+    if not any(validation.values()):
+        raise ValueError("search compares splits on validation text, got none: name a corpus in data.val")
+    check_text(batches, config)
+    check_likeness(model)
+    blocks, budget = select_blocks(model, config), read_budget(model, config)
+    check_finite_weights(model)
+    check_reachable(blocks, budget, config)
+
+    settings_of = {name: value for name, value in asdict(config).items() if name not in ("split", "sensitivity_path")}
+    origin = {
+        "model": source,
+        "weights": hash_model(model),
+        "dtype": str(model.dtype),
+        "geometry": asdict(read_geometry(model.config)),
+        "pruning": settings_of,
+        "calibration": {
+            "corpora": list(corpora),
+            "batches": [list(batch.shape) for batch in batches],
+            "text": hash_tensors(batches),
+            "accumulate": accumulate,
+            "seed": seed,
+        },
+        "validation": {name: hash_tensors(_list_windows(corpus)) for name, corpus in validation.items()},
+        "protocol": protocol,
+    }
+    path = Path(settings.folder) / SEARCH_FILE
+    trials = Trials(origin, path, writes=get_rank_and_world_size()[0] == 0)
+    if not is_true_anywhere(not path.exists(), next(model.parameters()).device):
+        trials.read()
+    calibration = _Calibration(batches, accumulate, source, seed, corpora)
+    search_split(GatedSplits(model, blocks, budget, config, calibration, validation), trials, settings)
+    return trials
+
+
+class _Calibration(NamedTuple):
+    """What units are scored on, and how it is called."""
+
+    batches: Sequence[Tensor]
+    accumulate: int
+    source: str
+    seed: int
+    corpora: Sequence[str]
+
+
+class _Choice(NamedTuple):
+    """What counts and units of every split follow from."""
+
+    scores: Scores
+    budgets: list[BlockBudget]
+    allocate: Allocation
+
+
+class GatedSplits:
+    """Perplexity of a dense model gated as pruning by a split would cut it; scored once, on the first call.
+
+    Args:
+        model: the dense causal LM.
+        blocks: blocks that may shrink.
+        budget: what has to go, without a split.
+        config: how to choose it.
+        calibration: what to score on.
+        validation: corpus name -> batches to measure perplexity on.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        budget: Budget,
+        config: PruningConfig,
+        calibration: _Calibration,
+        validation: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    ) -> None:
+        self.model = model
+        self.blocks = blocks
+        self.budget = budget
+        self.config = config
+        self.calibration = calibration
+        self.validation = validation
+        self._measured: dict[tuple[tuple[BlockKey, int], ...], float] = {}
+
+    def __call__(self, split: str) -> float:
+        """The geometric mean of perplexities over the corpora.
+
+        Raises:
+            UnreachableError: if the budget cannot be met with this split.
+        """
+        scores, budgets, allocate = self._choice
+        share = parse_split(split)
+        spared = {0.0: "attention", 1.0: "mlp"}.get(share)  # importance and frozen layers are of what may shrink
+        budgets = [block for block in budgets if block.key.kind != spared]
+        removed = allocate(budgets, replace(self.budget, attention_share=share))
+        counts = tuple((key, count) for key, count in removed.items() if count)
+        if counts not in self._measured:  # splits within one group of each other often come to the same units
+            blocks = [block for block in self.blocks if block.key in removed]
+            gates = make_gates(blocks, scores, removed, next(self.model.parameters()).device)
+            with apply_gates(blocks, gates):
+                perplexity = measure_perplexity(self.model, self.validation, f"split {split}")
+            self._measured[counts] = math.exp(sum(map(math.log, perplexity.values())) / len(perplexity))
+        return self._measured[counts]
+
+    @cached_property
+    def _choice(self) -> _Choice:
+        model, config, (batches, accumulate, source, seed, corpora) = self.model, self.config, self.calibration
+        try:
+            options = measure_options(
+                model,
+                self.blocks,
+                self.budget,
+                batches,
+                config,
+                source=source,
+                seed=seed,
+                corpora=corpora,
+                stages=Stages(),
+            )
+        except UnreachableError as error:
+            raise ValueError(str(error)) from None  # whatever the split
+        scores, _ = score_blocks(model, batches, config, accumulate, seed, Stages())
+        options = measure_curves(model, self.blocks, scores, batches, config, options, Stages())
+        return _Choice(scores, budget_blocks(self.blocks, scores, config), bind_allocation(config, options))
+
+
+def _list_windows(corpus: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """Tokens and labels of every window, however they are batched."""
+    pairs = (pair for batch in corpus for pair in zip(batch["input_ids"], batch["labels"], strict=True))
+    return [window for pair in pairs for window in pair]
+
+
+def _walk(attempt: Callable[[float], Trial], positions: Iterable[float], patience: int) -> list[Trial]:
+    """Trials in order, up to where perplexity has risen `patience` times in a row; unreachable ones do not count."""
+    trials: list[Trial] = []
+    previous: float | None = None
+    rises = 0
+    for position in positions:
+        trial = attempt(position)
+        trials.append(trial)
+        if trial.perplexity is None:
+            continue
+        if previous is not None and trial.perplexity != previous:
+            rises = rises + 1 if trial.perplexity > previous else 0
+        if rises == patience:
+            break
+        previous = trial.perplexity
+    return trials

@@ -1,0 +1,143 @@
+"""Trials of a search for the best split of attention and MLP: kept in a file, shown as a table and a curve."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+from rich.table import Table
+
+from gqaprune.common.atomic_files import write_atomically
+
+FORMAT = "gqaprune-search/1"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One split, and what it came to.
+
+    Args:
+        split: attention : MLP shares of what is removed, adding up to 10.
+        perplexity: on the validation corpora; None where the budget cannot be met with this split.
+        reason: why it cannot be met.
+    """
+
+    split: str
+    perplexity: float | None
+    reason: str = ""
+
+    @property
+    def attention(self) -> float:
+        """Tenths of what is removed that attention gives."""
+        return float(self.split.split(":")[0])
+
+
+class Trials:
+    """The trials of a search, written to a file after each, so that a search that broke off goes on from there.
+
+    Args:
+        origin: what perplexities depend on besides the split, as plain data.
+        path: the JSON file; null keeps them in memory only.
+        writes: whether this process writes the file (rank 0).
+    """
+
+    def __init__(self, origin: Mapping[str, Any], path: Path | None = None, writes: bool = True) -> None:
+        self.origin = json.loads(json.dumps(origin))
+        self.path = path
+        self.writes = writes
+        self.trials: dict[str, Trial] = {}
+
+    def read(self) -> None:
+        """Take over the trials of an earlier search.
+
+        Raises:
+            ValueError: if the file holds no search, or one of another origin.
+        """
+        assert self.path is not None
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+            if data["format"] != FORMAT:
+                raise ValueError(f"found {data['format']!r}")
+            origin, trials = data["origin"], [Trial(**trial) for trial in data["trials"]]
+        except OSError as error:
+            raise ValueError(f"cannot read a search from {self.path} ({error.strerror})") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} is not a search of format {FORMAT!r} ({error})") from None
+        if difference := _find_difference(origin, self.origin):
+            raise ValueError(
+                f"{self.path} is of another search (saved against this one): {difference}; set what it was made with, "
+                "or another search.folder"
+            )
+        self.trials = {trial.split: trial for trial in trials}
+
+    def add(self, trial: Trial) -> None:
+        """Keep a trial, in the file at once."""
+        self.trials[trial.split] = trial
+        if self.path is not None and self.writes:
+            best = self.best
+            data = {
+                "format": FORMAT,
+                "origin": self.origin,
+                "best": best and best.split,
+                "trials": [asdict(trial) for trial in self.trials.values()],
+            }
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, (json.dumps(data, indent=1) + "\n").encode())
+
+    @property
+    def best(self) -> Trial | None:
+        """The reachable trial of lowest perplexity, of equals the one tried first."""
+        reached = [(trial.perplexity, trial) for trial in self.trials.values() if trial.perplexity is not None]
+        return min(reached, key=lambda pair: pair[0])[1] if reached else None
+
+    @property
+    def ordered(self) -> list[Trial]:
+        """All trials by their share of attention."""
+        return sorted(self.trials.values(), key=lambda trial: trial.attention)
+
+
+def build_trials_table(trials: Trials, protocol: str = "") -> Table:
+    """One row per split."""
+    table = Table(title="perplexity by split", caption=protocol or None, caption_style="dim", title_justify="left")
+    table.add_column("attention:MLP", justify="right", no_wrap=True)
+    table.add_column("ppl", justify="right", no_wrap=True)
+    for trial in trials.ordered:
+        value = "cannot be met" if trial.perplexity is None else f"{trial.perplexity:.3f}"
+        is_best = trial == trials.best
+        table.add_row(trial.split, value + (" best" if is_best else ""), style="bold" if is_best else None)
+    return table
+
+
+def draw_trials(trials: Trials, title: str) -> matplotlib.figure.Figure:
+    """Draw perplexity over the share of attention; splits that cannot be met are crosses on the axis."""
+    figure = matplotlib.figure.Figure(figsize=(7.0, 4.5), layout="constrained")
+    axes = figure.subplots()
+    reached = [(trial.attention, trial.perplexity) for trial in trials.ordered if trial.perplexity is not None]
+    missed = [trial.attention for trial in trials.ordered if trial.perplexity is None]
+    axes.plot(*zip(*reached, strict=True), marker="o", markersize=4, color="#3b6fb6", label="measured")
+    if missed:
+        floor = axes.get_xaxis_transform()  # x in tenths, y in shares of the panel
+        axes.plot(missed, [0.02] * len(missed), "x", color="#999999", transform=floor, label="cannot be met")
+    best = trials.best
+    if best is not None and best.perplexity is not None:
+        label = f"best {best.split}: {best.perplexity:.2f}"
+        axes.plot([best.attention], [best.perplexity], "o", markersize=9, color="#d9822b", label=label)
+    axes.set_xlabel("attention's share of what is removed, in tenths (split x:10-x)")
+    axes.set_ylabel("validation perplexity")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def _find_difference(saved: Any, present: Any, name: str = "") -> str | None:
+    """Say in words where two origins differ first; None where they are equal."""
+    if isinstance(saved, dict) and isinstance(present, dict):
+        for key in (*saved, *(key for key in present if key not in saved)):
+            found = _find_difference(saved.get(key), present.get(key), f"{name}.{key}".lstrip("."))
+            if found:
+                return found
+        return None
+    return None if saved == present else f"{name} {saved!r} against {present!r}"

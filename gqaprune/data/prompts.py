@@ -1,0 +1,120 @@
+"""Prompts: given one by one or as a file, and as a chat template's user turn where the tokenizer has one."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gqaprune.common.errors import first_line
+from gqaprune.data.corpora import replace_halves
+
+Message = dict[str, str]
+"""`role` and `content` of one turn of a chat."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model continues.
+
+    Args:
+        text: plain text, or what the user said last.
+        messages: the chat up to where the assistant answers; none for plain text.
+    """
+
+    text: str
+    messages: tuple[Message, ...] = ()
+
+
+def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
+    """Take prompts as they are given, or read them from a file.
+
+    Args:
+        source: prompts, or the path of a file with one prompt per line; in a `.jsonl` file a line is a string, an
+            object with `prompt`, or one with `messages`, whose last answers of the assistant are left out.
+
+    Raises:
+        ValueError: if there is no such file, no prompt in it, or a line that is none of these.
+    """
+    if not isinstance(source, str):
+        prompts = [Prompt(replace_halves(text)) for text in source]
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise ValueError(
+                f"data.prompts {source!r} is no file: give one with a prompt per line (.txt, .jsonl), or a list of "
+                """texts, such as '["Once upon a time"]'"""
+            )
+        try:
+            lines = [(n, line) for n, line in enumerate(path.read_text("utf-8").split("\n"), 1) if line.strip()]
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is no text in UTF-8: give a .txt or .jsonl file of prompts") from None
+        is_json = path.suffix == ".jsonl"
+        prompts = [_read_line(line, f"{path}, line {n}") if is_json else Prompt(line) for n, line in lines]
+    if not prompts:
+        raise ValueError("data.prompts holds no prompt: give at least one, such as '[Once upon a time]'")
+    return prompts
+
+
+def _read_line(line: str, place: str) -> Prompt:
+    try:
+        value: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON: {error}") from None
+    if isinstance(value, dict):
+        value = value.get("messages", value.get("prompt"))
+    if isinstance(value, str):
+        return Prompt(replace_halves(value))
+    wrong = f"{place} is no prompt: a line is a string, an object with `prompt`, or one with `messages`, each of which "
+    wrong += "has a `role` and a `content`"
+    if not isinstance(value, list):
+        raise ValueError(wrong)
+    messages: list[Message] = []
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(wrong)
+        messages.append({key: replace_halves(message[key]) for key in ("role", "content")})
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise ValueError(f"{place} has nothing that an assistant could answer: end it with a message of the user")
+    return Prompt(messages[-1]["content"], tuple(messages))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool | None = None) -> dict[str, Tensor]:
+    """Turn a prompt into what a model reads.
+
+    Args:
+        tokenizer: of the model.
+        prompt: plain text or a chat.
+        chat: plain text becomes the user's turn in the tokenizer's chat template; None means: if it has one.
+
+    Returns:
+        `input_ids` and `attention_mask`, each `[1, tokens]`.
+
+    Raises:
+        ValueError: if a template is needed and missing, or refuses the chat, or the prompt has no tokens.
+    """
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if (prompt.messages or chat) and not has_template:
+        what = "a prompt is a list of messages" if prompt.messages else "data.chat is true"
+        raise ValueError(f"{what} and the tokenizer has no chat template: give plain text, and set data.chat to false")
+    if prompt.messages or (has_template if chat is None else chat):
+        messages = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
+        try:
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template refuses the prompt {prompt.text!r}: {first_line(error)}; set data.chat to false"
+            ) from None
+    else:
+        encoded = tokenizer(prompt.text, return_tensors="pt")
+    if not encoded["input_ids"].numel():
+        raise ValueError(f"the prompt {prompt.text!r} has no tokens: give at least one character")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}

@@ -1,0 +1,162 @@
+"""From documents to windows: tokenise, concatenate, cut into windows of equal length without padding."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gqaprune.data.corpora import SEPARATOR, Corpus, parse_corpus, read_corpus
+from gqaprune.models.losses import IGNORED
+
+Batch = dict[str, Tensor]
+"""`input_ids` and `labels`, each `[batch, tokens]`; labels are `IGNORED` where a token is context only.
+
+Batches of dataloaders also have `index`, `[batch]`: each window's place among all of its stream's.
+"""
+
+BATCH_TOKENS = 4096
+"""Tokens of a batch to evaluate where no batch size is given."""
+
+_CHARACTERS_PER_READ = 1 << 20
+
+
+def tokenize_corpus(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, limit: int | None = None) -> Tensor:
+    """Tokenise a corpus: documents joined by a blank line, in one piece, with the tokenizer's own special tokens.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        corpus: what to read.
+        limit: tokens to return at most, from the corpus's beginning; no more text is read than they need.
+
+    Returns:
+        Token ids, int64 `[tokens]`.
+
+    Raises:
+        ValueError: if the corpus cannot be read or is empty.
+    """
+    pieces, characters = [], 0
+    documents = iter(read_corpus(corpus))
+    ids: list[int] = []
+    while True:
+        more = _read_characters(documents, _CHARACTERS_PER_READ)
+        pieces.extend(more)
+        characters += sum(map(len, more))
+        # Text is only cut off far behind the limit, so that the tokens before it are those of the whole text.
+        if not more or (limit is not None and characters > 12 * limit + _CHARACTERS_PER_READ // 2):
+            ids = tokenizer(SEPARATOR.join(pieces), verbose=False)["input_ids"]
+            if not more or (limit is not None and len(ids) >= limit):
+                break
+    if not characters:
+        raise ValueError(f"corpus {corpus} holds no text")
+    return torch.tensor(ids[:limit], dtype=torch.long)
+
+
+def cut_windows(tokens: Tensor, window: int, stride: int | None = None) -> tuple[Tensor, Tensor]:
+    """Cut tokens into full windows; what is left at the end is dropped.
+
+    Args:
+        tokens: `[tokens]`.
+        window: tokens per window.
+        stride: tokens between the starts of two windows, `window` by default. Below it windows overlap, and only the
+            tokens that the window before has not scored carry a label.
+
+    Returns:
+        Token ids and labels, each `[windows, window]`.
+
+    Raises:
+        ValueError: if the tokens do not fill one window, or the sizes make no sense.
+    """
+    stride = window if stride is None else stride
+    if window < 2 or not 1 <= stride <= window:
+        raise ValueError(f"windows need window >= 2 and 1 <= stride <= window, got window {window}, stride {stride}")
+    if len(tokens) < window:
+        raise ValueError(f"{len(tokens)} tokens do not fill one window of {window}: give more text or a shorter window")
+    windows = tokens.unfold(0, window, stride).clone()
+    labels = windows.clone()
+    labels[1:, : window - stride] = IGNORED
+    return windows, labels
+
+
+def choose_batch_size(window: int) -> int:
+    """Windows of so many tokens that make a batch of `BATCH_TOKENS`, at least one."""
+    return max(1, BATCH_TOKENS // window)
+
+
+def make_batches(windows: Tensor, labels: Tensor, batch_size: int | None = None) -> list[Batch]:
+    """Group windows into batches; the last may be smaller. None chooses the size by the windows' length."""
+    batch_size = batch_size or choose_batch_size(windows.shape[1])
+    pairs = zip(windows.split(batch_size), labels.split(batch_size), strict=True)
+    return [{"input_ids": ids, "labels": targets} for ids, targets in pairs]
+
+
+def sample_windows(tokens: Tensor, window: int, count: int | None, seed: int) -> Tensor:
+    """Choose non-overlapping windows at random, all of them if `count` is None or more than there are.
+
+    Args:
+        tokens: `[tokens]`.
+        window: tokens per window.
+        count: windows wanted.
+        seed: same seed, same tokens: same windows in the same order.
+
+    Returns:
+        Token ids `[windows, window]`.
+    """
+    windows, _ = cut_windows(tokens, window)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[:count]]
+
+
+def read_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    corpora: Sequence[str | Corpus],
+    window: int = 512,
+    count: int | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+) -> Tensor:
+    """Sample windows from corpora, mixed: the text for calibration and fine-tuning.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        corpora: corpora, or their names, whose train split is read.
+        window: tokens per window.
+        count: windows to take over all corpora; None takes all.
+        seed: seed of the choice and order.
+        limit: tokens to read from each corpus at most.
+
+    Returns:
+        Token ids `[windows, window]`.
+
+    Raises:
+        ValueError: if a corpus is missing, empty or shorter than one window.
+    """
+    found = []
+    for corpus in corpora:
+        corpus = parse_corpus(corpus, "train") if isinstance(corpus, str) else corpus
+        tokens = tokenize_corpus(tokenizer, corpus, limit)
+        try:
+            found.append(cut_windows(tokens, window)[0])
+        except ValueError as error:
+            raise ValueError(f"corpus {corpus}: {error}") from None
+    if not found:
+        raise ValueError("no corpus given: name at least one, for example 'embedded'")
+    return sample_windows(torch.cat(found).flatten(), window, count, seed)
+
+
+def _read_characters(documents: Iterable[str], count: int) -> list[str]:
+    """The next documents that together have at least `count` characters; fewer at the end."""
+    taken, total = [], 0
+    for document in documents:
+        taken.append(document)
+        total += len(document)
+        if total >= count:
+            break
+    return taken
+
+
+def describe_protocol(window: int, stride: int | None, tokens: int | None) -> str:
+    """How perplexity is measured, in words: tokens of a window, from one window to the next, of each corpus at most."""
+    overlap = "non-overlapping windows" if stride in (None, window) else f"windows with stride {stride}"
+    limit = "whole split" if tokens is None else f"first {tokens:,} tokens"
+    return f"perplexity: token-weighted, {overlap} of {window} tokens, {limit}"

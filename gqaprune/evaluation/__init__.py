@@ -1,0 +1,4 @@
+"""Measure and judge models: perplexity, generated text, side-by-side predictions, causes of broken models.
+
+May import scoring and what stands below it.
+"""

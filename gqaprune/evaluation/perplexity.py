@@ -1,0 +1,113 @@
+"""Token-weighted perplexity, as a torchmetrics Metric and as a function over batches."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+from gqaprune.common.console import track
+from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere
+from gqaprune.models.losses import measure_head_losses, measure_losses
+from gqaprune.placement.layer_store import are_layers_apart, run_decoder_by_layer
+
+Evaluation = Mapping[str, Sequence[Mapping[str, Tensor]]]
+"""Corpus name -> batches of `input_ids` and `labels`."""
+
+
+class Perplexity(Metric):
+    """Perplexity over all scored tokens: `exp(Σ negative log-likelihood / Σ tokens)`.
+
+    Sums are kept in float64 and added over processes, so the result depends neither on batch sizes nor on the number
+    of devices. Windows of different lengths weigh by their tokens.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    loss_sum: Tensor
+    token_count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("loss_sum", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("token_count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, losses_B: Tensor, tokens_B: Tensor) -> None:
+        """Add a batch, as `losses.measure_losses` or `losses.sum_token_losses` give it.
+
+        Args:
+            losses_B: sum of the negative log-likelihoods of each sample, in nats, `[batch]`.
+            tokens_B: numbers of scored tokens, `[batch]`.
+        """
+        self.loss_sum += losses_B.double().sum()
+        self.token_count += tokens_B.sum()
+
+    def compute(self) -> Tensor:
+        """Perplexity so far; NaN if no token was scored."""
+        return torch.exp(self.loss_sum / self.token_count)
+
+
+@torch.inference_mode()
+def measure_perplexity(
+    model: PreTrainedModel, corpora: Evaluation, description: str = "perplexity"
+) -> dict[str, float]:
+    """Perplexity of a model on several corpora.
+
+    In a process group each rank takes every `world_size`-th batch, and every rank gets the whole result.
+
+    Args:
+        model: the causal LM; its mode (train or eval) is restored afterwards.
+        corpora: name -> batches of `input_ids` and `labels`, each `[batch, tokens]`.
+        description: what the progress bar says.
+
+    Returns:
+        Perplexity by corpus.
+
+    Raises:
+        ValueError: if a loss is NaN or infinite, with corpus and batch.
+    """
+    rank, world_size = get_rank_and_world_size()
+    was_training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    result = {}
+    try:
+        for name, batches in corpora.items():
+            metric = Perplexity().to(device)
+            overflow = ""
+            # Every rank makes the same number of passes, as sharded models need; surplus ones are not counted.
+            own = [batches[min(start + rank, len(batches) - 1)] for start in range(0, len(batches), world_size)]
+            for index, losses in enumerate(_measure_batches(model, own, f"{description}: {name}")):
+                start = index * world_size
+                if start + rank < len(batches):
+                    metric.update(*losses)
+                if not overflow and not torch.isfinite(metric.loss_sum):
+                    overflow = f"batch {start + rank}"
+            if is_true_anywhere(bool(overflow), device):
+                raise ValueError(
+                    f"the loss on {name}, {overflow or 'text of another rank'} is not finite: the model's activations "
+                    "overflow or its weights hold NaN; load it in bfloat16 or float32"
+                )
+            result[name] = float(metric.compute())
+    finally:
+        model.train(was_training)
+    return result
+
+
+def _measure_batches(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], description: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Losses of each batch in turn; with layers apart all batches pass one layer before the next is held."""
+    device = next(model.parameters()).device
+    hidden: Sequence[Tensor | None] = [None] * len(batches)
+    if are_layers_apart(model):
+        hidden = run_decoder_by_layer(model, [batch["input_ids"] for batch in batches], description)
+    for batch, hidden_BTD in zip(track(batches, description, "batches"), hidden, strict=True):
+        labels = batch["labels"].to(device)
+        if hidden_BTD is None:
+            yield measure_losses(model, batch["input_ids"].to(device), labels)
+        else:
+            yield measure_head_losses(model, hidden_BTD, labels)

@@ -1,0 +1,164 @@
+"""Runs the decoder layer by layer over many batches, so that only one layer's inputs are held at a time.
+
+Or enters a forward of the model in its middle, so that what comes before a changed layer is not computed again:
+`record_layer_inputs` once, then `resume_at`. Or runs the decoder and the head apart: `run_decoder`, `run_head`.
+
+Reconstruction and the criteria that look at activations walk a model this way: `embed_batches` once, then for every
+layer `run_layer` on each stream, whose output is the next layer's input. A consumer hooks or changes the layer between
+two runs. Axes in tensor names: B samples, T tokens, D hidden width, N tokens of all samples, C columns.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gqaprune.models.architecture import get_layers
+
+K = TypeVar("K")
+
+
+@dataclass
+class Stream:
+    """One batch on its way through the decoder.
+
+    Args:
+        hidden_BTD: input of the next layer.
+        arguments: keyword arguments of every layer's call (mask, position embeddings), as the model makes them.
+    """
+
+    hidden_BTD: Tensor
+    arguments: list[dict[str, Any]]
+
+
+@torch.no_grad()
+def embed_batches(model: PreTrainedModel, batches: Sequence[Tensor]) -> list[Stream]:
+    """The input of the first decoder layer for every batch, and what each layer is called with.
+
+    Args:
+        model: the causal LM.
+        batches: token ids, each `[batch, tokens]`.
+    """
+    device = next(model.parameters()).device
+    streams = []
+    for batch_BT in batches:
+        with _record_calls(get_layers(model)) as calls:
+            model.base_model(input_ids=batch_BT.to(device), use_cache=False)
+        hidden_BTD = calls[0][0]
+        streams.append(Stream(hidden_BTD, [arguments for _, arguments in calls]))
+    return streams
+
+
+@torch.no_grad()
+def run_layer(model: PreTrainedModel, index: int, stream: Stream) -> Tensor:
+    """Output of decoder layer `index` on a stream's hidden states, `[batch, tokens, width]`; the stream stays."""
+    return _get_hidden(get_layers(model)[index](stream.hidden_BTD, **stream.arguments[index]))
+
+
+@contextmanager
+def watch_inputs(linears: Mapping[K, nn.Linear], receive: Callable[[K, Tensor], None]) -> Iterator[None]:
+    """Hand each linear layer's every input, `[tokens of all samples, columns]`, to a function while the context lasts.
+
+    Args:
+        linears: the layers by what names them.
+        receive: called with name and input.
+    """
+
+    def make_hook(name: K) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: receive(name, inputs[0].flatten(0, -2))
+
+    with ExitStack() as hooks:
+        for name, linear in linears.items():
+            hooks.callback(linear.register_forward_pre_hook(make_hook(name)).remove)
+        yield
+
+
+@contextmanager
+def _record_calls(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+    """Make every layer pass its input through and note its arguments: a forward of the model then computes nothing."""
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def pass_through(hidden_BTD: Tensor, **arguments: Any) -> Tensor:
+        calls.append((hidden_BTD, arguments))
+        return hidden_BTD
+
+    with ExitStack() as restored:
+        for layer in layers:
+            restored.enter_context(replace_forward(layer, pass_through))
+        yield calls
+
+
+@torch.no_grad()
+def record_layer_inputs(model: PreTrainedModel, batch_BT: Tensor) -> list[Tensor]:
+    """The input of every decoder layer and the output of the last, each `[batch, tokens, width]`."""
+    inputs_BTD: list[Tensor] = []
+    layers = get_layers(model)
+
+    def record(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        inputs_BTD.append(arguments[0])
+
+    def record_last(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        inputs_BTD.append(_get_hidden(output))
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(record).remove)
+        hooks.callback(layers[-1].register_forward_hook(record_last).remove)
+        model.base_model(input_ids=batch_BT, use_cache=False)
+    return inputs_BTD
+
+
+@contextmanager
+def resume_at(model: PreTrainedModel, index: int, hidden_BTD: Tensor) -> Iterator[None]:
+    """Forwards of the model enter decoder layer `index` with these hidden states; the layers before it do nothing.
+
+    With `index` the number of layers, only the model's head runs. Contexts nest: the innermost one counts.
+    """
+    with ExitStack() as restored:
+        for layer in get_layers(model)[:index]:
+            restored.enter_context(replace_forward(layer, lambda *_, **__: hidden_BTD))
+        yield
+
+
+@contextmanager
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module computes something else while the context lasts; contexts nest."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+def run_decoder(model: PreTrainedModel, batch_BT: Tensor) -> Tensor:
+    """Output of the last decoder layer for token ids, `[batch, tokens, width]`, with its graph where there is one."""
+    outputs_BTD: list[Tensor] = []
+    last = get_layers(model)[-1]
+    handle = last.register_forward_hook(lambda _, __, output: outputs_BTD.append(_get_hidden(output)))
+    try:
+        model.base_model(input_ids=batch_BT, use_cache=False)
+    finally:
+        handle.remove()
+    return outputs_BTD[0]
+
+
+def run_head(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
+    """Logits `[batch, tokens, vocabulary]` of what the last decoder layer gave: final norm, head, scaling."""
+    # Any token ids of that shape: what becomes of them is thrown away.
+    ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden_BTD.device)
+    with resume_at(model, len(get_layers(model)), hidden_BTD):
+        logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False).logits
+    return logits_BTV
+
+
+def _get_hidden(output: Any) -> Tensor:
+    hidden_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden_BTD

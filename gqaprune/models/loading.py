@@ -1,0 +1,178 @@
+"""Load dense and pruned models in any format; nothing here unpickles, or runs remote code unless asked to."""
+
+import copy
+import importlib.util
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gqaprune.common.errors import first_line
+from gqaprune.models.architecture import read_geometry
+from gqaprune.models.families import get_family
+from gqaprune.models.per_layer import get_per_layer_class
+from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error
+from gqaprune.models.tokenizer import check_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import TorchAoConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+
+QUANTIZATIONS = ("int8",)
+"""What weights can be stored in besides their type."""
+
+
+def load(
+    source: str | Path, dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer, and check that they belong together.
+
+    Args:
+        source: as for `load_model`.
+        dtype: likewise.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        ValueError: as `load_model`, `load_tokenizer` and `check_tokenizer`.
+    """
+    model = load_model(source, dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    check_tokenizer(tokenizer, model)
+    return model, tokenizer
+
+
+def load_model(
+    source: str | Path,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
+) -> PreTrainedModel:
+    """Load a dense or pruned causal LM of a supported family.
+
+    Args:
+        source: a folder, a `.gguf` file, a hub name, or `smollm2-135m` (the embedded model).
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
+        attn_implementation: `sdpa`, `eager` or another that transformers knows; its own choice by default.
+        trust_remote_code: run code that comes with the checkpoint. Pruned checkpoints do not need it here.
+        quantization: `int8` stores the matrices of the decoder layers in 8 bits, each row with its own scale; such a
+            model can be run, not pruned or trained.
+
+    Raises:
+        ValueError: if there is no such model, its files are broken, its family is not supported, or loading needs a
+            package that is not installed.
+    """
+    check_dtype(dtype)
+    place, gguf = locate(source)
+    config = load_config(source, trust_remote_code)
+    family = get_family(config)
+    arguments = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **gguf}
+    if quantization is not None:
+        arguments["quantization_config"] = make_quantization_config(quantization)
+    elif gguf:
+        arguments["quantization_config"] = GgufConfig(dequantize=True)  # packed weights can be neither cut nor trained
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    try:
+        read_geometry(config)
+        model_class = AutoModelForCausalLM
+        if config.is_heterogeneous:
+            model_class = get_per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+            del arguments["trust_remote_code"]
+        if not gguf:
+            arguments |= {"config": config, "use_safetensors": True}
+        # What has another shape is refused below, by its name; transformers refuses it without.
+        model, found = model_class.from_pretrained(
+            place, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+        check_keys(found, family.layers)
+    except LOADING_ERRORS as error:
+        raise make_loading_error("model", source, first_line(error)) from None
+    return model
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a type of weights by a name that is none of `DTYPES`.
+
+    Raises:
+        ValueError: with the names.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def check_keys(found: Mapping[str, Collection[Any]], layers: str) -> None:
+    """Refuse weights that are not those of the config: transformers would make up what is missing.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    if wrong := sorted(found["mismatched_keys"]):
+        name, shape, promised = wrong[0]
+        raise ValueError(
+            f"{name} is {list(shape)} in its files, its config promises {list(promised)} ({len(wrong)} such in all)"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"its files lack {missing[0]} ({len(missing)} in all), which its config promises")
+    strange = [name for name in found["unexpected_keys"] if name.startswith(f"{layers}.")]
+    places = [name for name in strange if name.endswith((".weight", ".bias"))]  # buffers of old versions do no harm
+    if places:
+        raise ValueError(f"its files hold {min(places)} ({len(places)} in all), which its config has no place for")
+
+
+def build_model(
+    config: PretrainedConfig,
+    dtype: object,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A model of the class that `load_model` would load, with weights of no meaning.
+
+    Args:
+        config: of the model, dense or pruned.
+        dtype: of the weights; `auto` is the config's own.
+        attn_implementation: attention kernel; transformers chooses if None.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: if the type is to be the config's own and it has none.
+    """
+    if dtype == "auto" and (dtype := config.dtype) is None:
+        raise ValueError("its config does not say which type the weights have: set dtype to bfloat16 or float32")
+    arguments = {"dtype": dtype} | ({} if attn_implementation is None else {"attn_implementation": attn_implementation})
+    config = copy.deepcopy(config)  # which transformers writes the type into
+    if config.is_heterogeneous:
+        return get_per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])._from_config(config, **arguments)
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **arguments)
+
+
+def build_without_weights(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The same on the meta device: parameters have shapes alone."""
+    with torch.device("meta"):
+        return build_model(config, torch.float32, trust_remote_code=trust_remote_code)
+
+
+def make_quantization_config(quantization: str) -> "TorchAoConfig":
+    """What transformers quantises with on loading.
+
+    Raises:
+        ValueError: if there is no such quantisation, or torchao is not installed.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
+    if importlib.util.find_spec("torchao") is None:
+        raise ValueError(f"quantization {quantization} needs torchao: pip install 'gqaprune[int8]'")
+    from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-untyped]
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())

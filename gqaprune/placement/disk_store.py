@@ -1,0 +1,111 @@
+"""Decoder layers that stay on disk, one in memory at a time, so that a model larger than memory can be pruned.
+
+The layers of such a model have shapes but no values (they are on torch's `meta` device) until they are held, and read
+from the safetensors files they are in. A layer that was changed is written to a folder of the model's own and read from
+there later.
+"""
+
+import shutil
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gqaprune.common.atomic_files import make_temporary_folder
+from gqaprune.models.architecture import get_layers
+from gqaprune.placement.layer_store import LayersApart, detach_parameters, keep_apart, name_layer, name_outside
+
+
+class LayersOnDisk(LayersApart):
+    """Where the weights of a model's decoder layers are.
+
+    Args:
+        files: full name of a parameter -> file that holds it; these files are only read.
+        folder: what changed layers are kept beside, in a folder that goes with this object.
+    """
+
+    reason = "offload keeps on disk"
+    can_score_gates = False
+
+    def __init__(self, files: Mapping[str, Path], folder: Path) -> None:
+        self.files = dict(files)
+        self._folder = make_temporary_folder(folder)
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    @contextmanager
+    def hold(self, model: PreTrainedModel, index: int, changes: bool) -> Iterator[None]:
+        """Read a layer, and write it if it changes."""
+        try:
+            _fill(model, self.files, name_layer(model, index))
+            yield
+            if changes:
+                self._write(index, name_layer(model, index))
+        finally:
+            with torch.inference_mode(False):  # what is made in that mode could never require gradients again
+                get_layers(model)[index].to("meta")
+
+    def _write(self, index: int, parameters: Mapping[str, Tensor]) -> None:
+        path = self._folder / f"layer-{index}.safetensors"
+        save_file(detach_parameters(parameters), path)
+        self.files |= dict.fromkeys(parameters, path)
+
+
+def offload_layers(model: PreTrainedModel, files: Mapping[str, Path], folder: Path) -> None:
+    """Leave the decoder layers of a model whose parameters have no values in the files that hold them.
+
+    Args:
+        model: the causal LM, all its parameters on `meta`; its buffers have values.
+        files: full name of a parameter -> safetensors file that holds it.
+        folder: what changed layers are kept beside.
+
+    Raises:
+        ValueError: if shapes differ, or the decoder layers hold what no file does.
+    """
+    check_files(model, files)
+    keep_apart(model, LayersOnDisk(files, folder))
+    fill_outside(model, files)
+
+
+def check_files(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
+    """Refuse files that layers cannot be read from one by one.
+
+    Raises:
+        ValueError: if shapes differ, or the decoder layers hold what no file does.
+    """
+    _check_shapes(model, files)
+    if buffers := [name for name, _ in get_layers(model).named_buffers()]:
+        raise ValueError(f"its layers hold {buffers[0]}, which no file does: such a model is pruned in memory alone")
+
+
+def fill_outside(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
+    """Read what is outside of the decoder layers; what no file holds is left."""
+    _fill(model, files, {name: parameter for name, parameter in name_outside(model).items() if name in files})
+
+
+def _fill(model: PreTrainedModel, files: Mapping[str, Path], wanted: Mapping[str, Tensor]) -> None:
+    """Read some parameters, by their full names, into the model, on its device and in their own types."""
+    first = next(model.parameters())
+    device = torch.device("cpu") if first.is_meta else first.device
+    tensors = {}
+    for path in {files[name] for name in wanted}:
+        with safe_open(path, "pt") as file:
+            for name in wanted:
+                if files[name] == path:
+                    # Copied: pages of a mapped file would be read anew for every batch where memory is short.
+                    tensors[name] = file.get_tensor(name).to(device, wanted[name].dtype, copy=True)
+    model.load_state_dict(tensors, strict=False, assign=True)
+
+
+def _check_shapes(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for path in set(files.values()):
+        with safe_open(path, "pt") as file:
+            for name in file.keys() & shapes.keys():
+                if (found := file.get_slice(name).get_shape()) != shapes[name]:
+                    raise ValueError(f"{name} is {found} in {path.name}, its config promises {shapes[name]}")

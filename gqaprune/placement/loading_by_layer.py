@@ -1,0 +1,135 @@
+"""Load models to prune whose decoder layers are never in memory as a whole: on disk, or split over devices."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from gqaprune.common.errors import first_line
+from gqaprune.models.architecture import read_geometry
+from gqaprune.models.families import get_family
+from gqaprune.models.loading import DTYPES, build_model, check_dtype, check_keys
+from gqaprune.models.sources import LOADING_ERRORS, fetch, find_tensors, load_config, locate, make_loading_error
+from gqaprune.placement.disk_store import offload_layers
+from gqaprune.placement.layer_store import move_model
+from gqaprune.placement.sharded_store import split_layers
+
+
+def load_offloaded_model(
+    source: str | Path,
+    folder: str | Path,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM to prune whose decoder layers stay on disk: one at a time is in memory.
+
+    It can be pruned with what goes layer by layer, measured and saved; it cannot be run or trained otherwise.
+
+    Args:
+        source: a folder or hub name with safetensors files, which have to stay there.
+        folder: layers that change are kept under a temporary name beside it, as long as the model is used.
+        dtype: as for `load_model`.
+        attn_implementation: likewise.
+        trust_remote_code: likewise.
+
+    Raises:
+        ValueError: as `load_model`, or if its layers cannot be read one by one.
+    """
+
+    def offload(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
+        offload_layers(model, files, Path(folder))
+
+    return _load_by_layer(source, dtype, attn_implementation, trust_remote_code, offload)
+
+
+def load_sharded_model(
+    source: str | Path,
+    mesh: DeviceMesh,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM whose decoder layers are split over devices; no rank ever reads the whole. Every rank calls it.
+
+    It can be pruned with what goes layer by layer or looks at gates, measured and saved, each by a call on every rank;
+    `gqaprune.placement.fsdp.shard_model` makes one to train of it, by FSDP2.
+
+    Args:
+        source: a folder or hub name with safetensors files.
+        mesh: devices to split layers over, one dimension; what is outside of the layers is whole on each.
+        dtype: as for `load_model`.
+        attn_implementation: likewise.
+        trust_remote_code: likewise.
+
+    Raises:
+        ValueError: as `load_model`, or if its layers cannot be read one by one.
+    """
+    device = torch.device(mesh.device_type)
+
+    def split(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
+        split_layers(model, files, mesh, device)
+
+    return move_model(_load_by_layer(source, dtype, attn_implementation, trust_remote_code, split), device)
+
+
+def can_read_by_layer(source: str | Path, trust_remote_code: bool = False) -> bool:
+    """Whether a model is stored so that its layers can be read one by one.
+
+    Raises:
+        ValueError: if there is no such model, or its family is not supported.
+    """
+    return _find_obstacle(source, trust_remote_code) is None
+
+
+def _find_obstacle(source: str | Path, trust_remote_code: bool) -> str | None:
+    """Why a model's layers cannot be read one by one, in part of a sentence with a way out; None where they can."""
+    if locate(source)[1]:
+        return (
+            f"layers are read from safetensors files, {source} is a GGUF file: write it as such first, with "
+            "gqaprune export --format stock"
+        )
+    config = load_config(source, trust_remote_code)
+    has_experts = get_family(config).has_experts
+    if has_experts or hasattr(config, "quantization_config"):
+        kind = "experts are" if has_experts else "quantised weights are"
+        return (
+            f"{kind} not stored as they are computed with, so {source} cannot be read layer by layer: "
+            "prune it in memory, unquantised"
+        )
+    return None
+
+
+def _load_by_layer(
+    source: str | Path,
+    dtype: str,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    read: Callable[[PreTrainedModel, Mapping[str, Path]], None],
+) -> PreTrainedModel:
+    """Build a model without weights, and `read` from name -> file what it should have in memory."""
+    check_dtype(dtype)
+    if obstacle := _find_obstacle(source, trust_remote_code):
+        raise ValueError(obstacle)
+    config = load_config(source, trust_remote_code)
+    family, (place, _) = get_family(config), locate(source)
+    try:
+        read_geometry(config)
+        checkpoint = fetch(place)
+        files = find_tensors(checkpoint)
+        with init_empty_weights(include_buffers=False):
+            model = build_model(config, DTYPES[dtype], attn_implementation, trust_remote_code)
+        read(model, files)
+        missing = model.state_dict().keys() - files.keys()
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)  # what is tied is missing no longer
+        strange = files.keys() - model.state_dict().keys()
+        check_keys({"mismatched_keys": (), "missing_keys": missing, "unexpected_keys": strange}, family.layers)
+        if (checkpoint / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    except LOADING_ERRORS as error:
+        raise make_loading_error("model", source, first_line(error)) from None
+    return model.eval()

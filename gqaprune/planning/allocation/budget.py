@@ -1,0 +1,307 @@
+"""What allocations work on: blocks and budgets as plain numbers, and the errors of a budget that cannot be met."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from gqaprune.plan import BlockKey
+
+Removed = dict[BlockKey, int]
+"""Units to remove from each block."""
+
+
+@dataclass(frozen=True)
+class BlockBudget:
+    """What allocation knows of one block.
+
+    Args:
+        key: decoder layer and kind.
+        scores: score of every unit, ascending.
+        unit_parameters: parameters that go with one unit.
+        min_kept: units that have to stay.
+        multiple: the number of kept units has to be a multiple of it wherever any are removed.
+        unit_kv_heads: KV heads that go with one unit: 1 for a GQA group, 0 for a channel.
+    """
+
+    key: BlockKey
+    scores: Sequence[float]
+    unit_parameters: int
+    min_kept: int = 1
+    multiple: int = 1
+    unit_kv_heads: int = 0
+
+    @property
+    def units(self) -> int:
+        """Units of the block before pruning."""
+        return len(self.scores)
+
+    def removable_counts(self) -> list[int]:
+        """Numbers of units that may go, ascending, 0 first."""
+        kept = range(self.units - self.units % self.multiple, 0, -self.multiple)
+        return [0, *(self.units - n for n in kept if self.min_kept <= n < self.units)]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much has to go.
+
+    Args:
+        rate: share of parameters to remove, as asked; 0 with a `kv_rate` leaves the channels alone.
+        base_parameters: parameters that the rate is a share of.
+        layer_parameters: parameters of each decoder layer.
+        min_rate: least share of each layer with a removable unit that has to go.
+        max_rate: largest share of any layer that may go.
+        attention_share: share of the removed parameters that attention gives (0.2 is 2:8), within one GQA group
+            (with `uniform` one of every layer); null lets the allocation choose.
+        kv_rate: share of the KV heads, and so of the KV-cache bytes of each token, to remove, to the nearest group; 0
+            lets the allocation choose.
+        kv_heads: KV heads of all layers, that `kv_rate` is a share of.
+        spared_attention: numbers of kept units that `uniform` avoids in attention blocks, for no stock class has them.
+
+    Raises:
+        ValueError: if a share is out of its bounds, or attention is told twice how much to give.
+    """
+
+    rate: float
+    base_parameters: int
+    layer_parameters: Sequence[int]
+    min_rate: float = 0.0
+    max_rate: float = 1.0
+    attention_share: float | None = None
+    kv_rate: float = 0.0
+    kv_heads: int = 0
+    spared_attention: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.attention_share is not None and not 0 <= self.attention_share <= 1:
+            raise ValueError(f"attention_share must be in 0 … 1, got {self.attention_share}; 0.2 is a split of 2:8")
+        if not 0 <= self.kv_rate < 1:
+            raise ValueError(f"kv_rate must be in [0, 1), a share of the KV heads, got {self.kv_rate}")
+        if self.kv_rate and not self.kv_heads:
+            raise ValueError(f"kv_rate {self.kv_rate} is a share of the model's KV heads: give kv_heads, got 0")
+        if self.kv_rate and self.attention_share is not None:
+            raise ValueError(
+                f"kv_rate {self.kv_rate} and attention_share {self.attention_share} both say how much attention gives: "
+                "set one of them"
+            )
+
+    @property
+    def target(self) -> float:
+        """Parameters to remove."""
+        return self.rate * self.base_parameters
+
+    @property
+    def fixes_attention(self) -> bool:
+        """Whether the budget says how much attention gives."""
+        return self.attention_share is not None or self.kv_rate > 0
+
+    def attention_target(self) -> float:
+        """What attention has to give where the budget says so, in the unit of `count_attention`."""
+        if self.kv_rate:
+            return self.kv_rate * self.kv_heads
+        assert self.attention_share is not None
+        return self.attention_share * self.target
+
+    def count_attention(self, parameters: int, kv_heads: int) -> int:
+        """Of the two things that go with groups, the one that the budget is about: KV heads or parameters."""
+        return kv_heads if self.kv_rate else parameters
+
+    def unreachable(self, reason: str, nearest: int | None = None) -> "UnreachableError":
+        """The error for a budget that the limits cannot meet.
+
+        Args:
+            reason: why, in words.
+            nearest: the nearest reachable removal in parameters, if there is one.
+        """
+        if nearest is None:
+            return UnreachableError(self, reason)
+        # Rounded away from the target asked, so that the rate named is itself reachable.
+        rounded = math.floor if nearest < self.target else math.ceil
+        scale = 10 ** max(4, len(str(self.base_parameters)))
+        return UnreachableError(self, reason, rounded(nearest / self.base_parameters * scale) / scale)
+
+    def unreachable_kv(self, reason: str, nearest: int) -> ValueError:
+        """The error for a KV-cache budget that the limits cannot meet.
+
+        Args:
+            reason: why, in words.
+            nearest: the nearest reachable removal in KV heads.
+        """
+        scale = 10 ** max(4, len(str(self.kv_heads)))
+        return ValueError(
+            f"cannot remove {self.kv_rate:.2%} of {self.kv_heads:,} KV heads: {reason}; the nearest reachable kv_rate "
+            f"is {math.floor(nearest / self.kv_heads * scale) / scale}; change `kv_rate` to it, or loosen min_groups, "
+            "max_rate, attention_layers or frozen_layers"
+        )
+
+
+class UnreachableError(ValueError):
+    """A budget that the limits cannot meet.
+
+    Args:
+        budget: the budget.
+        reason: why, in words.
+        nearest_rate: the nearest reachable rate, if there is one.
+    """
+
+    def __init__(self, budget: Budget, reason: str, nearest_rate: float | None = None) -> None:
+        self.reason = reason
+        way_out = "loosen"
+        if nearest_rate is not None:
+            way_out = f"the nearest reachable rate is {nearest_rate}; change `rate` to it, or loosen"
+        also = "split, " if budget.attention_share is not None else "kv_rate, " if budget.kv_rate else ""
+        super().__init__(
+            f"cannot remove {budget.rate:.2%} of {budget.base_parameters:,} parameters: {reason}; {way_out} {also}"
+            "min_groups, min_channels, min_rate, max_rate, attention_layers, mlp_layers or channel_multiple"
+        )
+
+
+@dataclass(frozen=True)
+class AllocationOptions:
+    """What only some allocations look at.
+
+    Args:
+        importance: importance of every block, higher is more important, for `inverse`, `proportional` and
+            `frozen_layers`.
+        alpha: strength of the difference that importance makes; 0 makes none. The most and the least important block
+            differ by a factor of e^alpha in the share they lose.
+        log: take the logarithm of importance first, so that one outstanding layer does not make all others alike.
+        frozen_layers: this many of the most important layers lose nothing, whatever `min_rate` says.
+        curves: damage of removing the weakest units of a block, points (units removed, damage) ascending, for
+            `optimal`; null means the sum of the removed units' scores.
+
+    Raises:
+        ValueError: if a setting is out of its bounds.
+    """
+
+    importance: Mapping[BlockKey, float] | None = None
+    alpha: float = 1.0
+    log: bool = False
+    frozen_layers: int = 0
+    curves: Mapping[BlockKey, Sequence[tuple[int, float]]] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 50:
+            raise ValueError(f"alpha must be in 0 … 50, got {self.alpha}; 0.5 to 3 is usual")
+        if self.frozen_layers < 0:
+            raise ValueError(f"frozen_layers must be at least 0, got {self.frozen_layers}")
+
+    def read_importance(self, blocks: Sequence[BlockBudget], reader: str) -> list[float]:
+        """Importance of blocks, in their order.
+
+        Args:
+            blocks: the blocks.
+            reader: what needs importance, for the error.
+
+        Raises:
+            ValueError: if there is none for a block, or it is not finite.
+        """
+        if self.importance is None:
+            raise ValueError(f"{reader} needs the importance of every layer, got none: measure or load a sensitivity")
+        for block in blocks:
+            if not math.isfinite(self.importance.get(block.key, math.nan)):
+                raise ValueError(f"{reader} needs a finite importance of {block.key}: measure the sensitivity again")
+        return [self.importance[block.key] for block in blocks]
+
+
+DEFAULT_OPTIONS = AllocationOptions()
+
+
+class Allocate(Protocol):
+    """An allocation."""
+
+    def __call__(self, blocks: Sequence[BlockBudget], budget: Budget, options: AllocationOptions = ..., /) -> Removed:
+        """How many units go from each block. Raises ValueError if the budget cannot be met."""
+
+
+def parse_split(split: str) -> float:
+    """The share of attention in a split `attention:MLP` of the removed parameters: `2:8` is 0.2, `0:10` is 0.
+
+    Raises:
+        ValueError: if it is no such split.
+    """
+    try:
+        attention, mlp = (float(part) for part in split.split(":"))
+    except ValueError:
+        attention = mlp = math.nan
+    if not (0 <= attention < math.inf and 0 <= mlp < math.inf and attention + mlp > 0):
+        raise ValueError(
+            f"a split of attention : MLP is two numbers, none negative and not both 0, such as 2:8, got {split!r}"
+        )
+    return attention / (attention + mlp)
+
+
+def find_free_blocks(blocks: Sequence[BlockBudget], budget: Budget, options: AllocationOptions) -> list[BlockBudget]:
+    """The blocks that may lose units: of a kind that the split asks of, in all but the most important layers.
+
+    A layer's importance is the mean of its blocks'; of equals the first is frozen.
+
+    Raises:
+        ValueError: if importance is missing or no layer is left.
+    """
+    excluded = {0.0: "attention", 1.0: "mlp"}.get(-1.0 if budget.attention_share is None else budget.attention_share)
+    allowed = [block for block in blocks if block.key.kind != excluded]
+    if not allowed:
+        raise budget.unreachable(f"attention_share {budget.attention_share} leaves no block to prune")
+    if not options.frozen_layers:
+        return allowed
+    of_layer: dict[int, list[float]] = defaultdict(list)
+    for block, importance in zip(blocks, options.read_importance(blocks, "frozen_layers"), strict=True):
+        of_layer[block.key.layer].append(importance)
+    ranked = sorted(of_layer, key=lambda layer: (-sum(of_layer[layer]) / len(of_layer[layer]), layer))
+    free = set(ranked[options.frozen_layers :])
+    if not free:
+        raise budget.unreachable(f"frozen_layers {options.frozen_layers} leaves none of {len(ranked)} layers to prune")
+    return [block for block in allowed if block.key.layer in free]
+
+
+def allocate_or_name_rate(allocate: Callable[[Budget], Removed], budget: Budget) -> Removed:
+    """Allocate; where a split is asked and cannot be met, find the nearest rate at which it can.
+
+    With a split the reachable rate does not follow from what was reached, for attention and MLP both move with it.
+
+    Raises:
+        UnreachableError: with the nearest reachable rate.
+    """
+    try:
+        return allocate(budget)
+    except UnreachableError as error:
+        if budget.attention_share is None:
+            raise
+
+        def is_reachable(rate: float) -> bool:
+            try:
+                allocate(replace(budget, rate=rate))
+            except UnreachableError:
+                return False
+            return True
+
+        nearest = _search_nearest(budget.rate, is_reachable)
+        raise UnreachableError(budget, error.reason, nearest) from None
+
+
+def _search_nearest(rate: float, is_reachable: Callable[[float], bool]) -> float | None:
+    """The nearest reachable rate found by doubling the distance, then halving the gap, in steps of 0.0001."""
+    scale = 10_000
+    start = round(rate * scale)
+    found = []
+    for sign, limit in ((-1, start - 1), (1, scale - 1 - start)):
+        bad, distance = 0, 1
+        while bad < limit and not is_reachable((start + sign * distance) / scale):
+            bad, distance = distance, min(2 * distance, limit)
+        while bad < limit and distance - bad > 1:
+            middle = (bad + distance) // 2
+            bad, distance = (bad, middle) if is_reachable((start + sign * middle) / scale) else (middle, distance)
+        if bad < limit:
+            found.append((start + sign * distance) / scale)
+    return min(found, key=lambda nearest: abs(nearest - rate), default=None)
+
+
+def measure_layer_rates(blocks: Sequence[BlockBudget], removed: Removed, budget: Budget) -> dict[int, float]:
+    """Share of its parameters that each layer with a block loses."""
+    parameters: dict[int, int] = defaultdict(int)
+    for block in blocks:
+        parameters[block.key.layer] += removed[block.key] * block.unit_parameters
+    return {layer: gone / budget.layer_parameters[layer] for layer, gone in parameters.items()}

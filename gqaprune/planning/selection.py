@@ -1,0 +1,225 @@
+"""From scores to a plan: the blocks that may shrink, what allocations know of them, and the units that stay."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from gqaprune.common.stage_cache import Stages
+from gqaprune.models.architecture import (
+    Block,
+    count_layer_parameters,
+    count_parameters,
+    find_blocks,
+    make_stock_config,
+    read_geometry,
+    write_geometry,
+)
+from gqaprune.models.families import get_family
+from gqaprune.plan import Geometry, KeptUnits, PruningPlan
+from gqaprune.planning.allocation import BlockBudget, Budget, Removed
+from gqaprune.planning.config import PruningConfig
+from gqaprune.scoring.outliers import Outliers, find_outliers, protect_units
+from gqaprune.scoring.scores import Scores, score_units
+
+
+def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
+    """The blocks that the config's layer ranges and its split allow to shrink.
+
+    Raises:
+        ValueError: if a range leaves the model, or attention has to give where the family's cannot.
+    """
+    whole = get_family(model.config).whole
+    if "mlp" in whole and config.attention_share == 0:
+        raise ValueError(
+            f"MLPs of {model.config.model_type} models stay whole: {whole['mlp']}; set split: free, or kv_rate, to "
+            "remove GQA groups"
+        )
+    if "attention" in whole and (config.attention_share or config.kv_rate or config.granularity == "query"):
+        raise ValueError(
+            f"attention of {model.config.model_type} models stays whole: {whole['attention']}; "
+            "leave split, kv_rate and granularity at their defaults to remove MLP channels"
+        )
+    blocks = find_blocks(model, config.granularity)
+    allowed = _list_allowed_layers(model.config, config)
+    return [block for block in blocks if block.key.layer in allowed.get(block.key.kind, ())]
+
+
+def check_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -> None:
+    """Refuse settings that leave layers of unequal shapes, which a stock checkpoint cannot hold.
+
+    Raises:
+        ValueError: with what would give equal ones.
+    """
+    if config.removes_something and not _keeps_equal_counts(model_config, config):
+        layers = read_geometry(model_config).num_layers
+        ranges = " and ".join(f"{kind}_layers: [0, {layers}]" for kind in _list_allowed_layers(model_config, config))
+        raise ValueError(
+            f"a stock checkpoint needs equal counts in every layer: set allocation: uniform, frozen_layers: 0, "
+            f"swap_generations: 0, {ranges}; or take the format per-layer, which keeps unequal ones, or padded"
+        )
+
+
+def _keeps_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -> bool:
+    """Whether all layers of a model lose the same units, whatever the scores."""
+    dense = read_geometry(model_config)
+    whole = all(len(own) in (0, dense.num_layers) for own in _list_allowed_layers(model_config, config).values())
+    alike = config.allocation == "uniform" and not config.frozen_layers and not config.swap_generations
+    return dense.is_uniform and whole and alike
+
+
+def _list_allowed_layers(model_config: PretrainedConfig, config: PruningConfig) -> dict[str, range]:
+    """Kind of block -> layers in which it may lose units; kinds that give nothing are left out.
+
+    Raises:
+        ValueError: if a range leaves the model.
+    """
+    whole, layers = get_family(model_config).whole, read_geometry(model_config).num_layers
+    ranges = {"attention": config.attention_layers, "mlp": config.mlp_layers}
+    for kind, bounds in ranges.items():
+        if bounds is not None and not 0 <= bounds[0] <= bounds[1] <= layers:
+            raise ValueError(
+                f"{kind}_layers must satisfy 0 <= first <= end <= {layers} on this model of {layers} layers, "
+                f"got {list(bounds)}; [0, {layers}] is the whole model"
+            )
+    middle = (layers // 7, layers - layers // 14)  # the ends cost most: 4 and 2 layers of 28 to 34
+    allowed = {kind: range(*(bounds or middle)) for kind, bounds in ranges.items()}
+    spared = {0.0: "attention", 1.0: "mlp"}.get(-1.0 if config.attention_share is None else config.attention_share)
+    return {kind: own for kind, own in allowed.items() if kind not in (spared, *whole)}
+
+
+def read_budget(model: PreTrainedModel, config: PruningConfig) -> Budget:
+    """What has to go from a dense model, and the limits of its layers."""
+    layer_parameters = count_layer_parameters(model)
+    return Budget(
+        rate=config.rate,
+        base_parameters=sum(layer_parameters) if config.rate_base == "decoder" else count_parameters(model),
+        layer_parameters=layer_parameters,
+        min_rate=config.min_rate,
+        max_rate=config.max_rate,
+        attention_share=config.attention_share,
+        kv_rate=config.kv_rate,
+        kv_heads=sum(read_geometry(model.config).kv_heads),
+        spared_attention=_list_counts_without_stock_class(model, config),
+    )
+
+
+def score_blocks(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    config: PruningConfig,
+    accumulate: int,
+    seed: int,
+    stages: Stages,
+) -> tuple[Scores, Outliers]:
+    """Score the units that may go, and find the outliers among them, which are scored to go last if the config says so.
+
+    Args:
+        model: the causal LM as it is now.
+        batches: calibration token ids, each `[batch, tokens]`, the same list on every rank.
+        config: criterion and protection.
+        accumulate: micro-batches per accumulation window of the criterion.
+        seed: of `random` scores.
+        stages: of a run with this model and these batches.
+
+    Raises:
+        ValueError: if a loss, an activation or a score is not finite, with its place.
+    """
+    blocks = select_blocks(model, config)
+    scores = score_units(model, blocks, batches, config.criterion, accumulate, config.scoring_options(seed), stages)
+    if not (config.protect_outliers and config.needs_text):
+        return scores, {}
+    outliers = find_outliers(model, blocks, batches)
+    return protect_units(scores, outliers), outliers
+
+
+def budget_blocks(dense_blocks: Sequence[Block], scores: Scores, config: PruningConfig) -> list[BlockBudget]:
+    """What allocation knows of each block; what goes at once from all its groups is one unit there.
+
+    Args:
+        dense_blocks: blocks as they were in the dense model.
+        scores: scores of the units that are left; units that are gone count as 0.
+        config: limits.
+    """
+    min_groups = 1 if config.granularity == "query" else config.min_groups
+    return [
+        BlockBudget(
+            key=block.key,
+            scores=_sum_scores(block, scores[block.key]),
+            unit_parameters=block.unit_parameters * block.groups,
+            min_kept=min_groups if block.key.kind == "attention" else config.min_channels,
+            multiple=1 if block.key.kind == "attention" else config.channel_multiple,
+            unit_kv_heads=1 if block.key.kind == "attention" and config.granularity == "group" else 0,
+        )
+        for block in dense_blocks
+    ]
+
+
+def make_plan(
+    model: PreTrainedModel, dense_blocks: Sequence[Block], scores: Scores, removed: Removed, config: PruningConfig
+) -> PruningPlan:
+    """Keep the units with the highest scores, so many that each block has lost as many as were counted.
+
+    Args:
+        model: the model that was scored, which the plan is for.
+        dense_blocks: blocks as they were in the dense model.
+        scores: scores of the units that are left.
+        removed: units that each dense block has lost then, from each of its groups.
+        config: what the units of attention are.
+    """
+    names = {"attention": {"group": "groups", "query": "queries"}[config.granularity], "mlp": "channels"}
+    whole = keep_everything(model)
+    layers = list(whole.layers)
+    for block in dense_blocks:
+        kept = _keep_highest(scores[block.key], block.units // block.groups - removed[block.key], block.groups)
+        if len(kept) < len(scores[block.key]):
+            layers[block.key.layer] = replace(layers[block.key.layer], **{names[block.key.kind]: kept})
+    return replace(whole, layers=tuple(layers))
+
+
+def keep_everything(model: PreTrainedModel) -> PruningPlan:
+    """The plan that removes nothing."""
+    geometry = read_geometry(model.config)
+    counts = zip(geometry.kv_heads, geometry.channels, strict=True)
+    return PruningPlan(geometry, tuple(KeptUnits(tuple(range(kv)), tuple(range(width))) for kv, width in counts))
+
+
+def _list_counts_without_stock_class(model: PreTrainedModel, config: PruningConfig) -> frozenset[int]:
+    """Numbers of an attention block's kept units that no stock class can hold, where all layers will keep equal counts.
+
+    Args:
+        model: the dense model.
+        config: what is to go from it.
+    """
+    if not _keeps_equal_counts(model.config, config):
+        return frozenset()
+    dense = read_geometry(model.config)
+    groups, ratio = dense.kv_heads[0], dense.ratios[0]
+    of_queries = config.granularity == "query"
+    counts = range(1, ratio if of_queries else groups)
+    heads = {count: (groups * count, groups) if of_queries else (count * ratio, count) for count in counts}
+    return frozenset(count for count, own in heads.items() if not _is_stock(model.config, dense, *own))
+
+
+def _is_stock(model_config: PretrainedConfig, dense: Geometry, query_heads: int, kv_heads: int) -> bool:
+    layers = dense.num_layers
+    pruned = replace(dense, query_heads=(query_heads,) * layers, kv_heads=(kv_heads,) * layers)
+    candidate = copy.deepcopy(model_config)
+    write_geometry(candidate, pruned)
+    return make_stock_config(candidate) is not None
+
+
+def _sum_scores(block: Block, score_U: Tensor) -> list[float]:
+    # Each group's weakest go together, then each group's next: ascending sums.
+    sums = score_U.reshape(block.groups, -1).sort().values.sum(0).tolist()
+    return [0.0] * (block.units // block.groups - len(sums)) + sums
+
+
+def _keep_highest(score_U: Tensor, count: int, groups: int) -> tuple[int, ...]:
+    # A stable sort makes ties go to the lower index on every machine.
+    order_GU = torch.argsort(score_U.reshape(groups, -1), dim=1, descending=True, stable=True)
+    first_G1 = torch.arange(groups)[:, None] * order_GU.shape[1]
+    return tuple(sorted((first_G1 + order_GU[:, :count]).flatten().tolist()))

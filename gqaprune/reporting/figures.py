@@ -1,0 +1,147 @@
+"""Figures: what each layer kept, perplexity by stage, what layers are worth. Drawn outside pyplot, without a window."""
+
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import matplotlib.figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+
+from gqaprune.common.atomic_files import write_atomically
+from gqaprune.plan import BlockKey, PruningPlan
+from gqaprune.reporting.report import Report
+
+_ATTENTION, _MLP = "#3b6fb6", "#d9822b"
+_STAGES = {"dense": "#8a8a8a", "pruned": _MLP}
+_UNREADABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_WIDE = 20.0
+"""Ratio of the largest to the smallest perplexity from which on the axis is logarithmic."""
+
+
+def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
+    """Draw what each layer kept: a bar per layer, attention above (query heads where ratios changed), MLP below."""
+    before, after = plan.geometry, plan.pruned_geometry
+    layers = range(before.num_layers)
+    figure = matplotlib.figure.Figure(figsize=(max(7.0, 0.3 * before.num_layers + 1.5), 6.0), layout="constrained")
+    attention = ("Attention: KV heads (one GQA group each)", before.kv_heads, after.kv_heads, _ATTENTION)
+    if before.ratios != after.ratios:
+        attention = ("Attention: query heads", before.query_heads, after.query_heads, _ATTENTION)
+    panels = [attention]
+    if any(before.channels):
+        panels.append(("MLP: channels", before.channels, after.channels, _MLP))
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
+    for axes, (title, dense, kept, color) in zip(rows[:, 0], panels, strict=True):
+        axes.bar(layers, dense, color="#e4e4e4", label="removed", width=0.85)
+        axes.bar(layers, kept, color=color, label="kept", width=0.85)
+        axes.set_title(f"{title} – {sum(kept) / sum(dense):.1%} kept", loc="left", fontsize=11)
+        axes.set_ylim(0, max(dense) * 1.22)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="upper right", ncols=2, fontsize=9, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        share = axes.twinx()
+        share.set_ylim(0, 1.22)
+        share.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+        share.yaxis.set_major_formatter(PercentFormatter(1.0))
+        share.spines["top"].set_visible(False)
+    axes.set_xlabel("decoder layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    asked = [f"{plan.rate:.0%}"] if plan.rate or not plan.kv_rate else []
+    asked += [f"{plan.kv_rate:.0%} of KV heads"] if plan.kv_rate else []
+    title = f"{plan.model}: {' and '.join(asked)} asked, {plan.criterion} scores, {plan.allocation} allocation"
+    figure.suptitle(make_readable(title), fontsize=12, parse_math=False)
+    return figure
+
+
+def draw_perplexities(report: Report) -> matplotlib.figure.Figure | None:
+    """Draw a bar per stage, a panel per text that perplexity was measured on; None where there is none.
+
+    Bars begin at 0, or, where one is too long for the others to be seen, at a perplexity of 1 on a logarithmic axis.
+    """
+    panels = {
+        name: [(stage.name, stage.perplexity.get(name)) for stage in report.stages] for name in _list_texts(report)
+    }
+    if any(stage.held_out for stage in report.stages):
+        panels["held-out calibration text"] = [(stage.name, stage.held_out) for stage in report.stages]
+    if not panels:
+        return None
+    shown = [[(name, value) for name, value in values if value is not None] for values in panels.values()]
+    heights = [0.4 * len(bars) + 0.5 for bars in shown]
+    figure = matplotlib.figure.Figure(figsize=(7.0, sum(heights) + 0.3), layout="constrained")
+    rows = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, title, bars in zip(rows, panels, shown, strict=True):
+        names, values = [name for name, _ in bars], [value for _, value in bars]
+        is_wide = max(values) / min(values) > _WIDE
+        colors = [_STAGES.get(name.split(",")[0], _ATTENTION) for name in names]
+        drawn = axes.barh(
+            range(len(bars)), [v - is_wide for v in values], left=float(is_wide), color=colors, height=0.7
+        )
+        axes.bar_label(drawn, [f"{value:,.2f}" for value in values], padding=4, fontsize=10)
+        if is_wide:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_yticks(range(len(bars)), names)
+        axes.invert_yaxis()
+        axes.margins(x=0.16)
+        axes.set_xlim(left=float(is_wide))
+        axes.set_title(make_readable(f"perplexity, {title}"), loc="left", fontsize=11, parse_math=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_importance(importance: Mapping[BlockKey, float], method: str) -> matplotlib.figure.Figure:
+    """Draw a bar per layer: how much it matters, attention and MLP apart where they differ.
+
+    Args:
+        importance: of every block.
+        method: how it was measured, a name in `SENSITIVITIES`.
+    """
+    kinds = {
+        kind: {key.layer: value for key, value in importance.items() if key.kind == kind}
+        for kind in ("attention", "mlp")
+    }
+    attention, mlp = kinds["attention"], kinds["mlp"]
+    layers = sorted(attention.keys() | mlp.keys())
+    is_of_layers = all(attention.get(layer, mlp.get(layer)) == mlp.get(layer, attention.get(layer)) for layer in layers)
+    bars = (
+        [("layer", _ATTENTION, attention | mlp)]
+        if is_of_layers
+        else [("attention", _ATTENTION, attention), ("MLP", _MLP, mlp)]
+    )
+    figure = matplotlib.figure.Figure(figsize=(max(7.0, 0.3 * len(layers) + 1.5), 3.4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.85 / len(bars)
+    for index, (name, color, values) in enumerate(bars):
+        places = [layer + (index - (len(bars) - 1) / 2) * width for layer in values]
+        axes.bar(places, list(values.values()), width=width, color=color, label=name)
+    axes.set_title(f"Importance by {method}", loc="left", fontsize=11)
+    axes.set_xlabel("decoder layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(bars) > 1:
+        axes.legend(ncols=2, fontsize=9, frameon=False)
+    return figure
+
+
+def encode_figure(figure: matplotlib.figure.Figure, format: str = "png") -> bytes:
+    """A figure as the bytes of a picture, `png` or, without a ground, `svg`; the same figure gives the same bytes."""
+    picture = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "gqaprune"}):
+        is_svg = format == "svg"
+        figure.savefig(picture, format=format, dpi=120, metadata={"Date": None} if is_svg else None, transparent=is_svg)
+    return picture.getvalue()
+
+
+def save_figure(figure: matplotlib.figure.Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    write_atomically(path, encode_figure(figure))
+
+
+def make_readable(text: str) -> str:
+    """A text without control characters and halves of characters, which neither fonts nor files take."""
+    return _UNREADABLE.sub("�", text)
+
+
+def _list_texts(report: Report) -> list[str]:
+    return list(dict.fromkeys(name for stage in report.stages for name in stage.perplexity))

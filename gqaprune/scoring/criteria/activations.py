@@ -1,0 +1,197 @@
+"""Criteria from the inputs of a block's output projection: forward passes only, one layer at a time.
+
+Axes in tensor names: N tokens, C input columns of the output projection, U units, c columns of one unit, O rows.
+"""
+
+from abc import abstractmethod
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from gqaprune.common.console import track
+from gqaprune.common.distributed import get_rank_and_world_size, sum_across_ranks
+from gqaprune.models.architecture import Block
+from gqaprune.models.gates import freeze_parameters
+from gqaprune.models.layerwise import Stream, embed_batches, run_layer, watch_inputs
+from gqaprune.placement.layer_store import hold_each
+from gqaprune.plan import BlockKey
+from gqaprune.scoring.criteria.base import Criterion, Scores
+from gqaprune.surgery.gram import Gram, Memory, split_rows
+
+T = TypeVar("T")
+Sums = dict[str, Tensor]
+"""Sums over tokens by name, float64."""
+
+
+class ActivationCriterion(Criterion, Generic[T]):
+    """Adds up statistics `T` of a block's units over the tokens, and scores the units from them."""
+
+    goes_by_layer = True
+
+    @abstractmethod
+    def start(self, block: Block, memory: Memory) -> T:
+        """Statistics of no tokens; `memory` keeps what is as large as a matrix."""
+
+    @abstractmethod
+    def add(self, statistics: T, x_NC: Tensor) -> None:
+        """Add float32 inputs to them."""
+
+    @abstractmethod
+    def add_ranks(self, statistics: T) -> bool:
+        """Add what all ranks saw to them; whether all of them are finite."""
+
+    @abstractmethod
+    def rate(self, block: Block, statistics: T) -> Tensor:
+        """Scores of a block's units from the statistics of all tokens, which it may overwrite, float64 `[units]`."""
+
+    @torch.no_grad()
+    def score(self) -> Scores:
+        """Walk the dense model, each rank with its own batches."""
+        calibration = self.calibration
+        blocks: dict[int, list[Block]] = {}
+        for block in calibration.blocks:
+            blocks.setdefault(block.key.layer, []).append(block)
+        scores: Scores = {}
+        with freeze_parameters(calibration.model):
+            streams = embed_batches(calibration.model, [calibration.batches[i] for i in calibration.own_batches])
+            for layer in hold_each(
+                calibration.model, track(range(max(blocks, default=-1) + 1), calibration.name, "layers")
+            ):
+                statistics = self._measure_layer(layer, blocks.get(layer, []), streams)
+                for block in blocks.get(layer, []):
+                    total = statistics.pop(block.key)
+                    if not self.add_ranks(total):
+                        raise ValueError(
+                            f"{block.key}: the input of its output projection is not finite on the calibration text: "
+                            "activations overflow; load the model with dtype bfloat16 or float32"
+                        )
+                    scores[block.key] = self.rate(block, total)
+        # All ranks rate the same sums; the first one's scores count, so that not a bit differs.
+        rank, _ = get_rank_and_world_size()
+        scores = sum_across_ranks({key: score * (rank == 0) for key, score in scores.items()})
+        return {block.key: scores[block.key].cpu() for block in calibration.blocks}
+
+    def _measure_layer(self, layer: int, blocks: list[Block], streams: list[Stream]) -> dict[BlockKey, T]:
+        """Statistics of a layer's blocks on this rank's streams, which move on to the next layer."""
+        memory = Memory(self.calibration.device)
+        totals = {block.key: self.start(block, memory) for block in blocks}
+
+        def add(key: BlockKey, x_NC: Tensor) -> None:
+            self.add(totals[key], x_NC.float())
+
+        with watch_inputs({block.key: block.output for block in blocks}, add):
+            for stream in streams:
+                stream.hidden_BTD = run_layer(self.calibration.model, layer, stream)
+        return totals
+
+
+class SumsCriterion(ActivationCriterion[Sums]):
+    """Statistics that are a few numbers for each column."""
+
+    @abstractmethod
+    def measure(self, x_NC: Tensor) -> Sums:
+        """Sums over some inputs; those of no tokens are zeros of the right shapes."""
+
+    def start(self, block: Block, memory: Memory) -> Sums:
+        """Zeros."""
+        return self.measure(torch.zeros(0, block.output.in_features, device=memory.device))
+
+    def add(self, statistics: Sums, x_NC: Tensor) -> None:
+        """Each to its own."""
+        for name, value in self.measure(x_NC).items():
+            statistics[name] += value
+
+    def add_ranks(self, statistics: Sums) -> bool:
+        """All of them in one reduction."""
+        statistics.update(sum_across_ranks(statistics))
+        return all(bool(value.isfinite().all()) for value in statistics.values())
+
+
+class Wanda(SumsCriterion):
+    """`Σ_{c∈u} ‖x_c‖₂ · Σ_o |W_oc|`: weights times the norms of their inputs, over the unit's output columns.
+
+    Unit: of the block's output times √tokens. Source: Sun et al. 2023, arXiv 2306.11695; summed over units as in FLAP's
+    structured variant (Wanda-sp).
+    """
+
+    def measure(self, x_NC: Tensor) -> Sums:
+        """Sum of squares."""
+        return {"squares_C": x_NC.square().sum(0, dtype=torch.float64)}
+
+    def rate(self, block: Block, statistics: Sums) -> Tensor:
+        """Norms times column sums."""
+        weights_C = block.output.weight.float().abs().sum(0, dtype=torch.float64)
+        return _sum_units(block, statistics["squares_C"].sqrt() * weights_C)
+
+
+class WeightedVariance(SumsCriterion):
+    """`Σ_{c∈u} Var(x_c) · ‖W_:c‖²`: FLAP's fluctuation (WIFV), what a constant cannot stand in for.
+
+    The sample variance over all tokens. Unit: of the block's output, squared. Source: An et al. 2023, arXiv 2312.11983.
+    """
+
+    def measure(self, x_NC: Tensor) -> Sums:
+        """Number, sum and sum of squares."""
+        return {
+            "tokens": x_NC.new_tensor(len(x_NC), dtype=torch.float64),
+            "sum_C": x_NC.sum(0, dtype=torch.float64),
+            "squares_C": x_NC.double().square().sum(0),
+        }
+
+    def rate(self, block: Block, statistics: Sums) -> Tensor:
+        """Variances times squared column norms."""
+        tokens, sum_C = statistics["tokens"], statistics["sum_C"]
+        variance_C = (statistics["squares_C"] - sum_C.square() / tokens).clamp_min(0) / (tokens - 1).clamp_min(1)
+        weights_C = block.output.weight.float().square().sum(0, dtype=torch.float64)
+        return _sum_units(block, variance_C * weights_C)
+
+
+class BrainSurgeon(ActivationCriterion[Gram]):
+    """`½ tr(W_u [(H⁻¹)_uu]⁻¹ W_uᵀ)`: half the squared error that is left when unit u goes and the others are refitted.
+
+    `H = Σ x xᵀ / tokens + λI` with `λ = obs_ridge · mean(diag)`; u stands for the unit's columns of the output
+    projection W. Unit: of the block's output, squared, per token. Source: Hassibi and Stork 1992, "Second order
+    derivatives for network pruning: optimal brain surgeon"; for structures of language models, ZipLM, arXiv 2302.04089.
+    """
+
+    uses = ("obs_ridge",)
+
+    def start(self, block: Block, memory: Memory) -> Gram:
+        """Gram matrix."""
+        return Gram(block.output.in_features, memory)
+
+    def add(self, statistics: Gram, x_NC: Tensor) -> None:
+        """Products in float32, sums of batches in float64."""
+        statistics.add(x_NC)
+
+    def add_ranks(self, statistics: Gram) -> bool:
+        """A part of the matrix at a time."""
+        statistics.sum_across_ranks()
+        return statistics.is_finite()
+
+    def rate(self, block: Block, statistics: Gram) -> Tensor:
+        """Errors from the diagonal blocks of the inverse."""
+        units, size = block.units, block.columns_per_unit
+        diagonal_C = statistics.get_diagonal()
+        if not diagonal_C.any():  # no input ever: nothing is lost with any unit
+            return diagonal_C.new_zeros(units)
+        # Of Σ x xᵀ, in its own memory; that of H is so many times larger as there are tokens.
+        penalty_C = torch.full_like(diagonal_C, self.options.obs_ridge * float(diagonal_C.mean()))
+        if not statistics.factorise([statistics], penalty_C):
+            raise ValueError(
+                f"{block.key}: the least squares of obs have no solution with obs_ridge {self.options.obs_ridge}; "
+                "set obs_ridge to 0.1 or calibrate on more text"
+            )
+        factor_Ucc = torch.linalg.cholesky(statistics.invert_diagonal(size))
+        score_U = torch.zeros_like(factor_Ucc[:, 0, 0])
+        for chosen in split_rows(units, 2 * size * block.output.out_features):  # a solution is copied on its way
+            columns = slice(chosen.start * size, chosen.stop * size)
+            weight_UcO = block.output.weight[:, columns].double().T.reshape(-1, size, block.output.out_features)
+            score_U[chosen] = (weight_UcO * torch.cholesky_solve(weight_UcO, factor_Ucc[chosen])).sum((1, 2))
+        return 0.5 * score_U / statistics.tokens
+
+
+def _sum_units(block: Block, score_C: Tensor) -> Tensor:
+    score_U: Tensor = score_C.view(block.units, block.columns_per_unit).sum(1)
+    return score_U

@@ -1,0 +1,58 @@
+"""The loop that criteria with a backward pass share: windows of micro-batches, losses checked, sums over ranks."""
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from gqaprune.common.console import track
+from gqaprune.common.distributed import is_true_anywhere, sum_across_ranks
+from gqaprune.models.gates import freeze_parameters
+from gqaprune.placement.layer_store import are_layers_apart
+from gqaprune.plan import BlockKey
+from gqaprune.scoring.criteria.base import Criterion, Scores
+
+
+class BackwardCriterion(Criterion):
+    """Adds up float64 `sums` over accumulation windows, the micro-batches that an optimizer step would see together."""
+
+    sums: dict[BlockKey, Tensor]
+
+    @abstractmethod
+    def prepare(self) -> AbstractContextManager[object]:
+        """What has to last while batches are added; parameters are frozen when it begins."""
+
+    @abstractmethod
+    def add(self, input_ids: Tensor, ends_window: bool) -> Tensor:
+        """Take one micro-batch.
+
+        Args:
+            input_ids: tokens `[batch, tokens]`.
+            ends_window: whether it closes its accumulation window.
+
+        Returns:
+            Mean loss of each sample in nats per token, `[batch]`.
+        """
+
+    def finish(self, sums: dict[BlockKey, Tensor]) -> Scores:
+        """Turn the sums of all ranks into scores."""
+        return {key: total.cpu() for key, total in sums.items()}
+
+    def score(self) -> Scores:
+        """Add this rank's batches, then the ranks."""
+        calibration, overflow = self.calibration, ""
+        with freeze_parameters(calibration.model), self.prepare():
+            for index in track(calibration.own_batches, calibration.name, "batches"):
+                input_ids = calibration.batches[index].to(calibration.device)
+                losses_B = self.add(input_ids, calibration.ends_window(index))
+                if not torch.isfinite(losses_B).all():
+                    overflow = overflow or f"batch {index}"
+                    if not are_layers_apart(calibration.model):  # where they are, other ranks wait for this one's part
+                        break
+        if is_true_anywhere(bool(overflow), calibration.device):
+            raise ValueError(
+                f"the loss of calibration {overflow or 'text on another rank'} is not finite: the model's activations "
+                f"overflow (it computes in {calibration.model.dtype}); load it with dtype bfloat16 or float32"
+            )
+        return self.finish(sum_across_ranks(self.sums))

@@ -1,0 +1,170 @@
+"""LLM-Pruner's Taylor criteria over weights and their gradients (arXiv 2305.11627).
+
+With samples n of an accumulation window w, `g_n` the gradient of a sample's mean loss, `g = Σ_{n∈w} g_n` and
+`h = Σ_{n∈w} g_n²` (the diagonal Hessian), each member of a unit (its rows of one input projection, its output columns)
+contributes what the criterion says, summed over windows; `reduction` combines the members. Where this has the sum over
+samples LLM-Pruner has their mean: a constant factor. Here a KV head goes with the query heads that read it.
+
+A weight's gradient is folded in and dropped as soon as the backward pass has made it. What a window has to remember is
+held until its last pass: per weight for `param_first` and `param_mix`, whose absolute values come after the sum, else
+per unit; nothing at all in windows of one pass.
+
+Axes in tensor names: B samples, U units, E elements of one unit, M members.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gqaprune.models.layerwise import run_decoder
+from gqaprune.models.losses import differentiate_losses
+from gqaprune.plan import BlockKey
+from gqaprune.scoring.criteria.backward import BackwardCriterion
+from gqaprune.scoring.criteria.base import REDUCTIONS, Calibration, Scores, ScoringOptions
+from gqaprune.scoring.criteria.weights import Member, find_members
+
+
+class GradientCriterion(BackwardCriterion):
+    """Adds up what weights and their gradients say about each member of a unit."""
+
+    uses = ("reduction",)
+    by_sample: ClassVar[bool] = False
+    """Whether the formula needs every sample's own gradient, and so one backward pass per sample."""
+
+    def __init__(self, calibration: Calibration, options: ScoringOptions) -> None:
+        super().__init__(calibration, options)
+        self.members = {block.key: find_members(block) for block in calibration.blocks}
+        self.sums = {
+            block.key: torch.zeros(
+                len(self.members[block.key]), block.units, dtype=torch.float64, device=block.output.weight.device
+            )
+            for block in calibration.blocks
+        }
+        self.held: dict[tuple[BlockKey, int], Tensor] = {}
+        self.folds = False
+
+    @abstractmethod
+    def measure(self, weight_UE: Tensor, gradient_UE: Tensor) -> Tensor:
+        """What one backward pass adds to the window."""
+
+    @abstractmethod
+    def close(self, weight_UE: Tensor, window: Tensor) -> Tensor:
+        """The member's contribution from the window's sum of `measure`, float64 `[units]`."""
+
+    @contextmanager
+    def prepare(self) -> Iterator[None]:
+        """Let the blocks' weights have gradients, each handed to `fold`; then all is as it was."""
+        with ExitStack() as restored:
+            for key, members in self.members.items():
+                for linear in {member.linear for member in members}:
+                    weight = linear.weight
+                    restored.callback(setattr, weight, "grad", weight.grad)
+                    weight.grad = None
+                    weight.requires_grad_(True)
+                    own = {index: member for index, member in enumerate(members) if member.linear is linear}
+                    handle = weight.register_post_accumulate_grad_hook(partial(self.fold, key, own))
+                    restored.callback(handle.remove)
+            yield
+
+    def add(self, input_ids: Tensor, ends_window: bool) -> Tensor:
+        """Run the backward passes of one micro-batch."""
+        passes = input_ids.split(1) if self.by_sample else (input_ids,)
+        losses = []
+        for index, pass_BT in enumerate(passes):
+            self.folds = ends_window and index == len(passes) - 1
+            hidden_BTD = run_decoder(self.calibration.model, pass_BT)
+            losses_B, gradient_BTD = differentiate_losses(self.calibration.model, hidden_BTD, pass_BT)
+            hidden_BTD.backward(gradient_BTD)
+            losses.append(losses_B)
+        return torch.cat(losses)
+
+    def fold(self, key: BlockKey, members: dict[int, Member], weight: Tensor) -> None:
+        """Take a weight's gradient as soon as it is there, and drop it."""
+        assert weight.grad is not None
+        gradient, weight.grad = weight.grad, None
+        for index, member in members.items():
+            weight_UE = member.split(weight.detach()).float()
+            window = self.measure(weight_UE, member.split(gradient).float())
+            if (key, index) in self.held:
+                window += self.held.pop((key, index))
+            if self.folds:
+                self.sums[key][index] += self.close(weight_UE, window)
+            else:
+                self.held[key, index] = window
+
+    def finish(self, sums: dict[BlockKey, Tensor]) -> Scores:
+        """Combine the members."""
+        reduce = REDUCTIONS[self.options.reduction]
+        return {key: reduce(total_MU).cpu() for key, total_MU in sums.items()}
+
+
+class ParamFirst(GradientCriterion):
+    """`Σ |w·g|` over elements: first order, element by element.
+
+    Unit: nats per token, summed over samples. Source: LLM-Pruner's `param_first`.
+    """
+
+    def measure(self, weight_UE: Tensor, gradient_UE: Tensor) -> Tensor:
+        """The gradient."""
+        return gradient_UE
+
+    def close(self, weight_UE: Tensor, window: Tensor) -> Tensor:
+        """Sum of absolute products."""
+        return (weight_UE * window).abs().sum(1, dtype=torch.float64)
+
+
+class ParamSecond(GradientCriterion):
+    """`Σ |w·h·w|` over elements: second order, with the samples' squared gradients as the Hessian's diagonal.
+
+    Unit: (nats per token)², summed over samples. Windows play no part. Source: LLM-Pruner's `param_second`.
+    """
+
+    by_sample = True
+
+    def measure(self, weight_UE: Tensor, gradient_UE: Tensor) -> Tensor:
+        """The sample's whole contribution."""
+        return (weight_UE * gradient_UE).square().sum(1, dtype=torch.float64)
+
+    def close(self, weight_UE: Tensor, window: Tensor) -> Tensor:
+        """Already done."""
+        return window
+
+
+class ParamMix(GradientCriterion):
+    """`Σ |w·g − ½ w·h·w|` over elements: first and second order together.
+
+    Unit: nats per token, summed over samples. Source: LLM-Pruner's `param_mix`.
+    """
+
+    by_sample = True
+
+    def measure(self, weight_UE: Tensor, gradient_UE: Tensor) -> Tensor:
+        """Gradient and its square, `[2, units, elements]`."""
+        return torch.stack((gradient_UE, gradient_UE.square()))
+
+    def close(self, weight_UE: Tensor, window: Tensor) -> Tensor:
+        """Sum of absolute differences."""
+        first, second = weight_UE * window
+        mix_UE: Tensor = first - 0.5 * weight_UE * second
+        return mix_UE.abs().sum(1, dtype=torch.float64)
+
+
+class Vectorize(GradientCriterion):
+    """`|Σ w·g|` over elements: the first-order Taylor term of each member as a whole.
+
+    Over the output columns alone it is the gate's Taylor term. Unit: nats per token, summed over samples. Source: the
+    vector-wise importance of LLM-Pruner, whose code takes the absolute value per row or column of a member instead.
+    """
+
+    def measure(self, weight_UE: Tensor, gradient_UE: Tensor) -> Tensor:
+        """Sum of signed products."""
+        return (weight_UE * gradient_UE).sum(1, dtype=torch.float64)
+
+    def close(self, weight_UE: Tensor, window: Tensor) -> Tensor:
+        """Absolute value of the window's sum."""
+        return window.abs()

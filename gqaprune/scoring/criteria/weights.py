@@ -1,0 +1,110 @@
+"""A unit's weights, and the criteria that need no text: their magnitude, or chance.
+
+Axes in tensor names: U units, E elements of one unit, S columns of one, M members, O and I rows and columns of a
+weight.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gqaprune.models.architecture import Block
+from gqaprune.placement.layer_store import hold_layer
+from gqaprune.scoring.criteria.base import REDUCTIONS, Criterion, Scores
+
+
+@dataclass(frozen=True)
+class Member:
+    """What units own of one weight: consecutive rows of an input projection, or columns of the output projection.
+
+    Biases are left out: they are a few numbers beside thousands of weights.
+
+    Args:
+        linear: the projection.
+        units: units of the block.
+        size: rows or columns of one unit.
+        first_row: where the units' rows begin; None for columns.
+    """
+
+    linear: nn.Linear
+    units: int
+    size: int
+    first_row: int | None
+
+    def split(self, values_OI: Tensor) -> Tensor:
+        """Sort values, one for each element of the weight, by unit, `[units, elements]`."""
+        if self.first_row is None:
+            columns_OUS: Tensor = values_OI.unflatten(1, (self.units, self.size))
+            return columns_OUS.transpose(0, 1).flatten(1)
+        return values_OI[self.first_row :][: self.units * self.size].reshape(self.units, -1)
+
+
+def find_members(block: Block) -> list[Member]:
+    """The members of a block's units: every part of every input projection, then the output projection."""
+    members = []
+    for projection in block.inputs:
+        first_row = 0
+        for size in projection.rows_per_unit:
+            members.append(Member(projection.linear, block.units, size, first_row))
+            first_row += block.units * size
+    return [*members, Member(block.output, block.units, block.columns_per_unit, None)]
+
+
+class Magnitude(Criterion):
+    """Sizes up each member of a unit and combines them by `reduction`."""
+
+    needs_data = False
+    goes_by_layer = True
+    uses = ("reduction",)
+
+    @abstractmethod
+    def measure(self, weight_UE: Tensor) -> Tensor:
+        """Size of each unit's elements, `[units]`."""
+
+    @torch.no_grad()
+    def score(self) -> Scores:
+        """Measure every member."""
+        reduce = REDUCTIONS[self.options.reduction]
+        scores = {}
+        for block in self.calibration.blocks:
+            with hold_layer(self.calibration.model, block.key.layer):
+                parts = [self.measure(member.split(member.linear.weight).float()) for member in find_members(block)]
+                scores[block.key] = reduce(torch.stack(parts)).cpu()
+        return scores
+
+
+class MagnitudeL1(Magnitude):
+    """`Σ |w|` over the elements of a member. Source: Li et al. 2017, arXiv 1608.08710."""
+
+    def measure(self, weight_UE: Tensor) -> Tensor:
+        """Sum of absolute values."""
+        return weight_UE.abs().sum(1, dtype=torch.float64)
+
+
+class MagnitudeL2(Magnitude):
+    """`Σ w²` over the elements of a member, without the root, so that the sum over members is the unit's own.
+
+    Source: LLM-Pruner's `l2` (arXiv 2305.11627).
+    """
+
+    def measure(self, weight_UE: Tensor) -> Tensor:
+        """Sum of squares."""
+        return weight_UE.square().sum(1, dtype=torch.float64)
+
+
+class Random(Criterion):
+    """Uniform in [0, 1) from `seed`: what any criterion has to beat."""
+
+    needs_data = False
+    goes_by_layer = True
+    uses = ("seed",)
+
+    def score(self) -> Scores:
+        """Draw block by block."""
+        generator = torch.Generator().manual_seed(self.options.seed)
+        return {
+            block.key: torch.rand(block.units, generator=generator, dtype=torch.float64)
+            for block in self.calibration.blocks
+        }

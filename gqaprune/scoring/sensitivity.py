@@ -1,0 +1,356 @@
+"""Sensitivity: how much the model suffers without a layer or block, measured once, saved, and used again.
+
+Every measure is a member of `SENSITIVITIES` and gives one importance per block, higher is more important; measures of
+whole layers give both blocks of a layer the same. Axes in tensor names: B samples, T tokens, D hidden width.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from gqaprune.common.atomic_files import check_can_be_folder, write_atomically
+from gqaprune.common.console import track
+from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
+from gqaprune.models.architecture import Block, compute_addition, find_adder, read_geometry
+from gqaprune.models.gates import freeze_parameters
+from gqaprune.models.layerwise import record_layer_inputs, resume_at
+from gqaprune.models.losses import measure_losses
+from gqaprune.placement.model_hash import hash_model, hash_tensors
+from gqaprune.plan import BlockKey, Geometry
+
+FORMAT = "gqaprune-sensitivity/1"
+
+K = TypeVar("K")
+
+Importance = dict[BlockKey, float]
+"""Importance of every block."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a sensitivity comes from: two of one origin are equal.
+
+    Args:
+        method: a name in `SENSITIVITIES`.
+        model: name or folder of the model.
+        geometry: its shapes.
+        corpora: calibration corpora.
+        windows: calibration windows.
+        window: tokens of each.
+        seed: seed that chose them.
+        weights: hash of the model's weights.
+        text: hash of the calibration tokens.
+    """
+
+    method: str
+    model: str
+    geometry: Geometry
+    corpora: tuple[str, ...]
+    windows: int
+    window: int
+    seed: int
+    weights: str
+    text: str
+
+    def difference(self, other: "Origin") -> str | None:
+        """Say in words where two origins differ first; None where they are equal."""
+        if self.method == other.method and (difference := self.geometry.difference(other.geometry)):
+            return difference
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine != theirs:
+                return f"{field.name} {mine!r} against {theirs!r}"
+        return None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The importance of blocks, and where it comes from."""
+
+    origin: Origin
+    importance: Importance
+
+    def check_fits(self, origin: Origin, blocks: Sequence[Block]) -> None:
+        """Refuse a sensitivity that is not of this run's model, method and calibration, or lacks a block.
+
+        Raises:
+            ValueError: naming the first difference.
+        """
+        if difference := self.origin.difference(origin):
+            raise ValueError(
+                f"the saved sensitivity is of another run (saved against this one): {difference}; set what it was "
+                "measured with, or another path to measure again"
+            )
+        if missing := [str(block.key) for block in blocks if block.key not in self.importance]:
+            raise ValueError(f"the saved sensitivity lacks {missing[0]}: set another path to measure again")
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, whole or not at all."""
+        importance = [{"layer": key.layer, "kind": key.kind, "value": value} for key, value in self.importance.items()]
+        data = {"format": FORMAT, **asdict(self.origin), "importance": importance}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(data, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Sensitivity":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file is missing or is no sensitivity.
+        """
+        try:
+            return cls._from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise ValueError(f"cannot read a sensitivity from {path} ({error.strerror})") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a sensitivity: not JSON ({error})") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a sensitivity of format {FORMAT!r} ({error})") from None
+
+    @classmethod
+    def _from_dict(cls, data: Any) -> "Sensitivity":
+        if data["format"] != FORMAT:
+            raise ValueError(f"found {data['format']!r}")
+        origin = Origin(
+            method=str(data["method"]),
+            model=str(data["model"]),
+            geometry=Geometry.from_dict(data["geometry"]),
+            corpora=tuple(str(name) for name in data["corpora"]),
+            windows=int(data["windows"]),
+            window=int(data["window"]),
+            seed=int(data["seed"]),
+            weights=str(data.get("weights")),
+            text=str(data.get("text")),
+        )
+        entries = data["importance"]
+        if any(entry["kind"] not in ("attention", "mlp") for entry in entries):
+            raise ValueError("a block is attention or mlp")
+        return cls(origin, {BlockKey(int(entry["layer"]), entry["kind"]): float(entry["value"]) for entry in entries})
+
+
+def measure_sensitivity(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    batches: Sequence[Tensor],
+    method: str,
+    path: str | Path | None = None,
+    *,
+    source: str = "",
+    seed: int = 0,
+    corpora: Sequence[str] = (),
+) -> Sensitivity:
+    """The sensitivity at a path if there is one, else measured and saved there.
+
+    In a process group rank 0 writes, and where the file is missing on any rank all of them measure.
+
+    Args:
+        model: the dense causal LM.
+        blocks: blocks to measure.
+        batches: token ids, each `[batch, tokens]`, the same list on every rank.
+        method: a name in `SENSITIVITIES`.
+        path: the JSON file; null measures without saving.
+        source: name of the model.
+        seed: seed that chose the calibration windows.
+        corpora: names of the calibration corpora.
+
+    Raises:
+        ValueError: if the saved sensitivity is of another run, the path cannot be written, or a measure is not finite,
+            with its place.
+    """
+    windows, window = sum(len(batch) for batch in batches), max(batch.shape[1] for batch in batches)
+    hashes = hash_model(model), hash_tensors(batches)
+    origin = Origin(method, source, read_geometry(model.config), tuple(corpora), windows, window, seed, *hashes)
+    device = next(model.parameters()).device
+    if path is not None and not is_true_anywhere(not Path(path).exists(), device):
+        sensitivity = Sensitivity.load(path)
+        sensitivity.check_fits(origin, blocks)
+        return sensitivity
+    if path is not None:
+        check_can_be_folder(Path(path).parent)
+    sensitivity = Sensitivity(origin, SENSITIVITIES[method](model, blocks, batches))
+    if path is not None and get_rank_and_world_size()[0] == 0:
+        sensitivity.save(path)
+    return sensitivity
+
+
+def measure_removal(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Importance:
+    """Rise of the mean loss, in nats per token, when a whole decoder layer is skipped.
+
+    Layers before the skipped one are not computed again; the inputs of all layers are held for one batch at a time.
+    """
+
+    def measure(batch_BT: Tensor) -> Importance:
+        inputs_BTD = record_layer_inputs(model, batch_BT)
+        dense = _measure_dense_loss(model, inputs_BTD, batch_BT)
+        layers = _list_layers(blocks)
+        rises = {i: _measure_loss(model, i + 1, inputs_BTD[i], batch_BT) - dense for i in layers}
+        return _spread_over_blocks(rises, blocks)
+
+    return average_over_batches(model, batches, _list_keys(blocks), measure, "sensitivity: removal")
+
+
+def measure_block_removal(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Importance:
+    """Rise of the mean loss, in nats per token, when a block adds nothing to the residual stream."""
+
+    def measure(batch_BT: Tensor) -> Importance:
+        inputs_BTD = record_layer_inputs(model, batch_BT)
+        dense = _measure_dense_loss(model, inputs_BTD, batch_BT)
+        rises = {}
+        for block in blocks:
+            handle = block.output.register_forward_hook(_give_zeros)
+            try:
+                loss = _measure_loss(model, block.key.layer, inputs_BTD[block.key.layer], batch_BT)
+            finally:
+                handle.remove()
+            rises[block.key] = loss - dense
+        return rises
+
+    return average_over_batches(model, batches, _list_keys(blocks), measure, "sensitivity: block removal")
+
+
+def measure_activation(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Importance:
+    """Mean over tokens of `‖what a block adds‖ / ‖the residual stream it adds to‖`; an MLP with experts beside it."""
+
+    def measure(batch_BT: Tensor) -> Importance:
+        with _record_outputs({block.key: find_adder(model, block) for block in blocks}) as outputs_BTD:
+            inputs_BTD = record_layer_inputs(model, batch_BT)
+        ratios = {}
+        for key, output_BTD in outputs_BTD.items():
+            output_BTD = compute_addition(model, key, output_BTD)
+            # What the MLP adds to is the layer's output without it.
+            stream_BTD = inputs_BTD[key.layer] if key.kind == "attention" else inputs_BTD[key.layer + 1] - output_BTD
+            ratios[key] = float((output_BTD.double().norm(dim=-1) / stream_BTD.double().norm(dim=-1)).mean())
+        return ratios
+
+    return average_over_batches(model, batches, _list_keys(blocks), measure, "sensitivity: activation")
+
+
+def measure_block_influence(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Importance:
+    """Mean over tokens of `1 - cos(layer input, layer output)`. Source: ShortGPT, arXiv 2403.03853, eq. 1."""
+
+    def measure(batch_BT: Tensor) -> Importance:
+        inputs_BTD = record_layer_inputs(model, batch_BT)
+        influence = {}
+        for i in _list_layers(blocks):
+            cosine_BT = functional.cosine_similarity(inputs_BTD[i].double(), inputs_BTD[i + 1].double(), dim=-1)
+            influence[i] = float(1 - cosine_BT.mean())
+        return _spread_over_blocks(influence, blocks)
+
+    return average_over_batches(model, batches, _list_keys(blocks), measure, "sensitivity: block influence")
+
+
+SENSITIVITIES: Mapping[str, Callable[[PreTrainedModel, Sequence[Block], Sequence[Tensor]], Importance]] = {
+    "removal": measure_removal,
+    "block_removal": measure_block_removal,
+    "activation": measure_activation,
+    "block_influence": measure_block_influence,
+}
+"""Name -> measure of (model, blocks, batches): importance of every block. ValueError if one is not finite."""
+
+
+@contextmanager
+def _record_outputs(adders: Mapping[BlockKey, nn.Module]) -> Iterator[dict[BlockKey, Tensor]]:
+    """What each module gives in the context's last forward, `[batch, tokens, width]`."""
+    outputs_BTD: dict[BlockKey, Tensor] = {}
+
+    def record(key: BlockKey, output_BTD: Tensor) -> None:
+        outputs_BTD[key] = output_BTD
+
+    with ExitStack() as hooks:
+        for key, module in adders.items():
+            handle = module.register_forward_hook(lambda _, __, output, key=key: record(key, output))
+            hooks.callback(handle.remove)
+        yield outputs_BTD
+
+
+@torch.no_grad()
+def average_over_batches(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    names: Sequence[K],
+    measure: Callable[[Tensor], Mapping[K, float]],
+    description: str,
+) -> dict[K, float]:
+    """Mean of what is measured on each batch, weighted by tokens.
+
+    In a process group each rank takes every `world_size`-th batch, and every rank gets the same bits.
+
+    Args:
+        model: the model, in eval mode while this lasts.
+        batches: token ids, each `[batch, tokens]`, the same list on every rank.
+        names: what is measured.
+        measure: of one batch on the model's device, name -> mean over its tokens; may raise FloatingPointError with the
+            name of what is not finite.
+        description: what the progress bar says; empty for none.
+
+    Raises:
+        ValueError: if there is no batch, or a value is NaN or infinite, with name and batch.
+    """
+    if not batches:
+        raise ValueError("measuring needs at least one calibration batch, got none")
+    device = next(model.parameters()).device
+    rank, world_size = get_rank_and_world_size()
+    own = range(rank, len(batches), world_size)
+    sums, overflow = torch.zeros(len(names), dtype=torch.float64), ""
+    with freeze_parameters(model):
+        for index in track(own, description, "batches") if description else own:
+            try:
+                values = measure(batches[index].to(device))
+                _check_finite(values)
+            except FloatingPointError as error:
+                overflow = f"{error} on calibration batch {index}"
+                break
+            sums += torch.tensor([values[name] for name in names], dtype=torch.float64) * batches[index].numel()
+    if is_true_anywhere(bool(overflow), device):
+        raise ValueError(
+            f"{overflow or 'what another rank measured'} is not finite: the model's activations overflow (it computes "
+            f"in {model.dtype}); load it with dtype bfloat16 or float32"
+        )
+    sums = sum_across_ranks({"sums": sums.to(device)})["sums"] / sum(batch.numel() for batch in batches)
+    return dict(zip(names, sums.tolist(), strict=True))
+
+
+def _check_finite(values: Mapping[Any, float]) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"what was measured of {name}")
+
+
+def _measure_loss(model: PreTrainedModel, layer: int, hidden_BTD: Tensor, batch_BT: Tensor) -> float:
+    """Mean loss in nats per token of a forward that enters decoder layer `layer` with hidden states."""
+    with resume_at(model, layer, hidden_BTD):
+        losses_B, tokens_B = measure_losses(model, batch_BT, batch_BT)
+    return float(losses_B.double().sum() / tokens_B.sum())
+
+
+def _measure_dense_loss(model: PreTrainedModel, inputs_BTD: Sequence[Tensor], batch_BT: Tensor) -> float:
+    loss = _measure_loss(model, len(inputs_BTD) - 1, inputs_BTD[-1], batch_BT)
+    if not math.isfinite(loss):
+        raise FloatingPointError("the loss of the dense model")
+    return loss
+
+
+def _give_zeros(_: nn.Module, __: tuple[Tensor, ...], output_BTD: Tensor) -> Tensor:
+    return torch.zeros_like(output_BTD)
+
+
+def _spread_over_blocks(of_layer: Mapping[int, float], blocks: Sequence[Block]) -> Importance:
+    return {block.key: of_layer[block.key.layer] for block in blocks}
+
+
+def _list_keys(blocks: Sequence[Block]) -> list[BlockKey]:
+    return [block.key for block in blocks]
+
+
+def _list_layers(blocks: Sequence[Block]) -> list[int]:
+    return sorted({block.key.layer for block in blocks})

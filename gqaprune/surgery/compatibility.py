@@ -1,0 +1,143 @@
+"""Models that follow Llama's names without being known: checked by their shapes and by what one layer computes."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gqaprune.common.errors import first_line
+from gqaprune.models.architecture import Block, compute_addition, find_blocks, get_layers, read_geometry, write_heads
+from gqaprune.models.families import FAMILIES, get_family
+from gqaprune.models.gates import apply_gates, freeze_parameters
+from gqaprune.models.layerwise import embed_batches, run_layer
+from gqaprune.models.per_layer import LayerConfig
+from gqaprune.placement.layer_store import hold_layer
+from gqaprune.surgery.cut import keep_units
+
+_TOLERANCE = 1e-3
+"""Largest relative difference of hidden states that rounding explains, in float32; ten times it in narrower types."""
+_TOKENS = 8
+
+
+@torch.no_grad()
+def check_likeness(model: PreTrainedModel) -> None:
+    """Refuse a model of an unknown family that only looks like a Llama; nothing is done to one of a known family.
+
+    Checked are what its layers hold and, on the first layer, that the outputs of attention and MLP are added to the
+    residual stream as they are and that a unit that is cut does what one with its gate at 0 does.
+
+    Raises:
+        ValueError: with what is different.
+    """
+    if model.config.model_type in FAMILIES:
+        return
+    try:
+        layers = get_layers(model)
+    except AttributeError:
+        raise _make_error(model, "its decoder layers are not where Llama's are") from None
+    for index, layer in enumerate(layers):
+        _check_parts(model, index, layer)
+    blocks = find_blocks(model)[:2]
+    tokens_BT = torch.arange(_TOKENS)[None] % model.get_input_embeddings().num_embeddings
+    with freeze_parameters(model), hold_layer(model, 0):
+        (stream,) = embed_batches(model, [tokens_BT])
+        with _record_outputs(blocks) as outputs_BTD:
+            after_BTD = run_layer(model, 0, stream)
+        added_BTD = sum(
+            compute_addition(model, block.key, output) for block, output in zip(blocks, outputs_BTD, strict=True)
+        )
+        _check_equal(model, stream.hidden_BTD + added_BTD, after_BTD, "adds more to the residual stream, or less")
+        gates = {block.key: torch.ones(1, block.units, device=after_BTD.device) for block in blocks if block.units > 1}
+        for gate_BU in gates.values():
+            gate_BU[:, 0] = 0
+        with apply_gates(blocks, gates):
+            gated_BTD = run_layer(model, 0, stream)
+        with _replaced_layer(model):
+            attention, mlp = find_blocks(model)[:2]
+            for block in (attention, mlp):
+                if block.key in gates:
+                    keep_units(block, tuple(range(1, block.units)))
+            groups = attention.units - (attention.key in gates)
+            write_heads(model, 0, groups * read_geometry(model.config).ratios[0], groups)
+            _check_shapes(model, groups, mlp.units - (mlp.key in gates))
+            try:
+                cut_BTD = run_layer(model, 0, stream)
+            except RuntimeError as error:
+                raise _make_error(model, f"its first layer does not run once it is cut ({first_line(error)})") from None
+        _check_equal(model, gated_BTD, cut_BTD, "computes something else when units are cut than when they are silent")
+
+
+def _check_parts(model: PreTrainedModel, index: int, layer: nn.Module) -> None:
+    """What a layer may hold: attention and MLP with Llama's projections, norms of heads, other norms."""
+    family, head_dim = get_family(model.config), read_geometry(model.config).head_dim
+    attention = family.attention.module
+    projections = {layout.module: {*layout.inputs, layout.output} for layout in family.layouts.values()}
+    for name, parameter in layer.named_parameters():
+        block, _, rest = name.partition(".")
+        module, _, kind = rest.rpartition(".")
+        if block not in projections:
+            is_fine = parameter.ndim == 1
+        elif block == attention and module in ("q_norm", "k_norm"):
+            is_fine = parameter.shape == (head_dim,)
+        else:
+            is_fine = module in projections[block] and kind in ("weight", "bias")
+        if not is_fine:
+            raise _make_error(model, f"layer {index} holds {name} of shape {list(parameter.shape)}")
+    held = {name for name, _ in layer.named_parameters()}
+    for block, names in projections.items():
+        for name in sorted(names):
+            if f"{block}.{name}.weight" not in held:
+                raise _make_error(model, f"layer {index} has no {block}.{name}")
+
+
+def _check_shapes(model: PreTrainedModel, groups: int, channels: int) -> None:
+    """Refuse a first layer that is cut to other shapes than its class builds from a config that says so."""
+    family, geometry, layer = get_family(model.config), read_geometry(model.config), get_layers(model)[0]
+    heads = {"num_attention_heads": groups * geometry.ratios[0], "num_key_value_heads": groups}
+    own = {**heads, "head_dim": geometry.head_dim, family.width: channels}
+    try:
+        with torch.device("meta"):
+            rebuilt = type(layer)(LayerConfig(model.config, own), 0)
+    except ValueError as error:
+        raise _make_error(model, f"its first layer cannot be built once it is cut ({first_line(error)})") from None
+    shapes = {name: list(parameter.shape) for name, parameter in layer.named_parameters()}
+    for name, parameter in rebuilt.named_parameters():
+        if list(parameter.shape) != shapes.get(name):
+            raise _make_error(model, f"cut, {name} is {shapes.get(name)}, its config promises {list(parameter.shape)}")
+
+
+@contextmanager
+def _record_outputs(blocks: list[Block]) -> Iterator[list[Tensor]]:
+    outputs: list[Tensor] = []
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.output.register_forward_hook(lambda _, __, output: outputs.append(output)).remove)
+        yield outputs
+
+
+@contextmanager
+def _replaced_layer(model: PreTrainedModel) -> Iterator[None]:
+    """A copy in the place of the first layer while the context lasts."""
+    layers = get_layers(model)
+    own = layers[0]
+    layers[0] = copy.deepcopy(own)
+    try:
+        yield
+    finally:
+        layers[0] = own
+
+
+def _check_equal(model: PreTrainedModel, expected: Tensor, found: Tensor, what: str) -> None:
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    if not error <= (_TOLERANCE if model.dtype == torch.float32 else 10 * _TOLERANCE):
+        raise _make_error(model, f"its first layer {what} (relative difference {float(error):.1e})")
+
+
+def _make_error(model: PreTrainedModel, reason: str) -> ValueError:
+    return ValueError(
+        f"models of type {model.config.model_type!r} cannot be pruned yet: {reason}; supported types: "
+        f"{', '.join(sorted(FAMILIES))}, and what has their shapes"
+    )

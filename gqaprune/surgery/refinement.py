@@ -1,0 +1,282 @@
+"""Refinement: after its refit, every MLP is trained by itself to give what repair asks of it.
+
+Least squares move the output projection alone. Here all of an MLP's weights move, by Adam on the squared error of its
+output: no loss of the language model, no labels, no backward pass through another block, one MLP's gradients at a time.
+How far to go from the weights it began with to those that training ended with is chosen on held-out tokens, for the end
+may fit the text it saw; the weights it began with must not have seen them either. Steps hold rank-own tokens, so that
+the weights differ a little between numbers of processes.
+
+Sources: block-wise reconstruction, BRECQ (arXiv 2102.05426); of sparse language models, EBFT (arXiv 2402.12419).
+
+Axes in tensor names: N tokens of all samples, D hidden width.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from gqaprune.common.cpu import is_faster_in_bfloat16
+from gqaprune.common.distributed import sum_across_ranks
+
+_STEP_TOKENS = 1024
+"""Tokens per step of Adam, all ranks together."""
+_CHUNK_TOKENS = 4096
+"""Tokens per forward when measuring."""
+TRAINING_BYTES = 18
+"""Of a parameter in training: float32 weight, gradient and two moments, and the weight in bfloat16 for products."""
+_WARM_UP = 0.05
+"""Share of the steps."""
+_SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the way from the refitted to the trained weights that are judged."""
+_MASSIVE = 4.0
+"""A token whose target's square is more than so many times the median weighs as if it were that: others count too."""
+_LEAST = 1e-12
+"""The same where every token counts as any other."""
+
+
+@dataclass(frozen=True)
+class RefinementOptions:
+    """How MLPs are refined.
+
+    Args:
+        epochs: passes over the calibration tokens; 0 refines nothing.
+        learning_rate: Adam's at its peak, in units of each matrix's root mean square; it warms up and decays to 0 as a
+            cosine.
+
+    Raises:
+        ValueError: if a setting is out of its bounds.
+    """
+
+    epochs: int = 0
+    learning_rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise ValueError(f"refinement's epochs must be at least 0, got {self.epochs}; 3 is a start")
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError(
+                "refinement's learning rate must be above 0 and at most 1, a share of the weights' size, "
+                f"got {self.learning_rate}; 0.02 is a start"
+            )
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What refinement did to one MLP.
+
+    Errors are squared, on held-out tokens, relative to the target's square, massive tokens weighing less.
+
+    Args:
+        error_before: error as refitted.
+        error_after: the smallest one on the way to the trained weights; the same where the MLP stayed as refitted.
+    """
+
+    error_before: float
+    error_after: float
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the refined weights were kept."""
+        return self.error_after < self.error_before
+
+
+@dataclass(frozen=True)
+class TokenPairs:
+    """Inputs of an MLP and what it should give; this rank's share, which may be empty.
+
+    Args:
+        x_ND: inputs, in the model's type.
+        y_ND: targets, bfloat16 or float32; both on the MLP's device, or both in the host's memory.
+    """
+
+    x_ND: Tensor
+    y_ND: Tensor
+
+    def take(self, tokens: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs, and targets in float32, of some tokens, on a device."""
+        if isinstance(tokens, Tensor):
+            tokens = tokens.to(self.x_ND.device)
+        return self.x_ND[tokens].to(device), self.y_ND[tokens].to(device).float()
+
+    def split(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same of all tokens, some at a time."""
+        for start in range(0, len(self.x_ND), _CHUNK_TOKENS):
+            yield self.take(slice(start, start + _CHUNK_TOKENS), device)
+
+
+def reserve_pairs(counts: tuple[int, int], width: int, mlp: nn.Module) -> tuple[TokenPairs, TokenPairs]:
+    """Room for an MLP's tokens: on its device if training has what it needs beside them, else in the host's memory.
+
+    Args:
+        counts: of tokens to fit on, and of held-out ones.
+        width: of inputs and targets, which are float32, of a bfloat16 model bfloat16.
+        mlp: the module, still whole.
+    """
+    parameters = list(mlp.parameters())
+    device, dtype = parameters[0].device, parameters[0].dtype
+    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    needed = sum(counts) * width * (dtype.itemsize + wide.itemsize)
+    needed += TRAINING_BYTES * sum(parameter.numel() for parameter in parameters)
+    place = device if needed < _count_free_bytes(device) else torch.device("cpu")
+
+    def reserve(count: int) -> TokenPairs:
+        return TokenPairs(*(torch.empty(count, width, dtype=each, device=place) for each in (dtype, wide)))
+
+    return reserve(counts[0]), reserve(counts[1])
+
+
+def _count_free_bytes(device: torch.device) -> float:
+    """What this process may still take of a GPU's memory; of the host's, all."""
+    if device.type != "cuda":
+        return math.inf
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device)
+    allowed = total * torch.cuda.get_per_process_memory_fraction(device) - held
+    return min(free, allowed) + held - torch.cuda.memory_allocated(device)
+
+
+def refine_mlp(
+    mlp: nn.Module,
+    fit: TokenPairs,
+    held: TokenPairs,
+    options: RefinementOptions,
+    seed: int,
+    is_normed: bool = False,
+) -> Refinement:
+    """Train an MLP towards targets, in place; every rank ends with the same weights.
+
+    Works on a float32 copy, with products in bfloat16 where the hardware is faster in it.
+
+    Args:
+        mlp: the module, already cut.
+        fit: tokens to train on.
+        held: tokens to judge on, which the module's weights have not seen; those of `fit` if no rank has any.
+        options: how long and how fast.
+        seed: of the order of the tokens.
+        is_normed: whether the output passes a norm next: all tokens' relative errors count alike then.
+
+    Returns:
+        The errors before and after. The module keeps its weights where the new ones are no better or not finite.
+    """
+    device = next(mlp.parameters()).device
+    energy_N = torch.cat([y_ND.square().sum(-1) for _, y_ND in fit.split(device)] or [torch.zeros(0, device=device)])
+    median = float(energy_N.median()) if len(energy_N) else 0.0
+    sums = _sum({"tokens": len(energy_N), "median": median * len(energy_N), "held": len(held.x_ND)}, device)
+    limit = (_LEAST if is_normed else _MASSIVE) * sums["median"] / sums["tokens"]
+    judged = held if sums["held"] > 0 else fit
+
+    before = _measure_error(mlp, judged, limit)
+    trained = copy.deepcopy(mlp).float()
+    with torch.enable_grad():
+        _train(trained.requires_grad_(True), fit, energy_N, limit, int(sums["tokens"]), options, seed)
+    start, end = mlp.state_dict(), trained.state_dict()
+
+    def move(module: nn.Module, share: float) -> None:
+        module.load_state_dict({name: torch.lerp(start[name].float(), end[name], share) for name in start})
+
+    candidate, best, after = copy.deepcopy(mlp), 0.0, before
+    for share in _SHARES:
+        move(candidate, share)
+        error = _measure_error(candidate, judged, limit)  # judged as it will be stored
+        if error < after:
+            best, after = share, error
+    if best > 0:
+        move(mlp, best)
+    return Refinement(before, after)
+
+
+def _train(
+    mlp: nn.Module,
+    fit: TokenPairs,
+    energy_N: Tensor,
+    limit: float,
+    tokens: int,
+    options: RefinementOptions,
+    seed: int,
+) -> None:
+    """Adam; at every step each rank takes an equal share of its tokens, and gradients are added over ranks.
+
+    Args:
+        mlp: the module.
+        fit: this rank's tokens.
+        energy_N: the squares of their targets.
+        limit: square from which on a token weighs less.
+        tokens: how many all ranks have.
+        options: how long and how fast.
+        seed: of the order.
+    """
+    weight_N, device = _weigh(energy_N, limit), energy_N.device
+    energy = _sum({"energy": float(weight_N @ energy_N)}, device)["energy"]
+    if energy == 0:
+        return
+    steps_per_epoch = max(1, tokens // _STEP_TOKENS)
+    parameters = dict(mlp.named_parameters())
+    sizes = {name: float(parameter.detach().square().mean().sqrt()) for name, parameter in parameters.items()}
+    adam = torch.optim.Adam(
+        [{"params": [parameters[name]], "lr": options.learning_rate * size} for name, size in sizes.items()],
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    steps = steps_per_epoch * options.epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda step: min(1.0, (step + 1) / (_WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    for step_N in _draw_steps(len(energy_N), steps_per_epoch, options.epochs, seed):
+        x_ND, y_ND = fit.take(step_N, device)
+        with _choose_products(device):
+            output_ND = mlp(x_ND.float())
+        # The slope of the weighted squared error, whose value is not needed.
+        slope_ND = output_ND.detach().float() - y_ND
+        slope_ND *= (2 * steps_per_epoch / energy) * weight_N[step_N.to(device), None]
+        gradients = torch.autograd.grad(output_ND, list(parameters.values()), slope_ND.to(output_ND.dtype))
+        for name, gradient in sum_across_ranks(dict(zip(parameters, gradients, strict=True))).items():
+            parameters[name].grad = gradient
+        adam.step()
+        schedule.step()
+
+
+def _draw_steps(tokens: int, steps_per_epoch: int, epochs: int, seed: int) -> Iterator[Tensor]:
+    """Token indexes of every step, each token once per epoch; the same number of steps whatever the tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = (torch.randperm(tokens, generator=generator) for _ in range(epochs))
+    return chain.from_iterable(order.tensor_split(steps_per_epoch) for order in orders)
+
+
+@torch.no_grad()
+def _measure_error(mlp: nn.Module, pairs: TokenPairs, limit: float) -> float:
+    device, error, energy = next(mlp.parameters()).device, 0.0, 0.0
+    for x_ND, y_ND in pairs.split(device):
+        energy_N = y_ND.square().sum(-1)
+        weight_N = _weigh(energy_N, limit)
+        with _choose_products(device):
+            output_ND = mlp(x_ND)
+        error += float(weight_N @ (output_ND.float() - y_ND).square().sum(-1))
+        energy += float(weight_N @ energy_N)
+    sums = _sum({"error": error, "energy": energy}, device)
+    return sums["error"] / sums["energy"] if sums["energy"] > 0 else 0.0
+
+
+def _weigh(energy_N: Tensor, limit: float) -> Tensor:
+    return (limit / energy_N).nan_to_num(1.0).clamp(max=1)
+
+
+def _choose_products(device: torch.device) -> torch.autocast:
+    """Context of an MLP's forward: float32 modules multiply in bfloat16, too, where the hardware is faster in it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=_multiplies_bfloat16(device))
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and is_faster_in_bfloat16()
+
+
+def _sum(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Add numbers over ranks, on the device that works."""
+    tensors = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in values.items()}
+    return {name: float(value) for name, value in sum_across_ranks(tensors).items()}

@@ -1,0 +1,4 @@
+"""Recover by fine-tuning: losses, distillation, adapters, optimizers, accumulation, resumed runs.
+
+May import placement and what stands below it. Only `accumulation.py` knows Lightning.
+"""

@@ -1,0 +1,98 @@
+"""Distillation losses: how far a student's predictions and hidden states are from its teacher's.
+
+Sources: soft targets with a temperature, Hinton et al. 2015 (arXiv 1503.02531); hidden states, Minitron (arXiv
+2407.14679).
+
+The gradient of a divergence by the student's logits is a difference of two distributions, so it is written with the
+value, a piece of the logits at a time: autograd's way there reads and fills several times as many numbers.
+
+Axes in tensor names: B samples, T tokens, N tokens of all samples, V vocabulary, K likeliest tokens, D hidden width.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gqaprune.models.losses import attach_slope, cut_logits
+from gqaprune.training.teacher import Predictions
+
+_LEAST = -30.0
+"""Log-probability that the rest has at least, where the likeliest tokens are all there are."""
+
+
+def measure_divergence(student_BTV: Tensor, teacher_BTV: Tensor, temperature: float = 1.0) -> Tensor:
+    """`τ² · KL(teacher ‖ student)` of softened next-token distributions, mean over tokens, in nats; a scalar.
+
+    Args:
+        student_BTV: logits, with gradients.
+        teacher_BTV: logits of the same tokens, without.
+        temperature: `τ`, divides both; the factor keeps gradients of the same size.
+    """
+    return _measure(_diverge, student_BTV, (teacher_BTV,), temperature)
+
+
+def measure_divergence_from_top(student_BTV: Tensor, teacher: Predictions, temperature: float = 1.0) -> Tensor:
+    """The same where only the teacher's likeliest tokens are known, all others being one; at most the whole divergence.
+
+    Args:
+        student_BTV: logits, with gradients.
+        teacher: log-probabilities of the softened distribution, and their tokens.
+        temperature: `τ`, that of the predictions.
+    """
+    return _measure(_diverge_from_top, student_BTV, (teacher.log_probability_BTK, teacher.token_BTK), temperature)
+
+
+def measure_distance(student_BTD: Sequence[Tensor], teacher_BTD: Sequence[Tensor]) -> Tensor:
+    """Squared distance of hidden states relative to the teacher's square, mean over tokens and layers; a scalar."""
+    distances = [
+        ((student.float() - teacher.float()).square().sum(-1) / teacher.float().square().sum(-1)).mean()
+        for student, teacher in zip(student_BTD, teacher_BTD, strict=True)
+    ]
+    return torch.stack(distances).mean()
+
+
+@torch.no_grad()
+def _diverge(student_NV: Tensor, temperature: float, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """`Σ KL(teacher ‖ student)` over tokens, and its gradient by the student's logits."""
+    student_NV, teacher_NV = (_soften(logits_NV, temperature) for logits_NV in (student_NV, teacher_NV))
+    probability_NV = teacher_NV.exp()
+    divergence = teacher_NV.sub_(student_NV).mul_(probability_NV).sum()
+    return divergence, student_NV.exp_().sub_(probability_NV).div_(temperature)
+
+
+@torch.no_grad()
+def _diverge_from_top(
+    student_NV: Tensor, temperature: float, teacher_NK: Tensor, token_NK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same where all tokens but the likeliest are one."""
+    student_NV = _soften(student_NV, temperature)
+    top_NK, teacher_NK = student_NV.gather(-1, token_NK), teacher_NK.float()
+    rest_N = student_NV.scatter(-1, token_NK, -math.inf).logsumexp(-1).clamp(min=_LEAST)
+    teacher_rest_N = torch.log1p(-teacher_NK.exp().sum(-1).clamp(max=1)).clamp(min=_LEAST)
+    of_top, of_rest = teacher_NK.exp() * (teacher_NK - top_NK), teacher_rest_N.exp() * (teacher_rest_N - rest_N)
+    # Within the rest the student's own proportions stay.
+    slope_NV = student_NV.exp_().mul_(1 - (teacher_rest_N - rest_N).exp()[:, None])
+    slope_NV.scatter_(-1, token_NK, top_NK.exp() - teacher_NK.exp())
+    return of_top.sum() + of_rest.sum(), slope_NV.div_(temperature)
+
+
+def _soften(logits_NV: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities in float32."""
+    softened_NV = logits_NV if temperature == 1 else logits_NV.float() / temperature
+    return torch.log_softmax(softened_NV, dim=-1, dtype=torch.float32)
+
+
+def _measure(
+    diverge: Callable[..., tuple[Tensor, Tensor]], student_BTV: Tensor, teacher: Sequence[Tensor], temperature: float
+) -> Tensor:
+    """`τ²` times the mean divergence over tokens, a piece of the logits at a time."""
+    slope_BTV = torch.empty_like(student_BTV, memory_format=torch.contiguous_format)
+    total = student_BTV.new_zeros((), dtype=torch.float32)
+    for sample, student_TV in enumerate(student_BTV):
+        for piece in cut_logits(student_TV):
+            parts = (part[sample, piece] for part in teacher)
+            divergence, slope_BTV[sample, piece] = diverge(student_TV[piece], temperature, *parts)
+            total += divergence
+    return attach_slope(total, student_BTV, slope_BTV) * (temperature**2 / student_BTV.shape[:2].numel())

@@ -1,0 +1,179 @@
+"""Runs that did not end: the note that they leave, and the last of their checkpoints whose weights are finite."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from gqaprune.common.atomic_files import write_atomically
+from gqaprune.common.console import console
+from gqaprune.common.errors import first_line
+from gqaprune.common.processes import is_running
+from gqaprune.common.stage_cache import describe_change
+
+UNFINISHED = Path("lightning_logs") / "unfinished"
+"""Where, under a run's root folder, its note and its stages are until it ends."""
+_NOTE = "run.json"
+SHARDED = "meta.pt"
+"""What Lightning writes last into the folder of a sharded checkpoint."""
+_MORE_THAN_WEIGHTS = "callbacks"
+"""What checkpoints of weights alone lack, in one file or in shards."""
+
+
+@dataclass(frozen=True)
+class RunNote:
+    """What a run that has not ended says of itself.
+
+    Args:
+        settings: all of them, as plain data.
+        folder: that it writes its logs to.
+        checkpoints: folders that it writes checkpoints to.
+        run: what its checkpoints know it by, for other runs may write to the same folders.
+        process: its name.
+    """
+
+    settings: Mapping[str, Any]
+    folder: str
+    checkpoints: tuple[str, ...]
+    run: str
+    process: str
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the run still goes on, in this place."""
+        return is_running(self.process)
+
+    def save(self, root: Path) -> None:
+        """Leave the note under a root folder."""
+        path = root / UNFINISHED / _NOTE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+    @staticmethod
+    def load(root: Path) -> "RunNote | None":
+        """The note under a root folder, if there is a whole one."""
+        try:
+            data = json.loads((root / UNFINISHED / _NOTE).read_text(encoding="utf-8"))
+            return RunNote(**data | {"checkpoints": tuple(data["checkpoints"]), "process": str(data["process"])})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @staticmethod
+    def remove(root: Path) -> None:
+        """Remove the note, once the run has ended."""
+        folder = root / UNFINISHED
+        (folder / _NOTE).unlink(missing_ok=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """Where a run goes on.
+
+    Args:
+        folder: that it writes its logs to; null takes a new one.
+        checkpoint: that training goes on from; null begins it.
+        searched: folders that it was looked for in.
+        run: what its checkpoints know it by; empty where it begins.
+    """
+
+    folder: Path | None = None
+    checkpoint: str | None = None
+    searched: tuple[str, ...] = ()
+    run: str = ""
+
+
+def find_run(root: Path, settings: Mapping[str, Any], asked: str | None, is_first: bool) -> FoundRun:
+    """Find out where a run goes on: where one of the same settings was stopped, or where it is asked to.
+
+    Args:
+        root: the run's root folder.
+        settings: of this run, as plain data.
+        asked: a checkpoint; `last` is that of a stopped run, whatever its settings; null is the same, of this run's.
+        is_first: whether this is rank 0, which alone can tell a run that goes on from its own, and says what is found.
+    """
+    note = RunNote.load(root)
+    if asked not in (None, "last") or note is None or (is_first and note.is_running):
+        return FoundRun(checkpoint=asked)
+    change = describe_change(note.settings, settings)
+    if change and asked is None:
+        found, sentence = FoundRun(), f"a run that did not end had other settings: {change}; training begins anew"
+    else:
+        path = find_checkpoint(note.checkpoints, note.run)
+        folder, checkpoint = (None if change else Path(note.folder)), (str(path) if path else None)
+        found = FoundRun(folder, checkpoint, note.checkpoints, note.run)
+        place = f"from {path}" if path else "which has no checkpoint yet"
+        sentence = f"going on with the run in {note.folder}, {place}"
+        sentence += f"; its settings were others: {change}" if change else ""
+    if is_first:
+        console.print(sentence)
+    return found
+
+
+def read_plan(checkpoint: Path) -> dict[str, Any] | None:
+    """The plan that a checkpoint, a file or a folder of shards, carries in plain types; null where it has none.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    plan = _read(checkpoint).get("hyper_parameters", {}).get("plan")
+    assert plan is None or isinstance(plan, dict)
+    return plan
+
+
+def read_strategy(checkpoint: Path) -> str:
+    """The strategy that wrote a sharded checkpoint, a folder, which no other can read."""
+    return str(_read(checkpoint).get("strategy", "ModelParallelStrategy"))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint, a file or a folder of shards, has what training goes on with besides weights.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    return _MORE_THAN_WEIGHTS in _read(checkpoint)
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds; of a folder of shards, what it holds besides tensors.
+
+    Raises:
+        ValueError: if it is none, or a folder where nothing but unpickling could tell.
+    """
+    path = checkpoint / SHARDED if checkpoint.is_dir() else checkpoint
+    if not path.is_file():
+        raise ValueError(
+            f"{checkpoint} has no {SHARDED}: gqaprune goes on from Lightning's files and from folders of FSDP and "
+            "FSDP2, not from DeepSpeed's, which would have to be unpickled; begin anew with --ckpt_path null"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{path} is cut short, or no checkpoint of Lightning's ({first_line(error)})") from None
+    return content if isinstance(content, dict) else {}
+
+
+def find_checkpoint(folders: Iterable[str | Path], run: str) -> Path | None:
+    """The newest checkpoint in folders that a run can go on from.
+
+    It is the run's own, whole, with the optimizer's state; its weights are all finite, if they are in one file.
+    """
+    paths = [path for folder in set(folders) for path in Path(folder).glob("*.ckpt")]
+    newest_first = sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return next((path for path in newest_first if _can_go_on(path, run)), None)
+
+
+def _can_go_on(path: Path, run: str) -> bool:
+    try:
+        content = _read(path)
+    except (OSError, ValueError):
+        return False
+    weights = {} if path.is_dir() else content.get("state_dict", {})
+    is_own = content.get("run") == run and _MORE_THAN_WEIGHTS in content
+    return is_own and all(bool(torch.isfinite(weight).all()) for weight in weights.values())

@@ -1,0 +1,124 @@
+"""A teacher's predictions on disk: its likeliest tokens for every training token, computed once, read in every epoch.
+
+What it holds of each position are the `k` largest log-probabilities and their tokens, 6 bytes each; what the other
+tokens have together follows, for probabilities add up to 1.
+
+Axes in tensor names: B samples, T tokens, V vocabulary, K likeliest tokens.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gqaprune.common.atomic_files import write_atomically
+from gqaprune.common.console import track
+from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere
+from gqaprune.placement.model_hash import hash_model
+
+CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqaprune" / "teachers"
+"""Where predictions are kept, a folder for each teacher, text and setting."""
+_WINDOWS_PER_FILE = 64
+
+
+class Predictions(NamedTuple):
+    """A teacher's likeliest next tokens.
+
+    Args:
+        log_probability_BTK: of the softened distribution, nats.
+        token_BTK: their ids.
+    """
+
+    log_probability_BTK: Tensor
+    token_BTK: Tensor
+
+
+class CachedTeacher:
+    """Predictions for training windows, as files.
+
+    Args:
+        folder: of one teacher, text and setting.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def predict(self, index_B: Tensor) -> Predictions:
+        """Predictions for windows, by their place among all: float32 and int64 `[batch, tokens - 1, k]` on the CPU."""
+        rows = [self._read(int(index)) for index in index_B]
+        return Predictions(torch.stack([row[0] for row in rows]).float(), torch.stack([row[1] for row in rows]).long())
+
+    def _read(self, index: int) -> tuple[Tensor, Tensor]:
+        number, row = divmod(index, _WINDOWS_PER_FILE)
+        with safe_open(_name_file(self.folder, number), framework="pt") as file:
+            return file.get_slice("log_probability")[row], file.get_slice("token")[row]
+
+
+def cache_teacher(
+    teacher: PreTrainedModel,
+    windows_NT: Tensor,
+    top_k: int,
+    temperature: float = 1.0,
+    batch_size: int = 1,
+    cache: Path = CACHE_FOLDER,
+) -> CachedTeacher:
+    """Let a teacher predict every token of the windows, unless that is on disk; each rank writes its share of files.
+
+    Args:
+        teacher: the dense causal LM, on the device to work on, in eval mode.
+        windows_NT: token ids, int64, the same on every rank.
+        top_k: likeliest tokens to keep, 1 to the vocabulary's size.
+        temperature: divides the logits first.
+        batch_size: windows per forward pass.
+        cache: folder for all teachers; in a process group one that every rank reads.
+
+    Raises:
+        ValueError: if `top_k` is out of its bounds, the teacher's logits are not finite, or a rank cannot see the files
+            of another.
+    """
+    vocabulary = teacher.get_input_embeddings().weight.shape[0]
+    if not 1 <= top_k <= vocabulary:
+        raise ValueError(f"recovery.teacher_top_k must be 1 to {vocabulary}, got {top_k}; 64 is a start")
+    text = hashlib.sha256(windows_NT.contiguous().numpy().tobytes()).hexdigest()
+    folder = cache / hash_model(teacher, [text, top_k, temperature])
+    folder.mkdir(parents=True, exist_ok=True)
+    parts, (rank, world_size) = windows_NT.split(_WINDOWS_PER_FILE), get_rank_and_world_size()
+    missing = [number for number in range(rank, len(parts), world_size) if not _name_file(folder, number).exists()]
+    device, error = next(teacher.parameters()).device, None
+    try:
+        for number in track(missing, "predictions of the teacher", f"x {_WINDOWS_PER_FILE} windows"):
+            batches = [_predict(teacher, ids.to(device), top_k, temperature) for ids in parts[number].split(batch_size)]
+            log_probability, token = (torch.cat(tensors).contiguous() for tensors in zip(*batches, strict=True))
+            if not torch.isfinite(log_probability).all():
+                raise ValueError(
+                    f"the teacher's logits are not finite in training windows {number * _WINDOWS_PER_FILE} and on (it "
+                    f"computes in {teacher.dtype}): set recovery.teacher_dtype to bfloat16 or float32"
+                )
+            content = save({"log_probability": log_probability.half(), "token": token.int()})
+            write_atomically(_name_file(folder, number), content)
+    except ValueError as overflow:
+        error = overflow
+    if is_true_anywhere(error is not None, device):
+        raise error or ValueError("the teacher's predictions failed on another rank")
+    if is_true_anywhere(not all(_name_file(folder, number).exists() for number in range(len(parts))), device):
+        raise ValueError(f"{folder} is not the same on every machine: set XDG_CACHE_HOME to a shared folder")
+    return CachedTeacher(folder)
+
+
+@torch.inference_mode()
+def _predict(teacher: PreTrainedModel, ids_BT: Tensor, top_k: int, temperature: float) -> Sequence[Tensor]:
+    logits_BTV = teacher(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+    values_BTK, token_BTK = logits_BTV.float().topk(top_k)
+    total_BT1 = torch.stack([(row.float() / temperature).logsumexp(-1, keepdim=True) for row in logits_BTV])
+    return (values_BTK / temperature - total_BT1).cpu(), token_BTK.cpu()
+
+
+def _name_file(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.safetensors"

@@ -1,0 +1,84 @@
+"""The model card: front matter that the hub reads, what was cut, how to load it, what was measured."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gqaprune.checkpoints.card import CARD_FILE, describe_padding, write_card
+from gqaprune.reporting.report import Report, Stage
+
+from cuts import make_plan
+from tiny import make_model
+
+MODEL = make_model("qwen2", kv_heads=3, ratio=2)
+PLAN = replace(
+    make_plan(MODEL, [[0, 2], [0, 1, 2], [0, 1, 2]], [list(range(10)), list(range(20)), list(range(20))]),
+    model="Qwen/Qwen2.5-7B",
+    criterion="fisher+obs",
+    allocation="global",
+    rate=0.25,
+)
+STAGES = [Stage(name, 10, 8, 4, {"val/a": value}) for name, value in (("dense", 9.5), ("pruned", 11.25))]
+REPORT = Report("m", {}, "windows of 32 tokens, token-weighted", STAGES)
+
+
+def read_card(folder: Path, **arguments: object) -> tuple[dict[str, object], str]:
+    settings = {"plan": PLAN, "format": "per-layer", "written": PLAN.pruned_geometry, **arguments}
+    write_card(folder, **settings)  # type: ignore[arg-type]
+    _, front, body = (folder / CARD_FILE).read_text().split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_card_says_what_was_cut_measured_and_how_to_load_it(tmp_path: Path) -> None:
+    front, body = read_card(tmp_path, report=REPORT, command=["gqaprune", "fit", "--data.prompts", "[Once upon]"])
+    assert front == {
+        "base_model": "Qwen/Qwen2.5-7B",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["gqaprune", "pruned"],
+    }
+    assert "# Qwen2.5-7B, pruned" in body and "asked to lose 25.0% of its decoder-layer parameters" in body
+    assert "| 0 | 4 of 6 | 2 of 3 | 10 of 20 |\n| 1-2 | 6 | 3 | 20 |" in body
+    assert "| val/a | 9.50 | 11.25 |\n\nwindows of 32 tokens, token-weighted." in body
+    assert f'from_pretrained("{tmp_path.name}", trust_remote_code=True)' in body
+    assert "gqaprune fit --data.prompts '[Once upon]'" in body
+
+
+def test_card_of_a_local_model_names_no_base_on_the_hub(tmp_path: Path) -> None:
+    front, body = read_card(tmp_path, plan=replace(PLAN, model="/home/me/models/mine"))
+    assert "base_model" not in front and "# mine, pruned" in body and "/home/me" not in body
+    assert "Perplexity" not in body and "How it was made" not in body
+
+
+def test_card_of_a_folder_here_names_no_base_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/mine").mkdir(parents=True)
+    for model in ("./mine", "models/mine", "~/mine"):
+        assert "base_model" not in read_card(tmp_path, plan=replace(PLAN, model=model))[0]
+
+
+def test_card_names_the_folder_that_its_own_is_going_to_be(tmp_path: Path) -> None:
+    assert 'from_pretrained("pruned", trust' in read_card(tmp_path, name="pruned")[1]
+
+
+@pytest.mark.parametrize(("format", "file"), [("padded", ""), ("gguf-q8_0", "model-q8_0.gguf")])
+def test_card_says_how_much_padding_gave_back(format: str, file: str, tmp_path: Path) -> None:
+    if file:
+        (tmp_path / file).touch()
+    _, body = read_card(tmp_path, format=format, written=PLAN.geometry)
+    assert "zeros: 0.00 M parameters, 100% of what pruning removed." in body
+    assert "trust_remote_code" not in body and (f'gguf_file="{file}"' in body) == bool(file)
+
+
+def test_card_counts_in_what_the_rate_is_a_share_of(tmp_path: Path) -> None:
+    _, body = read_card(tmp_path, plan=replace(PLAN, rate_base="all", kv_rate=0.5))
+    assert "asked to lose 25.0% of its parameters and 50.0% of its KV heads, by" in body
+
+
+def test_padding_counts_the_zeros_of_every_projection() -> None:
+    dense, pruned = PLAN.geometry, PLAN.pruned_geometry
+    zeros = 2 * 24 * 8 * (2 + 1) + 3 * 24 * 10  # 2 query heads, 1 KV head and 10 channels of a layer 24 wide
+    assert dense.projection_weights - pruned.projection_weights == zeros
+    assert describe_padding(pruned, pruned) == ""

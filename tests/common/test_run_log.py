@@ -1,0 +1,106 @@
+"""The log of a run: what the console shows and other libraries say, each line with its time."""
+
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+
+from gqaprune.common.console import console, track
+from gqaprune.common.run_log import LOG_FILE, RunLog
+
+LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR) +(.*)")
+
+
+def read_log(folder: Path) -> list[tuple[str, str]]:
+    """Level and text of every line, each of which has its time."""
+    lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
+    found = [LINE.fullmatch(line) for line in lines]
+    assert lines and all(found), lines
+    return [(match[1], match[2]) for match in found if match]
+
+
+def test_log_begins_with_command_and_versions_and_has_what_was_said_before_its_folder_was_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/bin/gqaprune", "fit", "--model.pretrained", "my model"])
+    with RunLog() as log:
+        console.print("early [bold]words[/]")
+        log.open(tmp_path / "run")
+        assert read_log(tmp_path / "run")[-1] == ("INFO", "early words")
+        console.print("late", "words")
+    texts = [text for _, text in read_log(tmp_path / "run")]
+    assert texts[0] == "command: gqaprune fit --model.pretrained 'my model'"
+    for name in ("torch", "lightning", "transformers", "gqaprune"):
+        assert re.search(rf"\b{name} \d+\.\d+", texts[1])
+    assert texts[2:] == ["early words", "late words"]
+
+
+def test_log_has_tables_and_finished_progress_line_by_line(tmp_path: Path) -> None:
+    table = Table(title="results")
+    table.add_column("dense")
+    table.add_row("12.34")
+    with RunLog() as log:
+        log.open(tmp_path)
+        console.print(table)
+        assert list(track(range(3), "scores", "batches")) == [0, 1, 2]
+    texts = [text for _, text in read_log(tmp_path)]
+    assert "│ 12.34 │" in texts and any("results" in text for text in texts)
+    assert sum(bool(re.fullmatch(r"scores: 3 batches in \d+\.\d s", text)) for text in texts) == 1
+
+
+def test_log_has_warnings_and_messages_of_other_libraries_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+    silent = logging.getLogger("a.library.that.keeps.its.own")
+    with RunLog() as log:
+        silent.propagate = False  # made after the log began to listen
+        log.open(tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("mind the gap", stacklevel=1)
+        logging.getLogger("some.library").warning("it is\nlate")
+        silent.warning("quiet please")
+    assert shown == ["mind the gap"]  # still where warnings go
+    assert [line for line in read_log(tmp_path) if line[0] == "WARNING"] == [
+        ("WARNING", "UserWarning: mind the gap"),
+        ("WARNING", "it is"),
+        ("WARNING", "late"),
+        ("WARNING", "quiet please"),
+    ]
+
+
+def test_log_has_the_trace_of_an_error_that_nobody_expected(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), RunLog() as log:
+        log.open(tmp_path)
+        print(1 / 0)
+    errors = [text for level, text in read_log(tmp_path) if level == "ERROR"]
+    assert errors[0] == "stopped by an error" and errors[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_later_runs_in_a_folder_append_and_nothing_is_heard_in_between(tmp_path: Path) -> None:
+    show, handlers = warnings.showwarning, list(logging.root.handlers)
+    for number in range(2):
+        with RunLog() as log:
+            log.open(tmp_path)
+            console.print(f"run {number}")
+        console.print("in between")
+    texts = [text for _, text in read_log(tmp_path)]
+    assert [text for text in texts if not text.startswith(("command", "versions"))] == ["run 0", "run 1"]
+    assert warnings.showwarning is show and logging.root.handlers == handlers
+
+
+def test_warnings_that_no_handler_hears_still_reach_the_console(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    own = logging.getLogger("a.library.with.a.handler")
+    monkeypatch.setattr(own, "handlers", [logging.NullHandler()])
+    with RunLog():
+        logging.getLogger("some.library").warning("look here")
+        own.warning("not here")
+    assert capsys.readouterr().err.splitlines() == ["look here"]
+    assert logging.root.handlers == []

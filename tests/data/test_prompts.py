@@ -1,0 +1,108 @@
+"""Prompts from a list or a file, plain or as a turn of a chat."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from gqaprune.data.prompts import Prompt, encode_prompt, read_prompts
+
+from tiny import CHAT_TEMPLATE, make_tokenizer
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Sum"}]
+
+
+@pytest.fixture
+def chatty() -> PreTrainedTokenizerFast:
+    """A tokenizer with a chat template."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def test_prompts_of_a_list_are_taken_as_they_are() -> None:
+    assert read_prompts(["One", " two\n"]) == [Prompt("One"), Prompt(" two\n")]
+
+
+def test_a_text_file_holds_one_prompt_per_line_without_empty_ones(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("Größe\n\n  \r\nOnce\u2028upon\r\n".encode())
+    assert read_prompts(str(tmp_path / "prompts.txt")) == [Prompt("Größe"), Prompt("Once\u2028upon")]
+
+
+def test_lines_of_a_jsonl_file_are_strings_prompts_or_messages_up_to_the_answer(
+    tmp_path: Path,
+) -> None:
+    answered = [*CHAT, {"role": "assistant", "content": "Two"}]
+    lines = ["Plain", {"prompt": "Asked"}, {"messages": CHAT}, {"messages": answered, "id": 7}, CHAT]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    chat = Prompt("Sum", tuple(CHAT))
+    assert read_prompts(str(tmp_path / "prompts.jsonl")) == [Prompt("Plain"), Prompt("Asked"), chat, chat, chat]
+
+
+def test_halves_of_characters_are_replaced_so_that_a_tokenizer_reads_them(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, chatty: PreTrainedTokenizerFast
+) -> None:
+    half, whole = "x \ud83d y", "x \ufffd y"
+    lines = [half, {"prompt": half}, [{"role": "user", "content": half}]]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    prompts = [*read_prompts([half]), *read_prompts(str(tmp_path / "prompts.jsonl"))]
+    assert [prompt.text for prompt in prompts] == [whole] * 4
+    assert tokenizer.decode(encode_prompt(tokenizer, prompts[0])["input_ids"][0]) == whole
+    assert chatty.decode(encode_prompt(chatty, prompts[3])["input_ids"][0]) == f"user: {whole}\nassistant: "
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("gone.txt", None, "is no file: give one with a prompt per line"),
+        ("empty.txt", "\n \n", "holds no prompt: give at least one"),
+        ("latin.txt", b"Gr\xf6\xdfe", "is no text in UTF-8"),
+        ("a.jsonl", '"One"\n{"prompt"', "a.jsonl, line 2 is not JSON"),
+        ("a.jsonl", '{"text": "One"}', "line 1 is no prompt: a line is a string, an object with `prompt`"),
+        ("a.jsonl", "\n7", "line 2 is no prompt"),
+        ("a.jsonl", '[{"role": "user"}]', "each of which has a `role` and a `content`"),
+        ("a.jsonl", '[{"role": "assistant", "content": "Hi"}]', "nothing that an assistant could answer"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_with_its_line(
+    tmp_path: Path, name: str, content: str | bytes | None, sentence: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=sentence):
+        read_prompts(str(tmp_path / name))
+
+
+def test_a_chat_template_is_used_where_there_is_one_unless_said_otherwise(
+    tokenizer: PreTrainedTokenizerFast, chatty: PreTrainedTokenizerFast
+) -> None:
+    def read(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, chat: bool | None = None) -> str:
+        encoded = encode_prompt(tokenizer, prompt, chat)
+        assert encoded["input_ids"].shape == encoded["attention_mask"].shape and set(encoded) == {
+            "input_ids",
+            "attention_mask",
+        }
+        return str(tokenizer.decode(encoded["input_ids"][0]))
+
+    assert read(tokenizer, Prompt("Hi")) == "Hi"
+    assert read(chatty, Prompt("Hi")) == read(chatty, Prompt("Hi"), True) == "user: Hi\nassistant: "
+    assert read(chatty, Prompt("Hi"), False) == "Hi"
+    messages = Prompt("Sum", tuple(CHAT))
+    assert (
+        read(chatty, messages) == read(chatty, messages, False) == "user: Hi\nassistant: Yes?\nuser: Sum\nassistant: "
+    )
+
+
+def test_what_a_tokenizer_cannot_wrap_is_refused(
+    tokenizer: PreTrainedTokenizerFast, chatty: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ValueError, match="data.chat is true and the tokenizer has no chat template: give plain text"):
+        encode_prompt(tokenizer, Prompt("Hi"), True)
+    with pytest.raises(ValueError, match="a prompt is a list of messages and the tokenizer has no chat template"):
+        encode_prompt(tokenizer, Prompt("Sum", tuple(CHAT)))
+    with pytest.raises(ValueError, match="refuses the prompt 'Hi': no user here; set data.chat to false"):
+        chatty.chat_template = "{{ raise_exception('no user here') }}"
+        encode_prompt(chatty, Prompt("Hi"))
+    with pytest.raises(ValueError, match="the prompt '' has no tokens: give at least one character"):
+        encode_prompt(tokenizer, Prompt(""))

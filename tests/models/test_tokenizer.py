@@ -1,0 +1,37 @@
+"""Which tokenizers belong to a model, and a sentence for those that are missing or broken."""
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from gqaprune.checkpoints.save import save
+from gqaprune.models.tokenizer import check_tokenizer, load_tokenizer
+
+from tiny import make_model
+
+
+def test_tokenizer_that_makes_unknown_ids_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_model("llama")
+    check_tokenizer(tokenizer, model)
+    model.resize_token_embeddings(200)
+    with pytest.raises(ValueError, match="the tokenizer has 258 tokens but the model embeds 200"):
+        check_tokenizer(tokenizer, model)
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("settings", [None, '{"added_tokens_decoder": {"7": {"content": "<tool>", "special": false}}}'])
+def test_missing_tokenizer_is_said_in_a_sentence(variant: str, settings: str | None, tmp_path: Path) -> None:
+    save(make_model(variant), None, tmp_path)
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(ValueError, match="it has no tokenizer files; copy them from the model that it comes from"):
+        load_tokenizer(tmp_path)
+
+
+def test_broken_tokenizer_is_said_in_a_sentence(tmp_path: Path) -> None:
+    save(make_model("llama"), None, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot load a tokenizer from") as caught:
+        load_tokenizer(tmp_path)
+    assert "no tokenizer files" not in str(caught.value)

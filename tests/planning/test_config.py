@@ -1,0 +1,101 @@
+"""What settings mean together, and what is refused when they are made."""
+
+import pytest
+
+from gqaprune import PruningConfig
+from gqaprune.surgery.refinement import RefinementOptions
+from gqaprune.surgery.repair import RepairOptions
+
+from tiny import make_plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"rate": 1.0}, r"rate must be in \[0, 1\).* got 1.0"),
+        ({"rate": -0.1}, r"rate must be in \[0, 1\).* got -0.1"),
+        ({"criterion": "magic"}, "criterion must be one of fisher, taylor, .*, got 'magic'"),
+        (
+            {"allocation": "magic"},
+            "allocation must be one of uniform, global, inverse, proportional, optimal, got 'magic'",
+        ),
+        ({"rate_base": "magic"}, "rate_base must be one of decoder, all, got 'magic'"),
+        ({"granularity": "head"}, "granularity must be one of group, query, got 'head'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"min_rate": 0.6, "max_rate": 0.5}, "min_rate <= max_rate"),
+        ({"min_groups": 0}, "min_groups must be at least 1, got 0"),
+        ({"channel_multiple": 0}, "channel_multiple must be at least 1, got 0"),
+        ({"reduction": "magic"}, "reduction must be one of sum, mean, max, prod, got 'magic'"),
+        ({"normalization": "magic"}, "normalization must be one of none, mean, sum, max, got 'magic'"),
+        ({"criterion": "fisher+magic"}, "criterion must be one of fisher, .*, got 'fisher.magic'"),
+        ({"obs_ridge": 0.0}, "obs_ridge must be above 0 and finite, got 0.0"),
+        ({"sensitivity": "magic"}, "sensitivity must be one of removal, .*, got 'magic'"),
+        ({"alpha": -1.0}, "alpha must be in 0 … 50, got -1.0"),
+        ({"frozen_layers": -1}, "frozen_layers must be at least 0, got -1"),
+        ({"split": "lots"}, "two numbers, none negative and not both 0, such as 2:8, got 'lots'"),
+        ({"kv_rate": 1.0}, r"kv_rate must be in \[0, 1\), a share of the KV heads, got 1.0"),
+        ({"damage_levels": 1}, "damage_levels must be 0 or at least 2, got 1"),
+        ({"damage_levels": -2}, "damage_levels must be 0 or at least 2, got -2"),
+        ({"swap_generations": -1}, "swap_generations must be at least 0, got -1"),
+        ({"swap_offspring": 0}, "swap_offspring must be at least 1, got 0"),
+        ({"kv_rate": 0.2, "split": "2:8"}, "kv_rate 0.2 and split 2:8 both say how much attention gives"),
+        ({"kv_rate": 0.2, "granularity": "query"}, "kv_rate 0.2 needs granularity group"),
+        ({"steps": 2, "swap_generations": 1}, "swap_generations measures cuts of the whole model.*set steps to 1"),
+        ({"steps": 2, "damage_levels": 4, "allocation": "optimal"}, "damage_levels measures .*set steps to 1"),
+    ],
+)
+def test_setting_out_of_bounds_is_refused(settings: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        PruningConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs_text"),
+    [
+        ({}, True),
+        ({"rate": 0.0}, False),
+        ({"rate": 0.0, "criterion": "l1", "kv_rate": 0.2}, False),
+        ({"rate": 0.0, "kv_rate": 0.2}, True),
+        ({"criterion": "l1"}, False),
+        ({"criterion": "l1+random"}, False),
+        ({"criterion": "l1+wanda"}, True),
+        ({"criterion": "l1", "allocation": "inverse"}, True),
+        ({"criterion": "l1", "frozen_layers": 1}, True),
+        ({"criterion": "l1", "allocation": "optimal"}, False),
+        ({"criterion": "l1", "allocation": "optimal", "damage_levels": 4}, True),
+        ({"criterion": "l1", "allocation": "global", "damage_levels": 4}, False),
+        ({"criterion": "l1", "swap_generations": 1}, True),
+    ],
+)
+def test_text_is_needed_where_something_is_measured_on_it(settings: dict[str, object], needs_text: bool) -> None:
+    assert make_plain(**settings).needs_text == needs_text
+    assert PruningConfig(**settings).needs_text == PruningConfig(**settings).removes_something  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({}, 0.0),
+        ({"split": "2:8"}, 0.2),
+        ({"split": "free"}, None),
+        ({"kv_rate": 0.3}, None),
+        ({"granularity": "query"}, None),
+        ({"granularity": "query", "split": "1:9"}, 0.1),
+    ],
+)
+def test_attention_gives_nothing_unless_it_is_asked(settings: dict[str, object], share: float | None) -> None:
+    assert PruningConfig(**settings).attention_share == share  # type: ignore[arg-type]
+
+
+def test_repair_settings_reach_the_repair() -> None:
+    assert PruningConfig(repair="none").repair_options() is None
+    assert PruningConfig(repair="bias").repair_options() == RepairOptions(refit=False, bias=True)
+    options = PruningConfig(
+        repair_pull=0.0, repair_ridges=(1.0,), repair_holdout=0.5, repair_bias=True, repair_epochs=0
+    )
+    assert options.repair_options() == RepairOptions((1.0,), 0.5, 0.0, False, bias=True)
+    refinement = RefinementOptions(epochs=2, learning_rate=0.1)
+    options = PruningConfig(repair_epochs=2, repair_learning_rate=0.1)
+    assert options.repair_options() == RepairOptions(pull=0.5, everywhere=True, refinement=refinement)
+    with pytest.raises(ValueError, match=r"pull must be in \[0, 1\], got 2"):
+        PruningConfig(repair_pull=2.0)

@@ -1,0 +1,41 @@
+"""What allocations know of blocks."""
+
+import pytest
+import torch
+
+from gqaprune import PruningConfig
+from gqaprune.models.architecture import find_blocks
+from gqaprune.planning.selection import budget_blocks, select_blocks
+
+from tiny import make_model, make_plain
+
+
+def test_what_goes_from_all_groups_at_once_scores_the_sum_weakest_first() -> None:
+    blocks = find_blocks(make_model("llama", kv_heads=2, ratio=3, layers=1), "query")
+    scores = {blocks[0].key: torch.tensor([5.0, 1.0, 3.0, 20.0, 30.0, 10.0]), blocks[1].key: torch.arange(17.0)}
+    attention, mlp = budget_blocks(blocks, scores, make_plain(granularity="query"))
+    assert attention.scores == [11.0, 23.0, 35.0]
+    assert mlp.scores == [0.0, 0.0, 0.0, *range(17)]  # 3 of 20 channels are gone
+
+
+def test_only_whole_groups_take_kv_heads_with_them() -> None:
+    model = make_model("llama", kv_heads=2, ratio=3, layers=1)
+    for granularity, kv_heads in (("group", [1, 0]), ("query", [0, 0])):
+        blocks = find_blocks(model, granularity)
+        scores = {block.key: torch.ones(block.units) for block in blocks}
+        budgets = budget_blocks(blocks, scores, make_plain(granularity=granularity))
+        assert [budget.unit_kv_heads for budget in budgets] == kv_heads
+
+
+def test_without_ranges_the_ends_of_the_model_stay_whole() -> None:
+    model = make_model("llama", layers=14)
+    layers = {block.key.layer for block in select_blocks(model, PruningConfig())}
+    assert layers == set(range(2, 13))
+    whole = {"attention_layers": (0, 14), "mlp_layers": (0, 14)}
+    assert len(select_blocks(model, PruningConfig(**whole, split="free"))) == 28
+
+
+@pytest.mark.parametrize(("split", "kinds"), [(None, {"mlp"}), ("0:10", {"mlp"}), ("10:0", {"attention"})])
+def test_what_a_split_spares_is_not_even_scored(split: str | None, kinds: set[str]) -> None:
+    blocks = select_blocks(make_model("llama"), PruningConfig(split=split))
+    assert {block.key.kind for block in blocks} == kinds and len(blocks) == 3
