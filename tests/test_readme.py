@@ -36,7 +36,7 @@ def test_lightning_example_prunes_recovers_and_exports(
     AutoModelForCausalLM.from_pretrained(tmp_path / "lightning_logs/version_0/checkpoint", trust_remote_code=True)
 
 
-def test_files_that_contributing_names_are_those_of_the_package() -> None:
+def test_contributing_names_every_wing_of_the_package() -> None:
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     tree = contributing.split("```\ngqaprune/\n", 1)[1].split("```", 1)[0]
     named = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
