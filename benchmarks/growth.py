@@ -84,14 +84,16 @@ def measure_size(size: Size) -> Seconds:
     model = make_model(config, torch.float32, "cpu")
     batches = make_tokens(config, size.tokens // WINDOW, WINDOW).split(1)
     whole = (0, size.layers)
-    settings = gqaprune.PruningConfig(criterion="l2", repair="none", attention_layers=whole, mlp_layers=whole)
+    settings = gqaprune.PruningConfig(
+        criterion="l2", repair={"method": "none"}, limits={"attention_layers": whole, "mlp_layers": whole}
+    )
     plan, _ = gqaprune.prune(copy.deepcopy(model), [], settings)
     seconds = {}
     for criterion in CRITERIA:
         blocks = find_blocks(model)
         seconds[f"scores of {criterion}"] = measure_seconds(lambda: score_units(model, blocks, batches, criterion))  # noqa: B023
     for name, epochs in REPAIRS.items():
-        repair = replace(settings, repair="least_squares", repair_epochs=epochs).repair_options()
+        repair = replace(settings, repair={"method": "least_squares", "epochs": epochs}).repair_options()
         cut = copy.deepcopy(model)
         seconds[name] = measure_seconds(lambda: apply_plan_with_repair(cut, plan, batches, repair))  # noqa: B023
     return seconds

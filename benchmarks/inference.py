@@ -35,13 +35,17 @@ from gqaprune.models.architecture import count_layer_parameters, read_geometry
 HERE = Path(__file__).parent
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     **{
-        f"{rate:.0%} by channels, multiple of {multiple}": {"rate": rate, "channel_multiple": multiple}
+        f"{rate:.0%} by channels, multiple of {multiple}": {"rate": rate, "limits": {"channel_multiple": multiple}}
         for rate in (0.2, 0.3)
         for multiple in (1, 8, 64)
     },
-    "20% by channels, each layer its own width": {"rate": 0.2, "channel_multiple": 64, "allocation": "global"},
+    "20% by channels, each layer its own width": {
+        "rate": 0.2,
+        "limits": {"channel_multiple": 64},
+        "allocation": "global",
+    },
     "a third of the GQA groups": {"rate": 0.0, "kv_rate": 1 / 3},
-    "30%, a third of the groups among it": {"rate": 0.3, "kv_rate": 1 / 3, "channel_multiple": 64},
+    "30%, a third of the groups among it": {"rate": 0.3, "kv_rate": 1 / 3, "limits": {"channel_multiple": 64}},
 }
 """Name -> settings of `PruningConfig`."""
 CASES = {
@@ -61,7 +65,11 @@ def load(case: Case) -> PreTrainedModel:
 def cut(model: PreTrainedModel, settings: Mapping[str, Any]) -> gqaprune.PruningPlan:
     """Prune a dense model in place, in all of its layers; the plan."""
     whole = (0, read_geometry(model.config).num_layers)
-    common = {"criterion": "l2", "repair": "none", "attention_layers": whole, "mlp_layers": whole}
+    common = {
+        "criterion": "l2",
+        "repair": {"method": "none"},
+        "limits": {"attention_layers": whole, "mlp_layers": whole},
+    }
     return gqaprune.prune(model, [], gqaprune.PruningConfig(**{**common, **settings}))[0]
 
 

@@ -25,8 +25,8 @@ from quality_report import format_table, splice
 HERE = Path(__file__).parent
 COMMAND = [
     sys.executable, str(HERE.parent / "cli.py"), "fit", "--config", str(HERE.parent / "configs" / "demo.yaml"),
-    "--data.calibration_windows", "4", "--data.calibration_window", "128", "--pruning.repair_epochs", "1",
-    "--data.train_window", "64", "--data.eval_window", "128", "--data.eval_tokens", "1024",
+    "--data.calibration.windows", "4", "--data.calibration.window", "128", "--pruning.repair.epochs", "1",
+    "--data.training.window", "64", "--data.evaluation.window", "128", "--data.evaluation.tokens", "1024",
     "--trainer.limit_train_batches", "16", "--trainer.enable_checkpointing", "true",
     "--trainer.val_check_interval", "4", "--pruning.scheduling", "{0: 1}",
 ]  # fmt: skip

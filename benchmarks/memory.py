@@ -94,7 +94,7 @@ def do(work: str, place: str, folder: str, options: argparse.Namespace) -> None:
         model = load(folder, place)
         score_units(model, find_blocks(model), windows.split(1), "fisher+obs")
     elif work == "repair":
-        prune(load(folder, place), windows.split(1), PruningConfig(criterion="l2", protect_outliers=False))
+        prune(load(folder, place), windows.split(1), PruningConfig(criterion="l2", scoring={"protect_outliers": False}))
     else:
         mode: Any = work.split(", ")[1]
         strategy: Any = {"one device": "auto", "ddp": "ddp", "fsdp": ModelParallelStrategy(DEVICES, 1)}[place]

@@ -39,9 +39,9 @@ LIMITS = ("memory.limit_in_bytes", "memory.max")
 MIB = 2**20
 COMMAND = [
     sys.executable, str(HERE.parent / "cli.py"), "prune", "--pruning.rate", "0.2", "--pruning.criterion", "obs",
-    "--pruning.repair_epochs", "1", "--pruning.repair_ridges", "[0.3]", "--data.calibration_windows", "8",
-    "--data.calibration_window", "64", "--data.calibration_batch_size", "2", "--data.eval_window", "64",
-    "--data.eval_tokens", "256",
+    "--pruning.repair.epochs", "1", "--pruning.repair.ridges", "[0.3]", "--data.calibration.windows", "8",
+    "--data.calibration.window", "64", "--data.calibration.batch_size", "2", "--data.evaluation.window", "64",
+    "--data.evaluation.tokens", "256",
     "--trainer.accelerator", "cpu", "--trainer.logger", "false",
 ]  # fmt: skip
 

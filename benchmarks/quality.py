@@ -35,45 +35,45 @@ from gqaprune.scoring.scores import CRITERIA
 
 HERE = Path(__file__).parent
 
-WHOLE = {"attention_layers": [0, 30], "mlp_layers": [0, 30]}  # of the 30 there are
-CUT = {"repair": "none", **WHOLE}
+WHOLE = {"limits": {"attention_layers": [0, 30], "mlp_layers": [0, 30]}}  # of the 30 there are
+CUT = {"repair": {"method": "none"}, **WHOLE}
 """An allocation alone, over all layers, as others have it."""
 MIXED = {"windows": 96, "sampled": 128}
 """Windows of the calibration text, and somewhat more of the dense model's own, which have more to cover."""
 THIRD = {"windows": 32, "sampled": 32}
-LEAST_SQUARES = {"repair_epochs": 0, "calibration": THIRD}
+LEAST_SQUARES = {"repair": {"epochs": 0}, "calibration": THIRD}
 
 FLOOR = "floor: chosen and refitted on the tested windows"
 """What bounds the others: no honest calibration can know more of the test texts."""
 
 METHODS: dict[str, dict[str, Any]] = {
-    FLOOR: {"repair_epochs": 0},
+    FLOOR: {"repair": {"epochs": 0}},
     "default": {"calibration": MIXED},
     "default, a third of attention in layers 15-29": {
         "split": "free",
-        "attention_layers": [15, 30],
+        "limits": {"attention_layers": [15, 30]},
         "calibration": MIXED,
     },
     "default, 192 windows of each": {"calibration": {"windows": 192, "sampled": 192}},
-    "default, 96 windows of each": {"repair_holdout": 0.2, "calibration": {"windows": 96, "sampled": 96}},
+    "default, 96 windows of each": {"repair": {"holdout": 0.2}, "calibration": {"windows": 96, "sampled": 96}},
     "default, a third of the text": {"calibration": THIRD},
     "default, a third of the text, none sampled": {"calibration": {"windows": 64}},
     "least squares": LEAST_SQUARES,
     "least squares, long samples": LEAST_SQUARES | {"calibration": THIRD | {"document": 512}},
     "least squares, long samples, twice the text": {
-        "repair_epochs": 0,
+        "repair": {"epochs": 0},
         "calibration": {"windows": 64, "sampled": 64, "document": 512},
     },
     "least squares, none sampled": LEAST_SQUARES | {"calibration": {"windows": 64}},
-    "least squares, pull 0": LEAST_SQUARES | {"repair_pull": 0.0},
-    "least squares, pull 1": LEAST_SQUARES | {"repair_pull": 1.0},
+    "least squares, pull 0": LEAST_SQUARES | {"repair": {"pull": 0.0}},
+    "least squares, pull 1": LEAST_SQUARES | {"repair": {"pull": 1.0}},
     "least squares, 2 steps": LEAST_SQUARES | {"steps": 2},
     "least squares, fisher alone": LEAST_SQUARES | {"criterion": "fisher"},
     "least squares, obs alone": LEAST_SQUARES | {"criterion": "obs"},
     "least squares, global": LEAST_SQUARES | {"allocation": "global", **WHOLE},
     "least squares, all layers": LEAST_SQUARES | WHOLE,
-    "no repair": {"repair": "none", "calibration": THIRD},
-    **{f"criterion {name}": {"criterion": name, "repair": "none"} for name in CRITERIA},
+    "no repair": {"repair": {"method": "none"}, "calibration": THIRD},
+    **{f"criterion {name}": {"criterion": name, "repair": {"method": "none"}} for name in CRITERIA},
     **{f"allocation {name}": {"criterion": "fisher", "allocation": name, **CUT} for name in ALLOCATIONS},
     "allocation global, attention too": {"criterion": "fisher", "allocation": "global", "split": "free", **CUT},
     "allocation uniform, attention too": {"criterion": "fisher", "allocation": "uniform", "split": "free", **CUT},

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import gqaprune
 from gqaprune import PruningPlan
 from gqaprune.checkpoints.save import check_output_folder
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.data.corpora import Corpus
 from gqaprune.data.windows import Batch, cut_windows, make_batches, sample_windows, tokenize_corpus
 from gqaprune.datamodules import TextDataModule
@@ -93,13 +94,14 @@ def read_calibration(model: PreTrainedModel, source: str, calibration: Mapping[s
 def name_calibration(calibration: Mapping[str, Any]) -> dict[str, Any]:
     """Calibration settings as the data module names them."""
     return {
-        "calibration": [calibration["corpus"]],
-        "calibration_windows": calibration["windows"],
-        "calibration_window": calibration["window"],
-        "calibration_batch_size": calibration["batch_size"],
-        "sampled_windows": calibration["sampled"],
-        "sampled_document": calibration["document"],
-        "sampled_prompts": calibration["prompts"],
+        "calibration": {
+            "corpora": [calibration["corpus"]],
+            "windows": calibration["windows"],
+            "window": calibration["window"],
+            "batch_size": calibration["batch_size"],
+            "sampled_windows": calibration["sampled"],
+        },
+        "sampling": {"document": calibration["document"], "prompts": calibration["prompts"]},
     }
 
 
@@ -114,7 +116,9 @@ def prune_by_own(model: PreTrainedModel, windows: Tensor, spec: Mapping[str, Any
     config = gqaprune.PruningConfig(**spec["settings"], rate=spec["rate"])
     batches = list(windows.split(calibration["batch_size"]))
     start = time.perf_counter()
-    plan, _ = gqaprune.prune(model, batches, config, accumulate=calibration["accumulate"], seed=calibration["seed"])
+    plan, _ = gqaprune.prune(
+        model, CalibrationSet(batches, accumulation=calibration["accumulate"], seed=calibration["seed"]), config
+    )
     return plan, {"seconds": time.perf_counter() - start, "peak_rss": read_peak_rss()}
 
 

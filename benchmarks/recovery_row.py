@@ -146,13 +146,14 @@ def make_data(spec: Mapping[str, Any], train: Path, writer: PreTrainedModel | No
     data = TextDataModule(
         spec["model"],
         **name_calibration(spec["pruning"]["calibration"]),
-        train=[] if writer else [str(train)],
-        train_window=training["window"],
-        train_tokens=training["tokens"],
-        train_sampled_windows=training["tokens"] // training["window"] if writer else 0,
-        batch_size=training["batch"],
-        val=[],
-        test=[],
+        training={
+            "corpora": [] if writer else [str(train)],
+            "window": training["window"],
+            "tokens": training["tokens"],
+            "sampled_windows": training["tokens"] // training["window"] if writer else 0,
+            "batch_size": training["batch"],
+        },
+        evaluation={"val": [], "test": []},
         seed=training["seed"],
     )
     if writer:

@@ -61,12 +61,9 @@ def train(name: str, options: argparse.Namespace) -> tuple[float, float, int, fl
     module = CausalLMModule(options.model, **{"dtype": "float32", "attn_implementation": "sdpa", **settings})
     data = TextDataModule(
         options.model,
-        train=[options.text],
-        train_window=options.window,
-        batch_size=options.batch,
-        val=[],
-        test=[],
-        calibration=[],
+        training={"corpora": [options.text], "window": options.window, "batch_size": options.batch},
+        evaluation={"val": [], "test": []},
+        calibration={"corpora": []},
     )
     torch.manual_seed(0)
     clock = Clock(options.device)

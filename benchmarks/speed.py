@@ -108,7 +108,7 @@ def run_outliers(model: PreTrainedModel, batches: Batches) -> None:
     find_outliers(model, select_blocks(model, PruningConfig()), batches)
 
 
-BY_SIZE = {"criterion": "l2", "protect_outliers": False}
+BY_SIZE = {"criterion": "l2", "scoring": {"protect_outliers": False}}
 """A choice that reads no text, so that what is timed is what follows it."""
 LINES: Mapping[str, Line] = {
     "forward": run_forward,

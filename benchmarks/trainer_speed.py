@@ -74,7 +74,10 @@ def train_by_own(source: str, text: str, options: argparse.Namespace) -> list[fl
         callbacks=[clock],
     )
     data = TextDataModule(
-        source, train=[text], train_window=options.window, batch_size=options.batch, val=[], test=[], calibration=[]
+        source,
+        training={"corpora": [text], "window": options.window, "batch_size": options.batch},
+        evaluation={"val": [], "test": []},
+        calibration={"corpora": []},
     )
     trainer.fit(CausalLMModule(source, dtype="float32"), datamodule=data)
     return clock.times

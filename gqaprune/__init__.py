@@ -7,6 +7,8 @@ for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 from gqaprune.checkpoints.save import save
+from gqaprune.common.renamed import name_moved_modules
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.data.windows import read_windows
 from gqaprune.models.loading import load, load_model
 from gqaprune.models.tokenizer import load_tokenizer
@@ -17,8 +19,10 @@ from gqaprune.planning.config import PruningConfig
 from gqaprune.surgery.cut import apply_plan
 
 __version__ = "0.1.0"
+name_moved_modules()
 
 __all__ = [
+    "CalibrationSet",
     "PruningConfig",
     "PruningPlan",
     "apply_plan",

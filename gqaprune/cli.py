@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -39,6 +40,7 @@ from gqaprune.commands.search import SearchSettings
 from gqaprune.common.atomic_files import check_can_be_folder
 from gqaprune.common.console import logger
 from gqaprune.common.cpu import avoid_illegal_instructions
+from gqaprune.common.renamed import GROUPS, describe_rename, find_renamed_setting
 from gqaprune.common.run_log import RunLog
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
@@ -53,7 +55,7 @@ DESCRIPTIONS = {
     "compare": "Show models side by side, pruned or dense: what they hold, perplexity, speed, memory, tasks.",
     "export": "Write a model, pruned or dense, in another format: stock, per-layer, padded, GGUF, in 8 bits.",
     "inspect": "Print what a model holds and the memory that work on it needs, from its config.",
-    "search": "Find the split of attention and MLP (pruning.split) that costs the least perplexity on data.val. "
+    "search": "Find the split of attention and MLP (pruning.split) that costs the least perplexity on validation text. "
     "Splits are tried by gates on the dense model, scored once: later steps, swaps, repair and training are not seen.",
 }
 
@@ -75,7 +77,9 @@ class PruningArgumentParser(LightningArgumentParser):
         """Raise instead of printing the usage of some hundred arguments."""
         command = self.prog.replace(" [options]", "")
         reason = " ".join(message.split()).rstrip(".")
-        if 'key "pruning.split"' in reason:
+        if (renamed := find_renamed_setting(reason)) is not None:
+            reason = renamed
+        elif 'key "pruning.split"' in reason:
             reason = 'pruning.split needs quotes in YAML, such as "2:8": without them YAML reads a number in base 60'
         raise ValueError(f"{reason}; `{command} --help` lists the settings") from ex
 
@@ -167,6 +171,7 @@ class PruningCLI(LightningCLI):
         """Go on with a run of the same settings that did not end: in its folder, from its last checkpoint."""
         super().parse_arguments(parser, args)
         own = self.config.get(self.config.get("subcommand", ""), self.config)  # Python can build all without running it
+        _check_groups(own)
         _set_verbosity(bool(own.verbose))
         self._folder: Path | None = None
         if self.config.get("subcommand") == "fit":
@@ -256,6 +261,17 @@ def check_checkpoint(path: Path, trainer: Trainer) -> None:
             f"{path} holds weights alone, without what training goes on with: write whole checkpoints "
             "(save_weights_only false), and begin anew with --ckpt_path null"
         )
+
+
+def _check_groups(settings: Namespace) -> None:
+    """Refuse a value where a group of settings has to be, which the parser lets pass.
+
+    Raises:
+        ValueError: with the name that the value's setting has now.
+    """
+    for name in GROUPS:
+        if (value := settings.get(name)) is not None and not isinstance(value, (Namespace, dict)):
+            raise ValueError(f"{name} is a group of settings, got {value!r}: {describe_rename(name)}")
 
 
 def _is_rank_0() -> bool:

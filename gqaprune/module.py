@@ -196,7 +196,7 @@ class CausalLMModule(LightningModule):
                 data = self.trainer.datamodule  # type: ignore[attr-defined]
                 teacher.to(self.trainer.strategy.root_device)
                 self._cached_teacher = cache_teacher(
-                    teacher, data.read_train_windows(), top_k, self.recovery.temperature, data.batch_size
+                    teacher, data.read_train_windows(), top_k, self.recovery.temperature, data.training.batch_size
                 )
                 teacher.to("meta")
 

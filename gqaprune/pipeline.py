@@ -8,7 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.common.distributed import check_same_on_all_ranks, get_rank_and_world_size
+from gqaprune.common.renamed import ARGUMENTS, name_successors
 from gqaprune.common.stage_cache import Stage, Stages
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.evaluation.perplexity import Evaluation, measure_perplexity
 from gqaprune.models.architecture import check_biases, describe_experts
 from gqaprune.placement.layer_store import get_layers_apart
@@ -46,29 +48,22 @@ from gqaprune.surgery.repair import BlockRepair, apply_plan_with_repair
 _HELD_OUT = "held-out calibration text"
 
 
+@name_successors("prune", ARGUMENTS)
 def prune(
     model: PreTrainedModel,
-    batches: Sequence[Tensor],
+    calibration: CalibrationSet | Sequence[Tensor],
     config: PruningConfig,
     *,
-    accumulate: int = 1,
     evaluation: Evaluation | None = None,
-    source: str = "",
-    seed: int = 0,
-    corpora: Sequence[str] = (),
     stages: Stages | None = None,
 ) -> tuple[PruningPlan, Report]:
     """Prune a dense model in place, in one step or several: score, allocate, plan, cut, repair; measure it.
 
     Args:
         model: the dense causal LM, on the device to work on.
-        batches: calibration token ids, each `[batch, tokens]`; in a process group the same list on every rank.
+        calibration: the calibration text, or its batches of token ids alone, each `[batch, tokens]`.
         config: what to remove.
-        accumulate: micro-batches per accumulation window of the criterion.
         evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on, never calibration text.
-        source: name of the model, for the plan.
-        seed: seed that chose the calibration windows; of `random` scores and of swaps, too.
-        corpora: names of the calibration corpora, for the plan.
         stages: where finished stages are kept, for a call that goes on if this one is killed.
 
     Returns:
@@ -79,17 +74,7 @@ def prune(
             scores after an earlier step, the activations under repair or the pruned perplexity are not finite, or
             ranks end with different plans or weights.
     """
-    pruner = Pruner(
-        model,
-        batches,
-        config,
-        accumulate=accumulate,
-        evaluation=evaluation,
-        source=source,
-        seed=seed,
-        corpora=corpora,
-        stages=stages,
-    )
+    pruner = Pruner(model, CalibrationSet.wrap(calibration), config, evaluation=evaluation, stages=stages)
     pruner.measure("dense")
     pruner.spend()
     return pruner.plan, pruner.report
@@ -100,14 +85,10 @@ class Pruner:
 
     Args:
         model: the dense causal LM, on the device to work on.
-        batches: calibration token ids, each `[batch, tokens]`; in a process group the same list on every rank.
+        calibration: the calibration text.
         config: what to remove.
-        accumulate: micro-batches per accumulation window of the criterion.
         evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on.
         held_out: likewise, calibration text that is not calibrated on, for each stage's own judgement.
-        source: name of the model, for the plan.
-        seed: seed that chose the calibration windows; of `random` scores and of swaps, too.
-        corpora: names of the calibration corpora, for the plan.
         stages: where finished stages are kept, for a run that goes on if this one is killed.
 
     Attributes:
@@ -124,15 +105,11 @@ class Pruner:
     def __init__(
         self,
         model: PreTrainedModel,
-        batches: Sequence[Tensor],
+        calibration: CalibrationSet,
         config: PruningConfig,
         *,
-        accumulate: int = 1,
         evaluation: Evaluation | None = None,
         held_out: Sequence[Mapping[str, Tensor]] = (),
-        source: str = "",
-        seed: int = 0,
-        corpora: Sequence[str] = (),
         stages: Stages | None = None,
     ) -> None:
         if (apart := get_layers_apart(model)) is not None:
@@ -140,19 +117,18 @@ class Pruner:
         check_likeness(model)
         self.dense_blocks, self.budget = select_blocks(model, config), read_budget(model, config)
         check_finite_weights(model)  # of what is quantised it could not say
-        self.model, self.batches, self.config = model, batches, config
-        self.accumulate, self.evaluation = accumulate, evaluation or {}
+        self.model, self.calibration, self.config = model, calibration, config
+        self.evaluation = evaluation or {}
         self.held_out = {_HELD_OUT: held_out} if held_out else {}
-        self.source, self.seed, self.corpora = source, seed, tuple(corpora)
         self.stages = stages or Stages()
         if config.removes_something:
             check_reachable(self.dense_blocks, self.budget, config)
-            check_text(batches, config)
-            if (repair := config.repair_options()) is not None and repair.bias:
+            check_text(calibration.batches, config)
+            if config.repair.fits_biases:
                 some = {block.key.kind for block in self.dense_blocks}
-                check_biases(model.config, ("attention", "mlp") if repair.everywhere else sorted(some))
-        self.plan = replace(keep_everything(model), model=source)
-        self.report = Report(source, asdict(config), note=describe_experts(model))
+                check_biases(model.config, ("attention", "mlp") if config.repair.refits_everywhere else sorted(some))
+        self.plan = replace(keep_everything(model), model=calibration.source)
+        self.report = Report(calibration.source, asdict(config), note=describe_experts(model))
         self.share = 0.0
         self.spending: Spending | None = None
         self.scores: Scores = {}
@@ -203,8 +179,8 @@ class Pruner:
             rate=share * config.rate,
             rate_base=config.rate_base,
             kv_rate=share * config.kv_rate,
-            seed=self.seed,
-            corpora=self.corpora,
+            seed=self.calibration.seed,
+            corpora=self.calibration.corpora,
         )
         self.measure(stage)
 
@@ -232,23 +208,20 @@ class Pruner:
                 self.model,
                 self.dense_blocks,
                 self.budget,
-                self.batches,
+                self.calibration,
                 self.config,
-                source=self.source,
-                seed=self.seed,
-                corpora=self.corpora,
-                stages=self._stages_of_model(self.batches) if self.config.uses_importance else Stages(),
+                self._stages_of_model(self.calibration.batches) if self.config.uses_importance else Stages(),
             )
         return self._options
 
     def _cut(self, share: float) -> list[BlockRepair]:
         options = self._measure_options()
-        stages = self._stages_of_model(self.batches, "" if share == 1 else f"{share:.4g} of the budget,")
-        choice = {name: value for name, value in asdict(self.config).items() if not name.startswith("repair")}
+        stages = self._stages_of_model(self.calibration.batches, "" if share == 1 else f"{share:.4g} of the budget,")
+        choice = {name: value for name, value in asdict(self.config).items() if name != "repair"}
         inputs = {
             **choice,
-            "accumulation": self.accumulate,
-            "seed": self.seed,
+            "accumulation": self.calibration.accumulation,
+            "seed": self.calibration.seed,
             "importance": None if options.importance is None else list_values(options.importance),
             "spent before": self.spending and self.spending.to_dict(),
         }
@@ -262,20 +235,20 @@ class Pruner:
         self.spending = spending
         self.scores = {BlockKey.parse(name): score_U for name, score_U in chosen.tensors.items()}
         self.plan = self.plan.then(plan)
-        if (repair := self.config.repair_options()) is None:
+        if self.config.repair.method == "none":
             apply_plan(self.model, plan)
             return []
-        return apply_plan_with_repair(self.model, plan, self.batches, repair, stages)
+        return apply_plan_with_repair(self.model, plan, self.calibration.batches, _bridge(self.config.repair), stages)
 
     def _choose(self, share: float, options: AllocationOptions, stages: Stages) -> Stage:
         """The plan from the model as it is to what it is when a share of the budget is spent."""
-        model, dense_blocks, batches, config = self.model, self.dense_blocks, self.batches, self.config
-        scores, outliers = score_blocks(model, batches, config, self.accumulate, self.seed, stages)
+        model, dense_blocks, config, batches = self.model, self.dense_blocks, self.config, self.calibration.batches
+        scores, outliers = score_blocks(model, self.calibration, config, stages)
         options = measure_curves(model, dense_blocks, scores, batches, config, options, stages)
         allocate, budgets = bind_allocation(config, options), budget_blocks(dense_blocks, scores, config)
         spending = spend_share(budgets, self.budget, allocate, share, self.spending)
         removed = refine_counts(
-            model, dense_blocks, scores, batches, config, options, self.budget, spending.so_far, self.seed
+            model, dense_blocks, scores, batches, config, options, self.budget, spending.so_far, self.calibration.seed
         )
         plan = make_plan(model, dense_blocks, scores, removed, config)
         found = list_values({key: list(units.items()) for key, units in outliers.items()})
@@ -301,3 +274,19 @@ def _leave_out(score_U: Tensor, outliers: Collection[int]) -> Tensor:
 
 def _hash_batches(batches: Sequence[Mapping[str, Tensor]]) -> str:
     return hash_tensors([tensor for batch in batches for tensor in batch.values()])
+
+
+def _bridge(repair):
+    from gqaprune.surgery.refinement import RefinementOptions
+    from gqaprune.surgery.repair import RepairOptions
+
+    if repair.method == "bias":
+        return RepairOptions(holdout=repair.holdout, refit=False, bias=True)
+    return RepairOptions(
+        tuple(repair.ridges),
+        repair.holdout,
+        repair.pull,
+        repair.refits_everywhere,
+        bias=repair.bias,
+        refinement=RefinementOptions(repair.epochs, repair.learning_rate),
+    )

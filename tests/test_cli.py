@@ -31,7 +31,9 @@ def test_written_config_repeats_the_run(run: Run, monkeypatch: pytest.MonkeyPatc
 
 
 def test_prune_cuts_and_saves_without_training(run: Run, tiny_folder: Path) -> None:
-    assert run("prune", "--export.folder", "out/pruned", "--data.train", "[wikitext2]") == 0  # train text is not needed
+    assert (
+        run("prune", "--export.folder", "out/pruned", "--data.training.corpora", "[wikitext2]") == 0
+    )  # train text is not needed
     dense = AutoModelForCausalLM.from_pretrained(tiny_folder)
     apply_plan(dense, PruningPlan.load("out/pruned/plan.json"))
     pruned = AutoModelForCausalLM.from_pretrained("out/pruned", trust_remote_code=True)
@@ -43,7 +45,14 @@ def test_prune_cuts_and_saves_without_training(run: Run, tiny_folder: Path) -> N
 
 
 def test_layers_on_disk_are_pruned_to_what_pruning_in_memory_gives(run: Run) -> None:
-    settings = ("--pruning.criterion", "obs", "--pruning.repair", "least_squares", "--pruning.repair_epochs", "1")
+    settings = (
+        "--pruning.criterion",
+        "obs",
+        "--pruning.repair.method",
+        "least_squares",
+        "--pruning.repair.epochs",
+        "1",
+    )
     for folder, offload in (("memory", "false"), ("disk", "true")):
         assert run("prune", *settings, "--export.folder", folder, "--pruning.offload", offload) == 0
     plan = ("--model.plan", "disk/plan.json", "--model.recovery.mode", "none")
@@ -61,7 +70,10 @@ def test_layers_on_disk_are_pruned_to_what_pruning_in_memory_gives(run: Run) -> 
 
 def test_plan_of_one_run_is_reapplied_by_the_next_without_calibration(run: Run) -> None:
     assert run("prune", "--export.folder", "first") == 0
-    assert run("prune", "--export.folder", "second", "--model.plan", "first/plan.json", "--data.calibration", "[]") == 0
+    assert (
+        run("prune", "--export.folder", "second", "--model.plan", "first/plan.json", "--data.calibration.corpora", "[]")
+        == 0
+    )
     weights = [
         AutoModelForCausalLM.from_pretrained(f, trust_remote_code=True).state_dict() for f in ("first", "second")
     ]
@@ -109,7 +121,7 @@ def test_search_finds_a_split_and_pruning_by_it_gives_the_perplexity_it_promised
     console.quiet = False
     before = {path: path.read_bytes() for path in tiny_folder.iterdir()}
     # Neither training nor test text is touched.
-    missing = ("--data.train", "[nowhere.txt]", "--data.test", "[gone.txt]")
+    missing = ("--data.training.corpora", "[nowhere.txt]", "--data.evaluation.test", "[gone.txt]")
     assert run("search", "--search.coarse_step", "2", "--search.fine_step", "1", *missing) == 0
     shown = capsys.readouterr().out
     found = json.loads(Path("lightning_logs/search/search.json").read_text())
@@ -135,9 +147,9 @@ def test_pruning_and_search_calibrate_on_text_that_the_model_writes(
 ) -> None:
     sample = partial(sample_from_model, cache=tmp_path / "samples")
     monkeypatch.setattr("gqaprune.datamodules.text.sample_from_model", sample)
-    text = ("--data.calibration", "[]", "--data.sampled_windows", "4")
+    text = ("--data.calibration.corpora", "[]", "--data.calibration.sampled_windows", "4")
     assert run("search", "--search.coarse_step", "5", *text) == 0
-    assert run("prune", "--pruning.repair", "least_squares", "--export.folder", "out", *text) == 0
+    assert run("prune", "--pruning.repair.method", "least_squares", "--export.folder", "out", *text) == 0
     assert PruningPlan.load("lightning_logs/version_1/plan.json").corpora == ("4 sampled windows",)
     assert len(list((tmp_path / "samples").iterdir())) == 1  # written once, read back by the second command
     repairs = json.loads(Path("lightning_logs/version_1/report.json").read_text())["repairs"]
@@ -173,7 +185,7 @@ def test_split_and_kv_budget_survive_the_written_config(run: Run, monkeypatch: p
 
 
 def test_criterion_without_text_needs_no_calibration_corpus(run: Run) -> None:
-    assert run("prune", "--pruning.criterion", "l1", "--data.calibration", "[]", "--export.folder", "out") == 0
+    assert run("prune", "--pruning.criterion", "l1", "--data.calibration.corpora", "[]", "--export.folder", "out") == 0
     plan = PruningPlan.load("out/plan.json")
     assert (plan.criterion, plan.corpora) == ("l1", ()) and not plan.removes_nothing
 
@@ -196,7 +208,7 @@ def test_validate_does_not_prune(run: Run) -> None:
 
 
 def test_rate_zero_trains_the_dense_model(run: Run, tiny_folder: Path) -> None:
-    assert run("fit", "--pruning.rate", "0", "--data.calibration", "[]", "--export.folder", "tuned") == 0
+    assert run("fit", "--pruning.rate", "0", "--data.calibration.corpora", "[]", "--export.folder", "tuned") == 0
     tuned = AutoModelForCausalLM.from_pretrained("tuned")
     dense = AutoModelForCausalLM.from_pretrained(tiny_folder)
     assert {n: t.shape for n, t in tuned.state_dict().items()} == {n: t.shape for n, t in dense.state_dict().items()}
@@ -227,7 +239,7 @@ def test_version_is_the_installed_packages(capsys: pytest.CaptureFixture[str], m
         ("compare --models a-b --json --png x-y", "compare --models a-b --json=true --png x-y"),
         ("inspect M --json false --outliers=true", "inspect M --json false --outliers=true"),
         ("inspect M --trust-remote-code", "inspect M --trust_remote_code=true"),
-        ("fit --data.eval-window=64 --print_config -h", "fit --data.eval_window=64 --print_config -h"),
+        ("fit --model.max-new-tokens=64 --print_config -h", "fit --model.max_new_tokens=64 --print_config -h"),
         ("fit --pruning.offload true", "fit --pruning.offload true"),
         ("", ""),
     ],

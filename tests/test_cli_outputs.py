@@ -56,9 +56,9 @@ def test_formats_are_promised_only_where_they_will_hold_the_model(run: Run, caps
     assert run("prune", "--export.format", "stock") == 1
     assert "needs equal counts in every layer: set allocation: uniform" in capsys.readouterr().err
     whole = [
-        "--pruning.attention_layers",
+        "--pruning.limits.attention_layers",
         "[0, 3]",
-        "--pruning.mlp_layers",
+        "--pruning.limits.mlp_layers",
         "[0, 3]",
         "--pruning.allocation",
         "uniform",
@@ -100,7 +100,7 @@ def test_fit_logs_loss_learning_rate_perplexity_plan_and_hparams_to_tensorboard(
 
 
 def test_tensorboard_shows_scores_of_every_block_and_the_sensitivity_that_was_measured(run: Run) -> None:
-    assert run("prune", "--pruning.frozen_layers", "1", "--pruning.sensitivity", "block_influence") == 0
+    assert run("prune", "--pruning.limits.frozen_layers", "1", "--pruning.sensitivity.method", "block_influence") == 0
     events = EventAccumulator(str(Path("lightning_logs/version_0")))
     events.Reload()
     assert {"pruning", "sensitivity"} <= set(events.Tags()["images"])

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import gqaprune
 from gqaprune.common.distributed import check_same_on_all_ranks
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.data.sampling import sample_from_model
 from gqaprune.data.windows import make_batches
 from gqaprune.evaluation.perplexity import measure_perplexity
@@ -75,14 +76,9 @@ def config(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {
         "model": {"pretrained": str(tiny_folder), "dtype": "float32"},
         "data": {
-            "calibration_windows": 10,  # 5 micro-batches, 3 accumulation windows: no even share for two ranks
-            "calibration_window": 32,
-            "calibration_batch_size": 2,
-            "train_window": 32,
-            "train_tokens": 1024,
-            "eval_window": 32,
-            "eval_tokens": 32 * 7,
-            "eval_batch_size": 1,  # 7 batches
+            "calibration": {"windows": 10, "window": 32, "batch_size": 2},
+            "training": {"window": 32, "tokens": 1024},
+            "evaluation": {"window": 32, "tokens": 32 * 7, "batch_size": 1},  # 7 batches
         },
         "pruning": {"scheduling": {0: 2}, "rate": 0.3, "allocation": "global", "criterion": "taylor"},
         "export": {"folder": "out"},
@@ -107,7 +103,7 @@ def score_and_measure(rank: int, world_size: int, folder: Path) -> None:
     blocks, batches = find_blocks(model), [make_tokens(2, seed=seed) for seed in range(5)]
     result = {}
     for criterion, accumulate in product(CRITERIA, (2, 5)):  # windows of 2 + 2 + 1 micro-batches; one, none for rank 1
-        scores = score_units(model, blocks, batches, criterion, accumulate)
+        scores = score_units(model, blocks, CalibrationSet(batches, accumulation=accumulate), criterion)
         result |= {f"{criterion} {accumulate} {key}": score for key, score in scores.items()}
     for name, measure in SENSITIVITIES.items():
         result |= {f"{name} {key}": torch.tensor(value) for key, value in measure(model, blocks, batches).items()}
@@ -132,7 +128,7 @@ def prune_and_save(rank: int, world_size: int, folder: Path) -> None:
     """Plan and weights of whole prunings, or their errors, by what the last rank does otherwise; every rank writes."""
     join_group(rank, world_size, folder)
     batches = [make_tokens(2, seed=seed) for seed in range(5)]
-    config = gqaprune.PruningConfig(rate=0.3, split="free", attention_layers=(0, 3), mlp_layers=(0, 3))
+    config = gqaprune.PruningConfig(rate=0.3, split="free", limits={"attention_layers": (0, 3), "mlp_layers": (0, 3)})
 
     def choose_others(model: Any, blocks: Any, scores: Any, *arguments: Any) -> Any:
         return make_plan(model, blocks, {key: -score for key, score in scores.items()}, *arguments)
@@ -212,7 +208,7 @@ FSDP2 = ("--config", str(STRATEGY_FILES / "fsdp2.yaml"), "--trainer.devices", "2
 
 def test_two_processes_prune_as_one(config: Path, tmp_path: Path) -> None:
     # Refinement's steps have other tokens on other numbers of processes: test_refinement looks at those.
-    settings = ("--pruning.repair_epochs", "0")
+    settings = ("--pruning.repair.epochs", "0")
     one = read_stages(run(tmp_path / "one", "prune", config, *settings))
     two = read_stages(run(tmp_path / "two", "prune", config, *settings, *DDP))
     assert PruningPlan.load(tmp_path / "one/out/plan.json") == PruningPlan.load(tmp_path / "two/out/plan.json")
@@ -270,7 +266,7 @@ def test_two_processes_recover_and_export_what_they_measured(config: Path, tmp_p
 
 
 def test_two_processes_prune_split_layers_as_one_and_recover_them_as_whole_ones(config: Path, tmp_path: Path) -> None:
-    settings = ("--pruning.repair_epochs", "0", "--pruning.criterion", "fisher+obs")
+    settings = ("--pruning.repair.epochs", "0", "--pruning.criterion", "fisher+obs")
     one = read_stages(run(tmp_path / "one", "prune", config, *settings))
     two = read_stages(run(tmp_path / "two", "prune", config, *settings, *FSDP2, *SHARDED))
     assert PruningPlan.load(tmp_path / "one/out/plan.json") == PruningPlan.load(tmp_path / "two/out/plan.json")
@@ -295,7 +291,7 @@ def test_two_processes_prune_split_layers_as_one_and_recover_them_as_whole_ones(
 
 def test_two_processes_prune_and_recover_in_rounds(config: Path, tmp_path: Path) -> None:
     """Both hold the same model after every cut: DDP would average what differs, and perplexity would not be shared."""
-    settings = ("--model.recovery.rounds", "2", "--pruning.repair", "none")
+    settings = ("--model.recovery.rounds", "2", "--pruning.repair.method", "none")
     stages = read_stages(run(tmp_path / "fit", "fit", config, *settings, *DDP))
     assert [stage["name"] for stage in stages] == ["dense", "pruned", "pruned, round 2", "recovered"]
     dense, first, second, recovered = (stage["decoder_parameters"] for stage in stages)
@@ -323,8 +319,15 @@ def test_training_of_split_models_stops_early_and_exports_the_best_weights(
 ) -> None:
     (tmp_path / "early.yaml").write_text(yaml.safe_dump({"trainer": STOP_EARLY}))
     worse = ("--model.optimizer.init_args.lr", "1e-2", "--model.optimizer.init_args.maximize", "true")
-    model = ("--model.pretrained", str(learned_folder), "--pruning.rate", "0.02", "--data.held_out_windows", "0")
-    settings = ("--config", str(tmp_path / "early.yaml"), "--data.train_tokens", "4096", *model, *worse)
+    model = (
+        "--model.pretrained",
+        str(learned_folder),
+        "--pruning.rate",
+        "0.02",
+        "--data.calibration.held_out_windows",
+        "0",
+    )
+    settings = ("--config", str(tmp_path / "early.yaml"), "--data.training.tokens", "4096", *model, *worse)
     logs = run(tmp_path, "fit", config, *settings, *strategy)
     events = EventAccumulator(str(logs))
     events.Reload()
@@ -343,7 +346,14 @@ def read_guard(logs: Path) -> dict[str, Any]:
 def test_the_guard_stops_two_processes_with_the_diagnosis_of_one(
     config: Path, learned_folder: Path, tmp_path: Path
 ) -> None:
-    layers = ("--pruning.attention_layers", "[0,3]", "--pruning.mlp_layers", "[0,3]", "--pruning.repair", "none")
+    layers = (
+        "--pruning.limits.attention_layers",
+        "[0,3]",
+        "--pruning.limits.mlp_layers",
+        "[0,3]",
+        "--pruning.repair.method",
+        "none",
+    )
     model = ("--model.pretrained", str(learned_folder), "--pruning.rate", "0.6", "--pruning.split", "free")
     bounds = ("--guard.max_perplexity", "1e9", "--guard.warn_ratio", "1.1", "--guard.stop_ratio", "1.2")
     found = []
@@ -444,7 +454,7 @@ def test_compiled_layers_are_refused_where_the_model_is_split(config: Path, tmp_
         (FSDP2, ("--pruning.criterion", "param_first"), "criterion param_first needs the whole model in memory, which"),
         (
             FSDP2,
-            ("--data.sampled_windows", "4"),
+            ("--data.calibration.sampled_windows", "4"),
             "data.sampled_windows 4 needs the whole model in memory, which sharded",
         ),
         (FSDP2, ("--export.format", "gguf-f16"), "format gguf-f16 needs the whole model in memory, which sharded"),
@@ -469,7 +479,7 @@ def test_launchers_run_one_command_on_two_processes(config: Path, tmp_path: Path
     (tmp_path / "srun").write_text(SRUN)
     (tmp_path / "srun").chmod(0o755)
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
-    settings = ("--pruning.repair", "none", "--trainer.strategy", "ddp", "--trainer.devices", "2")
+    settings = ("--pruning.repair.method", "none", "--trainer.strategy", "ddp", "--trainer.devices", "2")
     slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": "1234"}
     slurm |= {"SLURM_JOB_NAME": "gqaprune", "SLURM_JOB_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1"}
     own = slurm if launcher == "slurm.sbatch" else {"PROCESSES": "2"}

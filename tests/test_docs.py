@@ -14,6 +14,7 @@ import yaml
 
 import gqaprune
 from gqaprune.cli import TOOLS, PruningCLI, _make_tool_parser, main, spell_out
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.planning.config import PruningConfig
 
 from tiny import DATA, make_tokenizer
@@ -27,7 +28,7 @@ MARKS = ("GPU", "hub")
 """Words in the comment of a command that is not run, and why."""
 LAUNCHERS = (["python", "cli.py"], ["configs/strategy/torchrun.sh"], ["sbatch", "configs/strategy/slurm.sbatch"])
 """What runs gqaprune besides its own name."""
-SMALL = {"data": DATA, "pruning": {"repair_epochs": 1}, "trainer": {"enable_progress_bar": False}}
+SMALL = {"data": DATA, "pruning": {"repair": {"epochs": 1}}, "trainer": {"enable_progress_bar": False}}
 """Put after the configs of a command that is run, before its own settings."""
 LESS = {"compare": ["--eval_tokens", "4096", "--prompt", "16", "--generated", "2"]}
 """Put after a tool's own arguments: less work."""
@@ -128,8 +129,8 @@ def place(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(tiny_folder, dense)
     make_tokenizer([("e", "d"), ("r", "u")]).save_pretrained(dense)  # with merges, which GGUF asks for
     model, tokenizer = gqaprune.load(str(dense))
-    config = PruningConfig(0.2, criterion="l2", repair="none", mlp_layers=(1, 3))
-    plan, _ = gqaprune.prune(model, [], config, source=str(dense))
+    config = PruningConfig(0.2, criterion="l2", repair={"method": "none"}, limits={"mlp_layers": (1, 3)})
+    plan, _ = gqaprune.prune(model, CalibrationSet([], source=str(dense)), config)
     gqaprune.save(model, tokenizer, folder / "pruned", plan)
     shutil.copytree(folder / "pruned", folder / "trained")
     (folder / "prompts.txt").write_text("The capital of France is\n")

@@ -22,7 +22,9 @@ every = pytest.mark.parametrize("variant", [*WHOLE_MLP, "qwen2_moe"])
 @every
 def test_experts_stay_to_the_bit_and_the_report_says_so(variant: str) -> None:
     model, dense = make_model(variant, kv_heads=4), make_model(variant, kv_heads=4)
-    config = PruningConfig(rate=0.1, split="free", allocation="global", attention_layers=(0, 3), mlp_layers=(0, 3))
+    config = PruningConfig(
+        rate=0.1, split="free", allocation="global", limits={"attention_layers": (0, 3), "mlp_layers": (0, 3)}
+    )
     plan, report = prune(model, BATCHES, config)
     assert plan.pruned_geometry != plan.geometry
     before = dense.state_dict()

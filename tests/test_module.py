@@ -12,18 +12,23 @@ from lightning.pytorch.callbacks import LambdaCallback
 
 import gqaprune
 from gqaprune.callbacks import TaylorPruning
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import count_parameters
 from gqaprune.module import CausalLMModule
 from gqaprune.training.recovery import RecoveryConfig
 
-from tiny import PLAIN, make_model, make_plain, make_tokenizer
+from tiny import PLAIN, make_model, make_plain, make_tokenizer, merge_settings
 
 
 def make_data(folder: Path, **settings: Any) -> TextDataModule:
-    sizes = {"calibration_windows": 4, "calibration_window": 32, "train_window": 32, "train_tokens": 1024}
-    return TextDataModule(str(folder), eval_window=32, eval_tokens=256, **{**sizes, **settings})
+    sizes = {
+        "calibration": {"windows": 4, "window": 32},
+        "training": {"window": 32, "tokens": 1024},
+        "evaluation": {"window": 32, "tokens": 256},
+    }
+    return TextDataModule(str(folder), **merge_settings(sizes, settings))
 
 
 def make_trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
@@ -71,7 +76,7 @@ def test_callback_accumulates_gradients_by_epoch_as_its_scheduling_says(tiny_fol
     probe = Probe()
     pruning = TaylorPruning(scheduling={0: 4, 1: 2}, rate=0.0)
     trainer = make_trainer(tmp_path, pruning, probe, max_epochs=2)
-    trainer.fit(CausalLMModule(str(tiny_folder)), datamodule=make_data(tiny_folder, batch_size=4))
+    trainer.fit(CausalLMModule(str(tiny_folder)), datamodule=make_data(tiny_folder, training={"batch_size": 4}))
     assert trainer.global_step == len(probe.rates) == 2 + 4  # 8 micro-batches an epoch
 
 
@@ -79,14 +84,18 @@ def test_calibration_windows_follow_the_first_epochs_accumulation(tiny_folder: P
     """Taylor scores depend on the window; those of the callback are those of the pipeline with that window."""
     from gqaprune import load_model, prune
 
-    data = make_data(tiny_folder, calibration_windows=12, calibration_batch_size=1)
+    data = make_data(tiny_folder, calibration={"windows": 12, "batch_size": 1})
     plans = {}
     for factor in (1, 6):
         settings = {**PLAIN, "rate": 0.3, "criterion": "taylor", "allocation": "global"}
         module = CausalLMModule(str(tiny_folder))
         pruning = TaylorPruning(scheduling={0: factor, 1: 3}, **settings)
         make_trainer(tmp_path, pruning, limit_train_batches=0).fit(module, datamodule=data)
-        plan, _ = prune(load_model(tiny_folder), data.calibration_batches(), make_plain(**settings), accumulate=factor)  # type: ignore[arg-type]
+        plan, _ = prune(
+            load_model(tiny_folder),
+            CalibrationSet(data.calibration_batches(), accumulation=factor),
+            make_plain(**settings),
+        )  # type: ignore[arg-type]
         assert module.plan is not None and module.plan.layers == plan.layers
         plans[factor] = plan.layers
     assert plans[1] != plans[6]
@@ -97,7 +106,7 @@ def test_learning_rate_warms_up_and_ends_with_the_run(tiny_folder: Path, tmp_pat
     probe = Probe()
     module = CausalLMModule(str(tiny_folder), optimizer=fast_optimizer, schedule=schedule, warmup_steps=2)
     trainer = make_trainer(tmp_path, TaylorPruning(scheduling={0: 2, 1: 1}, rate=0.0), probe, max_epochs=2)
-    trainer.fit(module, datamodule=make_data(tiny_folder, batch_size=4))
+    trainer.fit(module, datamodule=make_data(tiny_folder, training={"batch_size": 4}))
     assert len(probe.rates) == 12  # 4 + 8 steps
     assert probe.rates[:3] == pytest.approx([0, 0.005, 0.01])
     assert probe.rates[-1] == pytest.approx({"cosine": 2.4e-4, "linear": 1e-3, "constant": 1e-2}[schedule], rel=0.05)
@@ -189,7 +198,7 @@ def test_compiled_layers_train_as_they_are_and_are_compiled_in_training_only(
 
 def test_a_few_batches_can_be_overfitted(tiny_folder: Path, tmp_path: Path) -> None:
     module = CausalLMModule(str(tiny_folder), optimizer=fast_optimizer)
-    data = make_data(tiny_folder, val=[], batch_size=2)
+    data = make_data(tiny_folder, evaluation={"val": []}, training={"batch_size": 2})
     losses: list[float] = []
     probe = LambdaCallback(on_train_batch_end=lambda *arguments: losses.append(float(arguments[2]["loss"])))
     trainer = make_trainer(tmp_path, TaylorPruning(rate=0.0), probe, overfit_batches=2, max_epochs=8)

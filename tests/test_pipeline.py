@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from gqaprune import PruningConfig, apply_plan, prune
 from gqaprune.checkpoints.save import choose_format
 from gqaprune.common.stage_cache import Stages
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.data.windows import make_batches
 from gqaprune.models.architecture import count_layer_parameters, count_parameters, find_blocks, read_geometry
 from gqaprune.pipeline import Pruner
@@ -50,7 +51,7 @@ def test_weakest_units_go() -> None:
     with torch.no_grad():
         for layer, channel in ((0, 3), (1, 11), (2, 0)):
             model.model.layers[layer].mlp.down_proj.weight[:, channel] *= 1e-3
-    plan, _ = prune(model, BATCHES, make_plain(rate=0.012, attention_layers=(0, 0)))
+    plan, _ = prune(model, BATCHES, make_plain(rate=0.012, limits={"attention_layers": (0, 0)}))
     removed = [set(range(20)) - set(kept.channels) for kept in plan.layers]
     assert removed == [{3}, {11}, {0}]
 
@@ -70,11 +71,13 @@ def test_same_data_gives_the_same_plan_and_the_plan_gives_the_same_weights() -> 
 def test_attention_of_families_that_keep_it_whole_is_not_asked_to_give(settings: dict[str, Any]) -> None:
     model = make_model("olmo2")
     with pytest.raises(ValueError, match="attention of olmo2 models stays whole: one norm spans all its query heads"):
-        prune(model, BATCHES, PruningConfig(rate=0.2, criterion="l2", repair="none", **settings))
+        prune(model, BATCHES, PruningConfig(rate=0.2, criterion="l2", repair={"method": "none"}, **settings))
     for split in (None, "free"):
         model = make_model("olmo2")
         plan, _ = prune(
-            model, BATCHES, PruningConfig(rate=0.2, split=split, attention_layers=(0, 3), mlp_layers=(0, 3))
+            model,
+            BATCHES,
+            PruningConfig(rate=0.2, split=split, limits={"attention_layers": (0, 3), "mlp_layers": (0, 3)}),
         )
         assert plan.pruned_geometry.query_heads == plan.geometry.query_heads
         assert sum(plan.pruned_geometry.channels) < sum(plan.geometry.channels)
@@ -90,14 +93,18 @@ def test_rate_zero_changes_no_bit_and_needs_no_text(any_variant: str) -> None:
 
 def test_layers_outside_the_ranges_stay_whole() -> None:
     model = make_model("llama", kv_heads=4, layers=5)
-    plan, _ = prune(model, BATCHES, make_plain(rate=0.2, attention_layers=(1, 3), mlp_layers=(2, 4)))
+    plan, _ = prune(model, BATCHES, make_plain(rate=0.2, limits={"attention_layers": (1, 3), "mlp_layers": (2, 4)}))
     assert [len(kept.groups) == 4 for kept in plan.layers] == [True, False, False, True, True]
     assert [len(kept.channels) == 20 for kept in plan.layers] == [True, True, False, False, True]
 
 
 def test_limits_hold() -> None:
     model = make_model("llama", kv_heads=4, channels=32)
-    config = make_plain(rate=0.4, allocation="global", min_groups=2, min_channels=8, channel_multiple=8, max_rate=0.6)
+    config = make_plain(
+        rate=0.4,
+        allocation="global",
+        limits={"min_groups": 2, "min_channels": 8, "channel_multiple": 8, "max_rate": 0.6},
+    )
     whole = count_layer_parameters(model)
     plan, _ = prune(model, BATCHES, config)
     for kept, before, after in zip(plan.layers, whole, count_layer_parameters(model), strict=True):
@@ -108,14 +115,16 @@ def test_limits_hold() -> None:
 @pytest.mark.parametrize("granularity", ["group", "query"])
 @pytest.mark.parametrize("variant", ["llama-biases", "gemma2"])
 def test_uniform_counts_of_the_whole_model_are_such_that_a_stock_class_has_them(variant: str, granularity: str) -> None:
-    whole = {"attention_layers": (0, 3), "mlp_layers": (0, 3)}
+    whole = {"limits": {"attention_layers": (0, 3), "mlp_layers": (0, 3)}}
     model = make_model(variant, kv_heads=4, ratio=4, channels=64)  # width 64, which 12 heads do not divide
     settings = {"granularity": granularity, "split": "free", **whole}
     plan, _ = prune(model, BATCHES, make_plain(rate=0.25, allocation="uniform", **settings))
     assert set(plan.pruned_geometry.query_heads) in ({16}, {8})
     assert choose_format(model.config, "auto") == "stock"
     model = make_model(variant, kv_heads=4, ratio=4, channels=64)
-    plan, _ = prune(model, BATCHES, make_plain(rate=0.25, allocation="uniform", **settings | {"mlp_layers": (0, 2)}))
+    plan, _ = prune(
+        model, BATCHES, make_plain(rate=0.25, allocation="uniform", **settings | {"limits": {"mlp_layers": (0, 2)}})
+    )
     assert set(plan.pruned_geometry.query_heads) == {12} and choose_format(model.config, "auto") == "per-layer"
 
 
@@ -142,7 +151,7 @@ def test_seven_query_heads_on_a_kv_head_become_six() -> None:
                 model.model.layers[layer].self_attn.o_proj.weight[:, head * 8 : head * 8 + 8] *= 1e-3
     attention = [block for block in find_blocks(model, "query") if block.key.kind == "attention"]
     rate = sum(2 * block.unit_parameters for block in attention) / sum(count_layer_parameters(model))
-    plan, report = prune(model, BATCHES, make_plain(rate=rate, granularity="query", mlp_layers=(0, 0)))
+    plan, report = prune(model, BATCHES, make_plain(rate=rate, granularity="query", limits={"mlp_layers": (0, 0)}))
     removed = [set(range(14)) - set(plan.list_queries(layer)) for layer in range(3)]
     assert removed == [{2, 13}, {0, 7}, {6, 10}]
     assert plan.describe_ratio() == "GQA ratio: ✅ 7:1 → 6:1 in every layer"
@@ -155,7 +164,9 @@ def test_a_group_with_two_weak_heads_does_not_give_both() -> None:
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight[:, :16] *= 1e-3  # query heads 0 and 1, both of KV head 0
     cost = find_blocks(model, "query")[0].unit_parameters * 2
-    config = make_plain(rate=cost / sum(count_layer_parameters(model)), granularity="query", mlp_layers=(0, 0))
+    config = make_plain(
+        rate=cost / sum(count_layer_parameters(model)), granularity="query", limits={"mlp_layers": (0, 0)}
+    )
     plan, _ = prune(model, BATCHES, config)
     assert len({0, 1} - set(plan.list_queries(0))) == 1
     assert len({3, 4, 5} - set(plan.list_queries(0))) == 1
@@ -164,10 +175,16 @@ def test_a_group_with_two_weak_heads_does_not_give_both() -> None:
 def test_one_query_head_of_a_group_always_stays() -> None:
     model = make_model("llama", kv_heads=1, ratio=4)
     with pytest.raises(ValueError, match="nearest reachable rate is 0"):
-        prune(model, BATCHES, make_plain(rate=0.45, allocation="global", granularity="query", mlp_layers=(0, 0)))
+        prune(
+            model,
+            BATCHES,
+            make_plain(rate=0.45, allocation="global", granularity="query", limits={"mlp_layers": (0, 0)}),
+        )
     heads = [block for block in find_blocks(model, "query") if block.key.kind == "attention"]
     rate = sum(3 * block.unit_parameters for block in heads) / sum(count_layer_parameters(model))
-    config = make_plain(rate=rate, allocation="global", granularity="query", mlp_layers=(0, 0), min_groups=9)
+    config = make_plain(
+        rate=rate, allocation="global", granularity="query", limits={"mlp_layers": (0, 0), "min_groups": 9}
+    )
     prune(model, BATCHES, config)  # min_groups has nothing to say here: KV heads stay
     assert read_geometry(model.config).query_heads == (1, 1, 1)
 
@@ -183,7 +200,7 @@ def test_several_steps_meet_the_budget_and_their_plan_leads_from_the_dense_model
     step = max(block.unit_parameters * block.groups for block in blocks)
     if allocation == "uniform":
         step = sum(block.unit_parameters for block in blocks if block.key.kind == "mlp")
-    plan, _ = prune(model, BATCHES, config, source="tiny", seed=7, corpora=["text"])
+    plan, _ = prune(model, CalibrationSet(BATCHES, source="tiny", seed=7, corpora=("text",)), config)
     assert abs(before - sum(count_layer_parameters(model)) - 0.3 * before) <= step
     assert (plan.model, plan.seed, plan.corpora, plan.rate) == ("tiny", 7, ("text",), 0.3)
     assert plan.geometry == read_geometry(dense.config)
@@ -214,7 +231,9 @@ def test_every_step_scores_what_the_one_before_left(monkeypatch: pytest.MonkeyPa
 def test_two_steps_remove_the_weakest_and_then_the_weakest_of_what_is_left() -> None:
     model = make_model("llama", layers=1)
     mlp = find_blocks(model)[1]
-    config = make_plain(rate=6 * mlp.unit_parameters / sum(count_layer_parameters(model)), attention_layers=(0, 0))
+    config = make_plain(
+        rate=6 * mlp.unit_parameters / sum(count_layer_parameters(model)), limits={"attention_layers": (0, 0)}
+    )
     stages = copy.deepcopy(model)
     left = list(range(20))
     for _ in range(2):
@@ -234,7 +253,10 @@ def test_limits_of_several_steps_are_those_of_the_dense_layers() -> None:
     model = make_model("llama", kv_heads=4, channels=32)
     whole = count_layer_parameters(model)
     config = make_plain(
-        rate=0.4, allocation="global", steps=4, min_groups=2, min_channels=8, channel_multiple=8, max_rate=0.6
+        rate=0.4,
+        allocation="global",
+        steps=4,
+        limits={"min_groups": 2, "min_channels": 8, "channel_multiple": 8, "max_rate": 0.6},
     )
     plan, _ = prune(model, BATCHES, config)
     for kept, before, after in zip(plan.layers, whole, count_layer_parameters(model), strict=True):
@@ -255,7 +277,9 @@ def test_report_measures_before_and_after_on_the_evaluation_text() -> None:
 
 def test_plan_says_where_it_came_from() -> None:
     config = make_plain(rate=0.3, criterion="taylor")
-    plan, _ = prune(make_model("llama"), BATCHES, config, source="tiny", seed=7, corpora=["embedded@train"])
+    plan, _ = prune(
+        make_model("llama"), CalibrationSet(BATCHES, source="tiny", seed=7, corpora=("embedded@train",)), config
+    )
     assert (plan.model, plan.criterion, plan.allocation, plan.seed) == ("tiny", "taylor", "uniform", 7)
     assert (plan.corpora, plan.rate, plan.rate_base) == (("embedded@train",), 0.3, "decoder")
 
@@ -263,11 +287,11 @@ def test_plan_says_where_it_came_from() -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"mlp_layers": (1, 4)}, r"mlp_layers must satisfy 0 <= first <= end <= 3.*got \[1, 4\]"),
-        ({"attention_layers": (2, 1)}, r"attention_layers must satisfy.*got \[2, 1\]"),
+        ({"limits": {"mlp_layers": (1, 4)}}, r"mlp_layers must satisfy 0 <= first <= end <= 3.*got \[1, 4\]"),
+        ({"limits": {"attention_layers": (2, 1)}}, r"attention_layers must satisfy.*got \[2, 1\]"),
         ({"rate": 0.95}, "nearest reachable rate is 0"),
         ({"rate": 0.95, "allocation": "global"}, "nearest reachable rate is 0"),
-        ({"attention_layers": (0, 0), "mlp_layers": (2, 2)}, "leave no block to prune"),
+        ({"limits": {"attention_layers": (0, 0), "mlp_layers": (2, 2)}}, "leave no block to prune"),
     ],
 )
 def test_budget_that_cannot_be_met_is_refused_before_anything_is_cut(
@@ -323,7 +347,9 @@ def test_scores_of_the_last_cut_stay_with_the_pruner_and_are_read_back_with_its_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cut() -> Pruner:
-        pruner = Pruner(make_model("llama"), [make_tokens()], make_plain(rate=0.2), stages=Stages(tmp_path))
+        pruner = Pruner(
+            make_model("llama"), CalibrationSet([make_tokens()]), make_plain(rate=0.2), stages=Stages(tmp_path)
+        )
         pruner.measure("dense")
         pruner.spend()
         return pruner
@@ -339,7 +365,9 @@ def test_scores_of_the_last_cut_stay_with_the_pruner_and_are_read_back_with_its_
     assert all(torch.equal(again.scores[key], score_U) for key, score_U in first.scores.items())
 
 
-@pytest.mark.parametrize("settings", [{"repair": "bias"}, {"repair": "least_squares", "repair_bias": True}])
+@pytest.mark.parametrize(
+    "settings", [{"repair": {"method": "bias"}}, {"repair": {"method": "least_squares", "bias": True}}]
+)
 def test_biases_without_a_place_are_refused_before_anything_is_scored(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

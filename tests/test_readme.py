@@ -32,7 +32,7 @@ def test_lightning_example_prunes_recovers_and_exports(
     monkeypatch.chdir(tmp_path)
     code = read_code("The library in five lines")[1].replace("smollm2-135m", str(tiny_folder))
     code = code.replace("Trainer(", "Trainer(accelerator='cpu', limit_train_batches=4, limit_val_batches=2, ")
-    exec(code.replace("eval_window=512", "calibration_windows=4, eval_window=128, eval_tokens=512"), {})
+    exec(code.replace('{"window": 512}', '{"window": 128, "tokens": 512}, calibration={"windows": 4}'), {})
     AutoModelForCausalLM.from_pretrained(tmp_path / "lightning_logs/version_0/checkpoint", trust_remote_code=True)
 
 

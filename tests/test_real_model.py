@@ -61,7 +61,7 @@ def test_pruned_model_keeps_its_perplexity_and_loads_with_the_same_logits(
     model, tokenizer = gqaprune.load(smollm_folder)
     batches = list(read_windows(tokenizer, ["embedded"], window=256, count=16, limit=20_000).split(4))
     evaluation = read_test_text(smollm_folder)
-    config = make_plain(rate=0.1, allocation=allocation, attention_layers=(14, 22), mlp_layers=(2, 30))
+    config = make_plain(rate=0.1, allocation=allocation, limits={"attention_layers": (14, 22), "mlp_layers": (2, 30)})
     plan, report = prune(model, batches, config, evaluation=evaluation)
 
     assert report.rate_reached == pytest.approx(0.1, abs=0.001)

@@ -52,7 +52,7 @@ def recover(
     module = CausalLMModule(str(folder), recovery=recovery, optimizer=fast_optimizer, warmup_steps=1)
     watch, callback = Watch(), TaylorPruning(**pruning)
     trainer = make_trainer(run, CheckpointExport(str(run / "out")), callback, watch, **settings)
-    trainer.fit(module, datamodule=make_data(folder, batch_size=2))  # 16 steps
+    trainer.fit(module, datamodule=make_data(folder, training={"batch_size": 2}))  # 16 steps
     return module, watch, callback
 
 
@@ -106,7 +106,7 @@ def test_what_is_left_is_scored_anew_after_recovery(tiny_folder: Path, tmp_path:
             optimizer=lambda groups, rate=rate: torch.optim.SGD(groups, lr=rate),  # type: ignore[misc]
         )
         callback = TaylorPruning(**{**PRUNING, "allocation": "global"})
-        make_trainer(tmp_path, callback).fit(module, datamodule=make_data(tiny_folder, batch_size=2))
+        make_trainer(tmp_path, callback).fit(module, datamodule=make_data(tiny_folder, training={"batch_size": 2}))
         plans.append(module.plan)
     assert plans[0] != plans[1]
 
@@ -139,7 +139,7 @@ def test_interrupted_rounds_go_on_as_if_they_had_not_been(
         )
         watch, save = Watch(), SaveAt(-1 if resumed else step, path)
         trainer = make_trainer(tmp_path, TaylorPruning(**PRUNING), watch, save, max_epochs=2)
-        data = make_data(tiny_folder, batch_size=2)
+        data = make_data(tiny_folder, training={"batch_size": 2})
         trainer.fit(module, datamodule=data, ckpt_path=path if resumed else None, weights_only=True)
         losses[resumed], weights[resumed] = watch.losses, module.state_dict()
     assert len(losses[False]) == 32 and losses[True] == losses[False][step:]
@@ -167,7 +167,7 @@ def test_training_that_ends_early_says_what_was_not_spent(
     monkeypatch.setattr(console, "quiet", False)
     module = CausalLMModule(str(tiny_folder), recovery=RecoveryConfig(rounds=2), optimizer=fast_optimizer)
     trainer = make_trainer(tmp_path, TaylorPruning(**PRUNING), StopAt(3))
-    trainer.fit(module, datamodule=make_data(tiny_folder, batch_size=2))
+    trainer.fit(module, datamodule=make_data(tiny_folder, training={"batch_size": 2}))
     assert "50% of the budget is spent" in " ".join(capsys.readouterr().out.split())
 
 
@@ -175,13 +175,15 @@ def test_a_plan_that_was_given_is_whole(tiny_folder: Path, tmp_path: Path) -> No
     plan = recover(tiny_folder, tmp_path, RecoveryConfig("none"))[0].plan
     assert plan is not None
     module = CausalLMModule(str(tiny_folder), recovery=RecoveryConfig(rounds=2), plan=plan.to_dict())
-    make_trainer(tmp_path, TaylorPruning(**PRUNING)).fit(module, datamodule=make_data(tiny_folder, batch_size=2))
+    make_trainer(tmp_path, TaylorPruning(**PRUNING)).fit(
+        module, datamodule=make_data(tiny_folder, training={"batch_size": 2})
+    )
     assert module.plan == plan and module.trainer.global_step == 16
 
 
 def test_rounds_refuse_what_measures_whole_cuts(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="swap_generations measures cuts of the whole model, which several rounds"):
-        recover(tiny_folder, tmp_path, RecoveryConfig(rounds=2), {**PRUNING, "swap_generations": 1})
+        recover(tiny_folder, tmp_path, RecoveryConfig(rounds=2), {**PRUNING, "swaps": {"generations": 1}})
 
 
 def test_every_round_compiles_the_layers_that_it_trains(
@@ -205,6 +207,6 @@ def test_every_round_compiles_the_layers_that_it_trains(
             str(tiny_folder), compile=True, recovery=RecoveryConfig(rounds=rounds), optimizer=fast_optimizer
         )
         trainer = make_trainer(tmp_path, TaylorPruning(**{**PRUNING, "allocation": "global"}))
-        trainer.fit(module, datamodule=make_data(tiny_folder, batch_size=2))
+        trainer.fit(module, datamodule=make_data(tiny_folder, training={"batch_size": 2}))
         compiled.append(len(graphs))
     assert compiled[1] == 2 * compiled[0]

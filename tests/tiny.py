@@ -82,26 +82,31 @@ WHOLE_MLP: dict[str, dict[str, Any]] = {
 }
 """Families that lose GQA groups only."""
 
-PLAIN: dict[str, Any] = {"criterion": "fisher", "split": "free", "repair": "none"}
+PLAIN: dict[str, Any] = {"criterion": "fisher", "split": "free", "repair": {"method": "none"}}
 """One criterion and the cut alone, so that a test sees what it is about."""
 
 
 DATA: dict[str, Any] = {
-    "calibration_windows": 8,
-    "calibration_window": 32,
-    "calibration_batch_size": 2,
-    "train_window": 32,
-    "train_tokens": 1024,
-    "eval_window": 32,
-    "eval_tokens": 512,
-    "eval_batch_size": 4,
+    "calibration": {"windows": 8, "window": 32, "batch_size": 2},
+    "training": {"window": 32, "tokens": 1024},
+    "evaluation": {"window": 32, "tokens": 512, "batch_size": 4},
 }
 """Streams of a run that takes seconds."""
 
 
+def merge_settings(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Settings of which later ones override earlier ones, group by group."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            is_group = isinstance(value, dict) and isinstance(merged.get(name), dict)
+            merged[name] = {**merged[name], **value} if is_group else value
+    return merged
+
+
 def make_plain(**settings: Any) -> PruningConfig:
     """A config of one criterion and the cut alone."""
-    return PruningConfig(**{**PLAIN, **settings})
+    return PruningConfig(**merge_settings(PLAIN, settings))
 
 
 def make_model(

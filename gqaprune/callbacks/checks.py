@@ -29,8 +29,8 @@ def check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfig
             f"recovery.rounds {rounds} cuts whole models between steps, which {name} splits: set rounds to 1, or "
             "trainer.strategy to ddp"
         )
-    if config.uses_damage_curves or config.swap_generations:
-        name = "damage_levels" if config.uses_damage_curves else "swap_generations"
+    if config.uses_damage_curves or config.swaps.generations:
+        name = "damage_levels" if config.uses_damage_curves else "swaps.generations"
         raise ValueError(f"{name} measures cuts of the whole model, which several rounds have not: set rounds to 1")
 
 
@@ -112,11 +112,14 @@ def check_apart(
 ) -> None:
     """Refuse what needs the whole model in memory, before any work."""
     trains = trainer.limit_train_batches != 0
-    for name, is_used in (("sampled_windows", module.plan is None), ("train_sampled_windows", trains)):
-        if is_used and (windows := getattr(data, name)):
+    for name, group, is_used in (
+        ("calibration", data.calibration, module.plan is None),
+        ("training", data.training, trains),
+    ):
+        if is_used and (windows := group.sampled_windows):
             raise ValueError(
-                f"data.{name} {windows} needs the whole model in memory, which {apart.reason}: set it to 0 and take "
-                "text from corpora"
+                f"data.{name}.sampled_windows {windows} needs the whole model in memory, which {apart.reason}: set "
+                "it to 0 and take text from corpora"
             )
     if module.plan is None:
         check_goes_by_layer(config, apart)

@@ -27,10 +27,10 @@ GUARD_FILE = "guard.json"
 class PerplexityGuard(Callback):
     """Warns or stops after pruning, and at each validation, when perplexity is too far above the dense model's.
 
-    It measures `data.held_out_windows` of the calibration corpora, which nothing is calibrated on. When it fires, it
-    undoes one possible cause after another on the dense model, which is loaded once more for it, and says which of them
-    explains what was lost and which setting to change; `guard.json` in the run's folder holds all of it, beside the
-    plan. Where a strategy splits the model, or its layers are on disk, it fires without a diagnosis.
+    It measures `data.calibration.held_out_windows`, which nothing is calibrated on. When it fires, it undoes one
+    possible cause after another on the dense model, which is loaded once more for it, and says which of them explains
+    what was lost and which setting to change; `guard.json` in the run's folder holds all of it, beside the plan.
+    Where a strategy splits the model, or its layers are on disk, it fires without a diagnosis.
 
     Args:
         warn_ratio: times the dense model's perplexity at which it warns, above 1.

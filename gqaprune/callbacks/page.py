@@ -30,7 +30,7 @@ def write_page(trainer: Trainer, pl_module: LightningModule, state: str, began: 
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, TaylorPruning) and callback.report is not None:
             known |= {"report": callback.report, "plan": module.plan, "importance": callback.importance}
-            known |= {"importance_method": callback.config.sensitivity}
+            known |= {"importance_method": callback.config.sensitivity.method}
         elif isinstance(callback, PerplexityGuard):
             known |= {"guard": callback.facts}
         elif isinstance(callback, SampleGenerations):

@@ -20,7 +20,9 @@ from gqaprune.callbacks.checks import (
 )
 from gqaprune.callbacks.lookup import get_parts
 from gqaprune.common.console import console
+from gqaprune.common.renamed import name_successors
 from gqaprune.common.stage_cache import Stages
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.tokenizer import check_tokenizer
 from gqaprune.module import CausalLMModule
@@ -41,7 +43,7 @@ from gqaprune.training.resume import UNFINISHED
 class TaylorPruning(GradientAccumulationScheduler):
     """Scores units on calibration micro-batches and cuts the model in `setup`; then schedules gradient accumulation.
 
-    In calibration, gate gradients are accumulated over windows of as many micro-batches as training accumulates in its
+    In calibration, gate gradients are accumulated over as many micro-batches as training accumulates in its
     first epoch. In training it is the `GradientAccumulationScheduler` it inherits from, and with `recovery.rounds` of
     more than 1 it cuts again between steps, on single devices and DDP, where every rank holds the whole model. It only
     wires: the path is `gqaprune.pipeline`.
@@ -67,6 +69,7 @@ class TaylorPruning(GradientAccumulationScheduler):
         Trainer(callbacks=[TaylorPruning(scheduling={0: 4}, rate=0.2, allocation="global")])
     """
 
+    @name_successors("pruning")
     def __init__(
         self,
         scheduling: dict[int, int] = {0: 1},  # noqa: B006
@@ -111,7 +114,7 @@ class TaylorPruning(GradientAccumulationScheduler):
         module.load(folder, self.sharded or self._only_trains_sharded(trainer, module, data))
         model = move_model(module.model, trainer.strategy.root_device)
         check_tokenizer(data.tokenizer, model)
-        if data.train_sampled_windows and trainer.limit_train_batches != 0:
+        if data.training.sampled_windows and trainer.limit_train_batches != 0:
             dense = model if module.plan is None else module.load_dense().to(trainer.strategy.root_device)
             data.sample_train_windows(dense)
         if module.plan is not None:
@@ -209,7 +212,7 @@ class TaylorPruning(GradientAccumulationScheduler):
             isinstance(trainer.strategy, ModelParallelStrategy)
             and trainer.limit_train_batches != 0
             and (module.plan is not None or not self.config.removes_something)
-            and not data.train_sampled_windows
+            and not data.training.sampled_windows
             and can_read_by_layer(module.pretrained, module.trust_remote_code)
         )
 
@@ -229,17 +232,25 @@ class TaylorPruning(GradientAccumulationScheduler):
     def _open_stages(self, trainer: Trainer) -> Stages:
         return Stages(self._get_folder(trainer), trainer.strategy.root_device)
 
+    def read_calibration_set(
+        self, module: CausalLMModule, data: TextDataModule, dense: PreTrainedModel, config: PruningConfig
+    ) -> CalibrationSet:
+        """Read the calibration text that a config needs, accumulated as training accumulates in its first epoch."""
+        return CalibrationSet(
+            data.calibration_batches(dense) if config.needs_text else [],
+            accumulation=self.get_accumulate_grad_batches(0),
+            seed=data.seed,
+            corpora=tuple(data.calibration_sources) if config.needs_text else (),
+            source=module.pretrained,
+        )
+
     def _start(self, module: CausalLMModule, data: TextDataModule, dense: PreTrainedModel, stages: Stages) -> Pruner:
         pruner = Pruner(
             dense,
-            data.calibration_batches(dense) if self.config.needs_text else [],
+            self.read_calibration_set(module, data, dense, self.config),
             self.config,
-            accumulate=self.get_accumulate_grad_batches(0),
             evaluation=data.evaluation_batches(),
             held_out=data.held_out_batches() if self.config.needs_text else (),
-            source=module.pretrained,
-            seed=data.seed,
-            corpora=data.calibration_sources if self.config.needs_text else [],
             stages=stages,
         )
         pruner.report.protocol = data.protocol

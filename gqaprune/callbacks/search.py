@@ -14,6 +14,7 @@ from gqaprune.common.atomic_files import check_can_be_folder
 from gqaprune.common.console import console
 from gqaprune.models.tokenizer import check_tokenizer
 from gqaprune.reporting.figures import save_figure
+from gqaprune.surgery.repair_config import RepairConfig
 
 
 class SplitSearch(Callback):
@@ -37,9 +38,9 @@ class SplitSearch(Callback):
             if getattr(self.pruning, name):
                 raise ValueError(f"search tries splits on the whole model in memory: set pruning.{name} to false")
         check_can_be_folder(Path(self.settings.folder))
-        config = replace(self.pruning.config, repair="none")
-        if trainer.is_global_zero and (config.steps > 1 or config.swap_generations):
-            console.print("search tries single cuts: pruning.steps and pruning.swap_generations are ignored")
+        config = replace(self.pruning.config, repair=RepairConfig("none"))
+        if trainer.is_global_zero and (config.steps > 1 or config.swaps.generations):
+            console.print("search tries single cuts: pruning.steps and pruning.swaps are ignored")
         if config.needs_text:
             data.read_calibration_windows()  # missing text is said before a model is loaded
         module.load()
@@ -47,15 +48,11 @@ class SplitSearch(Callback):
         check_tokenizer(data.tokenizer, model)
         trials = find_best_split(
             model,
-            data.calibration_batches(model) if config.needs_text else [],
+            self.pruning.read_calibration_set(module, data, model, config),
             config,
             self.settings,
             data.evaluation_batches(("val",)),
-            accumulate=self.pruning.get_accumulate_grad_batches(0),
             protocol=data.protocol,
-            source=module.pretrained,
-            seed=data.seed,
-            corpora=data.calibration_sources if config.needs_text else [],
         )
         if trainer.is_global_zero:
             self._show(trials, data.protocol, f"{module.pretrained}: {config.rate:.0%} removed, by split")

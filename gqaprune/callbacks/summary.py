@@ -252,7 +252,7 @@ def _log_scores(trainer: Trainer) -> None:
                 continue  # all of them are outliers
             logger.experiment.add_histogram(f"scores_{key.kind}/layer_{key.layer:02}", score_U, trainer.global_step)
         if pruning.importance:
-            figure = draw_importance(pruning.importance, pruning.config.sensitivity)
+            figure = draw_importance(pruning.importance, pruning.config.sensitivity.method)
             logger.experiment.add_figure("sensitivity", figure, trainer.global_step)
 
 

@@ -54,51 +54,52 @@ def write_advice(
         f"  pretrained: {json.dumps(model, ensure_ascii=False)}",
         f"  dtype: {name}" + (" # float16 overflows" if name == "bfloat16" else ""),
         "data:",
-        f"  calibration: [{corpus}] # text like that which the model is to be good at",
-        f"  train: [{corpus}]",
-        f"  val: [{corpus}]",
-        f"  test: [{corpus}]",
-        "  calibration_windows: 128",
-        "  sampled_windows: 128 # the model's own text, for what the corpus is not like",
-        f"  calibration_window: {min(512, window)}",
-        f"  calibration_batch_size: {2 if is_large else 4}",
-        f"  train_window: {min(1024 if is_large else 512, window)}",
-        f"  batch_size: {1 if is_large else 4}",
-        f"  eval_window: {min(2048, window)}",
+        "  calibration:",
+        f"    corpora: [{corpus}] # text like that which the model is to be good at",
+        "    windows: 128",
+        "    sampled_windows: 128 # the model's own text, for what the corpus is not like",
+        f"    window: {min(512, window)}",
+        f"    batch_size: {2 if is_large else 4}",
+        f"  training: {{corpora: [{corpus}], window: {min(1024 if is_large else 512, window)}, "
+        f"batch_size: {1 if is_large else 4}}}",
+        f"  evaluation: {{val: [{corpus}], test: [{corpus}], window: {min(2048, window)}}}",
         "pruning:",
         "  scheduling: {0: 8}",
         f"  rate: {rate:g} # of the decoder layers' parameters",
     ]
+    limits = []
     if "mlp" in of_kind:
         own = of_kind["mlp"]
-        lines += [
-            '  split: "0:10" # channels alone cost least',
-            f"  mlp_layers: [{first}, {end}] # the ends cost most; up to {own.reachable:.0%} of the decoder can go so",
-        ]
-        if is_large:
-            lines += ["  channel_multiple: 128 # widths that run fast on GPUs"]
+        lines += ['  split: "0:10" # channels alone cost least']
+        limits += [f"mlp_layers: [{first}, {end}] # the ends cost most; {own.reachable:.0%} of the decoder can go so"]
+        limits += ["channel_multiple: 128 # widths that run fast on GPUs"] if is_large else []
     else:
         lines += ["  split: free # its MLPs stay whole"]
     if "attention" in of_kind:
-        lines += _list_attention(of_kind["attention"], geometry, "mlp" in of_kind, "" if "mlp" not in of_kind else "# ")
+        is_second = "mlp" in of_kind
+        lines += _list_attention(of_kind["attention"], geometry, is_second)
+        if min(geometry.kv_heads) > 1:
+            middle = _find_middle(geometry.num_layers)
+            limits += [f"{'# ' if is_second else ''}attention_layers: [{middle.start}, {middle.stop}]"]
+    if limits:
+        lines += ["  limits:", *(f"    {line}" for line in limits)]
     lines += ["trainer:", "  max_epochs: 1"]
     return "\n".join(lines) + "\n"
 
 
-def _list_attention(own: Reach, geometry: Geometry, is_second: bool, comment: str) -> list[str]:
+def _list_attention(own: Reach, geometry: Geometry, is_second: bool) -> list[str]:
     """Lines that let attention give as well, in the middle third of the layers."""
-    layers, fewest = geometry.num_layers, min(geometry.kv_heads)
-    middle = f"[{_find_middle(layers).start}, {_find_middle(layers).stop}]"
+    fewest = min(geometry.kv_heads)
     if fewest == 1:
         return [] if is_second else ["  granularity: query # one KV head: its group cannot go"]
     words = f"one of {fewest} KV heads is {own.of_block:.0%} of a layer's attention"
     lines = [f"  # {words}, {own.of_layer:.1%} of the layer"]
     if is_second:
         lines += [
-            "  # Second, if the first keeps enough: some attention too, far from both ends, instead of that split:"
+            "  # Second, if the first keeps enough: some attention too, far from both ends (attention_layers below), "
+            "instead of that split:",
+            "  # split: free # as near to equal shares as whole groups allow",
         ]
-        lines += ["  # split: free # as near to equal shares as whole groups allow"]
-    lines += [f"  {comment}attention_layers: {middle}"]
     if fewest <= FEW_KV_HEADS and geometry.ratios[0] > 2:
         lines += [f"  # granularity: query # {geometry.ratios[0]}:1 → {geometry.ratios[0] - 1}:1, every KV head stays"]
     return lines

@@ -38,7 +38,7 @@ def compare(
     Args:
         models: two or more, dense or pruned: folders, `.gguf` files, hub names, or `smollm2-135m`; the others are
             compared with the first.
-        corpora: whose perplexity to measure, as `data.test`; `[]` measures none.
+        corpora: whose perplexity to measure, as `data.evaluation.test`; `[]` measures none.
         eval_window: tokens per window.
         eval_stride: tokens between the starts of windows; null means no overlap.
         eval_tokens: tokens of each corpus at most, from its beginning, by the first model's tokenizer; the other models

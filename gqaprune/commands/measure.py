@@ -88,7 +88,7 @@ def measure_models(models: Sequence[str], corpora: Sequence[str], measuring: Mea
 
     Args:
         models: two or more folders, files or names.
-        corpora: as `data.test`.
+        corpora: as `data.evaluation.test`.
         measuring: what, and how.
 
     Raises:

@@ -56,7 +56,7 @@ def list_risks(
         risks.append(
             f"massive activations: {count} units write at least {OUTLIER_RATIO:g} times as much as the median unit of "
             f"their block, {strongest[0]} unit {strongest[1]} {strongest[2]:,.0f} times as much; the model can break "
-            "without them, and pruning.protect_outliers, which is on by default, keeps them"
+            "without them, and pruning.scoring.protect_outliers, which is on by default, keeps them"
         )
     if getattr(config, "tie_word_embeddings", False):
         risks.append(

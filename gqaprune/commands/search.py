@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from gqaprune.commands.trials import Trial, Trials
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere
 from gqaprune.common.stage_cache import Stages
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import Block, read_geometry
 from gqaprune.models.gates import apply_gates
@@ -33,6 +34,7 @@ from gqaprune.planning.counts import (
     measure_curves,
     measure_options,
 )
+from gqaprune.planning.groups import SwapsConfig
 from gqaprune.planning.selection import budget_blocks, read_budget, score_blocks, select_blocks
 from gqaprune.scoring.damage import make_gates
 from gqaprune.scoring.scores import Scores, check_finite_weights
@@ -114,65 +116,58 @@ def search_split(evaluate: Callable[[str], float], trials: Trials, settings: Sea
 
 def find_best_split(
     model: PreTrainedModel,
-    batches: Sequence[Tensor],
+    calibration: CalibrationSet,
     config: PruningConfig,
     settings: SearchSettings,
     validation: Mapping[str, Sequence[Mapping[str, Tensor]]],
     *,
-    accumulate: int = 1,
     protocol: str = "",
-    source: str = "",
-    seed: int = 0,
-    corpora: Sequence[str] = (),
 ) -> Trials:
     """Search the split at which pruning a dense model costs least perplexity; the model stays as it is.
 
-    What follows a single cut is not part of it: `steps` and `swap_generations` are ignored, and nothing is repaired or
+    What follows a single cut is not part of it: `steps` and `swaps` are ignored, and nothing is repaired or
     trained. In a process group rank 0 writes.
 
     Args:
         model: the dense causal LM, on the device to work on.
-        batches: calibration token ids, each `[batch, tokens]`; in a process group the same list on every rank.
+        calibration: the text, and where it comes from.
         config: what to remove; its `split` is what is searched.
         settings: steps, patience and folder.
         validation: corpus name -> batches of `input_ids` and `labels`, never calibration or test text. Of several
             corpora the geometric mean of perplexities counts.
-        accumulate: micro-batches per accumulation window of the criterion.
         protocol: how perplexity is measured, in words.
-        source: name of the model.
-        seed: seed that chose the calibration windows.
-        corpora: names of the calibration corpora.
 
     Raises:
         ValueError: if there is nothing to search or to measure on, if the trials in the folder are of another search,
             or if the budget can be met with no split.
     """
-    config = replace(config, split=FREE, steps=1, swap_generations=0)
+    config = replace(config, split=FREE, steps=1, swaps=SwapsConfig())
     if config.kv_rate:
         raise ValueError(f"search chooses what attention gives, and so does kv_rate {config.kv_rate}: set it to 0")
     if not config.rate:
         raise ValueError("search needs a rate above 0, got 0: there is nothing to split")
     if not any(validation.values()):
-        raise ValueError("search compares splits on validation text, got none: name a corpus in data.val")
-    check_text(batches, config)
+        raise ValueError("search compares splits on validation text, got none: name a corpus in data.evaluation.val")
+    check_text(calibration.batches, config)
     check_likeness(model)
     blocks, budget = select_blocks(model, config), read_budget(model, config)
     check_finite_weights(model)
     check_reachable(blocks, budget, config)
 
-    settings_of = {name: value for name, value in asdict(config).items() if name not in ("split", "sensitivity_path")}
+    settings_of = {name: value for name, value in asdict(config).items() if name not in ("split", "sensitivity")}
+    settings_of["sensitivity"] = asdict(replace(config.sensitivity, path=None))
     origin = {
-        "model": source,
+        "model": calibration.source,
         "weights": hash_model(model),
         "dtype": str(model.dtype),
         "geometry": asdict(read_geometry(model.config)),
         "pruning": settings_of,
         "calibration": {
-            "corpora": list(corpora),
-            "batches": [list(batch.shape) for batch in batches],
-            "text": hash_tensors(batches),
-            "accumulate": accumulate,
-            "seed": seed,
+            "corpora": list(calibration.corpora),
+            "batches": [list(batch.shape) for batch in calibration.batches],
+            "text": hash_tensors(calibration.batches),
+            "accumulate": calibration.accumulation,
+            "seed": calibration.seed,
         },
         "validation": {name: hash_tensors(_list_windows(corpus)) for name, corpus in validation.items()},
         "protocol": protocol,
@@ -181,19 +176,8 @@ def find_best_split(
     trials = Trials(origin, path, writes=get_rank_and_world_size()[0] == 0)
     if not is_true_anywhere(not path.exists(), next(model.parameters()).device):
         trials.read()
-    calibration = _Calibration(batches, accumulate, source, seed, corpora)
     search_split(GatedSplits(model, blocks, budget, config, calibration, validation), trials, settings)
     return trials
-
-
-class _Calibration(NamedTuple):
-    """What units are scored on, and how it is called."""
-
-    batches: Sequence[Tensor]
-    accumulate: int
-    source: str
-    seed: int
-    corpora: Sequence[str]
 
 
 class _Choice(NamedTuple):
@@ -222,7 +206,7 @@ class GatedSplits:
         blocks: Sequence[Block],
         budget: Budget,
         config: PruningConfig,
-        calibration: _Calibration,
+        calibration: CalibrationSet,
         validation: Mapping[str, Sequence[Mapping[str, Tensor]]],
     ) -> None:
         self.model = model
@@ -255,23 +239,13 @@ class GatedSplits:
 
     @cached_property
     def _choice(self) -> _Choice:
-        model, config, (batches, accumulate, source, seed, corpora) = self.model, self.config, self.calibration
+        model, config, calibration = self.model, self.config, self.calibration
         try:
-            options = measure_options(
-                model,
-                self.blocks,
-                self.budget,
-                batches,
-                config,
-                source=source,
-                seed=seed,
-                corpora=corpora,
-                stages=Stages(),
-            )
+            options = measure_options(model, self.blocks, self.budget, calibration, config, Stages())
         except UnreachableError as error:
             raise ValueError(str(error)) from None  # whatever the split
-        scores, _ = score_blocks(model, batches, config, accumulate, seed, Stages())
-        options = measure_curves(model, self.blocks, scores, batches, config, options, Stages())
+        scores, _ = score_blocks(model, calibration, config, Stages())
+        options = measure_curves(model, self.blocks, scores, calibration.batches, config, options, Stages())
         return _Choice(scores, budget_blocks(self.blocks, scores, config), bind_allocation(config, options))
 
 

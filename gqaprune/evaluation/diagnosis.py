@@ -200,7 +200,7 @@ class _Causes:
             named = [f"{key} unit {unit}" for key, units in removed.items() for unit in units]
             more = f" and {len(named) - 3} more" if len(named) > 3 else ""
             sentence = f"units that carry massive activations were removed: {', '.join(named[:3])}{more}"
-            setting = "set pruning.protect_outliers to true and calibrate on text"
+            setting = "set pruning.scoring.protect_outliers to true and calibrate on text"
             self._add_undone("outliers", sentence, setting, self.gated.restore_units(removed))
 
     def _try_choice(self) -> float | None:
@@ -219,7 +219,7 @@ class _Causes:
         pruned = self.diagnosis.pruned
         if pruned <= 1.01 * self.cut:  # rounding, or nearly nothing
             return
-        what, setting = "repair", "set pruning.repair to none, or calibrate on more text"
+        what, setting = "repair", "set pruning.repair.method to none, or calibrate on more text"
         if self.is_trained:
             what, setting = "repair or training", "lower the learning rate of model.optimizer"
         sentence = f"{what} made the model worse than the cut alone"
@@ -242,7 +242,7 @@ class _Causes:
         ranked = sorted(self.diagnosis.layers, key=lambda layer: self.diagnosis.layers[layer])
         few = sorted(ranked[: max(1, self.gated.plan.geometry.num_layers // 7)])
         if len(few) < len(ranked):  # else it would undo everything
-            setting = "leave them out by pruning.mlp_layers and pruning.attention_layers, or set pruning.max_rate"
+            setting = "leave them out by mlp_layers and attention_layers, or set max_rate, all of pruning.limits"
             self._add_undone("layers", f"{_name_layers(few)} cost most", setting, self.gated.restore_layers(few))
 
 

@@ -116,7 +116,7 @@ def measure_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) ->
     # Not in the handler, where the traceback holds what did not fit.
     warnings.warn(
         f"{len(labels)} windows of {labels.shape[1]} tokens do not fit into the device's memory: they are measured in "
-        f"halves; data.eval_batch_size {(len(labels) + 1) // 2} does so from the start",
+        f"halves; data.evaluation.batch_size {(len(labels) + 1) // 2} does so from the start",
         stacklevel=2,
     )
     halves = [measure_losses(model, *half) for half in zip(input_ids.chunk(2), labels.chunk(2), strict=True)]

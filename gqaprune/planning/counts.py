@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.common.stage_cache import Stage, Stages
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, find_blocks
 from gqaprune.placement.layer_store import LayersApart
 from gqaprune.placement.model_hash import hash_tensors
@@ -40,9 +42,9 @@ def check_text(batches: Sequence[Tensor], config: PruningConfig) -> None:
     if config.needs_text and not batches:
         free = ", ".join(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
         raise ValueError(
-            f"criterion {config.criterion} with allocation {config.allocation} and repair {config.repair} needs at "
-            f"least one calibration batch, got none; only {free} need no text, with repair none and where nothing else "
-            "is measured either"
+            f"criterion {config.criterion} with allocation {config.allocation} and repair.method "
+            f"{config.repair.method} needs at least one calibration batch, got none; only {free} need no text, with "
+            "repair.method none and where nothing else is measured either"
         )
 
 
@@ -69,16 +71,16 @@ def check_goes_by_layer(config: PruningConfig, apart: LayersApart | type[LayersA
             f"one of {', '.join(names)}, or two of them joined by +"
         )
     for name, is_used, way_out in (
-        ("frozen_layers", config.frozen_layers > 0, "to 0"),
+        ("limits.frozen_layers", config.limits.frozen_layers > 0, "to 0"),
         ("allocation", config.uses_importance, "to uniform, global or optimal"),
         ("damage_levels", config.uses_damage_curves, "to 0"),
-        ("swap_generations", config.swap_generations > 0, "to 0"),
-        ("repair", config.repair == "bias", "to least_squares or none"),
-        ("repair_bias", config.repair_bias, "to false"),
+        ("swaps.generations", config.swaps.generations > 0, "to 0"),
+        ("repair.method", config.repair.method == "bias", "to least_squares or none"),
+        ("repair.bias", config.repair.bias, "to false"),
     ):
         if is_used:
             raise ValueError(
-                f"{name} {getattr(config, name)} needs the whole model in memory, which {apart.reason}: "
+                f"{name} {attrgetter(name)(config)} needs the whole model in memory, which {apart.reason}: "
                 f"set {name} {way_out}"
             )
 
@@ -88,14 +90,15 @@ def check_reachable(
 ) -> None:
     """Refuse a budget that no scores can meet, before the long work.
 
-    With `frozen_layers` the blocks that may shrink follow from importance: nothing more is refused before it is known.
+    With `limits.frozen_layers` the blocks that may shrink follow from importance: until it is known, nothing more is
+    refused.
 
     Raises:
         ValueError: with the nearest reachable rate.
     """
     if not dense_blocks:
-        raise budget.unreachable("attention_layers and mlp_layers leave no block to prune")
-    if config.frozen_layers and importance is None:
+        raise budget.unreachable("limits.attention_layers and limits.mlp_layers leave no block to prune")
+    if config.limits.frozen_layers and importance is None:
         return
     scores = {block.key: torch.linspace(0, block.unit_parameters, block.units) for block in dense_blocks}
     options = _make_options(config, importance or dict.fromkeys(scores, 0.0))
@@ -106,12 +109,8 @@ def measure_options(
     model: PreTrainedModel,
     dense_blocks: Sequence[Block],
     budget: Budget,
-    batches: Sequence[Tensor],
+    calibration: CalibrationSet,
     config: PruningConfig,
-    *,
-    source: str = "",
-    seed: int = 0,
-    corpora: Sequence[str] = (),
     stages: Stages,
 ) -> AllocationOptions:
     """What the allocation looks at besides scores: importance, where something depends on it.
@@ -123,16 +122,14 @@ def measure_options(
     """
     if not config.uses_importance:
         return _make_options(config, None)
-    blocks, path = find_blocks(model), config.sensitivity_path
+    blocks, path = find_blocks(model), config.sensitivity.path
 
     def measure() -> Stage:
-        sensitivity = measure_sensitivity(
-            model, blocks, batches, config.sensitivity, path, source=source, seed=seed, corpora=corpora
-        )
+        sensitivity = measure_sensitivity(model, blocks, calibration, config.sensitivity.method, path)
         return Stage(list_values(sensitivity.importance))
 
     # A path is a place of the user's own to keep it in, and to read it from.
-    stage = measure() if path else stages.recall("sensitivity", {"sensitivity": config.sensitivity}, measure)
+    stage = measure() if path else stages.recall("sensitivity", {"sensitivity": config.sensitivity.method}, measure)
     importance = {BlockKey(layer, kind): value for layer, kind, value in stage.facts}
     check_reachable(dense_blocks, budget, config, importance)
     return _make_options(config, importance)
@@ -174,15 +171,15 @@ def refine_counts(
     seed: int,
 ) -> Removed:
     """Move removals between blocks while the divergence from the dense model falls, where the config asks for it."""
-    if not config.swap_generations:
+    if not config.swaps.generations:
         return removed
     return refine_by_swaps(
         removed,
         find_free_blocks(budget_blocks(dense_blocks, scores, config), budget, options),
         budget,
         lambda counts: measure_damage(model, dense_blocks, scores, counts, batches),
-        config.swap_generations,
-        config.swap_offspring,
+        config.swaps.generations,
+        config.swaps.offspring,
         seed,
     )
 
@@ -193,4 +190,4 @@ def list_values(values: Mapping[BlockKey, Any]) -> list[list[Any]]:
 
 
 def _make_options(config: PruningConfig, importance: Importance | None) -> AllocationOptions:
-    return AllocationOptions(importance, config.alpha, config.log_importance, config.frozen_layers)
+    return AllocationOptions(importance, config.sensitivity.alpha, config.sensitivity.log, config.limits.frozen_layers)

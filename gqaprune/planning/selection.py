@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from gqaprune.common.stage_cache import Stages
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import (
     Block,
     count_layer_parameters,
@@ -56,10 +57,12 @@ def check_equal_counts(model_config: PretrainedConfig, config: PruningConfig) ->
     """
     if config.removes_something and not _keeps_equal_counts(model_config, config):
         layers = read_geometry(model_config).num_layers
-        ranges = " and ".join(f"{kind}_layers: [0, {layers}]" for kind in _list_allowed_layers(model_config, config))
+        ranges = " and ".join(
+            f"limits.{kind}_layers: [0, {layers}]" for kind in _list_allowed_layers(model_config, config)
+        )
         raise ValueError(
-            f"a stock checkpoint needs equal counts in every layer: set allocation: uniform, frozen_layers: 0, "
-            f"swap_generations: 0, {ranges}; or take the format per-layer, which keeps unequal ones, or padded"
+            f"a stock checkpoint needs equal counts in every layer: set allocation: uniform, limits.frozen_layers: 0, "
+            f"swaps.generations: 0, {ranges}; or take the format per-layer, which keeps unequal ones, or padded"
         )
 
 
@@ -67,7 +70,7 @@ def _keeps_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -
     """Whether all layers of a model lose the same units, whatever the scores."""
     dense = read_geometry(model_config)
     whole = all(len(own) in (0, dense.num_layers) for own in _list_allowed_layers(model_config, config).values())
-    alike = config.allocation == "uniform" and not config.frozen_layers and not config.swap_generations
+    alike = config.allocation == "uniform" and not config.limits.frozen_layers and not config.swaps.generations
     return dense.is_uniform and whole and alike
 
 
@@ -78,11 +81,11 @@ def _list_allowed_layers(model_config: PretrainedConfig, config: PruningConfig) 
         ValueError: if a range leaves the model.
     """
     whole, layers = get_family(model_config).whole, read_geometry(model_config).num_layers
-    ranges = {"attention": config.attention_layers, "mlp": config.mlp_layers}
+    ranges = {"attention": config.limits.attention_layers, "mlp": config.limits.mlp_layers}
     for kind, bounds in ranges.items():
         if bounds is not None and not 0 <= bounds[0] <= bounds[1] <= layers:
             raise ValueError(
-                f"{kind}_layers must satisfy 0 <= first <= end <= {layers} on this model of {layers} layers, "
+                f"limits.{kind}_layers must satisfy 0 <= first <= end <= {layers} on this model of {layers} layers, "
                 f"got {list(bounds)}; [0, {layers}] is the whole model"
             )
     middle = (layers // 7, layers - layers // 14)  # the ends cost most: 4 and 2 layers of 28 to 34
@@ -98,8 +101,8 @@ def read_budget(model: PreTrainedModel, config: PruningConfig) -> Budget:
         rate=config.rate,
         base_parameters=sum(layer_parameters) if config.rate_base == "decoder" else count_parameters(model),
         layer_parameters=layer_parameters,
-        min_rate=config.min_rate,
-        max_rate=config.max_rate,
+        min_rate=config.limits.min_rate,
+        max_rate=config.limits.max_rate,
         attention_share=config.attention_share,
         kv_rate=config.kv_rate,
         kv_heads=sum(read_geometry(model.config).kv_heads),
@@ -109,30 +112,26 @@ def read_budget(model: PreTrainedModel, config: PruningConfig) -> Budget:
 
 def score_blocks(
     model: PreTrainedModel,
-    batches: Sequence[Tensor],
+    calibration: CalibrationSet,
     config: PruningConfig,
-    accumulate: int,
-    seed: int,
     stages: Stages,
 ) -> tuple[Scores, Outliers]:
     """Score the units that may go, and find the outliers among them, which are scored to go last if the config says so.
 
     Args:
         model: the causal LM as it is now.
-        batches: calibration token ids, each `[batch, tokens]`, the same list on every rank.
+        calibration: the text, and how it accumulates.
         config: criterion and protection.
-        accumulate: micro-batches per accumulation window of the criterion.
-        seed: of `random` scores.
-        stages: of a run with this model and these batches.
+        stages: of a run with this model and this text.
 
     Raises:
         ValueError: if a loss, an activation or a score is not finite, with its place.
     """
     blocks = select_blocks(model, config)
-    scores = score_units(model, blocks, batches, config.criterion, accumulate, config.scoring_options(seed), stages)
-    if not (config.protect_outliers and config.needs_text):
+    scores = score_units(model, blocks, calibration, config.criterion, config.scoring, stages)
+    if not (config.scoring.protect_outliers and config.needs_text):
         return scores, {}
-    outliers = find_outliers(model, blocks, batches)
+    outliers = find_outliers(model, blocks, calibration.batches)
     return protect_units(scores, outliers), outliers
 
 
@@ -144,14 +143,14 @@ def budget_blocks(dense_blocks: Sequence[Block], scores: Scores, config: Pruning
         scores: scores of the units that are left; units that are gone count as 0.
         config: limits.
     """
-    min_groups = 1 if config.granularity == "query" else config.min_groups
+    min_groups = 1 if config.granularity == "query" else config.limits.min_groups
     return [
         BlockBudget(
             key=block.key,
             scores=_sum_scores(block, scores[block.key]),
             unit_parameters=block.unit_parameters * block.groups,
-            min_kept=min_groups if block.key.kind == "attention" else config.min_channels,
-            multiple=1 if block.key.kind == "attention" else config.channel_multiple,
+            min_kept=min_groups if block.key.kind == "attention" else config.limits.min_channels,
+            multiple=1 if block.key.kind == "attention" else config.limits.channel_multiple,
             unit_kv_heads=1 if block.key.kind == "attention" and config.granularity == "group" else 0,
         )
         for block in dense_blocks

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.common.distributed import get_rank_and_world_size, sum_across_ranks
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block
 from gqaprune.plan import BlockKey
 from gqaprune.scoring.criteria.activations import ActivationCriterion
-from gqaprune.scoring.criteria.base import Calibration, Scores, ScoringOptions
+from gqaprune.scoring.criteria.base import Scores, ScoringConfig, ScoringRun
 from gqaprune.surgery.gram import Memory
 
 Outliers = Mapping[BlockKey, Mapping[int, float]]
@@ -77,8 +78,8 @@ def find_outliers(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequ
     Raises:
         ValueError: if an activation is not finite, with its place.
     """
-    calibration = Calibration(model, blocks, _take_tokens(batches), name="outliers")
-    ratios = LargestOutput(calibration, ScoringOptions()).score()
+    run = ScoringRun(model, blocks, CalibrationSet(_take_tokens(batches)), name="outliers")
+    ratios = LargestOutput(run, ScoringConfig()).score()
     found = {
         key: {unit: ratio for unit, ratio in enumerate(ratio_U.tolist()) if ratio >= OUTLIER_RATIO}
         for key, ratio_U in ratios.items()

@@ -1,8 +1,7 @@
-"""Importance: one score per unit, from the criterion of the caller's choice.
+"""Score units: one number per unit, from the criterion of the caller's choice.
 
 `CRITERIA` names every criterion; each is a class in `criteria/`. Scores are non-negative, higher is more
-important. Whether blocks compare as they are or relative to their own mean, and whether two criteria are combined, are
-options of any criterion.
+important. Blocks compare as they are or relative to their own mean, and any two criteria may be combined.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.common.stage_cache import Stage, Stages
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, name_parameter_place
 from gqaprune.placement.layer_store import named_parameters
 from gqaprune.scoring.criteria.activations import BrainSurgeon, Wanda, WeightedVariance
-from gqaprune.scoring.criteria.base import NORMALIZATIONS, REDUCTIONS, Calibration, Criterion, Scores, ScoringOptions
+from gqaprune.scoring.criteria.base import NORMALIZATIONS, REDUCTIONS, Criterion, Scores, ScoringConfig, ScoringRun
 from gqaprune.scoring.criteria.gates import GateFisher, GateTaylor
 from gqaprune.scoring.criteria.gradients import ParamFirst, ParamMix, ParamSecond, Vectorize
 from gqaprune.scoring.criteria.weights import MagnitudeL1, MagnitudeL2, Random
@@ -25,7 +25,7 @@ __all__ = [
     "NORMALIZATIONS",
     "REDUCTIONS",
     "Scores",
-    "ScoringOptions",
+    "ScoringConfig",
     "check_finite_scores",
     "check_finite_weights",
     "needs_data",
@@ -53,42 +53,42 @@ CRITERIA: Mapping[str, type[Criterion]] = {
 def score_units(
     model: PreTrainedModel,
     blocks: Sequence[Block],
-    batches: Sequence[Tensor],
+    calibration: CalibrationSet | Sequence[Tensor],
     criterion: str,
-    accumulate: int = 1,
-    options: ScoringOptions | None = None,
+    scoring: ScoringConfig | None = None,
     stages: Stages | None = None,
 ) -> Scores:
     """Score the units of blocks on calibration batches.
 
-    In a process group each rank takes whole accumulation windows and the sums are reduced once, so that the scores are
+    In a process group each rank takes whole accumulations and the sums are reduced once, so that the scores are
     those of one process on the same batches.
 
     Args:
         model: the dense causal LM; it is left as it was.
         blocks: blocks to score.
-        batches: token ids, each `[batch, tokens]`, the same list on every rank; criteria that read no text ignore them.
+        calibration: the text, or its batches alone; criteria that read no text ignore it.
         criterion: a name in `CRITERIA`, or two joined by `+`: the geometric mean of both, each normalised first.
-        accumulate: micro-batches per accumulation window.
-        options: what shapes the scores; the defaults leave the criterion as it is.
-        stages: of a run with this model and these batches, where each criterion's scores are kept.
+        scoring: what shapes the scores; the defaults leave the criterion as it is.
+        stages: of a run with this model and this text, where each criterion's scores are kept.
 
     Raises:
         ValueError: if a criterion is unknown or has no text to read; if a loss, an activation or a score is NaN or
             infinite, with its place.
     """
-    options, stages = options or ScoringOptions(), stages or Stages()
+    calibration = CalibrationSet.wrap(calibration)
+    scoring, stages = scoring or ScoringConfig(), stages or Stages()
     scored = []
     for name in parse_criterion(criterion):
-        if CRITERIA[name].needs_data and not batches:
+        if CRITERIA[name].needs_data and not calibration.batches:
             free = ", ".join(other for other, member in CRITERIA.items() if not member.needs_data)
             raise ValueError(f"criterion {name} needs at least one calibration batch, got none; {free} need no text")
-        calibration = Calibration(model, blocks, batches, accumulate, f"calibration: {name}")
-        inputs = {"blocks": [[*block.key, block.units] for block in blocks], "accumulation": accumulate}
-        inputs |= {option: getattr(options, option) for option in CRITERIA[name].uses}
-        stage = stages.recall(f"scores of {name}", inputs, lambda: _score(CRITERIA[name](calibration, options)))  # noqa: B023
+        run = ScoringRun(model, blocks, calibration, f"calibration: {name}")
+        inputs = {"blocks": [[*block.key, block.units] for block in blocks], "accumulation": calibration.accumulation}
+        inputs |= {setting: getattr(scoring, setting) for setting in CRITERIA[name].uses}
+        inputs |= {"seed": calibration.seed} if CRITERIA[name].uses_seed else {}
+        stage = stages.recall(f"scores of {name}", inputs, lambda: _score(CRITERIA[name](run, scoring)))  # noqa: B023
         scores = {block.key: stage.tensors[str(block.key)] for block in blocks}
-        scored.append(normalize_scores(scores, options.normalization))
+        scored.append(normalize_scores(scores, scoring.normalization))
     return scored[0] if len(scored) == 1 else combine_scores(*scored)
 
 

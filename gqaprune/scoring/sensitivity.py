@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from gqaprune.common.atomic_files import check_can_be_folder, write_atomically
 from gqaprune.common.console import track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, compute_addition, find_adder, read_geometry
 from gqaprune.models.gates import freeze_parameters
 from gqaprune.models.layerwise import record_layer_inputs, resume_at
@@ -141,35 +142,30 @@ class Sensitivity:
 def measure_sensitivity(
     model: PreTrainedModel,
     blocks: Sequence[Block],
-    batches: Sequence[Tensor],
+    calibration: CalibrationSet,
     method: str,
     path: str | Path | None = None,
-    *,
-    source: str = "",
-    seed: int = 0,
-    corpora: Sequence[str] = (),
 ) -> Sensitivity:
-    """The sensitivity at a path if there is one, else measured and saved there.
+    """Read the sensitivity at a path if there is one, else measure it and save it there.
 
     In a process group rank 0 writes, and where the file is missing on any rank all of them measure.
 
     Args:
         model: the dense causal LM.
         blocks: blocks to measure.
-        batches: token ids, each `[batch, tokens]`, the same list on every rank.
+        calibration: the text, and where it comes from.
         method: a name in `SENSITIVITIES`.
         path: the JSON file; null measures without saving.
-        source: name of the model.
-        seed: seed that chose the calibration windows.
-        corpora: names of the calibration corpora.
 
     Raises:
         ValueError: if the saved sensitivity is of another run, the path cannot be written, or a measure is not finite,
             with its place.
     """
+    batches = calibration.batches
     windows, window = sum(len(batch) for batch in batches), max(batch.shape[1] for batch in batches)
     hashes = hash_model(model), hash_tensors(batches)
-    origin = Origin(method, source, read_geometry(model.config), tuple(corpora), windows, window, seed, *hashes)
+    geometry, corpora, seed = read_geometry(model.config), calibration.corpora, calibration.seed
+    origin = Origin(method, calibration.source, geometry, corpora, windows, window, seed, *hashes)
     device = next(model.parameters()).device
     if path is not None and not is_true_anywhere(not Path(path).exists(), device):
         sensitivity = Sensitivity.load(path)

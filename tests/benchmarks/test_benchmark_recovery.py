@@ -31,7 +31,7 @@ def make_spec(folder: Path, tmp_path: Path, row: dict[str, Any]) -> dict[str, An
     train = make_text(tmp_path / "train.txt")
     tests = {"a": {"corpus": make_text(tmp_path / "a.txt", 60), "split": "all"}}
     pruning = quality.make_spec("default", 0.2, str(folder), train, tests)
-    pruning["settings"] = {**PLAIN, "repair": "none"}
+    pruning["settings"] = {**PLAIN, "repair": {"method": "none"}}
     pruning["calibration"] |= {"windows": 4, "window": 32, "sampled": 2, "document": 16, "prompts": ["a"]}
     return {
         "model": str(folder),

@@ -27,8 +27,8 @@ from gqaprune.commands.speed import Run, read_clock, read_peak, run, start_peak
 
 CASE = inference_report.Case("tiny", "float32", "cpu", 32, 4)
 VARIANTS = {
-    "rounded": {"rate": 0.2, "channel_multiple": 8},
-    "own widths": {"rate": 0.2, "channel_multiple": 8, "allocation": "global"},
+    "rounded": {"rate": 0.2, "limits": {"channel_multiple": 8}},
+    "own widths": {"rate": 0.2, "limits": {"channel_multiple": 8}, "allocation": "global"},
     "groups": {"rate": 0.0, "kv_rate": 0.5},
 }
 
@@ -222,7 +222,7 @@ def test_a_cap_makes_layers_checkpoint_their_activations(monkeypatch: pytest.Mon
 
 def test_the_plan_of_the_scores_removes_what_the_config_says() -> None:
     model = measuring.make_model(measuring.GEOMETRIES["tiny"], torch.float32, "cpu")
-    config = gqaprune.PruningConfig(criterion="l2", repair="none", repair_epochs=0)
+    config = gqaprune.PruningConfig(criterion="l2", repair={"method": "none", "epochs": 0})
     scores = gpu.score_units(model, gpu.select_blocks(model, config), [], "l2")
     assert gpu.choose_units(model, config, scores).layers == gqaprune.prune(model, [], config)[0].layers
 

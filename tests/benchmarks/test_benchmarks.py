@@ -67,7 +67,9 @@ def test_a_row_key_changes_with_all_that_the_row_depends_on_and_with_no_place(mo
         make_key(make_spec(), TEXTS | {"b": "other"}),
         make_key(make_spec(), versions={"torch": "3"}),
     ]
-    monkeypatch.setitem(quality.METHODS, "criterion fisher", quality.METHODS["criterion fisher"] | {"min_groups": 2})
+    monkeypatch.setitem(
+        quality.METHODS, "criterion fisher", quality.METHODS["criterion fisher"] | {"limits": {"min_groups": 2}}
+    )
     others.append(make_key(make_spec()))
     override = {"calibration": {"windows": 128}}
     monkeypatch.setitem(quality.METHODS, "criterion fisher", {**quality.METHODS["criterion fisher"], **override})
@@ -173,7 +175,7 @@ def test_a_row_prunes_and_measures_a_tiny_model(tiny_folder: Path, tmp_path: Pat
     tests["b"]["sample"] = 1000
     spec = make_spec() | {"model": str(tiny_folder), "tests": tests, "protocol": {"window": 64, "windows": 3}}
     spec["calibration"] = quality.CALIBRATION | {"corpus": str(text), "windows": 4, "window": 32, "prompts": ["a"]}
-    spec["settings"] = {"repair": "none"}
+    spec["settings"] = {"repair": {"method": "none"}}
     result = quality_row.run_row(spec)
     assert result["windows"] == {"a": 3, "b": 3} and set(result["perplexity"]) == {"a", "b"}
     assert result["rate_reached"] == pytest.approx(0.2, abs=0.01) and result["seconds"] > 0
@@ -195,9 +197,11 @@ def test_the_floor_is_fitted_on_the_tested_windows(tiny_folder: Path, tmp_path: 
     spec = make_spec(quality.FLOOR) | {"model": str(tiny_folder), "protocol": {"window": 64, "windows": 3}}
     spec["tests"] = {"a": {"corpus": str(text), "split": "all"}}
     spec["calibration"] = quality.CALIBRATION | {"corpus": "no such file", "window": 32}
-    spec["settings"] |= {"mlp_layers": [0, 3]}
+    spec["settings"] |= {"limits": {"mlp_layers": [0, 3]}}
     floor = quality_row.run_row(spec)["perplexity"]["a"]
-    unrepaired = quality_row.run_row(spec | {"settings": spec["settings"] | {"repair": "none"}})["perplexity"]["a"]
+    unrepaired = quality_row.run_row(spec | {"settings": spec["settings"] | {"repair": {"method": "none"}}})[
+        "perplexity"
+    ]["a"]
     assert floor < unrepaired
 
 

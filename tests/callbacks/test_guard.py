@@ -23,7 +23,7 @@ from gqaprune.surgery.cut import apply_plan
 from tiny import PLAIN
 
 MILD: dict[str, Any] = {**PLAIN, "rate": 0.02}
-HARD: dict[str, Any] = {**PLAIN, "rate": 0.6, "attention_layers": (0, 3), "mlp_layers": (0, 3)}
+HARD: dict[str, Any] = {**PLAIN, "rate": 0.6, "limits": {"attention_layers": (0, 3), "mlp_layers": (0, 3)}}
 
 
 def fit(folder: Path, run: Path, guard: PerplexityGuard, pruning: dict[str, Any], **settings: Any) -> TaylorPruning:
@@ -35,7 +35,7 @@ def fit(folder: Path, run: Path, guard: PerplexityGuard, pruning: dict[str, Any]
         return torch.optim.AdamW(groups, 1e-2 if breaks else 1e-6, maximize=breaks)
 
     module = CausalLMModule(str(folder), optimizer=build)
-    trainer.fit(module, datamodule=make_data(folder, batch_size=4))
+    trainer.fit(module, datamodule=make_data(folder, training={"batch_size": 4}))
     return callback
 
 
@@ -45,12 +45,14 @@ def measure(model: nn.Module, folder: Path) -> float:
 
 
 def test_held_out_windows_are_of_the_calibration_corpora_and_not_calibrated_on(learned_folder: Path) -> None:
-    data, without = make_data(learned_folder), make_data(learned_folder, held_out_windows=0)
+    data, without = make_data(learned_folder), make_data(learned_folder, calibration={"held_out_windows": 0})
     windows = data.read_calibration_windows()
     assert windows.equal(without.read_calibration_windows()) and without.held_out_batches() == []
     held = torch.cat([batch["input_ids"] for batch in data.held_out_batches()])
     assert len(held) == 8 and not any(one.equal(other) for one in held for other in windows)
-    everything = make_data(learned_folder, calibration=["embedded@validation"], val=[], calibration_windows=None)
+    everything = make_data(
+        learned_folder, calibration={"corpora": ["embedded@validation"], "windows": None}, evaluation={"val": []}
+    )
     assert everything.held_out_batches() == []
 
 

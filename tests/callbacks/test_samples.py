@@ -21,9 +21,12 @@ PROMPTS = ["Once upon", "#1 <b>\nHello", "Never shown"]
 def train(folder: Path, out: Path, samples: SampleGenerations | None) -> CausalLMModule:
     """Two epochs of two steps with a validation in each, after a sanity check."""
     data = TextDataModule(
-        str(folder), calibration=[], train_window=32, train_tokens=64, batch_size=1, eval_window=32, eval_tokens=64,
+        str(folder),
+        calibration={"corpora": []},
+        training={"window": 32, "tokens": 64, "batch_size": 1},
+        evaluation={"window": 32, "tokens": 64},
         prompts=PROMPTS,
-    )  # fmt: skip
+    )
     module = CausalLMModule(str(folder), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
     trainer = Trainer(
         accelerator="cpu",

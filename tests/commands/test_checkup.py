@@ -151,9 +151,9 @@ def test_the_reachable_rates_are_those_that_pruning_reaches(any_variant: str) ->
     dense = sum(count_layer_parameters(model))
     found = {own.kind: own for own in measure_reach(model)}
     split = {("attention",): "10:0", ("mlp",): "0:10"}.get(tuple(found), "free")
-    whole: dict[str, Any] = {"attention_layers": (0, 3), "mlp_layers": (0, 3), "split": split}
+    whole: dict[str, Any] = {"limits": {"attention_layers": (0, 3), "mlp_layers": (0, 3)}, "split": split}
     rate = sum(own.reachable_anywhere for own in found.values())
-    config = PruningConfig(rate=rate, criterion="l1", repair="none", allocation="global", **whole)
+    config = PruningConfig(rate=rate, criterion="l1", repair={"method": "none"}, allocation="global", **whole)
     prune(model, [], config)
     assert 1 - sum(count_layer_parameters(model)) / dense == pytest.approx(
         rate, abs=max(own.of_decoder for own in found.values())
@@ -225,7 +225,7 @@ def test_the_written_configuration_can_be_pruned_with(variant: str, shape: Any, 
     inspect(str(tmp_path), write_config=str(tmp_path / "own.yaml"))
     settings = yaml.safe_load((tmp_path / "own.yaml").read_text())["pruning"]
     del settings["scheduling"]
-    prune(model, [], PruningConfig(**settings, criterion="l1", repair="none"))
+    prune(model, [], PruningConfig(**settings, criterion="l1", repair={"method": "none"}))
     pruned = read_geometry(model.config)
     assert (pruned.kv_heads != geometry.kv_heads) == (variant in WHOLE_MLP)
     assert pruned != geometry

@@ -13,6 +13,7 @@ import torch
 from gqaprune import prune
 from gqaprune.commands.search import SearchSettings, find_best_split, search_split
 from gqaprune.commands.trials import Trial, Trials
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.data.windows import make_batches
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.planning.allocation import Budget
@@ -116,9 +117,9 @@ def test_setting_out_of_bounds_is_refused(settings: dict[str, Any], sentence: st
     "settings",
     [
         {"allocation": "global", "criterion": "taylor"},
-        {"allocation": "inverse", "alpha": 2.0},
-        {"allocation": "inverse", "sensitivity": "block_removal", "alpha": 3.0},
-        {"allocation": "uniform", "sensitivity": "block_removal", "frozen_layers": 1},
+        {"allocation": "inverse", "sensitivity": {"alpha": 2.0}},
+        {"allocation": "inverse", "sensitivity": {"method": "block_removal", "alpha": 3.0}},
+        {"allocation": "uniform", "sensitivity": {"method": "block_removal"}, "limits": {"frozen_layers": 1}},
         {"allocation": "uniform", "granularity": "query"},
         {"allocation": "optimal", "damage_levels": 3, "granularity": "query"},
     ],
@@ -133,7 +134,11 @@ def test_every_trial_is_the_perplexity_that_pruning_by_its_split_leaves(
     model, config = make_model("qwen2", kv_heads=2, ratio=4, channels=40), make_plain(rate=0.2, **settings)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trials = find_best_split(
-        model, BATCHES, config, replace(SETTINGS, folder=str(tmp_path)), VALIDATION, accumulate=2, seed=3
+        model,
+        CalibrationSet(BATCHES, accumulation=2, seed=3),
+        config,
+        replace(SETTINGS, folder=str(tmp_path)),
+        VALIDATION,
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert len(scored) == 1
@@ -141,7 +146,7 @@ def test_every_trial_is_the_perplexity_that_pruning_by_its_split_leaves(
     assert len({trial.perplexity for trial in reached}) > 2
     for trial in reached:
         cut = make_model("qwen2", kv_heads=2, ratio=4, channels=40)
-        prune(cut, BATCHES, replace(config, split=trial.split), accumulate=2, seed=3)
+        prune(cut, CalibrationSet(BATCHES, accumulation=2, seed=3), replace(config, split=trial.split))
         one, other = measure_perplexity(cut, VALIDATION).values()
         assert trial.perplexity == pytest.approx(math.sqrt(one * other), rel=1e-4)
     for trial in trials.ordered:
@@ -149,10 +154,8 @@ def test_every_trial_is_the_perplexity_that_pruning_by_its_split_leaves(
             with pytest.raises(ValueError, match="cannot remove 20.00%"):
                 prune(
                     make_model("qwen2", kv_heads=2, ratio=4, channels=40),
-                    BATCHES,
+                    CalibrationSet(BATCHES, accumulation=2, seed=3),
                     replace(config, split=trial.split),
-                    accumulate=2,
-                    seed=3,
                 )
 
 
@@ -161,7 +164,9 @@ def search(
 ) -> Trials:
     config = make_plain(**{"rate": 0.2, "allocation": "global", **settings})
     where = replace(SETTINGS, folder=str(folder))
-    return find_best_split(make_model(channels=40, seed=seed), batches, config, where, validation, source="tiny")
+    return find_best_split(
+        make_model(channels=40, seed=seed), CalibrationSet(batches, source="tiny"), config, where, validation
+    )
 
 
 def test_finished_search_is_read_and_nothing_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +213,9 @@ def test_model_that_cannot_be_pruned_is_refused_before_any_split(tmp_path: Path)
     model = make_model("exaone4")
     model.config.model_type = "stranger"
     with pytest.raises(ValueError, match="'stranger' cannot be pruned yet"):
-        find_best_split(model, BATCHES, make_plain(rate=0.2), replace(SETTINGS, folder=str(tmp_path)), VALIDATION)
+        find_best_split(
+            model, CalibrationSet(BATCHES), make_plain(rate=0.2), replace(SETTINGS, folder=str(tmp_path)), VALIDATION
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -219,9 +226,9 @@ def test_model_that_cannot_be_pruned_is_refused_before_any_split(tmp_path: Path)
         ({"kv_rate": 0.2}, "search chooses what attention gives, and so does kv_rate 0.2"),
         ({"validation": {}}, "search compares splits on validation text, got none"),
         ({"batches": []}, "needs at least one calibration batch"),
-        ({"attention_layers": (0, 0), "mlp_layers": (0, 0)}, "leave no block to prune"),
+        ({"limits": {"attention_layers": (0, 0), "mlp_layers": (0, 0)}}, "leave no block to prune"),
         ({"rate": 0.97}, r"cannot remove 97\.00% .* the nearest reachable rate is"),
-        ({"frozen_layers": 3}, "frozen_layers 3 leaves none of 3 layers to prune"),
+        ({"limits": {"frozen_layers": 3}}, "frozen_layers 3 leaves none of 3 layers to prune"),
     ],
 )
 def test_search_without_a_choice_is_refused(change: dict[str, Any], sentence: str, tmp_path: Path) -> None:

@@ -29,16 +29,15 @@ CONFIG: dict[str, Any] = {
     "rate": 0.3,
     "allocation": "global",
     "split": "free",
-    "attention_layers": (0, 3),
-    "mlp_layers": (0, 3),
-    "repair_epochs": 2,
+    "limits": {"attention_layers": (0, 3), "mlp_layers": (0, 3)},
+    "repair": {"epochs": 2},
 }
 KINDS: dict[str, dict[str, Any]] = {
     "default": {},
-    "sensitivity": {"allocation": "inverse", "frozen_layers": 1},
-    "curves and swaps": {"allocation": "optimal", "damage_levels": 2, "swap_generations": 2},
+    "sensitivity": {"allocation": "inverse", "limits": {"frozen_layers": 1}},
+    "curves and swaps": {"allocation": "optimal", "damage_levels": 2, "swaps": {"generations": 2}},
     "two steps": {"steps": 2},
-    "cut alone": {"repair": "none"},
+    "cut alone": {"repair": {"method": "none"}},
 }
 WORK = {
     "fisher": (GateFisher, "score"),
@@ -133,17 +132,17 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits_and_does_nothing_twice(
             {"fisher", "obs"},
         ),
         (
-            {"obs_ridge": 0.5},
+            {"scoring": {"obs_ridge": 0.5}},
             ["scores of fisher: is there already", "scores of obs: done again, for obs_ridge was 0.1, is 0.5"],
             {"obs"},
         ),
         (
-            {"mlp_layers": (0, 2)},
+            {"limits": {"mlp_layers": (0, 2)}},
             ["scores of fisher: done again, for blocks is another one", "perplexity, dense: is there already"],
             {"fisher", "obs"},
         ),
         (
-            {"repair_pull": 0.25},
+            {"repair": {"pull": 0.25}},
             ["plan: is there already", "blocks: done again, for repair is another"],
             set(),
         ),

@@ -19,6 +19,8 @@ from gqaprune.datamodules import TextDataModule
 from gqaprune.models.loading import load_model
 from gqaprune.models.losses import IGNORED
 
+from tiny import merge_settings
+
 LINES = [f"Line {number} of the book, as it was written.\n" for number in range(200)]
 
 
@@ -36,16 +38,11 @@ def make_data(tiny_folder: Path, book: Path) -> Any:
 
     def make(**changes: Any) -> TextDataModule:
         settings = {
-            "calibration": [f"{book}@train"],
-            "train": [f"{book}@train"],
-            "val": [f"{book}@validation"],
-            "test": [f"{book}@test"],
-            "calibration_windows": 10,
-            "calibration_window": 32,
-            "train_window": 48,
-            "eval_window": 64,
+            "calibration": {"corpora": [f"{book}@train"], "windows": 10, "window": 32},
+            "training": {"corpora": [f"{book}@train"], "window": 48},
+            "evaluation": {"val": [f"{book}@validation"], "test": [f"{book}@test"], "window": 64},
         }
-        return TextDataModule(str(tiny_folder), **(settings | changes))
+        return TextDataModule(str(tiny_folder), **merge_settings(settings, changes))
 
     return make
 
@@ -61,13 +58,13 @@ def read_split(book: Path, start: float, end: float) -> str:
 
 
 def test_calibration_batches_hold_the_windows_that_were_asked(make_data: Any) -> None:
-    batches = make_data(calibration_batch_size=4).calibration_batches()
+    batches = make_data(calibration={"batch_size": 4}).calibration_batches()
     assert [tuple(batch.shape) for batch in batches] == [(4, 32), (4, 32), (2, 32)]
     assert all(batch.dtype == torch.int64 for batch in batches)
 
 
 def test_all_windows_calibrate_if_no_number_is_given(make_data: Any, book: Path) -> None:
-    batches = make_data(calibration_windows=None, calibration_batch_size=1000).calibration_batches()
+    batches = make_data(calibration={"windows": None, "batch_size": 1000}).calibration_batches()
     assert len(batches) == 1
     assert len(batches[0]) == len(read_split(book, 0, 0.8)) // 32
 
@@ -94,22 +91,22 @@ def test_sampled_windows_are_mixed_with_those_of_the_corpora(
 ) -> None:
     monkeypatch.setattr("gqaprune.datamodules.text.sample_from_model", partial(sample_from_model, cache=tmp_path))
     model = load_model(tiny_folder)
-    data = make_data(sampled_windows=6, calibration_batch_size=16)
+    data = make_data(calibration={"sampled_windows": 6, "batch_size": 16})
     (mixed,) = data.calibration_batches(model)
     sampled = sample_from_model(model, data.tokenizer, 6, 32, cache=tmp_path)
-    (corpus,) = make_data(calibration_batch_size=16).calibration_batches()
+    (corpus,) = make_data(calibration={"batch_size": 16}).calibration_batches()
     assert sorted(mixed.tolist()) == sorted(corpus.tolist() + sampled.tolist())
     assert mixed[:10].tolist() != corpus.tolist()
-    (alone,) = make_data(calibration=[], sampled_windows=6, calibration_batch_size=16).calibration_batches(model)
+    (alone,) = make_data(calibration={"corpora": [], "sampled_windows": 6, "batch_size": 16}).calibration_batches(model)
     assert sorted(alone.tolist()) == sorted(sampled.tolist())
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampled_windows": -1}, "sampled_windows must be at least 0, got -1"),
-        ({"sampled_windows": 2}, "give the model"),
-        ({"calibration": []}, "names no corpus and data.sampled_windows is 0"),
+        ({"calibration": {"sampled_windows": -1}}, "sampled_windows must be at least 0, got -1"),
+        ({"calibration": {"sampled_windows": 2}}, "give the model"),
+        ({"calibration": {"corpora": []}}, "has neither corpora nor sampled_windows"),
     ],
 )
 def test_calibration_without_text_is_refused(make_data: Any, settings: dict[str, Any], message: str) -> None:
@@ -118,12 +115,12 @@ def test_calibration_without_text_is_refused(make_data: Any, settings: dict[str,
 
 
 def test_evaluation_batches_are_named_by_stream_and_corpus(make_data: Any) -> None:
-    batches = make_data(test=["embedded@test"]).evaluation_batches()
+    batches = make_data(evaluation={"test": ["embedded@test"]}).evaluation_batches()
     assert list(batches) == ["val/book", "test/embedded"]
 
 
 def test_evaluation_batches_hold_the_split_from_its_beginning(make_data: Any, book: Path) -> None:
-    data = make_data(eval_batch_size=3)
+    data = make_data(evaluation={"batch_size": 3})
     batches = data.evaluation_batches()["val/book"]
     text = read_split(book, 0.8, 0.9)
     windows = len(text) // 64
@@ -134,27 +131,27 @@ def test_evaluation_batches_hold_the_split_from_its_beginning(make_data: Any, bo
 
 
 def test_batches_without_a_size_have_as_many_windows_as_make_4096_tokens(make_data: Any) -> None:
-    data = make_data(eval_batch_size=None, eval_stride=4)
+    data = make_data(evaluation={"batch_size": None, "stride": 4})
     assert [len(batch["input_ids"]) for batch in data.evaluation_batches()["val/book"]][:2] == [64, 64]
     assert len(next(iter(data.val_dataloader()[0]))["input_ids"]) == 64
     assert [len(batch["input_ids"]) for batch in make_batches(torch.zeros(3, 5000), torch.zeros(3, 5000))] == [1] * 3
 
 
 def test_evaluation_is_limited_to_the_first_tokens(make_data: Any) -> None:
-    whole = make_data(eval_batch_size=100).evaluation_batches()["val/book"][0]["input_ids"]
-    first = make_data(eval_batch_size=100, eval_tokens=200).evaluation_batches()["val/book"][0]["input_ids"]
+    whole = make_data(evaluation={"batch_size": 100}).evaluation_batches()["val/book"][0]["input_ids"]
+    first = make_data(evaluation={"batch_size": 100, "tokens": 200}).evaluation_batches()["val/book"][0]["input_ids"]
     assert torch.equal(first, whole[:3])
 
 
 def test_strided_evaluation_labels_every_token_once(make_data: Any) -> None:
-    (batch,) = make_data(eval_stride=16, eval_batch_size=1000).evaluation_batches()["val/book"]
+    (batch,) = make_data(evaluation={"stride": 16, "batch_size": 1000}).evaluation_batches()["val/book"]
     windows = len(batch["input_ids"])
     assert windows > 10
     assert int((batch["labels"] != IGNORED).sum()) == 64 + 16 * (windows - 1)
 
 
 def test_val_and_test_loaders_yield_the_evaluation_batches(make_data: Any) -> None:
-    data = make_data(eval_batch_size=3)
+    data = make_data(evaluation={"batch_size": 3})
     batches = data.evaluation_batches()
     for loaders, name in ((data.val_dataloader(), "val/book"), (data.test_dataloader(), "test/book")):
         assert len(loaders) == 1
@@ -163,24 +160,27 @@ def test_val_and_test_loaders_yield_the_evaluation_batches(make_data: Any) -> No
             assert torch.equal(loaded["labels"], expected["labels"])
 
 
-@pytest.mark.parametrize("used", ["calibration", "train"])
+@pytest.mark.parametrize("used", ["calibration", "training"])
 @pytest.mark.parametrize("evaluated", ["val", "test"])
 def test_text_that_is_used_and_evaluated_is_refused(make_data: Any, book: Path, used: str, evaluated: str) -> None:
-    others = {"calibration": ["wikitext2"], "train": ["wikitext2"], "val": ["ptb"], "test": ["ptb"]}
+    others = {name: {"corpora": ["wikitext2"]} for name in ("calibration", "training")}
+    others |= {"evaluation": {"val": ["ptb"], "test": ["ptb"]}}
     for text in ("embedded@test", f"{book.parent}/*.txt", f"{book}@all"):
-        with pytest.raises(ValueError, match=rf"data\.{used} .* overlaps with data\.{evaluated} "):
-            make_data(**(others | {used: ["c4@train", text], evaluated: ["c4@validation", text]}))
+        same = {used: {"corpora": ["c4@train", text]}, "evaluation": {evaluated: ["c4@validation", text]}}
+        with pytest.raises(ValueError, match=rf"data\.{used}\.corpora .* overlaps with data\.evaluation\.{evaluated} "):
+            make_data(**merge_settings(others, same))
 
 
-@pytest.mark.parametrize("used", ["calibration", "train"])
+@pytest.mark.parametrize("used", ["calibration", "training"])
 def test_test_split_is_refused_for_calibration_and_training(make_data: Any, used: str) -> None:
-    with pytest.raises(ValueError, match=rf"data\.{used} embedded@test overlaps with data\.test embedded@test"):
-        make_data(**{used: ["embedded@test"], "test": ["embedded"]})
+    message = rf"data\.{used}\.corpora embedded@test overlaps with data\.evaluation\.test embedded@test"
+    with pytest.raises(ValueError, match=message):
+        make_data(**{used: {"corpora": ["embedded@test"]}, "evaluation": {"test": ["embedded"]}})
 
 
 def test_whole_file_is_refused_beside_a_split_of_it(make_data: Any, book: Path) -> None:
-    with pytest.raises(ValueError, match=r"book\.txt@all overlaps with data\.val .*book\.txt@validation"):
-        make_data(calibration=[str(book)])
+    with pytest.raises(ValueError, match=r"book\.txt@all overlaps with data\.evaluation\.val .*book\.txt@validation"):
+        make_data(calibration={"corpora": [str(book)]})
 
 
 def test_default_streams_do_not_overlap(tiny_folder: Path) -> None:
@@ -194,7 +194,7 @@ def test_default_streams_do_not_overlap(tiny_folder: Path) -> None:
 
 
 def test_labels_are_short_where_they_are_unique_and_full_where_not(make_data: Any, book: Path) -> None:
-    data = make_data(val=[f"{book}@validation", f"{book}@test", "embedded"])
+    data = make_data(evaluation={"val": [f"{book}@validation", f"{book}@test", "embedded"]})
     assert data.get_labels("val") == [f"{book}@validation", f"{book}@test", "embedded"]
     assert data.get_labels("test") == ["book"]
     assert [name for name in data.evaluation_batches() if name.startswith("val/")] == [
@@ -208,21 +208,21 @@ def test_files_of_one_name_in_two_folders_have_labels_of_their_own(make_data: An
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.txt").write_text(f"{folder} " * 100)
-    data = make_data(val=[f"{tmp_path}/a/x.txt", f"{tmp_path}/b/x.txt"])
+    data = make_data(evaluation={"val": [f"{tmp_path}/a/x.txt", f"{tmp_path}/b/x.txt"]})
     assert len(set(data.get_labels("val"))) == 2
     assert len(data.evaluation_batches()) == 3
 
 
 def test_there_is_a_label_for_every_loader_even_if_a_corpus_is_given_twice(make_data: Any, book: Path) -> None:
     try:
-        data = make_data(val=[f"{book}@validation", f"{book}@validation", "embedded"])
+        data = make_data(evaluation={"val": [f"{book}@validation", f"{book}@validation", "embedded"]})
     except ValueError:  # refusing it would do as well
         return
     assert len(data.get_labels("val")) == len(data.val_dataloader())
 
 
 def test_train_loader_yields_every_window_once_with_equal_labels(make_data: Any, book: Path) -> None:
-    loader = make_data(batch_size=3).train_dataloader()
+    loader = make_data(training={"batch_size": 3}).train_dataloader()
     batches = list(loader)
     assert all(torch.equal(batch["input_ids"], batch["labels"]) for batch in batches)
     assert all(batch["input_ids"].shape[1:] == (48,) for batch in batches)
@@ -234,7 +234,7 @@ def test_train_loader_yields_every_window_once_with_equal_labels(make_data: Any,
 
 
 def test_train_windows_are_shuffled_anew_in_every_epoch(make_data: Any) -> None:
-    loader = make_data(batch_size=1000).train_dataloader()
+    loader = make_data(training={"batch_size": 1000}).train_dataloader()
     assert isinstance(loader.sampler, DistributedSampler)
     first = next(iter(loader))["input_ids"]
     loader.sampler.set_epoch(1)  # Lightning does so
@@ -244,7 +244,7 @@ def test_train_windows_are_shuffled_anew_in_every_epoch(make_data: Any) -> None:
 
 
 def test_training_is_limited_to_the_first_tokens(make_data: Any, book: Path) -> None:
-    data = make_data(train_tokens=500)
+    data = make_data(training={"tokens": 500})
     text = read_split(book, 0, 0.8)[:480]
     assert len(data.train_dataloader().dataset) == 10
     for batch in data.train_dataloader():
@@ -252,57 +252,57 @@ def test_training_is_limited_to_the_first_tokens(make_data: Any, book: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("group", "name"),
     [
-        "calibration_windows",
-        "calibration_batch_size",
-        "train_tokens",
-        "batch_size",
-        "eval_tokens",
-        "eval_batch_size",
+        ("calibration", "windows"),
+        ("calibration", "batch_size"),
+        ("training", "tokens"),
+        ("training", "batch_size"),
+        ("evaluation", "tokens"),
+        ("evaluation", "batch_size"),
     ],
 )
 @pytest.mark.parametrize("size", [0, -1])
-def test_setting_below_one_is_refused_by_name(make_data: Any, name: str, size: int) -> None:
-    with pytest.raises(ValueError, match=rf"data\.{name} must be at least 1, got {size}"):
-        make_data(**{name: size})
+def test_setting_below_one_is_refused_by_name(make_data: Any, group: str, name: str, size: int) -> None:
+    with pytest.raises(ValueError, match=rf"data\.{group}\.{name} must be at least 1, got {size}"):
+        make_data(**{group: {name: size}})
 
 
 @pytest.mark.parametrize(
-    ("stream", "name", "size"),
+    ("stream", "group", "name", "size"),
     [
-        ("calibration_batches", "calibration_window", 1),
-        ("train_dataloader", "train_window", 0),
-        ("val_dataloader", "eval_window", 1),
-        ("val_dataloader", "eval_stride", 0),
-        ("test_dataloader", "eval_stride", 65),
+        ("calibration_batches", "calibration", "window", 1),
+        ("train_dataloader", "training", "window", 0),
+        ("val_dataloader", "evaluation", "window", 1),
+        ("val_dataloader", "evaluation", "stride", 0),
+        ("test_dataloader", "evaluation", "stride", 65),
     ],
 )
 def test_window_or_stride_out_of_bounds_is_refused_before_it_is_used(
-    make_data: Any, stream: str, name: str, size: int
+    make_data: Any, stream: str, group: str, name: str, size: int
 ) -> None:
-    with pytest.raises(ValueError, match=rf"{name.split('_')[1]} {size}\b"):
-        getattr(make_data(**{name: size}), stream)()
+    with pytest.raises(ValueError, match=rf"{name} {size}\b"):
+        getattr(make_data(**{group: {name: size}}), stream)()
 
 
 @pytest.mark.parametrize(
-    ("stream", "name"),
+    ("stream", "group"),
     [
-        ("calibration_batches", "calibration_window"),
-        ("train_dataloader", "train_window"),
-        ("val_dataloader", "eval_window"),
-        ("test_dataloader", "eval_window"),
-        ("evaluation_batches", "eval_window"),
+        ("calibration_batches", "calibration"),
+        ("train_dataloader", "training"),
+        ("val_dataloader", "evaluation"),
+        ("test_dataloader", "evaluation"),
+        ("evaluation_batches", "evaluation"),
     ],
 )
-def test_corpus_shorter_than_one_window_is_refused_by_name(make_data: Any, stream: str, name: str) -> None:
+def test_corpus_shorter_than_one_window_is_refused_by_name(make_data: Any, stream: str, group: str) -> None:
     with pytest.raises(ValueError, match=r"corpus .*book\.txt@\w+: .* do not fill one window of 10000"):
-        getattr(make_data(**{name: 10_000}), stream)()
+        getattr(make_data(**{group: {"window": 10_000}}), stream)()
 
 
 def test_unknown_split_is_refused_at_once(make_data: Any) -> None:
     with pytest.raises(ValueError, match="no split 'dev'"):
-        make_data(val=["embedded@dev"])
+        make_data(evaluation={"val": ["embedded@dev"]})
 
 
 @pytest.mark.parametrize("stream", ["val_dataloader", "test_dataloader"])
@@ -310,8 +310,8 @@ def test_unknown_split_is_refused_at_once(make_data: Any) -> None:
 def test_every_rank_gets_as_many_windows_and_no_token_counts_twice(
     make_data: Any, stream: str, world_size: int
 ) -> None:
-    alone = getattr(make_data(eval_tokens=11 * 64), stream)()[0].dataset
-    data = make_data(eval_tokens=11 * 64)
+    alone = getattr(make_data(evaluation={"tokens": 11 * 64}), stream)()[0].dataset
+    data = make_data(evaluation={"tokens": 11 * 64})
     data.trainer = SimpleNamespace(world_size=world_size)
     filled = getattr(data, stream)()[0].dataset
     assert len(alone) == 11
@@ -323,7 +323,7 @@ def test_every_rank_gets_as_many_windows_and_no_token_counts_twice(
 
 
 def test_windows_that_divide_evenly_are_left_alone(make_data: Any) -> None:
-    data = make_data(eval_tokens=6 * 64)
+    data = make_data(evaluation={"tokens": 6 * 64})
     data.trainer = SimpleNamespace(world_size=3)
     assert len(data.val_dataloader()[0].dataset) == 6
 
@@ -341,9 +341,12 @@ def test_prompts_come_one_by_one_without_padding(make_data: Any) -> None:
     ("settings", "protocol"),
     [
         ({}, "perplexity: token-weighted, non-overlapping windows of 64 tokens, whole split"),
-        ({"eval_stride": 16}, "perplexity: token-weighted, windows with stride 16 of 64 tokens, whole split"),
         (
-            {"eval_tokens": 20_000},
+            {"evaluation": {"stride": 16}},
+            "perplexity: token-weighted, windows with stride 16 of 64 tokens, whole split",
+        ),
+        (
+            {"evaluation": {"tokens": 20_000}},
             "perplexity: token-weighted, non-overlapping windows of 64 tokens, first 20,000 tokens",
         ),
     ],

@@ -33,9 +33,8 @@ CONFIG: dict[str, Any] = {
     "criterion": "obs",
     "allocation": "global",
     "split": "free",
-    "attention_layers": (0, 3),
-    "mlp_layers": (0, 3),
-    "repair_epochs": 2,
+    "limits": {"attention_layers": (0, 3), "mlp_layers": (0, 3)},
+    "repair": {"epochs": 2},
 }
 PLAIN = [name for name in VARIANTS if name != "qwen2_moe"]
 """Variants without experts."""
@@ -102,7 +101,7 @@ def test_plan_report_and_every_bit_are_those_of_a_run_in_memory(variant: str, tm
 @pytest.mark.parametrize("variant", WHOLE_ATTENTION)
 def test_mlps_alone_are_pruned_as_in_memory(variant: str, tmp_path: Path) -> None:
     model, offloaded = load_model(write_dense(tmp_path, variant)), open_dense(tmp_path)
-    settings = {"rate": 0.1, "split": None, "attention_layers": None}
+    settings = {"rate": 0.1, "split": None, "limits": {"attention_layers": None}}
     assert run(offloaded, **settings) == run(model, **settings)
     assert_same(model, offloaded)
 
@@ -112,8 +111,12 @@ def test_mlps_alone_are_pruned_as_in_memory(variant: str, tmp_path: Path) -> Non
     [
         {"criterion": "wanda+wifv", "allocation": "uniform", "split": "2:8"},
         {"criterion": "l1+l2", "allocation": "optimal"},
-        {"criterion": "random", "repair": "none"},
-        {"repair_pull": 0.0, "repair_everywhere": False, "mlp_layers": (1, 2), "attention_layers": (1, 2), "rate": 0.1},
+        {"criterion": "random", "repair": {"method": "none"}},
+        {
+            "repair": {"pull": 0.0, "everywhere": False},
+            "limits": {"mlp_layers": (1, 2), "attention_layers": (1, 2)},
+            "rate": 0.1,
+        },
         {"steps": 2},
         {"granularity": "query", "rate": 0.1},
         {"rate": 0.0, "kv_rate": 0.25},
@@ -260,11 +263,11 @@ def test_a_stopped_run_in_memory_goes_on_layer_by_layer(tmp_path: Path, monkeypa
         ({"criterion": "fisher+obs"}, r"criterion fisher\+obs .* l1, l2, wanda, wifv, obs, random"),
         ({"criterion": "param_first"}, "criterion param_first"),
         ({"allocation": "inverse"}, "allocation inverse .* uniform, global or optimal"),
-        ({"frozen_layers": 1}, "frozen_layers 1 .* to 0"),
+        ({"limits": {"frozen_layers": 1}}, "frozen_layers 1 .* to 0"),
         ({"allocation": "optimal", "damage_levels": 2}, "damage_levels 2 .* to 0"),
-        ({"swap_generations": 2}, "swap_generations 2 .* to 0"),
-        ({"repair": "bias"}, "repair bias .* least_squares"),
-        ({"repair_bias": True}, "repair_bias True .* false"),
+        ({"swaps": {"generations": 2}}, "swap_generations 2 .* to 0"),
+        ({"repair": {"method": "bias"}}, "repair bias .* least_squares"),
+        ({"repair": {"bias": True}}, "repair_bias True .* false"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused_with_what_does_not(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gqaprune import PruningConfig, PruningPlan, load_model, load_sharded_model, prune, save
 from gqaprune.checkpoints.save import check_written_by_layer
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import find_blocks, get_layers
 from gqaprune.models.sources import find_tensors
 from gqaprune.placement.fsdp import gather_state_dict, shard_model
@@ -33,13 +34,12 @@ CONFIG: dict[str, Any] = {
     "criterion": "fisher+obs",
     "allocation": "global",
     "split": "free",
-    "attention_layers": (0, 3),
-    "mlp_layers": (0, 3),
-    "repair_epochs": 0,  # refinement's steps have other tokens on other numbers of processes
+    "limits": {"attention_layers": (0, 3), "mlp_layers": (0, 3)},
+    "repair": {"epochs": 0},  # refinement's steps have other tokens on other numbers of processes
 }
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "tied": ("qwen2-tied", {"criterion": "taylor", "repair": "none"}),
+    "tied": ("qwen2-tied", {"criterion": "taylor", "repair": {"method": "none"}}),
     "norms": ("gemma3", {"steps": 2}),
     "queries": ("mistral", {"granularity": "query", "rate": 0.1, "criterion": "fisher"}),
     "biases": ("llama-biases", {"criterion": "l2+wanda", "allocation": "optimal"}),
@@ -50,14 +50,16 @@ SCORED = [name for name, criterion in CRITERIA.items() if criterion.runs_held or
 
 
 def run(model: PreTrainedModel, name: str) -> PruningPlan:
-    return prune(model, BATCHES, PruningConfig(**{**CONFIG, **RUNS[name][1]}), accumulate=2, evaluation=TEXT)[0]
+    return prune(
+        model, CalibrationSet(BATCHES, accumulation=2), PruningConfig(**{**CONFIG, **RUNS[name][1]}), evaluation=TEXT
+    )[0]
 
 
 def score(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     blocks, result = find_blocks(model), {}
     for criterion in SCORED:
         for accumulate in (1, 5):  # with 5, nothing is left for rank 1
-            scores = score_units(model, blocks, BATCHES, criterion, accumulate)
+            scores = score_units(model, blocks, CalibrationSet(BATCHES, accumulation=accumulate), criterion)
             result |= {f"{criterion} {accumulate} {key}": score for key, score in scores.items()}
     return result
 
@@ -297,10 +299,10 @@ def test_all_ranks_say_what_overflows_on_one_instead_of_waiting(folder: Path) ->
     [
         ({"criterion": "param_first"}, "criterion param_first .* which sharded splits over devices: .* fisher, taylor"),
         ({"allocation": "inverse"}, "allocation inverse .* uniform, global or optimal"),
-        ({"frozen_layers": 1}, "frozen_layers 1 .* to 0"),
+        ({"limits": {"frozen_layers": 1}}, "frozen_layers 1 .* to 0"),
         ({"allocation": "optimal", "damage_levels": 2}, "damage_levels 2 .* to 0"),
-        ({"swap_generations": 2}, "swap_generations 2 .* to 0"),
-        ({"repair": "bias"}, "repair bias .* least_squares"),
+        ({"swaps": {"generations": 2}}, "swap_generations 2 .* to 0"),
+        ({"repair": {"method": "bias"}}, "repair bias .* least_squares"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused_with_what_does_not(settings: dict[str, Any], message: str) -> None:

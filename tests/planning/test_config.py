@@ -3,8 +3,7 @@
 import pytest
 
 from gqaprune import PruningConfig
-from gqaprune.surgery.refinement import RefinementOptions
-from gqaprune.surgery.repair import RepairOptions
+from gqaprune.surgery.repair_config import RepairConfig
 
 from tiny import make_plain
 
@@ -22,25 +21,28 @@ from tiny import make_plain
         ({"rate_base": "magic"}, "rate_base must be one of decoder, all, got 'magic'"),
         ({"granularity": "head"}, "granularity must be one of group, query, got 'head'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"min_rate": 0.6, "max_rate": 0.5}, "min_rate <= max_rate"),
-        ({"min_groups": 0}, "min_groups must be at least 1, got 0"),
-        ({"channel_multiple": 0}, "channel_multiple must be at least 1, got 0"),
-        ({"reduction": "magic"}, "reduction must be one of sum, mean, max, prod, got 'magic'"),
-        ({"normalization": "magic"}, "normalization must be one of none, mean, sum, max, got 'magic'"),
+        ({"limits": {"min_rate": 0.6, "max_rate": 0.5}}, "min_rate <= max_rate"),
+        ({"limits": {"min_groups": 0}}, "min_groups must be at least 1, got 0"),
+        ({"limits": {"channel_multiple": 0}}, "channel_multiple must be at least 1, got 0"),
+        ({"scoring": {"reduction": "magic"}}, "reduction must be one of sum, mean, max, prod, got 'magic'"),
+        ({"scoring": {"normalization": "magic"}}, "normalization must be one of none, mean, sum, max, got 'magic'"),
         ({"criterion": "fisher+magic"}, "criterion must be one of fisher, .*, got 'fisher.magic'"),
-        ({"obs_ridge": 0.0}, "obs_ridge must be above 0 and finite, got 0.0"),
-        ({"sensitivity": "magic"}, "sensitivity must be one of removal, .*, got 'magic'"),
-        ({"alpha": -1.0}, "alpha must be in 0 … 50, got -1.0"),
-        ({"frozen_layers": -1}, "frozen_layers must be at least 0, got -1"),
+        ({"scoring": {"obs_ridge": 0.0}}, "obs_ridge must be above 0 and finite, got 0.0"),
+        ({"sensitivity": {"method": "magic"}}, "sensitivity.method must be one of removal, .*, got 'magic'"),
+        ({"sensitivity": {"alpha": -1.0}}, "alpha must be in 0 … 50, got -1.0"),
+        ({"limits": {"frozen_layers": -1}}, "frozen_layers must be at least 0, got -1"),
         ({"split": "lots"}, "two numbers, none negative and not both 0, such as 2:8, got 'lots'"),
         ({"kv_rate": 1.0}, r"kv_rate must be in \[0, 1\), a share of the KV heads, got 1.0"),
         ({"damage_levels": 1}, "damage_levels must be 0 or at least 2, got 1"),
         ({"damage_levels": -2}, "damage_levels must be 0 or at least 2, got -2"),
-        ({"swap_generations": -1}, "swap_generations must be at least 0, got -1"),
-        ({"swap_offspring": 0}, "swap_offspring must be at least 1, got 0"),
+        ({"swaps": {"generations": -1}}, "swaps.generations must be at least 0, got -1"),
+        ({"swaps": {"offspring": 0}}, "swaps.offspring must be at least 1, got 0"),
         ({"kv_rate": 0.2, "split": "2:8"}, "kv_rate 0.2 and split 2:8 both say how much attention gives"),
         ({"kv_rate": 0.2, "granularity": "query"}, "kv_rate 0.2 needs granularity group"),
-        ({"steps": 2, "swap_generations": 1}, "swap_generations measures cuts of the whole model.*set steps to 1"),
+        (
+            {"steps": 2, "swaps": {"generations": 1}},
+            "swaps.generations measures cuts of the whole model.*set steps to 1",
+        ),
         ({"steps": 2, "damage_levels": 4, "allocation": "optimal"}, "damage_levels measures .*set steps to 1"),
     ],
 )
@@ -60,11 +62,11 @@ def test_setting_out_of_bounds_is_refused(settings: dict[str, object], sentence:
         ({"criterion": "l1+random"}, False),
         ({"criterion": "l1+wanda"}, True),
         ({"criterion": "l1", "allocation": "inverse"}, True),
-        ({"criterion": "l1", "frozen_layers": 1}, True),
+        ({"criterion": "l1", "limits": {"frozen_layers": 1}}, True),
         ({"criterion": "l1", "allocation": "optimal"}, False),
         ({"criterion": "l1", "allocation": "optimal", "damage_levels": 4}, True),
         ({"criterion": "l1", "allocation": "global", "damage_levels": 4}, False),
-        ({"criterion": "l1", "swap_generations": 1}, True),
+        ({"criterion": "l1", "swaps": {"generations": 1}}, True),
     ],
 )
 def test_text_is_needed_where_something_is_measured_on_it(settings: dict[str, object], needs_text: bool) -> None:
@@ -87,15 +89,8 @@ def test_attention_gives_nothing_unless_it_is_asked(settings: dict[str, object],
     assert PruningConfig(**settings).attention_share == share  # type: ignore[arg-type]
 
 
-def test_repair_settings_reach_the_repair() -> None:
-    assert PruningConfig(repair="none").repair_options() is None
-    assert PruningConfig(repair="bias").repair_options() == RepairOptions(refit=False, bias=True)
-    options = PruningConfig(
-        repair_pull=0.0, repair_ridges=(1.0,), repair_holdout=0.5, repair_bias=True, repair_epochs=0
-    )
-    assert options.repair_options() == RepairOptions((1.0,), 0.5, 0.0, False, bias=True)
-    refinement = RefinementOptions(epochs=2, learning_rate=0.1)
-    options = PruningConfig(repair_epochs=2, repair_learning_rate=0.1)
-    assert options.repair_options() == RepairOptions(pull=0.5, everywhere=True, refinement=refinement)
+def test_groups_of_settings_are_dictionaries_or_their_own_classes() -> None:
+    assert PruningConfig().repair == RepairConfig()
+    assert PruningConfig(repair={"epochs": 2, "learning_rate": 0.1}).repair == RepairConfig(epochs=2, learning_rate=0.1)
     with pytest.raises(ValueError, match=r"pull must be in \[0, 1\], got 2"):
-        PruningConfig(repair_pull=2.0)
+        PruningConfig(repair={"pull": 2.0})

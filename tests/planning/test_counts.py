@@ -13,9 +13,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from gqaprune import PruningPlan, prune
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import count_layer_parameters, count_parameters, find_blocks
 from gqaprune.planning.allocation import ALLOCATIONS
-from gqaprune.scoring.scores import ScoringOptions, score_units
+from gqaprune.scoring.scores import ScoringConfig, score_units
 from gqaprune.scoring.sensitivity import SENSITIVITIES
 
 from tiny import make_model, make_plain, make_tokens
@@ -110,7 +111,7 @@ def test_split_says_within_one_group_what_attention_gives(allocation: str, share
 def test_inverse_protects_the_layer_that_matters_and_proportional_takes_from_it(sensitivity: str) -> None:
     lost = {}
     for allocation, alpha in (("inverse", 3.0), ("proportional", 3.0), ("inverse", 0.0)):
-        config = make_plain(rate=0.3, allocation=allocation, alpha=alpha, sensitivity=sensitivity)
+        config = make_plain(rate=0.3, allocation=allocation, sensitivity={"alpha": alpha, "method": sensitivity})
         lost[allocation, alpha] = count_lost(prune(make_uneven_model(), sample_text(), config)[0])
     inverse, proportional, alike = lost.values()
     assert inverse[1] < min(inverse[0], inverse[2], inverse[3]) / 2
@@ -120,12 +121,17 @@ def test_inverse_protects_the_layer_that_matters_and_proportional_takes_from_it(
 
 def test_logarithm_of_importance_lifts_the_layers_between() -> None:
     def lose(log: bool) -> list[int]:
-        config = make_plain(rate=0.3, allocation="inverse", alpha=2.0, log_importance=log, attention_layers=(0, 0))
+        config = make_plain(
+            rate=0.3,
+            allocation="inverse",
+            limits={"attention_layers": (0, 0)},
+            sensitivity={"method": "block_removal", "alpha": 2.0, "log": log},
+        )
         model = make_model("llama", channels=200, layers=4)
         with torch.no_grad():
             for layer, factor in enumerate((1.0, 0.3, 0.1, 0.03)):
                 model.model.layers[layer].mlp.down_proj.weight.mul_(factor)
-        return count_lost(prune(model, BATCHES, replace(config, sensitivity="block_removal"))[0])
+        return count_lost(prune(model, BATCHES, config)[0])
 
     # The most and the least important layer keep their ratio; those between come nearer to the first, and lose less.
     plain, log = lose(False), lose(True)
@@ -135,9 +141,9 @@ def test_logarithm_of_importance_lifts_the_layers_between() -> None:
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_frozen_layers_stay_whole_and_are_those_that_matter(allocation: str) -> None:
-    config = make_plain(rate=0.3, criterion="random", allocation=allocation, frozen_layers=1)
+    config = make_plain(rate=0.3, criterion="random", allocation=allocation, limits={"frozen_layers": 1})
     frozen, free = (
-        count_lost(prune(make_uneven_model(), sample_text(), replace(config, frozen_layers=count))[0])
+        count_lost(prune(make_uneven_model(), sample_text(), replace(config, limits={"frozen_layers": count}))[0])
         for count in (1, 0)
     )
     assert [count == 0 for count in frozen] == [False, True, False, False]
@@ -149,7 +155,7 @@ def test_budget_that_frozen_layers_leave_no_room_for_is_refused_before_scoring(m
     model = make_uneven_model()
     before = count_parameters(model)
     with pytest.raises(ValueError, match="nearest reachable rate is 0"):
-        prune(model, BATCHES, make_plain(rate=0.5, frozen_layers=3, allocation="global"))
+        prune(model, BATCHES, make_plain(rate=0.5, limits={"frozen_layers": 3}, allocation="global"))
     assert count_parameters(model) == before
 
 
@@ -157,31 +163,47 @@ def test_what_is_reachable_depends_on_the_layers_that_importance_freezes() -> No
     # Layer 1 matters and gives channels only: once it is frozen, the groups of layer 0 have to do, and they do.
     blocks = find_blocks(make_uneven_model())
     rate = 45 * blocks[1].unit_parameters / sum(count_layer_parameters(make_uneven_model()))
-    config = make_plain(rate=rate, allocation="global", frozen_layers=1, attention_layers=(0, 1), mlp_layers=(1, 2))
+    config = make_plain(
+        rate=rate, allocation="global", limits={"frozen_layers": 1, "attention_layers": (0, 1), "mlp_layers": (1, 2)}
+    )
     plan, _ = prune(make_uneven_model(), sample_text(), config)
     assert plan.pruned_geometry.kv_heads == (2, 4, 4, 4) and plan.pruned_geometry.channels == (40,) * 4
 
 
 def test_frozen_layers_make_a_min_rate_reachable_that_all_layers_together_cannot_meet() -> None:
-    config = make_plain(rate=0.15, min_rate=0.17, frozen_layers=1, allocation="global", attention_layers=(0, 0))
+    config = make_plain(
+        rate=0.15, limits={"min_rate": 0.17, "frozen_layers": 1, "attention_layers": (0, 0)}, allocation="global"
+    )
     lost = count_lost(prune(make_uneven_model(), sample_text(), config)[0])
     assert lost[1] == 0 and min(lost[0], *lost[2:]) > 0
     with pytest.raises(ValueError, match="min_rate 17.00% already takes more"):
-        prune(make_uneven_model(), sample_text(), replace(config, frozen_layers=0))
+        prune(make_uneven_model(), sample_text(), replace(config, limits=replace(config.limits, frozen_layers=0)))
 
 
 def test_saved_sensitivity_is_used_again_and_fits_other_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "new" / "sensitivity.json"
-    config = make_plain(rate=0.3, allocation="inverse", sensitivity_path=str(path))
-    plan, _ = prune(make_uneven_model(), sample_text(), replace(config, mlp_layers=(0, 3)), source="tiny", seed=7)
+    config = make_plain(rate=0.3, allocation="inverse", sensitivity={"path": str(path)})
+    plan, _ = prune(
+        make_uneven_model(),
+        CalibrationSet(sample_text(), source="tiny", seed=7),
+        replace(config, limits={"mlp_layers": (0, 3)}),
+    )
     assert len(json.loads(path.read_text())["importance"]) == 8  # all blocks
-    fresh, _ = prune(make_uneven_model(), sample_text(), replace(config, sensitivity_path=None), source="tiny", seed=7)
+    fresh, _ = prune(
+        make_uneven_model(),
+        CalibrationSet(sample_text(), source="tiny", seed=7),
+        replace(config, sensitivity={"path": None}),
+    )
     monkeypatch.setitem(SENSITIVITIES, "removal", lambda *_: pytest.fail("measured again"))  # type: ignore[arg-type]
-    again, _ = prune(make_uneven_model(), sample_text(), replace(config, mlp_layers=(0, 3)), source="tiny", seed=7)
-    other, _ = prune(make_uneven_model(), sample_text(), config, source="tiny", seed=7)
+    again, _ = prune(
+        make_uneven_model(),
+        CalibrationSet(sample_text(), source="tiny", seed=7),
+        replace(config, limits={"mlp_layers": (0, 3)}),
+    )
+    other, _ = prune(make_uneven_model(), CalibrationSet(sample_text(), source="tiny", seed=7), config)
     assert again == plan and other == fresh != plan
     with pytest.raises(ValueError, match="saved sensitivity is of another run.*seed 7 against 8"):
-        prune(make_uneven_model(), sample_text(), config, source="tiny", seed=8)
+        prune(make_uneven_model(), CalibrationSet(sample_text(), source="tiny", seed=8), config)
 
 
 def test_importance_is_measured_only_where_it_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -190,7 +212,7 @@ def test_importance_is_measured_only_where_it_counts(monkeypatch: pytest.MonkeyP
         prune(
             make_uneven_model(),
             sample_text(),
-            make_plain(allocation=allocation, sensitivity_path=str(tmp_path / "s")),
+            make_plain(allocation=allocation, sensitivity={"path": str(tmp_path / "s")}),
         )
     assert not (tmp_path / "s").exists()
 
@@ -202,7 +224,11 @@ def test_optimal_on_measured_damage_sees_what_magnitude_does_not() -> None:
             model.model.layers[1].mlp.gate_proj.weight.mul_(10)  # large weights …
             model.model.layers[1].mlp.down_proj.weight.mul_(1e-4)  # … that come to nothing
         config = make_plain(
-            rate=0.15, criterion="l1", allocation="optimal", attention_layers=(0, 0), min_channels=4, **settings
+            rate=0.15,
+            criterion="l1",
+            allocation="optimal",
+            limits={"attention_layers": (0, 0), "min_channels": 4},
+            **settings,
         )
         return count_lost(prune(model, BATCHES, config)[0])
 
@@ -217,7 +243,7 @@ def test_swaps_find_less_divergence_within_the_same_budget(allocation: str) -> N
     found, parameters = [], []
     for generations in (0, 6):
         model = make_uneven_model()
-        prune(model, sample_text(), replace(config, swap_generations=generations, swap_offspring=6))
+        prune(model, sample_text(), replace(config, swaps={"generations": generations, "offspring": 6}))
         found.append(measure_divergence(model))
         parameters.append(sum(count_layer_parameters(model)))
     assert found[1] < 0.9 * found[0]
@@ -226,17 +252,19 @@ def test_swaps_find_less_divergence_within_the_same_budget(allocation: str) -> N
 
 
 def test_swaps_keep_a_kv_budget_and_frozen_layers() -> None:
-    config = make_plain(rate=0.25, kv_rate=0.25, frozen_layers=1, swap_generations=3, allocation="global")
+    config = make_plain(
+        rate=0.25, kv_rate=0.25, limits={"frozen_layers": 1}, swaps={"generations": 3}, allocation="global"
+    )
     plan, _ = prune(make_uneven_model(), sample_text(), config)
     assert sum(plan.pruned_geometry.kv_heads) == 12
     assert count_lost(plan)[1] == 0
 
 
-@pytest.mark.parametrize("settings", [{"allocation": "optimal", "damage_levels": 3}, {"swap_generations": 2}])
+@pytest.mark.parametrize("settings", [{"allocation": "optimal", "damage_levels": 3}, {"swaps": {"generations": 2}}])
 def test_damage_is_measured_of_query_heads_too(settings: dict[str, Any]) -> None:
     model = make_model("llama", kv_heads=2, ratio=4, channels=40)
     before = sum(count_layer_parameters(model))
-    config = make_plain(rate=0.15, granularity="query", mlp_layers=(0, 0), **settings)
+    config = make_plain(rate=0.15, granularity="query", limits={"mlp_layers": (0, 0)}, **settings)
     plan, _ = prune(model, BATCHES, config)
     assert plan.pruned_geometry.kv_heads == (2, 2, 2) and min(plan.pruned_geometry.ratios) < 4
     heads = find_blocks(make_model("llama", kv_heads=2, ratio=4, channels=40), "query")[0]
@@ -249,7 +277,10 @@ def test_normalized_blocks_compare_by_shares() -> None:
         with torch.no_grad():
             model.model.layers[0].mlp.down_proj.weight.mul_(0.02)  # the block with the least scores
         config = make_plain(
-            rate=0.15, allocation="global", normalization=normalization, attention_layers=(0, 0), min_channels=4
+            rate=0.15,
+            allocation="global",
+            scoring={"normalization": normalization},
+            limits={"attention_layers": (0, 0), "min_channels": 4},
         )
         return count_lost(prune(model, BATCHES, config)[0])
 
@@ -257,29 +288,32 @@ def test_normalized_blocks_compare_by_shares() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "options"),
+    ("settings", "scoring", "seed"),
     [
-        ({"criterion": "l2", "reduction": "max"}, ScoringOptions(reduction="max")),
-        ({"criterion": "obs", "obs_ridge": 100.0}, ScoringOptions(obs_ridge=100.0)),
-        ({"criterion": "random"}, ScoringOptions(seed=5)),
+        ({"criterion": "l2", "scoring": {"reduction": "max"}}, ScoringConfig(reduction="max"), 0),
+        ({"criterion": "obs", "scoring": {"obs_ridge": 100.0}}, ScoringConfig(obs_ridge=100.0), 0),
+        ({"criterion": "random"}, ScoringConfig(), 5),
     ],
 )
-def test_scoring_options_choose_the_units(settings: dict[str, Any], options: ScoringOptions) -> None:
-    def keep(options: ScoringOptions) -> list[tuple[int, ...]]:
+def test_scoring_settings_and_seed_choose_the_units(
+    settings: dict[str, Any], scoring: ScoringConfig, seed: int
+) -> None:
+    def keep(scoring: ScoringConfig, seed: int) -> list[tuple[int, ...]]:
         model = make_model("llama", channels=40)
-        scores = score_units(model, find_blocks(model)[1::2], BATCHES, settings["criterion"], 2, options)
+        calibration = CalibrationSet(BATCHES, accumulation=2, seed=seed)
+        scores = score_units(model, find_blocks(model)[1::2], calibration, settings["criterion"], scoring)
         best = (scores[layer, "mlp"].argsort(descending=True)[:20] for layer in range(3))  # type: ignore[index]
         return [tuple(sorted(order.tolist())) for order in best]
 
     model = make_model("llama", channels=40)
     rate = 60 * find_blocks(model)[1].unit_parameters / sum(count_layer_parameters(model))
-    config = make_plain(rate=rate, attention_layers=(0, 0), **settings)
-    plan, _ = prune(model, BATCHES, config, accumulate=2, seed=5)
-    assert [kept.channels for kept in plan.layers] == keep(options) != keep(ScoringOptions())
+    config = make_plain(rate=rate, limits={"attention_layers": (0, 0)}, **settings)
+    plan, _ = prune(model, CalibrationSet(BATCHES, accumulation=2, seed=seed), config)
+    assert [kept.channels for kept in plan.layers] == keep(scoring, seed) != keep(ScoringConfig(), 0)
 
 
 def test_criteria_without_text_prune_without_batches_but_not_where_something_is_measured() -> None:
     plan, _ = prune(make_model("llama"), [], make_plain(criterion="l1+random"))
     assert not plan.removes_nothing
-    with pytest.raises(ValueError, match="l1 with allocation inverse and repair none needs at least one .*, got none"):
+    with pytest.raises(ValueError, match="allocation inverse and repair.method none needs at least one .*, got none"):
         prune(make_model("llama"), [], make_plain(criterion="l1", allocation="inverse"))

@@ -31,7 +31,7 @@ def test_without_ranges_the_ends_of_the_model_stay_whole() -> None:
     model = make_model("llama", layers=14)
     layers = {block.key.layer for block in select_blocks(model, PruningConfig())}
     assert layers == set(range(2, 13))
-    whole = {"attention_layers": (0, 14), "mlp_layers": (0, 14)}
+    whole = {"limits": {"attention_layers": (0, 14), "mlp_layers": (0, 14)}}
     assert len(select_blocks(model, PruningConfig(**whole, split="free"))) == 28
 
 

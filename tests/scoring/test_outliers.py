@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune import PruningConfig, prune
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import find_blocks, get_layers
 from gqaprune.plan import BlockKey
 from gqaprune.reporting.report import Report
@@ -75,9 +76,13 @@ def test_pruning_keeps_the_carrier_whatever_its_score_and_says_so(protects: bool
     kept = set()
     for seed in range(8):  # of random scores: some take it
         config = PruningConfig(
-            rate=0.15, criterion="random", mlp_layers=(0, 3), repair_epochs=0, protect_outliers=protects
+            rate=0.15,
+            criterion="random",
+            limits={"mlp_layers": (0, 3)},
+            repair={"epochs": 0},
+            scoring={"protect_outliers": protects},
         )
-        plan, report = prune(make_massive(), BATCHES, config, seed=seed)
+        plan, report = prune(make_massive(), CalibrationSet(BATCHES, seed=seed), config)
         kept.add(CARRIER in plan.layers[1].channels)
         assert [(outlier.key, outlier.unit) for outlier in report.outliers] == ([(MLP, CARRIER)] if protects else [])
         assert Report.from_dict(report.to_dict()) == report
@@ -87,5 +92,5 @@ def test_pruning_keeps_the_carrier_whatever_its_score_and_says_so(protects: bool
 
 
 def test_without_text_nothing_is_looked_at() -> None:
-    config = PruningConfig(rate=0.3, criterion="l1", mlp_layers=(0, 3), repair="none")
+    config = PruningConfig(rate=0.3, criterion="l1", limits={"mlp_layers": (0, 3)}, repair={"method": "none"})
     assert prune(make_massive(), [], config)[1].outliers == []

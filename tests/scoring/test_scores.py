@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import find_blocks
 from gqaprune.models.gates import compute_gate_gradients, freeze_parameters
 from gqaprune.scoring.scores import (
     CRITERIA,
-    ScoringOptions,
+    ScoringConfig,
     check_finite_scores,
     check_finite_weights,
     needs_data,
@@ -26,8 +27,8 @@ BATCHES = [make_tokens(2, seed=seed) for seed in range(3)]
 def test_scores_do_not_depend_on_how_samples_are_batched(criterion: str) -> None:
     model = make_model("qwen2")
     blocks = find_blocks(model)
-    whole = score_units(model, blocks, [torch.cat(BATCHES)], criterion, accumulate=1)
-    parts = score_units(model, blocks, BATCHES, criterion, accumulate=3)
+    whole = score_units(model, blocks, CalibrationSet([torch.cat(BATCHES)], accumulation=1), criterion)
+    parts = score_units(model, blocks, CalibrationSet(BATCHES, accumulation=3), criterion)
     for key, score in whole.items():
         torch.testing.assert_close(parts[key], score, rtol=1e-4, atol=1e-9)
 
@@ -36,7 +37,7 @@ def test_every_criterion_scores_every_unit_of_every_family(any_variant: str) -> 
     model = make_model(any_variant)
     blocks = find_blocks(model)
     for criterion in CRITERIA:
-        scores = score_units(model, blocks, BATCHES, criterion, accumulate=2)
+        scores = score_units(model, blocks, CalibrationSet(BATCHES, accumulation=2), criterion)
         assert list(scores) == [block.key for block in blocks], criterion
         for block in blocks:
             score = scores[block.key]
@@ -48,8 +49,8 @@ def test_every_criterion_scores_every_unit_of_every_family(any_variant: str) -> 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_bfloat16_scores_are_those_of_float32_but_for_rounding(criterion: str) -> None:
     model = make_model("llama")
-    exact = score_units(model, find_blocks(model), BATCHES, criterion, accumulate=2)
-    rounded = score_units(model.bfloat16(), find_blocks(model), BATCHES, criterion, accumulate=2)
+    exact = score_units(model, find_blocks(model), CalibrationSet(BATCHES, accumulation=2), criterion)
+    rounded = score_units(model.bfloat16(), find_blocks(model), CalibrationSet(BATCHES, accumulation=2), criterion)
     for key, score in exact.items():
         assert torch.nn.functional.cosine_similarity(rounded[key], score, dim=0) > 0.97, key
 
@@ -61,7 +62,7 @@ def test_scoring_leaves_the_model_as_it_was(criterion: str) -> None:
     frozen.requires_grad_(False)
     gradient = trained.grad = torch.ones_like(trained)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    score_units(model, find_blocks(model), BATCHES, criterion, accumulate=2)
+    score_units(model, find_blocks(model), CalibrationSet(BATCHES, accumulation=2), criterion)
     assert model.training and all(module.training for module in model.modules())
     assert [parameter for parameter in model.parameters() if not parameter.requires_grad] == [frozen]
     assert [parameter for parameter in model.parameters() if parameter.grad is not None] == [trained]
@@ -79,7 +80,7 @@ def test_normalization_divides_each_block_by_its_own(normalization: str, statist
     blocks = find_blocks(model)
     plain = score_units(model, blocks, BATCHES, "fisher")
     for key, score in score_units(
-        model, blocks, BATCHES, "fisher", options=ScoringOptions(normalization=normalization)
+        model, blocks, BATCHES, "fisher", scoring=ScoringConfig(normalization=normalization)
     ).items():
         if key == (1, "mlp"):
             assert (score == 0).all()
@@ -93,8 +94,8 @@ def test_combination_is_the_geometric_mean_of_normalized_scores() -> None:
     blocks = find_blocks(model)
     first, second = (score_units(model, blocks, BATCHES, name) for name in ("fisher", "obs"))
     plain = score_units(model, blocks, BATCHES, "fisher+obs")
-    options = ScoringOptions(normalization="mean")
-    shares = score_units(model, blocks, BATCHES, "fisher+obs", options=options)
+    options = ScoringConfig(normalization="mean")
+    shares = score_units(model, blocks, BATCHES, "fisher+obs", scoring=options)
     for key, score in first.items():
         torch.testing.assert_close(plain[key], (score * second[key]).sqrt())
         torch.testing.assert_close(
@@ -111,9 +112,9 @@ def test_combination_is_the_geometric_mean_of_normalized_scores() -> None:
         ({"obs_ridge": float("nan")}, "obs_ridge must be above 0 and finite, got nan"),
     ],
 )
-def test_options_out_of_bounds_name_value_and_bound(options: dict[str, Any], message: str) -> None:
+def test_settings_out_of_bounds_name_value_and_bound(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ScoringOptions(**options)
+        ScoringConfig(**options)
 
 
 def test_unknown_criterion_is_refused_with_those_there_are() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import gqaprune.scoring.sensitivity as sensitivity_module
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import find_blocks, get_layers, read_geometry
 from gqaprune.models.losses import sum_token_losses
 from gqaprune.placement.model_hash import hash_model, hash_tensors
@@ -173,7 +174,9 @@ def test_saved_sensitivity_is_measured_once_and_read_back_equal(
     blocks = find_blocks(model)
 
     def measure() -> Sensitivity:
-        return measure_sensitivity(model, blocks, BATCHES, "removal", path, source="tiny", seed=3, corpora=["embedded"])
+        return measure_sensitivity(
+            model, blocks, CalibrationSet(BATCHES, source="tiny", seed=3, corpora=("embedded",)), "removal", path
+        )
 
     first = measure()
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -187,15 +190,15 @@ def test_saved_sensitivity_is_measured_once_and_read_back_equal(
 def test_other_weights_or_text_of_the_same_names_are_refused(tmp_path: Path) -> None:
     path, batches = tmp_path / "importance.json", [*BATCHES[1:], BATCHES[0]]
     model, other = make_model(), make_model(seed=1)
-    measure_sensitivity(model, find_blocks(model), BATCHES, "activation", path)
+    measure_sensitivity(model, find_blocks(model), CalibrationSet(BATCHES), "activation", path)
     for own, text, what in ((other, BATCHES, "weights"), (model, batches, "text")):
         with pytest.raises(ValueError, match=f"of another run .*{what} '"):
-            measure_sensitivity(own, find_blocks(own), text, "activation", path)
+            measure_sensitivity(own, find_blocks(own), CalibrationSet(text), "activation", path)
     data = json.loads(path.read_text())
     del data["weights"]  # as earlier versions wrote it
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match="weights 'None'"):
-        measure_sensitivity(model, find_blocks(model), BATCHES, "activation", path)
+        measure_sensitivity(model, find_blocks(model), CalibrationSet(BATCHES), "activation", path)
 
 
 def test_path_that_cannot_be_written_is_refused_before_measuring(
@@ -204,7 +207,7 @@ def test_path_that_cannot_be_written_is_refused_before_measuring(
     (tmp_path / "file").touch()
     monkeypatch.setattr(sensitivity_module, "SENSITIVITIES", {})  # measuring would fail
     with pytest.raises(ValueError, match="file is a file"):
-        measure_sensitivity(make_model(), [], BATCHES, "removal", tmp_path / "file" / "importance.json")
+        measure_sensitivity(make_model(), [], CalibrationSet(BATCHES), "removal", tmp_path / "file" / "importance.json")
 
 
 CHANGES = {

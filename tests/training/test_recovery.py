@@ -118,7 +118,7 @@ def test_recovery_reads_text_that_the_dense_model_wrote(
     tiny_folder: Path, tmp_path: Path, resumed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gqaprune.datamodules.text.sample_from_model", partial(sample_from_model, cache=None))
-    data = make_data(tiny_folder, train=[], train_sampled_windows=8, batch_size=8)
+    data = make_data(tiny_folder, training={"corpora": [], "sampled_windows": 8, "batch_size": 8})
     plan = recover(tiny_folder, tmp_path, RecoveryConfig("none"))[0].plan if resumed else None
     module = CausalLMModule(str(tiny_folder), plan=None if plan is None else plan.to_dict())
     trainer = make_trainer(tmp_path, TaylorPruning(**PRUNING))
@@ -127,7 +127,7 @@ def test_recovery_reads_text_that_the_dense_model_wrote(
     dense = load_model(tiny_folder)
     expected = sample_from_model(dense, data.tokenizer, 8, 32, seed=data.seed + 1, cache=None)
     assert trainer.global_step == 1 and sorted(batch["input_ids"].tolist()) == sorted(expected.tolist())
-    fresh = make_data(tiny_folder, train=[], train_sampled_windows=8)
+    fresh = make_data(tiny_folder, training={"corpora": [], "sampled_windows": 8})
     with pytest.raises(ValueError, match="train_sampled_windows is 8: sample_train_windows"):
         fresh.train_dataloader()
 
@@ -150,7 +150,12 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny_folder: Path, tmp
         )
         trainer = make_trainer(tmp_path, TaylorPruning(**PRUNING), max_epochs=epochs)
         torch.manual_seed(0)
-        trainer.fit(module, datamodule=make_data(tiny_folder, batch_size=32), ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(
+            module,
+            datamodule=make_data(tiny_folder, training={"batch_size": 32}),
+            ckpt_path=checkpoint,
+            weights_only=True,
+        )
         if name == "first":
             trainer.save_checkpoint(tmp_path / "first.ckpt")
         plan = plan or module.plan.to_dict()  # type: ignore[union-attr]
@@ -183,7 +188,7 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
     )  # fmt: skip
     sentence = r"step 5, batch 5.*go on from .*step=4.ckpt" if written else "no checkpoint with finite weights was"
     with pytest.raises(ValueError, match=sentence):
-        trainer.fit(module, datamodule=make_data(tiny_folder, batch_size=2))
+        trainer.fit(module, datamodule=make_data(tiny_folder, training={"batch_size": 2}))
     assert not written or (tmp_path / "kept" / "step=5.ckpt").exists()
 
 
@@ -198,7 +203,7 @@ def test_the_best_weights_are_exported(tiny_folder: Path, tmp_path: Path, rounds
         tmp_path, CheckpointExport(str(tmp_path / "out")), TaylorPruning(**PRUNING), Spoil(9, 0.3), best,
         enable_checkpointing=True, limit_val_batches=1.0, val_check_interval=4, num_sanity_val_steps=0,
     )  # fmt: skip
-    data = make_data(tiny_folder, batch_size=2)
+    data = make_data(tiny_folder, training={"batch_size": 2})
     trainer.fit(module, datamodule=data)
     assert "step=8" in best.best_model_path
     exported, batches = load_model(tmp_path / "out"), data.evaluation_batches(["val"])

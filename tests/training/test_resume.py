@@ -81,7 +81,7 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = {
         "model": {"pretrained": str(tiny_folder), "dtype": "float32"},
         "data": {**DATA, "batch_size": 4},
-        "pruning": {**PLAIN, "rate": 0.3, "allocation": "global", "repair": "least_squares", "repair_epochs": 2},
+        "pruning": {**PLAIN, "rate": 0.3, "allocation": "global", "repair": {"method": "least_squares", "epochs": 2}},
         "trainer": {"accelerator": "cpu", "max_epochs": 2, "val_check_interval": 3, "enable_progress_bar": False},
     }
     (root / "tiny.yaml").write_text(yaml.safe_dump(config))

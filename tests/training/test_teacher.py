@@ -58,7 +58,9 @@ def test_training_from_disk_is_training_from_the_teacher(
             optimizer=partial(torch.optim.SGD, lr=1e-2 if mode == "distill" else 0.05),  # Adam would magnify rounding
         )
         trainer = make_trainer(tmp_path, TaylorPruning(**settings), max_epochs=2)
-        trainer.fit(module, datamodule=make_data(tiny_folder, batch_size=3))  # shuffled: places must be the right ones
+        trainer.fit(
+            module, datamodule=make_data(tiny_folder, training={"batch_size": 3})
+        )  # shuffled: places must be the right ones
         models.append(module.model.eval())
     tokens = make_tokens(2, 20)
     torch.testing.assert_close(models[0](tokens).logits, models[1](tokens).logits, rtol=1e-2, atol=5e-3)

@@ -133,7 +133,7 @@ class Budget:
         return ValueError(
             f"cannot remove {self.kv_rate:.2%} of {self.kv_heads:,} KV heads: {reason}; the nearest reachable kv_rate "
             f"is {math.floor(nearest / self.kv_heads * scale) / scale}; change `kv_rate` to it, or loosen min_groups, "
-            "max_rate, attention_layers or frozen_layers"
+            "max_rate, attention_layers or frozen_layers of pruning.limits"
         )
 
 
@@ -154,7 +154,8 @@ class UnreachableError(ValueError):
         also = "split, " if budget.attention_share is not None else "kv_rate, " if budget.kv_rate else ""
         super().__init__(
             f"cannot remove {budget.rate:.2%} of {budget.base_parameters:,} parameters: {reason}; {way_out} {also}"
-            "min_groups, min_channels, min_rate, max_rate, attention_layers, mlp_layers or channel_multiple"
+            "min_groups, min_channels, min_rate, max_rate, attention_layers, mlp_layers or channel_multiple of "
+            "pruning.limits"
         )
 
 

@@ -48,16 +48,14 @@ class ActivationCriterion(Criterion, Generic[T]):
     @torch.no_grad()
     def score(self) -> Scores:
         """Walk the dense model, each rank with its own batches."""
-        calibration = self.calibration
+        run, calibration = self.run, self.run.calibration
         blocks: dict[int, list[Block]] = {}
-        for block in calibration.blocks:
+        for block in run.blocks:
             blocks.setdefault(block.key.layer, []).append(block)
         scores: Scores = {}
-        with freeze_parameters(calibration.model):
-            streams = embed_batches(calibration.model, [calibration.batches[i] for i in calibration.own_batches])
-            for layer in hold_each(
-                calibration.model, track(range(max(blocks, default=-1) + 1), calibration.name, "layers")
-            ):
+        with freeze_parameters(run.model):
+            streams = embed_batches(run.model, [calibration.batches[i] for i in calibration.own_batches])
+            for layer in hold_each(run.model, track(range(max(blocks, default=-1) + 1), run.name, "layers")):
                 statistics = self._measure_layer(layer, blocks.get(layer, []), streams)
                 for block in blocks.get(layer, []):
                     total = statistics.pop(block.key)
@@ -70,11 +68,11 @@ class ActivationCriterion(Criterion, Generic[T]):
         # All ranks rate the same sums; the first one's scores count, so that not a bit differs.
         rank, _ = get_rank_and_world_size()
         scores = sum_across_ranks({key: score * (rank == 0) for key, score in scores.items()})
-        return {block.key: scores[block.key].cpu() for block in calibration.blocks}
+        return {block.key: scores[block.key].cpu() for block in run.blocks}
 
     def _measure_layer(self, layer: int, blocks: list[Block], streams: list[Stream]) -> dict[BlockKey, T]:
         """Statistics of a layer's blocks on this rank's streams, which move on to the next layer."""
-        memory = Memory(self.calibration.device)
+        memory = Memory(self.run.device)
         totals = {block.key: self.start(block, memory) for block in blocks}
 
         def add(key: BlockKey, x_NC: Tensor) -> None:
@@ -82,7 +80,7 @@ class ActivationCriterion(Criterion, Generic[T]):
 
         with watch_inputs({block.key: block.output for block in blocks}, add):
             for stream in streams:
-                stream.hidden_BTD = run_layer(self.calibration.model, layer, stream)
+                stream.hidden_BTD = run_layer(self.run.model, layer, stream)
         return totals
 
 
@@ -177,11 +175,11 @@ class BrainSurgeon(ActivationCriterion[Gram]):
         if not diagonal_C.any():  # no input ever: nothing is lost with any unit
             return diagonal_C.new_zeros(units)
         # Of Σ x xᵀ, in its own memory; that of H is so many times larger as there are tokens.
-        penalty_C = torch.full_like(diagonal_C, self.options.obs_ridge * float(diagonal_C.mean()))
+        penalty_C = torch.full_like(diagonal_C, self.scoring.obs_ridge * float(diagonal_C.mean()))
         if not statistics.factorise([statistics], penalty_C):
             raise ValueError(
-                f"{block.key}: the least squares of obs have no solution with obs_ridge {self.options.obs_ridge}; "
-                "set obs_ridge to 0.1 or calibrate on more text"
+                f"{block.key}: the least squares of obs have no solution with obs_ridge {self.scoring.obs_ridge}; "
+                "set scoring.obs_ridge to 0.1 or calibrate on more text"
             )
         factor_Ucc = torch.linalg.cholesky(statistics.invert_diagonal(size))
         score_U = torch.zeros_like(factor_Ucc[:, 0, 0])

@@ -1,4 +1,4 @@
-"""The loop that criteria with a backward pass share: windows of micro-batches, losses checked, sums over ranks."""
+"""The loop that criteria with a backward pass share: accumulated micro-batches, losses checked, sums over ranks."""
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
@@ -15,7 +15,7 @@ from gqaprune.scoring.criteria.base import Criterion, Scores
 
 
 class BackwardCriterion(Criterion):
-    """Adds up float64 `sums` over accumulation windows, the micro-batches that an optimizer step would see together."""
+    """Adds up float64 `sums` over accumulations, the micro-batches that an optimizer step would see together."""
 
     sums: dict[BlockKey, Tensor]
 
@@ -24,12 +24,12 @@ class BackwardCriterion(Criterion):
         """What has to last while batches are added; parameters are frozen when it begins."""
 
     @abstractmethod
-    def add(self, input_ids: Tensor, ends_window: bool) -> Tensor:
+    def add(self, input_ids: Tensor, ends_accumulation: bool) -> Tensor:
         """Take one micro-batch.
 
         Args:
             input_ids: tokens `[batch, tokens]`.
-            ends_window: whether it closes its accumulation window.
+            ends_accumulation: whether it is the last of its accumulation.
 
         Returns:
             Mean loss of each sample in nats per token, `[batch]`.
@@ -41,18 +41,18 @@ class BackwardCriterion(Criterion):
 
     def score(self) -> Scores:
         """Add this rank's batches, then the ranks."""
-        calibration, overflow = self.calibration, ""
-        with freeze_parameters(calibration.model), self.prepare():
-            for index in track(calibration.own_batches, calibration.name, "batches"):
-                input_ids = calibration.batches[index].to(calibration.device)
-                losses_B = self.add(input_ids, calibration.ends_window(index))
+        run, calibration, overflow = self.run, self.run.calibration, ""
+        with freeze_parameters(run.model), self.prepare():
+            for index in track(calibration.own_batches, run.name, "batches"):
+                input_ids = calibration.batches[index].to(run.device)
+                losses_B = self.add(input_ids, calibration.ends_accumulation(index))
                 if not torch.isfinite(losses_B).all():
                     overflow = overflow or f"batch {index}"
-                    if not are_layers_apart(calibration.model):  # where they are, other ranks wait for this one's part
+                    if not are_layers_apart(run.model):  # where they are, other ranks wait for this one's part
                         break
-        if is_true_anywhere(bool(overflow), calibration.device):
+        if is_true_anywhere(bool(overflow), run.device):
             raise ValueError(
                 f"the loss of calibration {overflow or 'text on another rank'} is not finite: the model's activations "
-                f"overflow (it computes in {calibration.model.dtype}); load it with dtype bfloat16 or float32"
+                f"overflow (it computes in {run.model.dtype}); load it with dtype bfloat16 or float32"
             )
         return self.finish(sum_across_ranks(self.sums))

@@ -1,4 +1,4 @@
-"""What a criterion is: scores from a calibration, and the options that shape them."""
+"""What a criterion is: scores of units from a calibration set, and the settings that shape them."""
 
 import math
 from abc import ABC, abstractmethod
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gqaprune.common.distributed import get_rank_and_world_size
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block
 from gqaprune.plan import BlockKey
 
@@ -36,24 +36,26 @@ NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class ScoringOptions:
+class ScoringConfig:
     """What shapes scores besides the criterion.
 
     Args:
-        reduction: how a unit's members combine (`sum`, `mean`, `max`, `prod`), for the criteria over weights:
-            `param_first`, `param_second`, `param_mix`, `vectorize`, `l1`, `l2`.
-        normalization: what each block's scores are divided by: `none`, or their `mean`, `sum` or `max`.
-        obs_ridge: of `obs`, as a multiple of the mean squared input; above 0.
-        seed: of `random`.
+        reduction: how the members of a unit (rows and columns of its weights) make one score: `sum`, `mean`, `max`,
+            `prod`. Ignored by criteria that look at gates or activations.
+        normalization: what the scores of each block are divided by before blocks are compared: `none`, or their own
+            `mean`, `sum` or `max`. Alone it changes nothing where the allocation does not compare blocks (`uniform`).
+        obs_ridge: ridge of the criterion `obs`, as a multiple of the mean squared input; above 0. Ignored by others.
+        protect_outliers: units that carry massive activations (an output 20 times that of their block's median unit, on
+            the calibration text) go last, whatever their scores; nothing is protected where no text is read.
 
     Raises:
-        ValueError: if an option is out of its bounds.
+        ValueError: if a setting is out of its bounds.
     """
 
     reduction: str = "sum"
     normalization: str = "none"
     obs_ridge: float = 0.1
-    seed: int = 0
+    protect_outliers: bool = True
 
     def __post_init__(self) -> None:
         for name, members in (("reduction", REDUCTIONS), ("normalization", NORMALIZATIONS)):
@@ -64,21 +66,19 @@ class ScoringOptions:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What units are scored on.
+class ScoringRun:
+    """What a criterion works on.
 
     Args:
         model: the dense causal LM.
         blocks: blocks to score.
-        batches: token ids, each `[batch, tokens]`, the same list on every rank.
-        accumulate: micro-batches per accumulation window.
+        calibration: the text, and how its micro-batches accumulate.
         name: what the progress bar says.
     """
 
     model: PreTrainedModel
     blocks: Sequence[Block]
-    batches: Sequence[Tensor]
-    accumulate: int = 1
+    calibration: CalibrationSet
     name: str = "calibration"
 
     @property
@@ -87,34 +87,16 @@ class Calibration:
         device: torch.device = next(self.model.parameters()).device
         return device
 
-    @property
-    def own_batches(self) -> list[int]:
-        """Indexes of this rank's batches."""
-        return self.list_batches(*get_rank_and_world_size())
-
-    def list_batches(self, rank: int, world_size: int) -> list[int]:
-        """Indexes of the batches of one rank of several, whole accumulation windows in order."""
-        windows = math.ceil(len(self.batches) / self.accumulate)
-        return [
-            index
-            for window in range(rank, windows, world_size)
-            for index in range(window * self.accumulate, min((window + 1) * self.accumulate, len(self.batches)))
-        ]
-
-    def ends_window(self, index: int) -> bool:
-        """Whether a batch is the last of its accumulation window."""
-        return (index + 1) % self.accumulate == 0 or index + 1 == len(self.batches)
-
 
 class Criterion(ABC):
-    """Scores the units of a calibration's blocks; made anew for every scoring.
+    """Scores the units of a run's blocks; made anew for every scoring.
 
-    Scores are non-negative, higher is more important. In a process group each rank takes whole accumulation windows,
-    and every rank gets the same bits.
+    Scores are non-negative, higher is more important. In a process group each rank takes whole accumulations, and every
+    rank gets the same bits.
 
     Args:
-        calibration: model, blocks and batches.
-        options: what shapes the scores.
+        run: model, blocks and calibration text.
+        scoring: what shapes the scores.
     """
 
     needs_data: ClassVar[bool] = True
@@ -124,11 +106,13 @@ class Criterion(ABC):
     runs_held: ClassVar[bool] = False
     """Whether it runs the whole model so that each layer is held only while it runs, and again in the backward pass."""
     uses: ClassVar[tuple[str, ...]] = ()
-    """Names of the options that shape it."""
+    """Names of the settings of `ScoringConfig` that shape it."""
+    uses_seed: ClassVar[bool] = False
+    """Whether its scores depend on the calibration set's seed."""
 
-    def __init__(self, calibration: Calibration, options: ScoringOptions) -> None:
-        self.calibration = calibration
-        self.options = options
+    def __init__(self, run: ScoringRun, scoring: ScoringConfig) -> None:
+        self.run = run
+        self.scoring = scoring
 
     @abstractmethod
     def score(self) -> Scores:

@@ -11,7 +11,7 @@ from gqaprune.common.distributed import get_rank_and_world_size
 from gqaprune.models.gates import Gates, compute_gate_gradients
 from gqaprune.placement.layer_store import are_layers_apart, hold_layers_that_run
 from gqaprune.scoring.criteria.backward import BackwardCriterion
-from gqaprune.scoring.criteria.base import Calibration, ScoringOptions
+from gqaprune.scoring.criteria.base import ScoringConfig, ScoringRun
 
 _PASS_TOKENS = 1024
 """Tokens whose activations are held at once: samples do not touch each other."""
@@ -22,49 +22,48 @@ class GateCriterion(BackwardCriterion):
 
     runs_held = True
 
-    def __init__(self, calibration: Calibration, options: ScoringOptions) -> None:
-        super().__init__(calibration, options)
+    def __init__(self, run: ScoringRun, scoring: ScoringConfig) -> None:
+        super().__init__(run, scoring)
         self.sums = {
-            block.key: torch.zeros(block.units, dtype=torch.float64, device=calibration.device)
-            for block in calibration.blocks
+            block.key: torch.zeros(block.units, dtype=torch.float64, device=run.device) for block in run.blocks
         }
 
     @abstractmethod
     def add_gradients(self, gradients_BU: Gates) -> None:
         """Take the gate gradients of some samples of one micro-batch."""
 
-    def end_window(self) -> None:
-        """Close an accumulation window."""
+    def end_accumulation(self) -> None:
+        """Close an accumulation."""
 
     @contextmanager
     def prepare(self) -> Iterator[None]:
         """Gates come and go with each batch, and so do layers that are apart."""
-        with hold_layers_that_run(self.calibration.model):
+        with hold_layers_that_run(self.run.model):
             yield
-            if are_layers_apart(self.calibration.model):
+            if are_layers_apart(self.run.model):
                 self._keep_pace()
 
     def _keep_pace(self) -> None:
         """Make the passes that others make more of: where layers are split, all ranks hold them together."""
-        calibration, (own, world_size) = self.calibration, get_rank_and_world_size()
-        batches = calibration.batches
+        run, (own, world_size) = self.run, get_rank_and_world_size()
+        batches = run.calibration.batches
         counts = [
-            sum(len(self._cut_passes(batches[index])) for index in calibration.list_batches(rank, world_size))
+            sum(len(self._cut_passes(batches[index])) for index in run.calibration.list_batches(rank, world_size))
             for rank in range(world_size)
         ]
-        any_BT = batches[0][:1].to(calibration.device)
+        any_BT = batches[0][:1].to(run.device)
         for _ in range(max(counts) - counts[own]):
-            compute_gate_gradients(calibration.model, calibration.blocks, any_BT)
+            compute_gate_gradients(run.model, run.blocks, any_BT)
 
-    def add(self, input_ids: Tensor, ends_window: bool) -> Tensor:
+    def add(self, input_ids: Tensor, ends_accumulation: bool) -> Tensor:
         """Take the gate gradients of one micro-batch, a few of its samples at a time."""
         losses = []
         for pass_BT in self._cut_passes(input_ids):
-            gradients_BU, losses_B = compute_gate_gradients(self.calibration.model, self.calibration.blocks, pass_BT)
+            gradients_BU, losses_B = compute_gate_gradients(self.run.model, self.run.blocks, pass_BT)
             self.add_gradients(gradients_BU)
             losses.append(losses_B)
-        if ends_window:
-            self.end_window()
+        if ends_accumulation:
+            self.end_accumulation()
         return torch.cat(losses)
 
     def _cut_passes(self, input_ids: Tensor) -> tuple[Tensor, ...]:
@@ -72,7 +71,7 @@ class GateCriterion(BackwardCriterion):
 
         Of a model that recomputes its activations, which spares memory at the price of time, every sample by itself.
         """
-        recomputes = self.calibration.model.is_activation_checkpointing
+        recomputes = self.run.model.is_activation_checkpointing
         samples = 1 if recomputes else max(1, _PASS_TOKENS // input_ids.shape[1])
         passes: tuple[Tensor, ...] = input_ids.split(samples)
         return passes
@@ -92,24 +91,24 @@ class GateFisher(GateCriterion):
 
 
 class GateTaylor(GateCriterion):
-    """`Σ_w |Σ_{n∈w} g_n|` over accumulation windows w of samples n: the first-order Taylor term.
+    """`Σ_a |Σ_{n∈a} g_n|` over accumulations a of samples n: the first-order Taylor term.
 
-    Unit: nats per token, summed over samples. The absolute value is taken per window, so a longer window lets samples
-    cancel, as they do in a training step. Source: Molchanov et al. 2019, arXiv 1906.10771; for LLMs, LLM-Pruner's
-    "vectorized" Taylor, arXiv 2305.11627.
+    Unit: nats per token, summed over samples. The absolute value is taken per accumulation, so a longer one lets
+    samples cancel, as they do in a training step. Source: Molchanov et al. 2019, arXiv 1906.10771; for LLMs,
+    LLM-Pruner's "vectorized" Taylor, arXiv 2305.11627.
     """
 
-    def __init__(self, calibration: Calibration, options: ScoringOptions) -> None:
-        super().__init__(calibration, options)
-        self.window_U = {key: torch.zeros_like(total) for key, total in self.sums.items()}
+    def __init__(self, run: ScoringRun, scoring: ScoringConfig) -> None:
+        super().__init__(run, scoring)
+        self.accumulated_U = {key: torch.zeros_like(total) for key, total in self.sums.items()}
 
     def add_gradients(self, gradients_BU: Gates) -> None:
-        """Add the micro-batch to the window."""
+        """Add the micro-batch to the accumulation."""
         for key, gradient_BU in gradients_BU.items():
-            self.window_U[key] += gradient_BU.double().sum(0)
+            self.accumulated_U[key] += gradient_BU.double().sum(0)
 
-    def end_window(self) -> None:
-        """Add the window's absolute gradient and start a new window."""
-        for key, window_U in self.window_U.items():
-            self.sums[key] += window_U.abs()
-            window_U.zero_()
+    def end_accumulation(self) -> None:
+        """Add the accumulation's absolute gradient and start a new one."""
+        for key, accumulated_U in self.accumulated_U.items():
+            self.sums[key] += accumulated_U.abs()
+            accumulated_U.zero_()

@@ -66,10 +66,10 @@ class Magnitude(Criterion):
     @torch.no_grad()
     def score(self) -> Scores:
         """Measure every member."""
-        reduce = REDUCTIONS[self.options.reduction]
+        reduce = REDUCTIONS[self.scoring.reduction]
         scores = {}
-        for block in self.calibration.blocks:
-            with hold_layer(self.calibration.model, block.key.layer):
+        for block in self.run.blocks:
+            with hold_layer(self.run.model, block.key.layer):
                 parts = [self.measure(member.split(member.linear.weight).float()) for member in find_members(block)]
                 scores[block.key] = reduce(torch.stack(parts)).cpu()
         return scores
@@ -99,12 +99,11 @@ class Random(Criterion):
 
     needs_data = False
     goes_by_layer = True
-    uses = ("seed",)
+    uses_seed = True
 
     def score(self) -> Scores:
         """Draw block by block."""
-        generator = torch.Generator().manual_seed(self.options.seed)
+        generator = torch.Generator().manual_seed(self.run.calibration.seed)
         return {
-            block.key: torch.rand(block.units, generator=generator, dtype=torch.float64)
-            for block in self.calibration.blocks
+            block.key: torch.rand(block.units, generator=generator, dtype=torch.float64) for block in self.run.blocks
         }

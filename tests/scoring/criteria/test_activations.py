@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.models.architecture import Block, find_blocks
-from gqaprune.scoring.scores import ScoringOptions, score_units
+from gqaprune.scoring.scores import ScoringConfig, score_units
 from gqaprune.surgery import gram
 
 from tiny import make_model, make_tokens
@@ -68,7 +68,7 @@ def test_obs_is_the_error_that_refitting_the_other_units_leaves(
 ) -> None:
     monkeypatch.setattr(gram, "WORKSPACE", workspace)
     model = make_model("qwen3")
-    scores = score_units(model, find_blocks(model), BATCHES, "obs", options=ScoringOptions(obs_ridge=ridge))
+    scores = score_units(model, find_blocks(model), BATCHES, "obs", scoring=ScoringConfig(obs_ridge=ridge))
     for block in find_blocks(model):
         x_NC = capture_input(model, block)
         columns = x_NC.shape[1]
@@ -92,7 +92,7 @@ def test_obs_spares_no_channel_that_others_can_stand_in_for() -> None:
         for linear in (mlp.gate_proj, mlp.up_proj):
             linear.weight[3] = linear.weight[11]
         mlp.down_proj.weight[:, [3, 11]] *= 10
-    twins = score_units(model, find_blocks(model), BATCHES, "obs", options=ScoringOptions(obs_ridge=1e-6))[1, "mlp"]
+    twins = score_units(model, find_blocks(model), BATCHES, "obs", scoring=ScoringConfig(obs_ridge=1e-6))[1, "mlp"]
     assert sorted(twins.argsort()[:2].tolist()) == [3, 11]
     wanda = score_units(model, find_blocks(model), BATCHES, "wanda")[1, "mlp"]
     assert sorted(wanda.argsort()[-2:].tolist()) == [3, 11]
@@ -132,6 +132,6 @@ def test_unsolvable_least_squares_name_block_and_ridge(workspace: int, monkeypat
     monkeypatch.setattr(gram, "WORKSPACE", workspace)
     model = make_model("llama")
     batches = [make_tokens(1, 5)]  # 5 tokens for 48 columns
-    with pytest.raises(ValueError, match="layer 0 attention: .*no solution with obs_ridge 1e-30; set obs_ridge to 0.1"):
-        score_units(model, find_blocks(model), batches, "obs", options=ScoringOptions(obs_ridge=1e-30))
+    with pytest.raises(ValueError, match="layer 0 attention: .*no solution with obs_ridge 1e-30; set scoring.obs_"):
+        score_units(model, find_blocks(model), batches, "obs", scoring=ScoringConfig(obs_ridge=1e-30))
     score_units(model, find_blocks(model), batches, "obs")

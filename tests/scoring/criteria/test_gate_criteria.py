@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import gqaprune.scoring.criteria.gates
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import find_blocks
 from gqaprune.models.gates import compute_gate_gradients, freeze_parameters
 from gqaprune.scoring.scores import score_units
@@ -24,14 +25,16 @@ def stack_gradients() -> tuple[object, dict[object, torch.Tensor]]:
 def test_fisher_is_the_sum_of_squared_sample_gradients() -> None:
     model, gradients = stack_gradients()
     for accumulate in (1, 2):
-        scores = score_units(model, find_blocks(model), BATCHES, "fisher", accumulate)
+        scores = score_units(model, find_blocks(model), CalibrationSet(BATCHES, accumulation=accumulate), "fisher")
         for key, score in scores.items():
             torch.testing.assert_close(score, gradients[key].square().sum(0))
 
 
 def test_taylor_takes_the_absolute_value_of_each_accumulation_window() -> None:
     model, gradients = stack_gradients()
-    scores = score_units(model, find_blocks(model), BATCHES, "taylor", accumulate=2)  # windows: batches 0-1, batch 2
+    scores = score_units(
+        model, find_blocks(model), CalibrationSet(BATCHES, accumulation=2), "taylor"
+    )  # windows: batches 0-1, batch 2
     for key, score in scores.items():
         windows = gradients[key][:4].sum(0).abs() + gradients[key][4:].sum(0).abs()
         torch.testing.assert_close(score, windows)

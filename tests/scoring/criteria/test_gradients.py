@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import find_blocks
 from gqaprune.plan import BlockKey
-from gqaprune.scoring.criteria.base import Calibration
+from gqaprune.scoring.criteria.base import ScoringRun
 from gqaprune.scoring.criteria.gradients import GradientCriterion
-from gqaprune.scoring.scores import CRITERIA, ScoringOptions, score_units
+from gqaprune.scoring.scores import CRITERIA, ScoringConfig, score_units
 
 from tiny import make_model, make_tokens
 
@@ -82,7 +83,7 @@ def test_scores_are_those_of_plain_autograd(criterion: str, accumulate: int) -> 
     model = make_model("qwen2")
     windows = [BATCHES[start : start + accumulate] for start in range(0, 3, accumulate)]
     expected = score_by_hand(model, windows, criterion)
-    scores = score_units(model, find_blocks(model), BATCHES, criterion, accumulate)
+    scores = score_units(model, find_blocks(model), CalibrationSet(BATCHES, accumulation=accumulate), criterion)
     for key, score in scores.items():
         torch.testing.assert_close(score, expected[key], rtol=1e-4, atol=1e-7)
 
@@ -91,8 +92,10 @@ def test_scores_are_those_of_plain_autograd(criterion: str, accumulate: int) -> 
 def test_reduction_combines_a_units_projections(reduction: str) -> None:
     model = make_model("llama")
     expected = score_by_hand(model, [BATCHES], "param_first", reduction)
-    options = ScoringOptions(reduction=reduction)
-    scores = score_units(model, find_blocks(model), BATCHES, "param_first", accumulate=3, options=options)
+    options = ScoringConfig(reduction=reduction)
+    scores = score_units(
+        model, find_blocks(model), CalibrationSet(BATCHES, accumulation=3), "param_first", scoring=options
+    )
     for key, score in scores.items():
         torch.testing.assert_close(score, expected[key], rtol=1e-4, atol=0)
 
@@ -101,7 +104,10 @@ def test_longer_windows_let_samples_cancel_except_in_squares() -> None:
     model = make_model("llama")
     blocks = find_blocks(model)
     for criterion in FORMULAS:
-        short, long = (score_units(model, blocks, BATCHES, criterion, accumulate) for accumulate in (1, 3))
+        short, long = (
+            score_units(model, blocks, CalibrationSet(BATCHES, accumulation=accumulate), criterion)
+            for accumulate in (1, 3)
+        )
         for key, score in short.items():
             if criterion == "param_second":
                 torch.testing.assert_close(long[key], score)
@@ -115,8 +121,8 @@ def test_vectorized_output_columns_are_the_gates_taylor_term(accumulate: int) ->
     model = make_model("mistral")
     blocks = find_blocks(model)
     outputs = [replace(block, inputs=()) for block in blocks]
-    taylor = score_units(model, blocks, BATCHES, "taylor", accumulate)
-    vectorized = score_units(model, outputs, BATCHES, "vectorize", accumulate)
+    taylor = score_units(model, blocks, CalibrationSet(BATCHES, accumulation=accumulate), "taylor")
+    vectorized = score_units(model, outputs, CalibrationSet(BATCHES, accumulation=accumulate), "vectorize")
     for key, score in taylor.items():
         torch.testing.assert_close(vectorized[key], score, rtol=1e-3, atol=1e-6)
 
@@ -126,8 +132,8 @@ def test_one_gradient_lives_at_a_time_and_windows_hold_no_more_than_they_must(cr
     model = make_model("llama")
     kind: Any = CRITERIA[criterion]
     for accumulate in (1, 2):
-        calibration = Calibration(model, find_blocks(model), [batch[:1] for batch in BATCHES[:2]], accumulate)
-        scoring = kind(calibration, ScoringOptions())
+        calibration = CalibrationSet([batch[:1] for batch in BATCHES[:2]], accumulate)
+        scoring = kind(ScoringRun(model, find_blocks(model), calibration), ScoringConfig())
         held = []
 
         def spy(*arguments: Any, scoring: Any = scoring, held: list[int] = held) -> None:

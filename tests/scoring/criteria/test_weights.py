@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Projection, find_blocks
-from gqaprune.scoring.scores import ScoringOptions, score_units
+from gqaprune.scoring.scores import ScoringConfig, score_units
 
 from tiny import make_model
 
@@ -36,7 +37,7 @@ def test_reduction_combines_members(reduction: str, expected: float) -> None:
     with torch.no_grad():
         for linear, size in ((mlp.gate_proj, 1), (mlp.up_proj, 2), (mlp.down_proj, 6)):
             linear.weight.fill_(-size / 24)  # 24 elements a member
-    scores = score_units(model, find_blocks(model), [], "l1", options=ScoringOptions(reduction=reduction))
+    scores = score_units(model, find_blocks(model), [], "l1", scoring=ScoringConfig(reduction=reduction))
     torch.testing.assert_close(scores[0, "mlp"], torch.full((4,), expected, dtype=torch.float64))
 
 
@@ -47,19 +48,19 @@ def test_fused_projection_counts_as_its_parts() -> None:
     fused.weight.data = torch.cat([projection.linear.weight for projection in block.inputs])
     fused_block = replace(block, inputs=(Projection(fused, (24, 8, 8)),))
     for reduction in ("sum", "prod"):
-        options = ScoringOptions(reduction=reduction)
-        parts = score_units(model, [block], [], "l2", options=options)
-        whole = score_units(model, [fused_block], [], "l2", options=options)
+        options = ScoringConfig(reduction=reduction)
+        parts = score_units(model, [block], [], "l2", scoring=options)
+        whole = score_units(model, [fused_block], [], "l2", scoring=options)
         torch.testing.assert_close(whole[block.key], parts[block.key])
 
 
 def test_random_is_its_seed_alone() -> None:
     model = make_model("llama")
     blocks = find_blocks(model)
-    first = score_units(model, blocks, [], "random", options=ScoringOptions(seed=1))
+    first = score_units(model, blocks, CalibrationSet([], seed=1), "random")
     torch.rand(3)  # the global generator plays no part
-    again = score_units(model, blocks, [], "random", options=ScoringOptions(seed=1))
-    other = score_units(model, blocks, [], "random", options=ScoringOptions(seed=2))
+    again = score_units(model, blocks, CalibrationSet([], seed=1), "random")
+    other = score_units(model, blocks, CalibrationSet([], seed=2), "random")
     for key, score in first.items():
         assert torch.equal(again[key], score) and not torch.equal(other[key], score)
         assert len(set(score.tolist())) == len(score)

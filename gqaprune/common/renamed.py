@@ -1,0 +1,224 @@
+"""Names that have changed, each with its successor: one table for settings, arguments and modules.
+
+Whoever uses an old name reads the new one in the error, on the command line, in a configuration file and in Python.
+"""
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+F = TypeVar("F", bound=Callable[..., Any])
+G = TypeVar("G", bound="DataclassInstance")
+
+SETTINGS: Mapping[str, str] = {
+    "pruning.reduction": "pruning.scoring.reduction",
+    "pruning.normalization": "pruning.scoring.normalization",
+    "pruning.obs_ridge": "pruning.scoring.obs_ridge",
+    "pruning.protect_outliers": "pruning.scoring.protect_outliers",
+    "pruning.sensitivity": "pruning.sensitivity.method",
+    "pruning.sensitivity_path": "pruning.sensitivity.path",
+    "pruning.alpha": "pruning.sensitivity.alpha",
+    "pruning.log_importance": "pruning.sensitivity.log",
+    "pruning.frozen_layers": "pruning.limits.frozen_layers",
+    "pruning.swap_generations": "pruning.swaps.generations",
+    "pruning.swap_offspring": "pruning.swaps.offspring",
+    "pruning.attention_layers": "pruning.limits.attention_layers",
+    "pruning.mlp_layers": "pruning.limits.mlp_layers",
+    "pruning.min_groups": "pruning.limits.min_groups",
+    "pruning.min_channels": "pruning.limits.min_channels",
+    "pruning.min_rate": "pruning.limits.min_rate",
+    "pruning.max_rate": "pruning.limits.max_rate",
+    "pruning.channel_multiple": "pruning.limits.channel_multiple",
+    "pruning.repair": "pruning.repair.method",
+    "pruning.repair_pull": "pruning.repair.pull",
+    "pruning.repair_everywhere": "pruning.repair.everywhere",
+    "pruning.repair_ridges": "pruning.repair.ridges",
+    "pruning.repair_holdout": "pruning.repair.holdout",
+    "pruning.repair_bias": "pruning.repair.bias",
+    "pruning.repair_epochs": "pruning.repair.epochs",
+    "pruning.repair_learning_rate": "pruning.repair.learning_rate",
+    "data.calibration": "data.calibration.corpora",
+    "data.calibration_windows": "data.calibration.windows",
+    "data.calibration_window": "data.calibration.window",
+    "data.calibration_batch_size": "data.calibration.batch_size",
+    "data.held_out_windows": "data.calibration.held_out_windows",
+    "data.sampled_windows": "data.calibration.sampled_windows",
+    "data.train": "data.training.corpora",
+    "data.train_window": "data.training.window",
+    "data.train_tokens": "data.training.tokens",
+    "data.train_sampled_windows": "data.training.sampled_windows",
+    "data.batch_size": "data.training.batch_size",
+    "data.val": "data.evaluation.val",
+    "data.test": "data.evaluation.test",
+    "data.eval_window": "data.evaluation.window",
+    "data.eval_stride": "data.evaluation.stride",
+    "data.eval_tokens": "data.evaluation.tokens",
+    "data.eval_batch_size": "data.evaluation.batch_size",
+    "data.sampled_document": "data.sampling.document",
+    "data.sampled_prompts": "data.sampling.prompts",
+    "data.temperature": "data.sampling.temperature",
+    "data.top_p": "data.sampling.top_p",
+}
+"""Full name of a setting -> the name it has now. An old name that is a group's today once held the value itself."""
+
+GROUPS = tuple(old for old, new in SETTINGS.items() if new.startswith(f"{old}."))
+"""Groups of today that once were settings."""
+
+ARGUMENTS: Mapping[str, str] = {
+    "prune.accumulate": "CalibrationSet(batches, accumulation=...) as the second argument",
+    "prune.source": "CalibrationSet(batches, source=...) as the second argument",
+    "prune.seed": "CalibrationSet(batches, seed=...) as the second argument",
+    "prune.corpora": "CalibrationSet(batches, corpora=...) as the second argument",
+}
+"""Function and argument -> what takes its place."""
+
+MODULES: Mapping[str, str] = {
+    "accumulation": "training.accumulation",
+    "allocation": "planning.allocation",
+    "architecture": "models.architecture",
+    "card": "checkpoints.card",
+    "checkpoint": "checkpoints.save",
+    "compilation": "training.compilation",
+    "config": "planning.config",
+    "corpora": "data.corpora",
+    "counts": "planning.counts",
+    "criteria": "scoring.criteria",
+    "damage": "scoring.damage",
+    "dense": "checkpoints.origin",
+    "diagnosis": "evaluation.diagnosis",
+    "distillation": "training.distillation",
+    "distributed": "common.distributed",
+    "errors": "common.errors",
+    "families": "models.families",
+    "figures": "reporting.figures",
+    "gates": "models.gates",
+    "generation": "evaluation.generation",
+    "gguf_file": "checkpoints.gguf_writer",
+    "gram": "surgery.gram",
+    "holding": "placement.layer_store",
+    "importance": "scoring.scores",
+    "judgement": "evaluation.judgement",
+    "layerwise": "models.layerwise",
+    "least_squares": "surgery.least_squares",
+    "likeness": "surgery.compatibility",
+    "loading": "models.loading",
+    "loading_by_layer": "placement.loading_by_layer",
+    "losses": "models.losses",
+    "offload": "placement.disk_store",
+    "outliers": "scoring.outliers",
+    "padding": "checkpoints.padding",
+    "page": "reporting.page",
+    "page_style": "reporting.page",
+    "per_layer": "models.per_layer",
+    "perplexity": "evaluation.perplexity",
+    "predictions": "evaluation.predictions",
+    "processes": "common.atomic_files",
+    "processor": "common.cpu",
+    "progress": "common.console",
+    "prompts": "data.prompts",
+    "provenance": "common.provenance",
+    "reconstruction": "surgery.repair",
+    "recovery": "training.recovery",
+    "refinement": "surgery.refinement",
+    "repetition": "evaluation.repetition",
+    "replace": "common.atomic_files",
+    "report": "reporting.report",
+    "resume": "training.resume",
+    "run_log": "common.run_log",
+    "sampling": "data.sampling",
+    "selection": "planning.selection",
+    "sensitivity": "scoring.sensitivity",
+    "sharding": "placement.fsdp",
+    "sources": "models.sources",
+    "splitting": "placement.sharded_store",
+    "stages": "common.stage_cache",
+    "steps": "planning.allocation.steps",
+    "teacher": "training.teacher",
+    "tokenizer": "models.tokenizer",
+    "tools": "commands",
+    "undoing": "evaluation.gated_plan",
+    "walk": "surgery.streams",
+    "windows": "data.windows",
+}
+"""Module below `gqaprune` -> where its content is now."""
+
+
+def describe_rename(old: str) -> str | None:
+    """Say in a sentence what a setting is called now; None where its name has not changed."""
+    new = SETTINGS.get(old)
+    return None if new is None else f"{old} is now {new}"
+
+
+def find_renamed_setting(message: str) -> str | None:
+    """Find the first old name of a setting in another library's error, as the sentence that names its successor."""
+    for name in re.findall(r"\b(?:pruning|data)(?:\.\w+)+", message):
+        if (sentence := describe_rename(name)) is not None:
+            return sentence
+    return None
+
+
+def name_successors(group: str, table: Mapping[str, str] = SETTINGS) -> Callable[[F], F]:
+    """Decorate a function so that an argument's old name is refused with its new one.
+
+    Args:
+        group: what stands before the argument in the table: `pruning` for `pruning.repair_pull`.
+        table: old names and their successors.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def checked(*arguments: Any, **keywords: Any) -> Any:
+            for name in keywords:
+                old = f"{group}.{name}"
+                if old in table and not any(new.startswith(f"{old}.") for new in table.values()):
+                    raise ValueError(f"{old} is now {table[old]}")
+            return function(*arguments, **keywords)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+def build_group(name: str, group: type[G], value: G | Mapping[str, Any]) -> G:
+    """Make a group of settings of a dictionary, or take it as it is.
+
+    Args:
+        name: full name of the group, such as `pruning.limits`.
+        group: its dataclass.
+        value: an instance, or settings by their names.
+
+    Raises:
+        ValueError: if the value is neither, or names a setting that the group does not have.
+    """
+    if isinstance(value, group):
+        return value
+    names = [setting.name for setting in fields(group)]
+    if not isinstance(value, Mapping):
+        renamed = f": {describe_rename(name)}" if name in SETTINGS else ""
+        raise ValueError(f"{name} is a group of settings ({', '.join(names)}), got {value!r}{renamed}")
+    if unknown := sorted(set(value) - set(names)):
+        raise ValueError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(names)}")
+    return group(**value)
+
+
+class _OldModules(MetaPathFinder):
+    """Answers the import of a module that has moved with its new place; asked last, when no other finder has it."""
+
+    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> None:
+        package, _, module = name.partition(".")
+        if package == "gqaprune" and (new := MODULES.get(module)) is not None:
+            raise ModuleNotFoundError(f"gqaprune.{module} is now gqaprune.{new}", name=name)
+
+
+def name_moved_modules() -> None:
+    """Let the import of a module's old name say its new one, from here on."""
+    if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
+        sys.meta_path.append(_OldModules())
