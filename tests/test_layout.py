@@ -53,9 +53,12 @@ def test_wheel_and_sdist_claim_one_name(copied_package: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"gqaprune"}
     assert "gqaprune/callbacks/guard.py" in names
+    templates = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("gqaprune/*/templates/*")}
+    assert {"gqaprune/reporting/templates/page.css", "gqaprune/checkpoints/templates/card.md"} <= templates
+    assert templates <= set(names)
     with tarfile.open(sdist) as archive:
         inside = [name.split("/", 1)[1] for name in archive.getnames() if "/" in name]
-    assert "gqaprune/callbacks/guard.py" in inside
+    assert "gqaprune/callbacks/guard.py" in inside and templates <= set(inside)
     assert not [name for name in inside if name.split("/")[0] in LINKS]
 
 

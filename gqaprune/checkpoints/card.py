@@ -1,13 +1,18 @@
-"""The model card: `README.md` of a checkpoint's folder, with the front matter that the hub reads."""
+"""The model card: `README.md` of a checkpoint's folder, with the front matter that the hub reads.
 
-import json
+The text is `templates/card.md`; it is Markdown, so nothing in it is escaped as HTML.
+"""
+
 import shlex
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
 
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.plan import Geometry, PruningPlan
-from gqaprune.reporting.report import Report
+from gqaprune.reporting.report import Report, Stage
 
 CARD_FILE = "README.md"
 
@@ -47,50 +52,32 @@ def write_card(
         name: that the folder is going to have, if another.
     """
     dense, kind = Path(plan.model).name or "a model", format.split("-")[0] if format.startswith("gguf") else format
-    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [gqaprune, pruned]"]
-    if _is_hub_name(plan.model):
-        front.insert(0, f"base_model: {json.dumps(plan.model)}")
     file = next((path.name for path in folder.glob("*.gguf")), "")
     asked = [f"{plan.rate:.1%} of its {_BASES[plan.rate_base]}"] if plan.rate else []
     asked += [f"{plan.kv_rate:.1%} of its KV heads"] if plan.kv_rate else []
-    lines = [
-        "---",
-        *front,
-        "---",
-        "",
-        f"# {dense}, pruned",
-        "",
-        f"{dense}, asked to lose {' and '.join(asked) or 'nothing'}, by gqaprune: units chosen by `{plan.criterion}`, "
-        f"allocation `{plan.allocation}`. {plan.describe_ratio()}.",
-        "",
-        _ABOUT[kind],
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"model = {_LOADING[kind].format(folder=name or folder.name, file=file)}",
-        "```",
-        "",
-        "## What each layer kept",
-        "",
-        *_list_layers(plan),
-    ]
-    if padding := describe_padding(plan.pruned_geometry, written, plan.geometry):
-        lines += ["", padding]
-    if report is not None and any(stage.perplexity for stage in report.stages):
-        lines += ["", "## Perplexity", "", *_list_perplexities(report), "", f"{report.protocol.rstrip('.')}."]
-    if command:
-        lines += [
-            "",
-            "## How it was made",
-            "",
-            "```bash",
-            shlex.join(command),
-            "```",
-            "",
-            "`plan.json` says which units stayed.",
-        ]
-    write_atomically(folder / CARD_FILE, ("\n".join(lines) + "\n").encode())
+    data = ModelCardData(
+        base_model=plan.model if _is_hub_name(plan.model) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gqaprune", "pruned"],
+    )
+    stages = report.stages if report is not None and any(stage.perplexity for stage in report.stages) else []
+    card = ModelCard.from_template(
+        data,
+        template_str=files("gqaprune.checkpoints").joinpath("templates/card.md").read_text(encoding="utf-8"),
+        dense=dense,
+        asked=" and ".join(asked) or "nothing",
+        plan=plan,
+        about=_ABOUT[kind],
+        loading=_LOADING[kind].format(folder=name or folder.name, file=file),
+        layers=_list_layers(plan),
+        padding=describe_padding(plan.pruned_geometry, written, plan.geometry),
+        stages=[stage.name for stage in stages],
+        perplexities=_list_perplexities(stages),
+        protocol="" if report is None else report.protocol.rstrip("."),
+        command=shlex.join(command),
+    )
+    write_atomically(folder / CARD_FILE, f"{card}\n".encode())
 
 
 def _is_hub_name(model: str) -> bool:
@@ -98,8 +85,8 @@ def _is_hub_name(model: str) -> bool:
     return model.count("/") == 1 and not model.startswith((".", "~", "/")) and not Path(model).exists()
 
 
-def _list_layers(plan: PruningPlan) -> list[str]:
-    """A table, equal neighbours in one row."""
+def _list_layers(plan: PruningPlan) -> list[tuple[str, ...]]:
+    """List the rows of a table, equal neighbours in one row."""
     before, after = plan.geometry, plan.pruned_geometry
     rows: list[tuple[int, int, tuple[str, ...]]] = []
     for layer in range(before.num_layers):
@@ -115,10 +102,7 @@ def _list_layers(plan: PruningPlan) -> list[str]:
             rows[-1] = (rows[-1][0], layer, cells)
         else:
             rows.append((layer, layer, cells))
-    lines = ["| layers | query heads | KV heads | MLP channels |", "| --- | ---: | ---: | ---: |"]
-    for first, last, cells in rows:
-        lines.append(f"| {first if first == last else f'{first}-{last}'} | {' | '.join(cells)} |")
-    return lines
+    return [(f"{first}" if first == last else f"{first}-{last}", *cells) for first, last, cells in rows]
 
 
 def describe_padding(pruned: Geometry, written: Geometry, dense: Geometry | None = None) -> str:
@@ -141,10 +125,10 @@ def describe_padding(pruned: Geometry, written: Geometry, dense: Geometry | None
     )
 
 
-def _list_perplexities(report: Report) -> list[str]:
-    names = [stage.name for stage in report.stages]
-    lines = [f"| | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
-    for corpus in report.stages[0].perplexity:
-        values = [stage.perplexity.get(corpus) for stage in report.stages]
-        lines.append(f"| {corpus} | {' | '.join('–' if value is None else f'{value:.2f}' for value in values)} |")
-    return lines
+def _list_perplexities(stages: Sequence[Stage]) -> list[list[str]]:
+    """List the rows of a table: a corpus, then its perplexity at every stage."""
+    rows = []
+    for corpus in stages[0].perplexity if stages else ():
+        values = [stage.perplexity.get(corpus) for stage in stages]
+        rows.append([corpus, *("–" if value is None else f"{value:.2f}" for value in values)])
+    return rows

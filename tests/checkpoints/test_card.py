@@ -1,10 +1,14 @@
 """The model card: front matter that the hub reads, what was cut, how to load it, what was measured."""
 
+import re
+import socket
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from gqaprune.checkpoints.card import CARD_FILE, describe_padding, write_card
 from gqaprune.reporting.report import Report, Stage
@@ -21,6 +25,7 @@ PLAN = replace(
     rate=0.25,
 )
 STAGES = [Stage(name, 10, 8, 4, {"val/a": value}) for name, value in (("dense", 9.5), ("pruned", 11.25))]
+NOTHING: dict[str, object] = {"report": None, "command": [], "written": PLAN.pruned_geometry}
 REPORT = Report("m", {}, "windows of 32 tokens, token-weighted", STAGES)
 
 
@@ -57,6 +62,41 @@ def test_card_of_a_folder_here_names_no_base_on_the_hub(tmp_path: Path, monkeypa
     (tmp_path / "models/mine").mkdir(parents=True)
     for model in ("./mine", "models/mine", "~/mine"):
         assert "base_model" not in read_card(tmp_path, plan=replace(PLAN, model=model))[0]
+
+
+@pytest.mark.parametrize("model", ["o/a: b # c", "o/'\"", "true/false", "o/日本", "o/" + "long " * 40])
+def test_front_matter_holds_any_name_as_it_is(model: str, tmp_path: Path) -> None:
+    assert read_card(tmp_path, plan=replace(PLAN, model=model))[0]["base_model"] == model
+
+
+def test_card_is_markdown_in_which_nothing_is_escaped_or_run(tmp_path: Path) -> None:
+    protocol = "windows < 32 & {{ 7 * 7 }} {% raw %}"
+    _, body = read_card(tmp_path, report=replace(REPORT, protocol=protocol), command=["a b", "<&>"], name="it's")
+    assert f"\n{protocol}.\n" in body and "\n'a b' '<&>'\n" in body and 'from_pretrained("it\'s", trust' in body
+
+
+def test_parts_without_anything_to_tell_leave_no_empty_lines(tmp_path: Path) -> None:
+    whole = {"report": REPORT, "command": ["a"], "written": PLAN.geometry}
+    for left_out in ({}, *({name: value} for name, value in NOTHING.items()), NOTHING):
+        text = read_card(tmp_path, **whole | left_out)[1]
+        assert "\n\n\n" not in text and text.startswith("\n# ") and re.search(r"[^\n]\n\Z", text)
+    assert text.endswith("| 1-2 | 6 | 3 | 20 |\n")
+
+
+def test_card_is_read_and_written_by_the_hub_without_a_change(tmp_path: Path) -> None:
+    read_card(tmp_path, report=REPORT, command=["a"])
+    text = (tmp_path / CARD_FILE).read_text()
+    assert f"{ModelCard.load(tmp_path / CARD_FILE)}" == text
+
+
+def test_card_is_written_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert read_card(tmp_path, report=REPORT)[0]["library_name"] == "transformers"
 
 
 def test_card_names_the_folder_that_its_own_is_going_to_be(tmp_path: Path) -> None:

@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 from test_figures import make_plan
 from test_report import make_report
 
 from gqaprune.plan import BlockKey
+from gqaprune.reporting import page as page_module
+from gqaprune.reporting import sections
 from gqaprune.reporting.page import Page, Sample, build_page
 from gqaprune.reporting.report import Outlier, Report, describe_request, list_rows
 from gqaprune.surgery.refinement import Refinement
@@ -23,16 +27,17 @@ HOSTILE = (
 )
 BEGAN = datetime(2026, 11, 23, 4, 0, tzinfo=timezone(timedelta(hours=1)))
 VOID = {"meta", "img"}
+TEMPLATES = Path(page_module.__file__).parent / "templates"
 
 
-def make_guard(**facts: Any) -> dict[str, Any]:
+def make_diagnosis(cause: str = "rate") -> dict[str, Any]:
     findings = [
         {"cause": "repair", "sentence": "repair made it worse", "setting": "set repair to none", "perplexity": 150.5,
          "explains": 0.07},
-        {"cause": "rate", "sentence": "too much is removed", "setting": "lower pruning.rate", "perplexity": 12.5,
+        {"cause": cause, "sentence": "too much is removed", "setting": "lower pruning.rate", "perplexity": 12.5,
          "explains": 0.93},
     ]  # fmt: skip
-    diagnosis = {
+    return {
         "dense": 11.0,
         "pruned": 180.0,
         "cut": 175.25,
@@ -40,7 +45,10 @@ def make_guard(**facts: Any) -> dict[str, Any]:
         "layers": {},
         "verdict": findings[1],
     }
-    return {"perplexity": 180.0, "dense": 11.0, "stopped": True, "diagnosis": diagnosis} | facts
+
+
+def make_guard(**facts: Any) -> dict[str, Any]:
+    return {"perplexity": 180.0, "dense": 11.0, "stopped": True, "diagnosis": make_diagnosis()} | facts
 
 
 def make_predictions(text: str = "the the the") -> dict[str, Any]:
@@ -185,7 +193,8 @@ def test_page_needs_nothing_from_outside() -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["title", "state", "sample", "prompt", "prediction", "guard", "command", "corpus", "note"]
+    "place",
+    ["title", "state", "sample", "prompt", "prediction", "guard", "cause", "command", "version", "corpus", "note"],
 )
 def test_texts_of_models_and_users_are_shown_and_do_nothing(place: str) -> None:
     page = make_page(guard=make_guard())
@@ -198,7 +207,9 @@ def test_texts_of_models_and_users_are_shown_and_do_nothing(place: str) -> None:
         "prompt": {"samples": [Sample(HOSTILE, {0: "a"})]},
         "prediction": {"predictions": make_predictions(HOSTILE)},
         "guard": {"guard": {"error": HOSTILE, "stopped": True}},
+        "cause": {"guard": make_guard(diagnosis=make_diagnosis(HOSTILE))},
         "command": {"command": ["gqaprune", HOSTILE]},
+        "version": {"versions": {HOSTILE: "1"}},
         "corpus": {"report": report},
         "note": {"report": replace(report, note=HOSTILE, stages=make_report().stages)},
     }
@@ -209,6 +220,30 @@ def test_texts_of_models_and_users_are_shown_and_do_nothing(place: str) -> None:
     shown = "".join(text for _, text in reader.texts)
     assert "<script>alert(1)</script>" in shown and "&amp;" in shown
     assert not re.search(r"[\x00\x1b\ud800]", shown)
+
+
+def test_no_template_marks_a_text_as_safe() -> None:
+    sources = [path.read_text() for path in TEMPLATES.glob("*.html")]
+    assert len(sources) == 3 and not re.search(r"\bsafe\b|autoescape", "".join(sources))
+
+
+def test_text_that_looks_like_a_template_stays_text() -> None:
+    text = "{{ 7 * 7 }} {% raw %} {# note #}"
+    page = make_page(samples=[Sample(text, {0: text})])
+    reader = Reader(build_page(replace(page, title=text, state=text)))
+    assert [text in reader.find(tag) for tag in ("h1", "p", "h3", "pre")] == [True] * 4
+
+
+def test_template_that_misses_a_fact_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = sections.describe_plan(make_plan())
+    monkeypatch.setattr(sections, "describe_plan", lambda _: {name: known[name] for name in ("picture", "layers")})
+    with pytest.raises(UndefinedError, match="ratio"):
+        build_page(make_page())
+
+
+def test_page_holds_its_whole_style_sheet() -> None:
+    page, style = build_page(make_page()), (TEMPLATES / "page.css").read_text()
+    assert f"<style>\n{style}</style>" in page
 
 
 def test_page_is_bytes_that_every_browser_reads() -> None:
