@@ -11,7 +11,7 @@ from gqaprune.common.distributed import check_same_on_all_ranks, get_rank_and_wo
 from gqaprune.common.stage_cache import Stage, Stages
 from gqaprune.evaluation.perplexity import Evaluation, measure_perplexity
 from gqaprune.models.architecture import check_biases, describe_experts
-from gqaprune.placement.layer_store import get_layers_apart
+from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.model_hash import hash_model, hash_tensors
 from gqaprune.plan import BlockKey, PruningPlan
 from gqaprune.planning.allocation import AllocationOptions
@@ -135,8 +135,7 @@ class Pruner:
         corpora: Sequence[str] = (),
         stages: Stages | None = None,
     ) -> None:
-        if (apart := get_layers_apart(model)) is not None:
-            check_goes_by_layer(config, apart)
+        check_goes_by_layer(config, find_store(model).placement)
         check_likeness(model)
         self.dense_blocks, self.budget = select_blocks(model, config), read_budget(model, config)
         check_finite_weights(model)  # of what is quantised it could not say

@@ -14,7 +14,7 @@ from gqaprune.models.families import FAMILIES, get_family
 from gqaprune.models.gates import apply_gates, freeze_parameters
 from gqaprune.models.layerwise import embed_batches, run_layer
 from gqaprune.models.per_layer import LayerConfig
-from gqaprune.placement.layer_store import hold_layer
+from gqaprune.placement.layer_store import find_store
 from gqaprune.surgery.cut import keep_units
 
 _TOLERANCE = 1e-3
@@ -42,7 +42,7 @@ def check_likeness(model: PreTrainedModel) -> None:
         _check_parts(model, index, layer)
     blocks = find_blocks(model)[:2]
     tokens_BT = torch.arange(_TOKENS)[None] % model.get_input_embeddings().num_embeddings
-    with freeze_parameters(model), hold_layer(model, 0):
+    with freeze_parameters(model), find_store(model).hold(0):
         (stream,) = embed_batches(model, [tokens_BT])
         with _record_outputs(blocks) as outputs_BTD:
             after_BTD = run_layer(model, 0, stream)

@@ -35,7 +35,7 @@ from gqaprune.models.architecture import (
 )
 from gqaprune.models.families import get_family
 from gqaprune.models.gates import freeze_parameters
-from gqaprune.placement.layer_store import hold_each
+from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import BlockKey, BlockKind, PruningPlan
 from gqaprune.surgery.cut import apply_plan, check_plan, cut_block, list_kept_columns, write_shapes
 from gqaprune.surgery.gram import Memory, Panels, split_rows
@@ -176,7 +176,7 @@ def apply_plan_with_repair(
     with freeze_parameters(model), torch.no_grad():
         walk = Walk(model, [batches[index] for index in own if left], [index in held_out for index in own if left])
         changed = {key.layer for key in repaired}
-        for layer in hold_each(model, track(range(max(changed) + 1), "reconstruction", "layers"), changed):
+        for layer in find_store(model).hold_each(track(range(max(changed) + 1), "reconstruction", "layers"), changed):
             if layer == first and options.pull > 0:
                 walk.branch_off()
             attention, tokens = layers[layer][0][0], None

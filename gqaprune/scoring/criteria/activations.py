@@ -14,7 +14,7 @@ from gqaprune.common.distributed import get_rank_and_world_size, sum_across_rank
 from gqaprune.models.architecture import Block
 from gqaprune.models.gates import freeze_parameters
 from gqaprune.models.layerwise import Stream, embed_batches, run_layer, watch_inputs
-from gqaprune.placement.layer_store import hold_each
+from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import BlockKey
 from gqaprune.scoring.criteria.base import Criterion, Scores
 from gqaprune.surgery.gram import Gram, Memory, split_rows
@@ -55,9 +55,8 @@ class ActivationCriterion(Criterion, Generic[T]):
         scores: Scores = {}
         with freeze_parameters(calibration.model):
             streams = embed_batches(calibration.model, [calibration.batches[i] for i in calibration.own_batches])
-            for layer in hold_each(
-                calibration.model, track(range(max(blocks, default=-1) + 1), calibration.name, "layers")
-            ):
+            layers = track(range(max(blocks, default=-1) + 1), calibration.name, "layers")
+            for layer in find_store(calibration.model).hold_each(layers):
                 statistics = self._measure_layer(layer, blocks.get(layer, []), streams)
                 for block in blocks.get(layer, []):
                     total = statistics.pop(block.key)
