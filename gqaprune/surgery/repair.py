@@ -41,7 +41,7 @@ from gqaprune.surgery.cut import apply_plan, check_plan, cut_block, list_kept_co
 from gqaprune.surgery.gram import Memory, Panels, split_rows
 from gqaprune.surgery.least_squares import Moments, refit, search_downhill
 from gqaprune.surgery.refinement import Refinement, RefinementOptions, TokenPairs, refine_mlp, reserve_pairs
-from gqaprune.surgery.streams import Passage, Walk
+from gqaprune.surgery.streams import BlockActivations, LayerStreams, Streams
 
 _ROWS = 1024
 """Rows of an output projection that are made float32 at a time."""
@@ -174,29 +174,29 @@ def apply_plan_with_repair(
     own, held_out = range(rank, len(batches), world_size), choose_held_out(len(batches), options.holdout)
     repairs = []
     with freeze_parameters(model), torch.no_grad():
-        walk = Walk(model, [batches[index] for index in own if left], [index in held_out for index in own if left])
+        streams = Streams(
+            model,
+            [batches[index] for index in own if left],
+            [index in held_out for index in own if left],
+            dense_from=first if options.pull > 0 else None,
+            last=last,
+        )
         changed = {key.layer for key in repaired}
         for layer in find_store(model).hold_each(track(range(max(changed) + 1), "reconstruction", "layers"), changed):
-            if layer == first and options.pull > 0:
-                walk.branch_off()
-            attention, tokens = layers[layer][0][0], None
-            walk.enter(attention, has_goal=attention.key in repaired)
-            for block, heads in layers[layer]:
-                name = f"repair of {block.key}"
-                if name in are_there:
-                    cut_block(model, plan, block, heads)
-                    stage = stages.read(name)
-                    get_module(model, block.key).load_state_dict(dict(stage.tensors))
-                    repairs.append(BlockRepair.from_dict(stage.facts))
-                elif block.key in repaired:
-                    is_mlp_left = BlockKey(layer, "mlp") in left
-                    repair, tokens = _repair_block(model, plan, block, heads, walk, options, is_mlp_left)
-                    repairs.append(repair)
-                    stages.write(name, inputs, Stage(repair.to_dict(), get_module(model, block.key).state_dict()))
-            if layer == last:  # nothing after it looks at what it gives
-                walk.end()
-            else:
-                walk.leave(tokens)
+            attention = layers[layer][0][0]
+            with streams.enter_layer(attention, needs_dense_attention=attention.key in repaired) as layer_streams:
+                for block, heads in layers[layer]:
+                    name = f"repair of {block.key}"
+                    if name in are_there:
+                        cut_block(model, plan, block, heads)
+                        stage = stages.read(name)
+                        get_module(model, block.key).load_state_dict(dict(stage.tensors))
+                        repairs.append(BlockRepair.from_dict(stage.facts))
+                    elif block.key in repaired:
+                        is_mlp_left = BlockKey(layer, "mlp") in left
+                        repair = _repair_block(model, plan, block, heads, layer_streams, options, is_mlp_left)
+                        repairs.append(repair)
+                        stages.write(name, inputs, Stage(repair.to_dict(), get_module(model, block.key).state_dict()))
     write_shapes(model, plan)
     return repairs
 
@@ -217,10 +217,10 @@ def _repair_block(
     plan: PruningPlan,
     block: Block,
     heads: Block,
-    walk: Walk,
+    streams: LayerStreams,
     options: RepairOptions,
     is_mlp_left: bool,
-) -> tuple[BlockRepair, tuple[TokenPairs, TokenPairs] | None]:
+) -> BlockRepair:
     """Look at a block while it is whole, cut and repair it.
 
     Args:
@@ -228,12 +228,9 @@ def _repair_block(
         plan: which units stay.
         block: the block.
         heads: the same with query heads as its units.
-        walk: at the block's layer.
+        streams: at the block's layer.
         options: how.
         is_mlp_left: whether the layer's MLP is to be repaired, too, or this is it.
-
-    Returns:
-        What was done; and an MLP's tokens, if the walk's streams wait before it.
     """
     family, columns, memory = (
         get_family(model.config),
@@ -241,20 +238,23 @@ def _repair_block(
         Memory(block.output.weight.device),
     )
     refines = options.refinement.epochs > 0 and block.key.kind == "mlp"
-    waits = refines and block.key.kind not in family.scaled
     is_whole_attention = block.key.kind == "attention" and len(columns) == block.output.in_features
-    passages = walk.run_to(block, is_mlp_next=is_mlp_left and is_whole_attention, waits=waits)
     tokens, mlp = None, get_module(model, block.key)
     if refines:
-        tokens = reserve_pairs(walk.count_tokens(), block.inputs[0].linear.in_features, mlp)
-    seen = _measure_block(model, block, columns, passages, options, memory, tokens)
+        tokens = reserve_pairs(streams.count_tokens(), block.inputs[0].linear.in_features, mlp)
+    activations = streams.run_to(
+        block,
+        is_mlp_next=is_mlp_left and is_whole_attention,
+        mlp_tokens=None if block.key.kind in family.scaled else tokens,
+    )
+    seen = _measure_block(model, block, columns, activations, options, memory, tokens)
     cut_block(model, plan, block, heads)
     repair = _refit_block(block, seen, options, memory, spares_held=refines)
     if tokens is not None:
         is_normed = block.key.kind in family.output_norms
         refinement = refine_mlp(mlp, *tokens, options.refinement, block.key.layer, is_normed)
         repair = replace(repair, refinement=refinement)
-    return repair, tokens if waits else None
+    return repair
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def _measure_block(
     model: PreTrainedModel,
     block: Block,
     columns: Tensor,
-    passages: Iterable[Passage],
+    activations: Iterable[BlockActivations],
     options: RepairOptions,
     memory: Memory,
     tokens: tuple[TokenPairs, TokenPairs] | None,
@@ -285,7 +285,7 @@ def _measure_block(
         model: the model, cut up to the block.
         block: the block.
         columns: columns of its output projection that will stay.
-        passages: of this rank's streams, with the dense model's hidden states after the block, unless there is no pull.
+        activations: of this rank's streams; where there is a pull, with the dense model's hidden states.
         options: what is free, and how far the target goes from the block's own output to those hidden states.
         memory: that keeps the moments.
         tokens: room for this rank's inputs and targets, on streams to fit on and on held-out ones; None keeps none.
@@ -299,16 +299,16 @@ def _measure_block(
     parts = [Moments(inputs, len(weight_DC), memory) for _ in range(2)]
     energies = [torch.zeros_like(part.energy) for part in parts]
     done = [0, 0]
-    for passage in passages:
-        x_NC, target_ND = passage.x_BTC.flatten(0, 1).float(), passage.output_BTD.flatten(0, 1)
+    for seen in activations:
+        x_NC, target_ND = seen.x_BTC.flatten(0, 1).float(), seen.output_BTD.flatten(0, 1)
         if weight_DC.dtype != torch.float32:  # in which the output is rounded; some rows at a time are made wide
             target_ND = torch.cat([functional.linear(x_NC, rows_RC.float()) for rows_RC in weight_DC.split(_ROWS)], 1)
             if bias_D is not None:
                 target_ND += bias_D.float()
         lacking_ND = functional.linear(x_NC[:, is_gone_C], gone_DC)
-        if passage.goal_BTD is not None:
-            after_BTD = passage.before_BTD + compute_addition(model, block.key, passage.output_BTD)
-            missing_BTD = passage.goal_BTD.float() - after_BTD.float()
+        if seen.dense_BTD is not None:
+            after_BTD = seen.before_BTD + compute_addition(model, block.key, seen.output_BTD)
+            missing_BTD = seen.dense_BTD.float() - after_BTD.float()
             missing_BTD *= options.pull / read_residual_multiplier(model.config)
             target_ND += missing_BTD.flatten(0, 1)
             lacking_ND += missing_BTD.flatten(0, 1)
@@ -321,13 +321,13 @@ def _measure_block(
             x_NS /= size_N1
             lacking_ND /= size_N1
             energy_N /= size_N1[:, 0].double().square()
-        parts[passage.is_held].add(x_NS, lacking_ND)
-        energies[passage.is_held] += energy_N.sum()
+        parts[seen.is_held_out].add(x_NS, lacking_ND)
+        energies[seen.is_held_out] += energy_N.sum()
         if tokens is not None:
-            pairs, first = tokens[passage.is_held], done[passage.is_held]
-            done[passage.is_held] += len(target_ND)
-            pairs.x_ND[first : done[passage.is_held]] = passage.input_BTD.flatten(0, 1)
-            pairs.y_ND[first : done[passage.is_held]] = target_ND
+            pairs, first = tokens[seen.is_held_out], done[seen.is_held_out]
+            done[seen.is_held_out] += len(target_ND)
+            pairs.x_ND[first : done[seen.is_held_out]] = seen.input_BTD.flatten(0, 1)
+            pairs.y_ND[first : done[seen.is_held_out]] = target_ND
     for part in parts:
         part.sum_across_ranks()
     add_across_ranks(energies, memory.device)
