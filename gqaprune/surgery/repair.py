@@ -7,44 +7,30 @@ time, and no activations but the hidden states between two layers and one MLP's 
 Sources: least squares over the kept units, Kwon et al. 2022 (arXiv 2204.09656) and ZipLM (arXiv 2302.04089), layer by
 layer as in Týr-the-Pruner; bias compensation, FLAP (arXiv 2312.11983); targets of the dense model on inputs of the
 changed one ("asymmetric calibration"), GPTAQ (arXiv 2504.02692).
-
-Axes in tensor names: B samples, T tokens, N tokens of all samples, D hidden width, R some rows of the output
-projection, C its columns, S what is free of it: the kept columns and, last, a column of ones for its bias.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from gqaprune.common.console import track
-from gqaprune.common.distributed import add_across_ranks, get_rank_and_world_size, sum_across_ranks
+from gqaprune.common.distributed import get_rank_and_world_size
 from gqaprune.common.stage_cache import Stage, Stages
-from gqaprune.models.architecture import (
-    Block,
-    add_biases,
-    compute_addition,
-    find_blocks,
-    get_layers,
-    get_module,
-    read_residual_multiplier,
-)
+from gqaprune.models.architecture import Block, add_biases, find_blocks, get_layers, get_module
 from gqaprune.models.families import get_family
 from gqaprune.models.gates import freeze_parameters
 from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import BlockKey, BlockKind, PruningPlan
+from gqaprune.surgery.block_refit import refit_block
+from gqaprune.surgery.block_targets import measure_moments
 from gqaprune.surgery.cut import apply_plan, check_plan, cut_block, list_kept_columns, write_shapes
-from gqaprune.surgery.gram import Memory, Panels, split_rows
-from gqaprune.surgery.least_squares import Moments, refit, search_downhill
-from gqaprune.surgery.refinement import Refinement, RefinementOptions, TokenPairs, refine_mlp, reserve_pairs
-from gqaprune.surgery.streams import BlockActivations, LayerStreams, Streams
-
-_ROWS = 1024
-"""Rows of an output projection that are made float32 at a time."""
+from gqaprune.surgery.gram import Memory
+from gqaprune.surgery.refinement import Refinement, RefinementOptions, refine_mlp, reserve_pairs
+from gqaprune.surgery.streams import LayerStreams, Streams
 
 
 @dataclass(frozen=True)
@@ -232,14 +218,11 @@ def _repair_block(
         options: how.
         is_mlp_left: whether the layer's MLP is to be repaired, too, or this is it.
     """
-    family, columns, memory = (
-        get_family(model.config),
-        list_kept_columns(plan, block),
-        Memory(block.output.weight.device),
-    )
+    family, mlp = get_family(model.config), get_module(model, block.key)
+    columns, memory = list_kept_columns(plan, block), Memory(block.output.weight.device)
     refines = options.refinement.epochs > 0 and block.key.kind == "mlp"
     is_whole_attention = block.key.kind == "attention" and len(columns) == block.output.in_features
-    tokens, mlp = None, get_module(model, block.key)
+    tokens = None
     if refines:
         tokens = reserve_pairs(streams.count_tokens(), block.inputs[0].linear.in_features, mlp)
     activations = streams.run_to(
@@ -247,146 +230,30 @@ def _repair_block(
         is_mlp_next=is_mlp_left and is_whole_attention,
         mlp_tokens=None if block.key.kind in family.scaled else tokens,
     )
-    seen = _measure_block(model, block, columns, activations, options, memory, tokens)
+    moments = measure_moments(
+        model,
+        block,
+        columns,
+        activations,
+        memory,
+        fits_weight=options.refit,
+        fits_bias=options.bias,
+        pull=options.pull,
+        tokens=tokens,
+    )
     cut_block(model, plan, block, heads)
-    repair = _refit_block(block, seen, options, memory, spares_held=refines)
+    ridge, error_before, error_after = refit_block(
+        block,
+        moments,
+        memory,
+        ridges=options.ridges if options.refit else (0.0,),
+        fits_weight=options.refit,
+        fits_bias=options.bias,
+        spares_held_out=refines,
+    )
+    repair = BlockRepair(block.key, ridge, error_before, error_after)
     if tokens is not None:
         is_normed = block.key.kind in family.output_norms
         refinement = refine_mlp(mlp, *tokens, options.refinement, block.key.layer, is_normed)
         repair = replace(repair, refinement=refinement)
     return repair
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What a block that is still whole was seen to take and asked to give: on windows to fit on, and on held-out ones.
-
-    Args:
-        moments: of the free weights' inputs and of what the cut block lacks of its targets, all ranks' together.
-        energy: `Σ ‖target‖²` on the windows that count when judging.
-    """
-
-    moments: tuple[Moments, Moments]
-    energy: float
-
-
-def _measure_block(
-    model: PreTrainedModel,
-    block: Block,
-    columns: Tensor,
-    activations: Iterable[BlockActivations],
-    options: RepairOptions,
-    memory: Memory,
-    tokens: tuple[TokenPairs, TokenPairs] | None,
-) -> _Seen:
-    """Look at what a block that is still whole takes and gives.
-
-    Args:
-        model: the model, cut up to the block.
-        block: the block.
-        columns: columns of its output projection that will stay.
-        activations: of this rank's streams; where there is a pull, with the dense model's hidden states.
-        options: what is free, and how far the target goes from the block's own output to those hidden states.
-        memory: that keeps the moments.
-        tokens: room for this rank's inputs and targets, on streams to fit on and on held-out ones; None keeps none.
-    """
-    weight_DC, bias_D = block.output.weight, block.output.bias
-    is_gone_C = torch.ones_like(weight_DC[0], dtype=torch.bool)
-    is_gone_C[columns] = False
-    gone_DC = weight_DC[:, is_gone_C].float()
-    is_normed = block.key.kind in get_family(model.config).output_norms
-    inputs = (len(columns) if options.refit else 0) + options.bias
-    parts = [Moments(inputs, len(weight_DC), memory) for _ in range(2)]
-    energies = [torch.zeros_like(part.energy) for part in parts]
-    done = [0, 0]
-    for seen in activations:
-        x_NC, target_ND = seen.x_BTC.flatten(0, 1).float(), seen.output_BTD.flatten(0, 1)
-        if weight_DC.dtype != torch.float32:  # in which the output is rounded; some rows at a time are made wide
-            target_ND = torch.cat([functional.linear(x_NC, rows_RC.float()) for rows_RC in weight_DC.split(_ROWS)], 1)
-            if bias_D is not None:
-                target_ND += bias_D.float()
-        lacking_ND = functional.linear(x_NC[:, is_gone_C], gone_DC)
-        if seen.dense_BTD is not None:
-            after_BTD = seen.before_BTD + compute_addition(model, block.key, seen.output_BTD)
-            missing_BTD = seen.dense_BTD.float() - after_BTD.float()
-            missing_BTD *= options.pull / read_residual_multiplier(model.config)
-            target_ND += missing_BTD.flatten(0, 1)
-            lacking_ND += missing_BTD.flatten(0, 1)
-        x_NS = x_NC[:, columns] if options.refit else x_NC[:, :0]
-        if options.bias:
-            x_NS = functional.pad(x_NS, (0, 1), value=1.0)
-        energy_N = target_ND.square().sum(1, dtype=torch.float64)
-        if is_normed:  # which makes all tokens' outputs alike in size: their relative errors count
-            size_N1 = target_ND.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-            x_NS /= size_N1
-            lacking_ND /= size_N1
-            energy_N /= size_N1[:, 0].double().square()
-        parts[seen.is_held_out].add(x_NS, lacking_ND)
-        energies[seen.is_held_out] += energy_N.sum()
-        if tokens is not None:
-            pairs, first = tokens[seen.is_held_out], done[seen.is_held_out]
-            done[seen.is_held_out] += len(target_ND)
-            pairs.x_ND[first : done[seen.is_held_out]] = seen.input_BTD.flatten(0, 1)
-            pairs.y_ND[first : done[seen.is_held_out]] = target_ND
-    for part in parts:
-        part.sum_across_ranks()
-    add_across_ranks(energies, memory.device)
-    if not all(part.is_finite() and energy.isfinite() for part, energy in zip(parts, energies, strict=True)):
-        raise ValueError(
-            f"{block.key}: the input or the target of its output projection is not finite on the calibration text: "
-            "activations overflow; load the model with dtype bfloat16 or float32"
-        )
-    judged = 1 if parts[1].gram.tokens > 0 else 0  # of one batch, none was held out
-    return _Seen((parts[0], parts[judged]), float(energies[judged]))
-
-
-def _refit_block(block: Block, seen: _Seen, options: RepairOptions, memory: Memory, spares_held: bool) -> BlockRepair:
-    """Write the best weights into a block that has been cut, those of rank 0 on every rank.
-
-    Those of the best ridge, fitted on all windows; those of the cut where no ridge beats them.
-
-    Args:
-        block: the block, already cut.
-        seen: what it takes and should give.
-        options: what is free, and the ridges.
-        memory: for weights and factor.
-        spares_held: fit without the held-out windows, for refinement is judged on them: weights that have seen them
-            would look better there than all that training makes of them.
-    """
-    linear, (fit, held) = block.output, seen.moments
-    free = [linear.weight] if options.refit else []
-    if options.bias:
-        free.append(linear.bias[:, None])
-    widths = [own.shape[1] for own in free]
-
-    def write(rows: slice, weight_RS: Tensor) -> None:
-        for own, part in zip(free, weight_RS.split(widths, dim=1), strict=True):
-            own[rows] = part
-
-    start_DS = memory.make_zeros(len(linear.weight), sum(widths), linear.weight.dtype)
-    for own, part in zip(free, start_DS.split(widths, dim=1), strict=True):
-        part.copy_(own)
-    penalised, factor = sum(widths) - options.bias, Panels(sum(widths), memory)
-    # Weights of the best ridge so far, and of the one that is tried. At an infinite one they stay as they are.
-    weights_DS = [memory.make_zeros(len(start_DS), sum(widths), start_DS.dtype) for _ in range(2)]
-    before, errors = float(held.energy), {float("inf"): float(held.energy)}
-
-    def measure(ridge: float) -> float:
-        error = refit(start_DS, [fit], held, ridge, penalised, factor, weights_DS[1].__setitem__)
-        if error < min(errors.values()):
-            weights_DS.reverse()
-        errors[ridge] = error
-        return error
-
-    search_downhill(options.ridges if options.refit else (0.0,), measure)
-    ridge, after = min(errors.items(), key=lambda item: item[1])
-    if after < before:
-        write(slice(None), weights_DS[0])
-        if not spares_held and refit(start_DS, [fit, held], held, ridge, penalised, factor, write) >= before:
-            write(slice(None), weights_DS[0])  # what is stored of the fit on all windows is worse for them
-    rank, _ = get_rank_and_world_size()
-    for own in free:
-        for rows in split_rows(*own.shape):
-            own[rows] = sum_across_ranks({"weights": own[rows].double() * (rank == 0)})["weights"]
-    scale = seen.energy or 1.0
-    return BlockRepair(block.key, ridge if after < before else None, before / scale, after / scale)

@@ -251,7 +251,7 @@ def test_a_stopped_run_in_memory_goes_on_layer_by_layer(tmp_path: Path, monkeypa
     assert names == list(dict(model.named_parameters()))
     config, stages = PruningConfig(**CONFIG), Stages(tmp_path / "stages")
     expected = prune(model, BATCHES, config, evaluation=TEXT, stages=stages)
-    monkeypatch.setattr("gqaprune.surgery.repair._refit_block", None)  # nothing is left to refit
+    monkeypatch.setattr("gqaprune.surgery.repair.refit_block", None)  # nothing is left to refit
     offloaded = open_dense(tmp_path)
     assert prune(offloaded, BATCHES, config, evaluation=TEXT, stages=stages) == expected
     assert_same(model, offloaded)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-import gqaprune.surgery.repair
+import gqaprune.surgery.block_refit
 from gqaprune.checkpoints.save import save
 from gqaprune.models.architecture import Block, find_blocks, read_geometry
 from gqaprune.models.loading import load_model
@@ -201,9 +201,9 @@ def test_repair_does_not_depend_on_the_panels(variant: str, monkeypatch: pytest.
 
 
 def test_where_all_windows_have_no_fit_that_of_the_judged_ridge_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, key = gqaprune.surgery.repair.refit, (1, "mlp")
+    real, key = gqaprune.surgery.block_refit.refit, (1, "mlp")
     monkeypatch.setattr(
-        gqaprune.surgery.repair,
+        gqaprune.surgery.block_refit,
         "refit",
         lambda start_DS, parts, *rest: float("inf") if len(parts) > 1 else real(start_DS, parts, *rest),
     )
