@@ -39,7 +39,7 @@ from gqaprune.reporting.report import Outlier, Report, describe_model
 from gqaprune.scoring.criteria.base import Scores
 from gqaprune.scoring.scores import check_finite_weights
 from gqaprune.scoring.sensitivity import Importance
-from gqaprune.surgery.compatibility import check_likeness
+from gqaprune.surgery.compatibility import check_compatibility
 from gqaprune.surgery.cut import apply_plan
 from gqaprune.surgery.repair import BlockRepair, apply_plan_with_repair
 
@@ -64,7 +64,7 @@ def prune(
         model: the dense causal LM, on the device to work on.
         batches: calibration token ids, each `[batch, tokens]`; in a process group the same list on every rank.
         config: what to remove.
-        accumulate: micro-batches per accumulation window of the criterion.
+        accumulate: micro-batches per accumulation of the criterion.
         evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on, never calibration text.
         source: name of the model, for the plan.
         seed: seed that chose the calibration windows; of `random` scores and of swaps, too.
@@ -102,7 +102,7 @@ class Pruner:
         model: the dense causal LM, on the device to work on.
         batches: calibration token ids, each `[batch, tokens]`; in a process group the same list on every rank.
         config: what to remove.
-        accumulate: micro-batches per accumulation window of the criterion.
+        accumulate: micro-batches per accumulation of the criterion.
         evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on.
         held_out: likewise, calibration text that is not calibrated on, for each stage's own judgement.
         source: name of the model, for the plan.
@@ -136,7 +136,7 @@ class Pruner:
         stages: Stages | None = None,
     ) -> None:
         check_goes_by_layer(config, find_store(model).placement)
-        check_likeness(model)
+        check_compatibility(model)
         self.dense_blocks, self.budget = select_blocks(model, config), read_budget(model, config)
         check_finite_weights(model)  # of what is quantised it could not say
         self.model, self.batches, self.config = model, batches, config

@@ -39,7 +39,7 @@ from gqaprune.training.resume import UNFINISHED
 class TaylorPruning(GradientAccumulationScheduler):
     """Scores units on calibration micro-batches and cuts the model in `setup`; then schedules gradient accumulation.
 
-    In calibration, gate gradients are accumulated over windows of as many micro-batches as training accumulates in its
+    In calibration, gate gradients are accumulated over as many micro-batches as training accumulates in its
     first epoch. In training it is the `GradientAccumulationScheduler` it inherits from, and with `recovery.rounds` of
     more than 1 it cuts again between steps, on single devices and DDP, where every rank holds the whole model. It only
     wires: the path is `gqaprune.pipeline`.

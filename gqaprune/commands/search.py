@@ -36,7 +36,7 @@ from gqaprune.planning.counts import (
 from gqaprune.planning.selection import budget_blocks, read_budget, score_blocks, select_blocks
 from gqaprune.scoring.damage import make_gates
 from gqaprune.scoring.scores import Scores, check_finite_weights
-from gqaprune.surgery.compatibility import check_likeness
+from gqaprune.surgery.compatibility import check_compatibility
 
 SEARCH_FILE = "search.json"
 FIGURE_FILE = "search.png"
@@ -155,7 +155,7 @@ def find_best_split(
     if not any(validation.values()):
         raise ValueError("search compares splits on validation text, got none: name a corpus in data.val")
     check_text(batches, config)
-    check_likeness(model)
+    check_compatibility(model)
     blocks, budget = select_blocks(model, config), read_budget(model, config)
     check_finite_weights(model)
     check_reachable(blocks, budget, config)

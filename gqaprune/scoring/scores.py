@@ -61,7 +61,7 @@ def score_units(
 ) -> Scores:
     """Score the units of blocks on calibration batches.
 
-    In a process group each rank takes whole accumulation windows and the sums are reduced once, so that the scores are
+    In a process group each rank takes whole accumulations and the sums are reduced once, so that the scores are
     those of one process on the same batches.
 
     Args:
@@ -69,7 +69,7 @@ def score_units(
         blocks: blocks to score.
         batches: token ids, each `[batch, tokens]`, the same list on every rank; criteria that read no text ignore them.
         criterion: a name in `CRITERIA`, or two joined by `+`: the geometric mean of both, each normalised first.
-        accumulate: micro-batches per accumulation window.
+        accumulate: micro-batches per accumulation.
         options: what shapes the scores; the defaults leave the criterion as it is.
         stages: of a run with this model and these batches, where each criterion's scores are kept.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from gqaprune.common.distributed import get_rank_and_world_size, sum_across_ranks
 from gqaprune.models.architecture import Block
 from gqaprune.surgery.block_targets import BlockMoments
-from gqaprune.surgery.gram import Memory, Panels, split_rows
+from gqaprune.surgery.gram import Memory, Panels, chunk_rows
 from gqaprune.surgery.least_squares import refit, search_downhill
 
 
@@ -82,5 +82,5 @@ def refit_block(
 
 def _copy_from_first_rank(weight_DC: Tensor) -> None:
     rank, _ = get_rank_and_world_size()
-    for rows in split_rows(*weight_DC.shape):
+    for rows in chunk_rows(*weight_DC.shape):
         weight_DC[rows] = sum_across_ranks({"weights": weight_DC[rows].double() * (rank == 0)})["weights"]

@@ -3,8 +3,8 @@
 Least squares move the output projection alone. Here all of an MLP's weights move, by Adam on the squared error of its
 output: no loss of the language model, no labels, no backward pass through another block, one MLP's gradients at a time.
 How far to go from the weights it began with to those that training ended with is chosen on held-out tokens, for the end
-may fit the text it saw; the weights it began with must not have seen them either. Steps hold rank-own tokens, so that
-the weights differ a little between numbers of processes.
+may fit the text it saw; the weights it began with must not have seen them either. In a step each rank takes its
+own tokens, so that the weights differ a little between numbers of processes.
 
 Sources: block-wise reconstruction, BRECQ (arXiv 2102.05426); of sparse language models, EBFT (arXiv 2402.12419).
 
@@ -103,8 +103,8 @@ class TokenPairs:
             tokens = tokens.to(self.x_ND.device)
         return self.x_ND[tokens].to(device), self.y_ND[tokens].to(device).float()
 
-    def split(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same of all tokens, some at a time."""
+    def take_chunks(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same of all tokens, a chunk at a time."""
         for start in range(0, len(self.x_ND), _CHUNK_TOKENS):
             yield self.take(slice(start, start + _CHUNK_TOKENS), device)
 
@@ -135,15 +135,15 @@ def _count_free_bytes(device: torch.device) -> float:
     if device.type != "cuda":
         return math.inf
     free, total = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device)
-    allowed = total * torch.cuda.get_per_process_memory_fraction(device) - held
-    return min(free, allowed) + held - torch.cuda.memory_allocated(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = total * torch.cuda.get_per_process_memory_fraction(device) - reserved
+    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
 
 
 def refine_mlp(
     mlp: nn.Module,
     fit: TokenPairs,
-    held: TokenPairs,
+    held_out: TokenPairs,
     options: RefinementOptions,
     seed: int,
     is_normed: bool = False,
@@ -155,7 +155,7 @@ def refine_mlp(
     Args:
         mlp: the module, already cut.
         fit: tokens to train on.
-        held: tokens to judge on, which the module's weights have not seen; those of `fit` if no rank has any.
+        held_out: tokens to judge on, which the module's weights have not seen; those of `fit` if no rank has any.
         options: how long and how fast.
         seed: of the order of the tokens.
         is_normed: whether the output passes a norm next: all tokens' relative errors count alike then.
@@ -164,11 +164,13 @@ def refine_mlp(
         The errors before and after. The module keeps its weights where the new ones are no better or not finite.
     """
     device = next(mlp.parameters()).device
-    energy_N = torch.cat([y_ND.square().sum(-1) for _, y_ND in fit.split(device)] or [torch.zeros(0, device=device)])
+    energy_N = torch.cat(
+        [y_ND.square().sum(-1) for _, y_ND in fit.take_chunks(device)] or [torch.zeros(0, device=device)]
+    )
     median = float(energy_N.median()) if len(energy_N) else 0.0
-    sums = _sum({"tokens": len(energy_N), "median": median * len(energy_N), "held": len(held.x_ND)}, device)
+    sums = _sum({"tokens": len(energy_N), "median": median * len(energy_N), "held out": len(held_out.x_ND)}, device)
     limit = (_LEAST if is_normed else _MASSIVE) * sums["median"] / sums["tokens"]
-    judged = held if sums["held"] > 0 else fit
+    judged = held_out if sums["held out"] > 0 else fit
 
     before = _measure_error(mlp, judged, limit)
     trained = copy.deepcopy(mlp).float()
@@ -250,7 +252,7 @@ def _draw_steps(tokens: int, steps_per_epoch: int, epochs: int, seed: int) -> It
 @torch.no_grad()
 def _measure_error(mlp: nn.Module, pairs: TokenPairs, limit: float) -> float:
     device, error, energy = next(mlp.parameters()).device, 0.0, 0.0
-    for x_ND, y_ND in pairs.split(device):
+    for x_ND, y_ND in pairs.take_chunks(device):
         energy_N = y_ND.square().sum(-1)
         weight_N = _weigh(energy_N, limit)
         with _choose_products(device):

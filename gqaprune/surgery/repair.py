@@ -79,13 +79,13 @@ class RepairOptions:
 class BlockRepair:
     """What repair did to one block.
 
-    Errors are squared, on held-out windows, relative to the target's square.
+    Errors are squared, on held-out batches, relative to the target's square.
 
     Args:
         key: the block.
         ridge: strength chosen (0 where only a bias was fitted); None where the block is better as it was cut.
         error_before: error of the block as it was cut.
-        error_after: error with the fit of that strength that had not seen those windows.
+        error_after: error with the fit of that strength that had not seen those batches.
         refinement: what came after; None where nothing did.
     """
 
@@ -157,18 +157,19 @@ def apply_plan_with_repair(
     left = [key for key in repaired if f"repair of {key}" not in are_there]
     first, last = min(repaired).layer, max((key.layer for key in left), default=-1)
     rank, world_size = get_rank_and_world_size()
-    own, held_out = range(rank, len(batches), world_size), choose_held_out(len(batches), options.holdout)
+    held_out = choose_held_out(len(batches), options.holdout)
+    streamed = range(rank, len(batches), world_size) if left else range(0)
     repairs = []
     with freeze_parameters(model), torch.no_grad():
         streams = Streams(
             model,
-            [batches[index] for index in own if left],
-            [index in held_out for index in own if left],
+            [batches[index] for index in streamed],
+            [index in held_out for index in streamed],
             dense_from=first if options.pull > 0 else None,
             last=last,
         )
         changed = {key.layer for key in repaired}
-        for layer in find_store(model).hold_each(track(range(max(changed) + 1), "reconstruction", "layers"), changed):
+        for layer in find_store(model).hold_each(track(range(max(changed) + 1), "repair: blocks", "layers"), changed):
             attention = layers[layer][0][0]
             with streams.enter_layer(attention, needs_dense_attention=attention.key in repaired) as layer_streams:
                 for block, heads in layers[layer]:
@@ -190,7 +191,7 @@ def apply_plan_with_repair(
 def choose_held_out(batches: int, share: float) -> set[int]:
     """Indexes of the batches that ridges are chosen on, evenly spread: at least one, and one left, of two or more."""
     count = min(max(1, round(batches * share)), batches - 1)
-    return {(held + 1) * batches // count - 1 for held in range(count)}
+    return {(number + 1) * batches // count - 1 for number in range(count)}
 
 
 def _select_blocks(blocks: Sequence[Block], plan: PruningPlan, options: RepairOptions) -> list[Block]:
@@ -207,7 +208,7 @@ def _repair_block(
     options: RepairOptions,
     is_mlp_left: bool,
 ) -> BlockRepair:
-    """Look at a block while it is whole, cut and repair it.
+    """Measure a block while it is whole, cut and repair it.
 
     Args:
         model: the model, cut up to the block.

@@ -1,4 +1,4 @@
-"""The loop that criteria with a backward pass share: windows of micro-batches, losses checked, sums over ranks."""
+"""The loop of criteria with a backward pass: accumulations of micro-batches, losses checked, sums over ranks."""
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
@@ -15,7 +15,7 @@ from gqaprune.scoring.criteria.base import Criterion, Scores
 
 
 class BackwardCriterion(Criterion):
-    """Adds up float64 `sums` over accumulation windows, the micro-batches that an optimizer step would see together."""
+    """Adds up float64 `sums` over accumulations, the micro-batches that an optimizer step would see together."""
 
     sums: dict[BlockKey, Tensor]
 
@@ -24,12 +24,12 @@ class BackwardCriterion(Criterion):
         """What has to last while batches are added; parameters are frozen when it begins."""
 
     @abstractmethod
-    def add(self, input_ids: Tensor, ends_window: bool) -> Tensor:
+    def add(self, input_ids: Tensor, ends_accumulation: bool) -> Tensor:
         """Take one micro-batch.
 
         Args:
             input_ids: tokens `[batch, tokens]`.
-            ends_window: whether it closes its accumulation window.
+            ends_accumulation: whether it is the last of its accumulation.
 
         Returns:
             Mean loss of each sample in nats per token, `[batch]`.
@@ -45,7 +45,7 @@ class BackwardCriterion(Criterion):
         with freeze_parameters(calibration.model), self.prepare():
             for index in track(calibration.own_batches, calibration.name, "batches"):
                 input_ids = calibration.batches[index].to(calibration.device)
-                losses_B = self.add(input_ids, calibration.ends_window(index))
+                losses_B = self.add(input_ids, calibration.ends_accumulation(index))
                 if not torch.isfinite(losses_B).all():
                     overflow = overflow or f"batch {index}"
                     if find_store(calibration.model).is_in_memory:  # else other ranks wait for this one's shards

@@ -71,7 +71,7 @@ class Calibration:
         model: the dense causal LM.
         blocks: blocks to score.
         batches: token ids, each `[batch, tokens]`, the same list on every rank.
-        accumulate: micro-batches per accumulation window.
+        accumulate: micro-batches per accumulation.
         name: what the progress bar says.
     """
 
@@ -93,23 +93,23 @@ class Calibration:
         return self.list_batches(*get_rank_and_world_size())
 
     def list_batches(self, rank: int, world_size: int) -> list[int]:
-        """Indexes of the batches of one rank of several, whole accumulation windows in order."""
-        windows = math.ceil(len(self.batches) / self.accumulate)
+        """Indexes of the batches of one rank of several, whole accumulations in order."""
+        accumulations = math.ceil(len(self.batches) / self.accumulate)
         return [
             index
-            for window in range(rank, windows, world_size)
-            for index in range(window * self.accumulate, min((window + 1) * self.accumulate, len(self.batches)))
+            for number in range(rank, accumulations, world_size)
+            for index in range(number * self.accumulate, min((number + 1) * self.accumulate, len(self.batches)))
         ]
 
-    def ends_window(self, index: int) -> bool:
-        """Whether a batch is the last of its accumulation window."""
+    def ends_accumulation(self, index: int) -> bool:
+        """Whether a batch is the last of its accumulation."""
         return (index + 1) % self.accumulate == 0 or index + 1 == len(self.batches)
 
 
 class Criterion(ABC):
     """Scores the units of a calibration's blocks; made anew for every scoring.
 
-    Scores are non-negative, higher is more important. In a process group each rank takes whole accumulation windows,
+    Scores are non-negative, higher is more important. In a process group each rank takes whole accumulations,
     and every rank gets the same bits.
 
     Args:

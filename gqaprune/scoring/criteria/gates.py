@@ -33,8 +33,8 @@ class GateCriterion(BackwardCriterion):
     def add_gradients(self, gradients_BU: Gates) -> None:
         """Take the gate gradients of some samples of one micro-batch."""
 
-    def end_window(self) -> None:
-        """Close an accumulation window."""
+    def end_accumulation(self) -> None:
+        """Close an accumulation."""
 
     @contextmanager
     def prepare(self) -> Iterator[None]:
@@ -57,15 +57,15 @@ class GateCriterion(BackwardCriterion):
         for _ in range(max(counts) - counts[own]):
             compute_gate_gradients(calibration.model, calibration.blocks, any_BT)
 
-    def add(self, input_ids: Tensor, ends_window: bool) -> Tensor:
+    def add(self, input_ids: Tensor, ends_accumulation: bool) -> Tensor:
         """Take the gate gradients of one micro-batch, a few of its samples at a time."""
         losses = []
         for pass_BT in self._cut_passes(input_ids):
             gradients_BU, losses_B = compute_gate_gradients(self.calibration.model, self.calibration.blocks, pass_BT)
             self.add_gradients(gradients_BU)
             losses.append(losses_B)
-        if ends_window:
-            self.end_window()
+        if ends_accumulation:
+            self.end_accumulation()
         return torch.cat(losses)
 
     def _cut_passes(self, input_ids: Tensor) -> tuple[Tensor, ...]:
@@ -93,24 +93,24 @@ class GateFisher(GateCriterion):
 
 
 class GateTaylor(GateCriterion):
-    """`Σ_w |Σ_{n∈w} g_n|` over accumulation windows w of samples n: the first-order Taylor term.
+    """`Σ_w |Σ_{n∈w} g_n|` over accumulations w of samples n: the first-order Taylor term.
 
-    Unit: nats per token, summed over samples. The absolute value is taken per window, so a longer window lets samples
-    cancel, as they do in a training step. Source: Molchanov et al. 2019, arXiv 1906.10771; for LLMs, LLM-Pruner's
-    "vectorized" Taylor, arXiv 2305.11627.
+    Unit: nats per token, summed over samples. The absolute value is taken per accumulation, so a longer one lets
+    samples cancel, as they do in a training step. Source: Molchanov et al. 2019, arXiv 1906.10771; for LLMs,
+    LLM-Pruner's "vectorized" Taylor, arXiv 2305.11627.
     """
 
     def __init__(self, calibration: Calibration, options: ScoringOptions) -> None:
         super().__init__(calibration, options)
-        self.window_U = {key: torch.zeros_like(total) for key, total in self.sums.items()}
+        self.accumulated_U = {key: torch.zeros_like(total) for key, total in self.sums.items()}
 
     def add_gradients(self, gradients_BU: Gates) -> None:
-        """Add the micro-batch to the window."""
+        """Add the micro-batch to the accumulation."""
         for key, gradient_BU in gradients_BU.items():
-            self.window_U[key] += gradient_BU.double().sum(0)
+            self.accumulated_U[key] += gradient_BU.double().sum(0)
 
-    def end_window(self) -> None:
-        """Add the window's absolute gradient and start a new window."""
-        for key, window_U in self.window_U.items():
-            self.sums[key] += window_U.abs()
-            window_U.zero_()
+    def end_accumulation(self) -> None:
+        """Add the accumulation's absolute gradient and start a new one."""
+        for key, accumulated_U in self.accumulated_U.items():
+            self.sums[key] += accumulated_U.abs()
+            accumulated_U.zero_()

@@ -1,13 +1,13 @@
 """LLM-Pruner's Taylor criteria over weights and their gradients (arXiv 2305.11627).
 
-With samples n of an accumulation window w, `g_n` the gradient of a sample's mean loss, `g = Σ_{n∈w} g_n` and
+With samples n of an accumulation w, `g_n` the gradient of a sample's mean loss, `g = Σ_{n∈w} g_n` and
 `h = Σ_{n∈w} g_n²` (the diagonal Hessian), each member of a unit (its rows of one input projection, its output columns)
-contributes what the criterion says, summed over windows; `reduction` combines the members. Where this has the sum over
-samples LLM-Pruner has their mean: a constant factor. Here a KV head goes with the query heads that read it.
+contributes what the criterion says, summed over accumulations; `reduction` combines the members. Where this has the sum
+over samples LLM-Pruner has their mean: a constant factor. Here a KV head goes with the query heads that read it.
 
-A weight's gradient is folded in and dropped as soon as the backward pass has made it. What a window has to remember is
-held until its last pass: per weight for `param_first` and `param_mix`, whose absolute values come after the sum, else
-per unit; nothing at all in windows of one pass.
+A weight's gradient is folded in and dropped as soon as the backward pass has made it. What an accumulation has to
+remember is held until its last pass: per weight for `param_first` and `param_mix`, whose absolute values come after the
+sum, else per unit; nothing at all in accumulations of one pass.
 
 Axes in tensor names: B samples, U units, E elements of one unit, M members.
 """
@@ -50,11 +50,11 @@ class GradientCriterion(BackwardCriterion):
 
     @abstractmethod
     def measure(self, weight_UE: Tensor, gradient_UE: Tensor) -> Tensor:
-        """What one backward pass adds to the window."""
+        """What one backward pass adds to the accumulation."""
 
     @abstractmethod
-    def close(self, weight_UE: Tensor, window: Tensor) -> Tensor:
-        """The member's contribution from the window's sum of `measure`, float64 `[units]`."""
+    def close(self, weight_UE: Tensor, accumulated: Tensor) -> Tensor:
+        """The member's contribution from the accumulation's sum of `measure`, float64 `[units]`."""
 
     @contextmanager
     def prepare(self) -> Iterator[None]:
@@ -71,12 +71,12 @@ class GradientCriterion(BackwardCriterion):
                     restored.callback(handle.remove)
             yield
 
-    def add(self, input_ids: Tensor, ends_window: bool) -> Tensor:
+    def add(self, input_ids: Tensor, ends_accumulation: bool) -> Tensor:
         """Run the backward passes of one micro-batch."""
         passes = input_ids.split(1) if self.by_sample else (input_ids,)
         losses = []
         for index, pass_BT in enumerate(passes):
-            self.folds = ends_window and index == len(passes) - 1
+            self.folds = ends_accumulation and index == len(passes) - 1
             hidden_BTD = run_decoder(self.calibration.model, pass_BT)
             losses_B, gradient_BTD = differentiate_losses(self.calibration.model, hidden_BTD, pass_BT)
             hidden_BTD.backward(gradient_BTD)
@@ -89,13 +89,13 @@ class GradientCriterion(BackwardCriterion):
         gradient, weight.grad = weight.grad, None
         for index, member in members.items():
             weight_UE = member.split(weight.detach()).float()
-            window = self.measure(weight_UE, member.split(gradient).float())
+            accumulated = self.measure(weight_UE, member.split(gradient).float())
             if (key, index) in self.held:
-                window += self.held.pop((key, index))
+                accumulated += self.held.pop((key, index))
             if self.folds:
-                self.sums[key][index] += self.close(weight_UE, window)
+                self.sums[key][index] += self.close(weight_UE, accumulated)
             else:
-                self.held[key, index] = window
+                self.held[key, index] = accumulated
 
     def finish(self, sums: dict[BlockKey, Tensor]) -> Scores:
         """Combine the members."""
@@ -113,15 +113,15 @@ class ParamFirst(GradientCriterion):
         """The gradient."""
         return gradient_UE
 
-    def close(self, weight_UE: Tensor, window: Tensor) -> Tensor:
+    def close(self, weight_UE: Tensor, accumulated: Tensor) -> Tensor:
         """Sum of absolute products."""
-        return (weight_UE * window).abs().sum(1, dtype=torch.float64)
+        return (weight_UE * accumulated).abs().sum(1, dtype=torch.float64)
 
 
 class ParamSecond(GradientCriterion):
     """`Σ |w·h·w|` over elements: second order, with the samples' squared gradients as the Hessian's diagonal.
 
-    Unit: (nats per token)², summed over samples. Windows play no part. Source: LLM-Pruner's `param_second`.
+    Unit: (nats per token)², summed over samples. Accumulations play no part. Source: LLM-Pruner's `param_second`.
     """
 
     by_sample = True
@@ -130,9 +130,9 @@ class ParamSecond(GradientCriterion):
         """The sample's whole contribution."""
         return (weight_UE * gradient_UE).square().sum(1, dtype=torch.float64)
 
-    def close(self, weight_UE: Tensor, window: Tensor) -> Tensor:
+    def close(self, weight_UE: Tensor, accumulated: Tensor) -> Tensor:
         """Already done."""
-        return window
+        return accumulated
 
 
 class ParamMix(GradientCriterion):
@@ -147,9 +147,9 @@ class ParamMix(GradientCriterion):
         """Gradient and its square, `[2, units, elements]`."""
         return torch.stack((gradient_UE, gradient_UE.square()))
 
-    def close(self, weight_UE: Tensor, window: Tensor) -> Tensor:
+    def close(self, weight_UE: Tensor, accumulated: Tensor) -> Tensor:
         """Sum of absolute differences."""
-        first, second = weight_UE * window
+        first, second = weight_UE * accumulated
         mix_UE: Tensor = first - 0.5 * weight_UE * second
         return mix_UE.abs().sum(1, dtype=torch.float64)
 
@@ -165,6 +165,6 @@ class Vectorize(GradientCriterion):
         """Sum of signed products."""
         return (weight_UE * gradient_UE).sum(1, dtype=torch.float64)
 
-    def close(self, weight_UE: Tensor, window: Tensor) -> Tensor:
-        """Absolute value of the window's sum."""
-        return window.abs()
+    def close(self, weight_UE: Tensor, accumulated: Tensor) -> Tensor:
+        """Absolute value of the accumulation's sum."""
+        return accumulated.abs()
