@@ -94,7 +94,7 @@ def run_stages(geometry: str, cap: int | None, device: str, epochs: int, report:
     # Which units go changes no cost: those of one criterion, or of none that reads text, do as well.
     scores = [each for each in scored if each is not None] or [score_units(model, blocks, [], "l2")]
     plan = choose_units(model, config, scores[0] if len(scores) == 1 else combine_scores(*scores))
-    attempt(STAGES[-1], lambda: apply_plan_with_repair(model, plan, batches, config.repair_options()))
+    attempt(STAGES[-1], lambda: apply_plan_with_repair(model, plan, batches, config.repair))
 
 
 def choose_units(model: PreTrainedModel, config: PruningConfig, scores: Scores) -> PruningPlan:

@@ -93,7 +93,7 @@ def measure_size(size: Size) -> Seconds:
         blocks = find_blocks(model)
         seconds[f"scores of {criterion}"] = measure_seconds(lambda: score_units(model, blocks, batches, criterion))  # noqa: B023
     for name, epochs in REPAIRS.items():
-        repair = replace(settings, repair={"method": "least_squares", "epochs": epochs}).repair_options()
+        repair = replace(settings, repair={"method": "least_squares", "epochs": epochs}).repair
         cut = copy.deepcopy(model)
         seconds[name] = measure_seconds(lambda: apply_plan_with_repair(cut, plan, batches, repair))  # noqa: B023
     return seconds

@@ -34,7 +34,7 @@ STAGES = {
     "dense: ": "perplexity of the dense model",
     "calibration: fisher": "scores of fisher",
     "calibration: obs": "scores of obs",
-    "reconstruction": "repair",
+    "repair: blocks": "repair",
     "pruned: ": "perplexity of the pruned model",
     "GQA ratio: ": "all before training",
     "recovered: ": "training",

@@ -46,7 +46,7 @@ def repair(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
     whole = keep_everything(model)
     kept = range(round(0.8 * whole.geometry.channels[0]))
     plan = PruningPlan(whole.geometry, (KeptUnits(whole.layers[0].groups, tuple(kept)),))
-    apply_plan_with_repair(model, plan, batches, gqaprune.PruningConfig(repair={"epochs": 0}).repair_options())
+    apply_plan_with_repair(model, plan, batches, gqaprune.PruningConfig(repair={"epochs": 0}).repair)
 
 
 PARTS: Mapping[str, Callable[[PreTrainedModel, Sequence[Tensor]], None]] = {

@@ -31,7 +31,7 @@ from gqaprune.models.loading import load_model
 from gqaprune.models.losses import measure_losses, measure_mean_loss
 from gqaprune.models.wrapping import unwrap_model, unwrap_name
 from gqaprune.placement.fsdp import gather_state_dict, shard_model, wrap_model
-from gqaprune.placement.layer_store import are_layers_apart
+from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.loading_by_layer import can_read_by_layer, load_offloaded_model, load_sharded_model
 from gqaprune.plan import PruningPlan
 from gqaprune.surgery.cut import apply_plan
@@ -208,8 +208,8 @@ class CausalLMModule(LightningModule):
     def _load_teacher(self) -> PreTrainedModel:
         """Whole on each device, or split as the model is; what is to be cached runs before a strategy splits it."""
         settings, source = self.recovery, self.teacher_source
-        is_split = are_layers_apart(self.model) and not settings.teacher_top_k
-        if is_split and can_read_by_layer(source, self.trust_remote_code):
+        is_sharded = not find_store(self.model).is_in_memory and not settings.teacher_top_k
+        if is_sharded and can_read_by_layer(source, self.trust_remote_code):
             return self._load_sharded(source, settings.teacher_dtype)
         return self.load_dense(source, settings.teacher_dtype)
 

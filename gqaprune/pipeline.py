@@ -13,7 +13,7 @@ from gqaprune.common.stage_cache import Stage, Stages
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.evaluation.perplexity import Evaluation, measure_perplexity
 from gqaprune.models.architecture import check_biases, describe_experts
-from gqaprune.placement.layer_store import get_layers_apart
+from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.model_hash import hash_model, hash_tensors
 from gqaprune.plan import BlockKey, PruningPlan
 from gqaprune.planning.allocation import AllocationOptions
@@ -41,8 +41,7 @@ from gqaprune.reporting.report import Outlier, Report, describe_model
 from gqaprune.scoring.criteria.base import Scores
 from gqaprune.scoring.scores import check_finite_weights
 from gqaprune.scoring.sensitivity import Importance
-from gqaprune.surgery.compatibility import check_likeness
-from gqaprune.surgery.cut import apply_plan
+from gqaprune.surgery.compatibility import check_compatibility
 from gqaprune.surgery.repair import BlockRepair, apply_plan_with_repair
 
 _HELD_OUT = "held-out calibration text"
@@ -112,9 +111,8 @@ class Pruner:
         held_out: Sequence[Mapping[str, Tensor]] = (),
         stages: Stages | None = None,
     ) -> None:
-        if (apart := get_layers_apart(model)) is not None:
-            check_goes_by_layer(config, apart)
-        check_likeness(model)
+        check_goes_by_layer(config, find_store(model).placement)
+        check_compatibility(model)
         self.dense_blocks, self.budget = select_blocks(model, config), read_budget(model, config)
         check_finite_weights(model)  # of what is quantised it could not say
         self.model, self.calibration, self.config = model, calibration, config
@@ -235,10 +233,7 @@ class Pruner:
         self.spending = spending
         self.scores = {BlockKey.parse(name): score_U for name, score_U in chosen.tensors.items()}
         self.plan = self.plan.then(plan)
-        if self.config.repair.method == "none":
-            apply_plan(self.model, plan)
-            return []
-        return apply_plan_with_repair(self.model, plan, self.calibration.batches, _bridge(self.config.repair), stages)
+        return apply_plan_with_repair(self.model, plan, self.calibration.batches, self.config.repair, stages)
 
     def _choose(self, share: float, options: AllocationOptions, stages: Stages) -> Stage:
         """The plan from the model as it is to what it is when a share of the budget is spent."""
@@ -274,19 +269,3 @@ def _leave_out(score_U: Tensor, outliers: Collection[int]) -> Tensor:
 
 def _hash_batches(batches: Sequence[Mapping[str, Tensor]]) -> str:
     return hash_tensors([tensor for batch in batches for tensor in batch.values()])
-
-
-def _bridge(repair):
-    from gqaprune.surgery.refinement import RefinementOptions
-    from gqaprune.surgery.repair import RepairOptions
-
-    if repair.method == "bias":
-        return RepairOptions(holdout=repair.holdout, refit=False, bias=True)
-    return RepairOptions(
-        tuple(repair.ridges),
-        repair.holdout,
-        repair.pull,
-        repair.refits_everywhere,
-        bias=repair.bias,
-        refinement=RefinementOptions(repair.epochs, repair.learning_rate),
-    )

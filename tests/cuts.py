@@ -1,6 +1,7 @@
 """Plans and pruned models that tests share."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -9,6 +10,7 @@ from gqaprune.models.architecture import find_blocks, read_geometry
 from gqaprune.models.gates import apply_gates
 from gqaprune.plan import KeptUnits, PruningPlan
 from gqaprune.surgery.cut import apply_plan
+from gqaprune.surgery.repair_config import RepairConfig
 
 from tiny import make_model, make_tokens
 
@@ -50,6 +52,11 @@ UNEVEN = ([[0], [0, 1, 2], [1, 2]], [[1, 5], list(range(20)), list(range(0, 20, 
 
 
 EVEN = ([[0, 2], [0, 1], [1, 2]], [list(range(7)), list(range(3, 10)), list(range(13, 20))])
+
+
+def make_repair(**settings: Any) -> RepairConfig:
+    """Least squares towards the block's own output alone, where a test does not ask for more."""
+    return RepairConfig(**{"pull": 0.0, "everywhere": False, "epochs": 0, **settings})
 
 
 def make_pruned(variant: str, kept: tuple[list[list[int]], list[list[int]]], ratio: int = 2) -> PreTrainedModel:

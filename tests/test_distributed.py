@@ -265,7 +265,7 @@ def test_two_processes_recover_and_export_what_they_measured(config: Path, tmp_p
     assert measured.value == pytest.approx(recovered["perplexity"]["val/embedded"], rel=1e-5)
 
 
-def test_two_processes_prune_split_layers_as_one_and_recover_them_as_whole_ones(config: Path, tmp_path: Path) -> None:
+def test_two_processes_prune_sharded_layers_as_one_and_recover_them_as_whole_ones(config: Path, tmp_path: Path) -> None:
     settings = ("--pruning.repair.epochs", "0", "--pruning.criterion", "fisher+obs")
     one = read_stages(run(tmp_path / "one", "prune", config, *settings))
     two = read_stages(run(tmp_path / "two", "prune", config, *settings, *FSDP2, *SHARDED))
@@ -436,12 +436,12 @@ def test_layers_on_disk_are_refused_on_several_processes(config: Path, tmp_path:
     assert "offload works on one device, got DDPStrategy: set trainer.devices to 1" in done.stderr
 
 
-def test_rounds_are_refused_where_the_model_is_split(config: Path, tmp_path: Path) -> None:
+def test_rounds_are_refused_where_the_model_is_sharded(config: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="recovery.rounds 2 cuts whole models between steps, which ModelParallel"):
         run(tmp_path / "fit", "fit", config, "--model.recovery.rounds", "2", *FSDP2)
 
 
-def test_compiled_layers_are_refused_where_the_model_is_split(config: Path, tmp_path: Path) -> None:
+def test_compiled_layers_are_refused_where_the_model_is_sharded(config: Path, tmp_path: Path) -> None:
     done = start(tmp_path / "fit", "fit", config, "--model.compile", "true", *FSDP2)
     assert done.returncode == 1 and "model.compile compiles whole layers, which ModelParallelStrategy" in done.stderr
     assert "dense:" not in done.stdout
@@ -450,7 +450,7 @@ def test_compiled_layers_are_refused_where_the_model_is_split(config: Path, tmp_
 @pytest.mark.parametrize(
     ("strategy", "arguments", "message"),
     [
-        (DDP, (), "sharded splits layers over all 2 processes of a ModelParallelStrategy, got DDPStrategy: set"),
+        (DDP, (), "sharded needs all 2 processes of a ModelParallelStrategy, got DDPStrategy: set"),
         (FSDP2, ("--pruning.criterion", "param_first"), "criterion param_first needs the whole model in memory, which"),
         (
             FSDP2,
@@ -460,7 +460,7 @@ def test_compiled_layers_are_refused_where_the_model_is_split(config: Path, tmp_
         (FSDP2, ("--export.format", "gguf-f16"), "format gguf-f16 needs the whole model in memory, which sharded"),
     ],
 )
-def test_what_split_layers_exclude_is_said_before_any_work(
+def test_what_sharded_layers_exclude_is_said_before_any_work(
     config: Path, tmp_path: Path, strategy: tuple[str, ...], arguments: tuple[str, ...], message: str
 ) -> None:
     done = start(tmp_path / "refused", "prune", config, *SHARDED, *strategy, *arguments)

@@ -10,9 +10,9 @@ from gqaprune.checkpoints.save import save
 from gqaprune.models.architecture import find_blocks, read_geometry
 from gqaprune.reporting.report import build_table
 from gqaprune.surgery.cut import apply_plan
-from gqaprune.surgery.repair import RepairOptions, apply_plan_with_repair
+from gqaprune.surgery.repair import apply_plan_with_repair
 
-from cuts import make_plan
+from cuts import make_plan, make_repair
 from tiny import WHOLE_MLP, make_model, make_tokens
 
 BATCHES = [make_tokens(4, 30, seed=seed) for seed in range(6)]
@@ -45,7 +45,7 @@ def test_repair_brings_it_nearer(variant: str) -> None:
     kept = [list(range(0, 20, 2))] * 3 if has_mlp else [[]] * 3
     plan = make_plan(dense, [[0, 2], [0, 1, 2, 3], [1, 3]], kept)
     apply_plan(cut, plan)
-    repairs = apply_plan_with_repair(repaired, plan, BATCHES, RepairOptions(pull=0.5, everywhere=True))
+    repairs = apply_plan_with_repair(repaired, plan, BATCHES, make_repair(pull=0.5, everywhere=True))
     assert {repair.key.kind for repair in repairs} == {"attention", *(["mlp"] if has_mlp else [])}
     with torch.no_grad():
         logits, own, others = (model(BATCHES[0]).logits for model in (dense, repaired, cut))

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import (
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.sources import load_config
 from gqaprune.module import CausalLMModule
-from gqaprune.placement.layer_store import LayersApart
+from gqaprune.placement.layer_store import Placement
 from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.counts import check_goes_by_layer
 
@@ -26,7 +26,7 @@ def check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfig
     if not is_whole or isinstance(trainer.strategy, DeepSpeedStrategy):
         name = type(trainer.strategy).__name__
         raise ValueError(
-            f"recovery.rounds {rounds} cuts whole models between steps, which {name} splits: set rounds to 1, or "
+            f"recovery.rounds {rounds} cuts whole models between steps, which {name} shards: set rounds to 1, or "
             "trainer.strategy to ddp"
         )
     if config.uses_damage_curves or config.swaps.generations:
@@ -73,10 +73,10 @@ def check_teacher(trainer: Trainer, module: CausalLMModule, config: PruningConfi
 
 
 def check_compile(trainer: Trainer, module: CausalLMModule) -> None:
-    """Refuse to compile layers that a strategy is going to split, before any work."""
+    """Refuse to compile layers that a strategy is going to shard, before any work."""
     if module.compile_layers and isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy)):
         raise ValueError(
-            f"model.compile compiles whole layers, which {type(trainer.strategy).__name__} splits: set it to false, or "
+            f"model.compile compiles whole layers, which {type(trainer.strategy).__name__} shards: set it to false, or "
             "trainer.strategy to ddp or auto"
         )
 
@@ -96,21 +96,21 @@ def check_offload(trainer: Trainer, module: CausalLMModule) -> None:
 
 
 def check_sharded(trainer: Trainer) -> None:
-    """Refuse to split layers where there is nothing to split them over, before any work."""
+    """Refuse to shard layers where there is nothing to shard them over, before any work."""
     strategy, processes = trainer.strategy, trainer.world_size
-    is_split = isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["data_parallel"].size() == processes
-    if not is_split:
+    uses_all = isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["data_parallel"].size() == processes
+    if not uses_all:
         raise ValueError(
-            f"sharded splits layers over all {processes} processes of a ModelParallelStrategy, got "
+            f"sharded needs all {processes} processes of a ModelParallelStrategy, got "
             f"{type(strategy).__name__}: set trainer.strategy as configs/strategy/fsdp2.yaml does, its "
             f"data_parallel_size to {processes} and its tensor_parallel_size to 1"
         )
 
 
-def check_apart(
-    trainer: Trainer, module: CausalLMModule, data: TextDataModule, config: PruningConfig, apart: type[LayersApart]
+def check_placement(
+    trainer: Trainer, module: CausalLMModule, data: TextDataModule, config: PruningConfig, placement: Placement
 ) -> None:
-    """Refuse what needs the whole model in memory, before any work."""
+    """Refuse what needs the whole model in memory, where its layers are not, before any work."""
     trains = trainer.limit_train_batches != 0
     for name, group, is_used in (
         ("calibration", data.calibration, module.plan is None),
@@ -118,8 +118,8 @@ def check_apart(
     ):
         if is_used and (windows := group.sampled_windows):
             raise ValueError(
-                f"data.{name}.sampled_windows {windows} needs the whole model in memory, which {apart.reason}: set "
-                "it to 0 and take text from corpora"
+                f"data.{name}.sampled_windows {windows} needs the whole model in memory, which {placement.value} "
+                "avoids: set it to 0 and take text from corpora"
             )
     if module.plan is None:
-        check_goes_by_layer(config, apart)
+        check_goes_by_layer(config, placement)

@@ -20,7 +20,7 @@ from gqaprune.common.console import console
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.sources import load_config
 from gqaprune.module import CausalLMModule
-from gqaprune.placement.layer_store import are_layers_apart
+from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import PruningPlan, find_plan
 from gqaprune.planning.selection import check_equal_counts
 
@@ -36,7 +36,7 @@ class CheckpointExport(Callback):
             with a small modeling file), `padded` (a stock class, zeros for what some layers lack), `gguf-f16` or
             `gguf-q8_0` (for llama.cpp); `auto` is `stock` where counts are equal, else `per-layer`.
         max_shard_size: weights above it are split into several files; where `pruning.offload`
-            or `pruning.sharded` keep layers apart, each has its own.
+            or `pruning.sharded` keep layers out of memory, each has its own.
         quantization: `int8` stores the matrices of the decoder layers in 8 bits, through torchao; the model is then
             measured so, too.
     """
@@ -67,9 +67,8 @@ class CheckpointExport(Callback):
         choose_format(config, self.format, self.quantization)
         check_shard_size(self.max_shard_size)
         pruning = next((c for c in trainer.callbacks if isinstance(c, TaylorPruning)), None)  # type: ignore[attr-defined]
-        apart = pruning.layers_apart if pruning is not None and trainer.limit_train_batches == 0 else None
-        if apart is not None:
-            check_written_by_layer(self.format, self.quantization, apart)
+        if pruning is not None and trainer.limit_train_batches == 0:
+            check_written_by_layer(self.format, self.quantization, pruning.placement)
         if self.format == "stock" and pruning is not None and module.plan is None:
             check_equal_counts(config, pruning.config)
 
@@ -90,7 +89,7 @@ class CheckpointExport(Callback):
         folder = self._get_folder(trainer)
         state_dict = module.gather_state_dict()
         self.written_plan = _find_whole_plan(module)
-        if trainer.is_global_zero or are_layers_apart(module.model):
+        if trainer.is_global_zero or not find_store(module.model).is_in_memory:
             self.written_format = self._save(module, data, folder, state_dict)
         self.written = folder
         trainer.strategy.barrier("export")

@@ -15,9 +15,9 @@ from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.diagnosis import Diagnosis, build_diagnosis_table, diagnose
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.sources import load_config
-from gqaprune.models.wrapping import is_split
+from gqaprune.models.wrapping import is_sharded
 from gqaprune.module import CausalLMModule
-from gqaprune.placement.layer_store import are_layers_apart
+from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import PLAN_FILE
 from gqaprune.reporting.report import REPORT_FILE, Report
 
@@ -30,7 +30,7 @@ class PerplexityGuard(Callback):
     It measures `data.calibration.held_out_windows`, which nothing is calibrated on. When it fires, it undoes one
     possible cause after another on the dense model, which is loaded once more for it, and says which of them explains
     what was lost and which setting to change; `guard.json` in the run's folder holds all of it, beside the plan.
-    Where a strategy splits the model, or its layers are on disk, it fires without a diagnosis.
+    Where a strategy shards the model, or its layers are on disk, it fires without a diagnosis.
 
     Args:
         warn_ratio: times the dense model's perplexity at which it warns, above 1.
@@ -86,7 +86,7 @@ class PerplexityGuard(Callback):
             return
         module, data = get_parts(trainer, pl_module)
         if module.plan is not None and not module.plan.removes_nothing and trainer.is_global_zero:
-            if self.diagnoses and not are_layers_apart(module.model) and trainer.world_size == 1:
+            if self.diagnoses and find_store(module.model).is_in_memory and trainer.world_size == 1:
                 self.diagnosis = _diagnose(module, data, is_trained=False)
                 console.print(f"PerplexityGuard: {self.diagnosis.describe()}", markup=False)
             self._write(trainer, module, report, {"error": str(exception), "stopped": True})
@@ -102,7 +102,7 @@ class PerplexityGuard(Callback):
             return
         stops = ratio >= self.stop_ratio or is_over
         module, data = get_parts(trainer, pl_module)
-        is_whole = not is_split(module.model) and not are_layers_apart(module.model)
+        is_whole = not is_sharded(module.model) and find_store(module.model).is_in_memory
         # What was warned of need not be what stops the run.
         if self.diagnoses and is_whole and (self.diagnosis is None or stops):
             self.diagnosis = _diagnose(module, data, is_trained)

@@ -16,7 +16,7 @@ from gqaprune.evaluation.judgement import MeasuredText, measure_text
 from gqaprune.evaluation.predictions import Comparison, Predictions, render_predictions
 from gqaprune.models.sources import load_config
 from gqaprune.models.tokenizer import check_tokenizer
-from gqaprune.models.wrapping import is_split
+from gqaprune.models.wrapping import is_sharded
 from gqaprune.module import CausalLMModule
 
 PREDICTIONS_FILE = "predictions.json"
@@ -63,7 +63,7 @@ class PredictionJudge(Callback):
         if self._dense:
             if self.releases:
                 module.release()
-            elif not is_split(module.model):
+            elif not is_sharded(module.model):
                 module.model.to("cpu")
             dense = self._load_dense(module, data).to(trainer.strategy.root_device)
             for index, batch in enumerate(track(batches, "the dense model", "prompts")):
@@ -72,7 +72,7 @@ class PredictionJudge(Callback):
                 perplexities[index] = _measure(dense, self._written[index].to(dense.device), sizes[index])
                 added = split_continuation(dense, own, sizes[index])
                 dense_texts[index] = _describe(data, *added, _measure(dense, own, sizes[index]))
-            if not self.releases and not is_split(module.model):
+            if not self.releases and not is_sharded(module.model):
                 module.model.to(trainer.strategy.root_device)
         texts = [_describe(data, *added, value) for added, value in zip(pruned, perplexities, strict=True)]
         prompts = [prompt.text for prompt, _ in data.encode_prompts()]

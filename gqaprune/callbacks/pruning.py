@@ -10,9 +10,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
 from gqaprune.callbacks.checks import (
-    check_apart,
     check_compile,
     check_offload,
+    check_placement,
     check_rounds,
     check_schedule,
     check_sharded,
@@ -27,10 +27,8 @@ from gqaprune.datamodules import TextDataModule
 from gqaprune.models.tokenizer import check_tokenizer
 from gqaprune.module import CausalLMModule
 from gqaprune.pipeline import Pruner
-from gqaprune.placement.disk_store import LayersOnDisk
-from gqaprune.placement.layer_store import LayersApart, move_model
+from gqaprune.placement.layer_store import Placement, find_store
 from gqaprune.placement.loading_by_layer import can_read_by_layer
-from gqaprune.placement.sharded_store import SplitLayers
 from gqaprune.planning.allocation.steps import Spending
 from gqaprune.planning.config import PruningConfig
 from gqaprune.reporting.report import Report
@@ -56,7 +54,7 @@ class TaylorPruning(GradientAccumulationScheduler):
             larger than memory is pruned, to the same result; layers that change are kept beside `stages` meanwhile.
             Nothing is trained then, and criterion and allocation have to go layer by layer: `obs`, `wanda`, `wifv`,
             `l1`, `l2`, `random` and two of them joined; `uniform`, `global`, `optimal`.
-        sharded: split the model's decoder layers over the devices of a `ModelParallelStrategy` from the start, and
+        sharded: shard the model's decoder layers over the devices of a `ModelParallelStrategy` from the start, and
             gather one at a time, so that a model larger than a device is pruned, to the same plan. Besides what
             `offload` can do, criteria may look at gates (`fisher`, `taylor`), and recovery may follow in the same run.
         settings: what to remove and how, the fields of `gqaprune.PruningConfig`.
@@ -102,8 +100,8 @@ class TaylorPruning(GradientAccumulationScheduler):
             check_offload(trainer, module)
         if self.sharded:
             check_sharded(trainer)
-        if (apart := self.layers_apart) is not None:
-            check_apart(trainer, module, data, self.config, apart)
+        if self.placement is not Placement.MEMORY:
+            check_placement(trainer, module, data, self.config, self.placement)
             if trainer.limit_train_batches == 0:
                 trainer.limit_val_batches = 0  # Lightning's own check would run the whole model
         self._pruner = self.report = None
@@ -112,7 +110,8 @@ class TaylorPruning(GradientAccumulationScheduler):
             data.read_calibration_windows()  # missing text is said before a model is loaded
         folder = self._get_folder(trainer).with_name("offloaded") if self.offload else None
         module.load(folder, self.sharded or self._only_trains_sharded(trainer, module, data))
-        model = move_model(module.model, trainer.strategy.root_device)
+        model = module.model
+        find_store(model).move_to(trainer.strategy.root_device)
         check_tokenizer(data.tokenizer, model)
         if data.training.sampled_windows and trainer.limit_train_batches != 0:
             dense = model if module.plan is None else module.load_dense().to(trainer.strategy.root_device)
@@ -202,9 +201,9 @@ class TaylorPruning(GradientAccumulationScheduler):
             self._spending = Spending.from_dict(state_dict["spending"])
 
     @property
-    def layers_apart(self) -> type[LayersApart] | None:
-        """How the settings keep the model's layers apart; None where they leave it whole to prune it."""
-        return LayersOnDisk if self.offload else SplitLayers if self.sharded else None
+    def placement(self) -> Placement:
+        """Where the settings have the model's decoder layers while it is pruned."""
+        return Placement.DISK if self.offload else Placement.DEVICES if self.sharded else Placement.MEMORY
 
     def _only_trains_sharded(self, trainer: Trainer, module: CausalLMModule, data: TextDataModule) -> bool:
         """Whether no rank has to hold the whole model at any time, for nothing is to be pruned that is not already."""

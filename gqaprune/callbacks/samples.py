@@ -5,13 +5,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from gqaprune.callbacks.lookup import get_parts, get_tensorboards
 from gqaprune.common.console import console
 from gqaprune.evaluation.generation import continue_greedily, split_continuation
-from gqaprune.models.wrapping import is_split
+from gqaprune.models.wrapping import is_sharded
 
 
 class SampleGenerations(Callback):
     """Logs greedy continuations of `data.prompts` as text: before the first step, and at each validation.
 
-    Rank 0 writes them by itself. A model that a strategy has split cannot be run so: nothing is logged then, and that
+    Rank 0 writes them by itself. A model that a strategy has sharded cannot be run so: nothing is logged then, and that
     is said.
 
     Args:
@@ -44,9 +44,9 @@ class SampleGenerations(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show where recovery starts from, or say that nothing can be shown."""
         module, _ = get_parts(trainer, pl_module)
-        if self.prompts and trainer.is_global_zero and is_split(module.model):
+        if self.prompts and trainer.is_global_zero and is_sharded(module.model):
             name = type(trainer.strategy).__name__
-            console.print(f"no sample generations are logged: {name} splits the model, which one rank cannot run alone")
+            console.print(f"no sample generations are logged: {name} shards the model, which one rank cannot run alone")
         self._log(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,7 +56,7 @@ class SampleGenerations(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, data = get_parts(trainer, pl_module)
-        if not self.prompts or not trainer.is_global_zero or is_split(module.model):
+        if not self.prompts or not trainer.is_global_zero or is_sharded(module.model):
             return
         was_training = module.model.training
         module.model.eval()

@@ -29,13 +29,8 @@ from gqaprune.models.architecture import make_stock_config, read_geometry
 from gqaprune.models.loading import load_model, make_quantization_config
 from gqaprune.models.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
 from gqaprune.models.sources import load_config
-from gqaprune.placement.layer_store import (
-    LayersApart,
-    are_layers_apart,
-    attend_writing,
-    get_layers_apart,
-    write_weights,
-)
+from gqaprune.placement.layer_store import Placement, find_store
+from gqaprune.placement.writing_by_layer import attend_writing, write_weights
 from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
 from gqaprune.training.recovery import merge_adapters
 
@@ -62,7 +57,7 @@ def save(
 ) -> str:
     """Save a model as a checkpoint, whole or not at all.
 
-    Where a model's decoder layers are split over devices, every rank has to call it; rank 0 writes.
+    Where a model's decoder layers are sharded over devices, every rank has to call it; rank 0 writes.
 
     Args:
         model: the pruned (or dense) model.
@@ -75,7 +70,7 @@ def save(
             saved by themselves in `adapter/` of the folder.
         format: one of `FORMATS`.
         max_shard_size: weights above it are split into several files, such as `5GB`; where a model's decoder layers
-            are kept apart, each gets a file instead.
+            are not all in memory, each gets a file instead.
         quantization: `int8` stores the matrices of the decoder layers in 8 bits, each row with its own scale, through
             torchao.
 
@@ -89,10 +84,10 @@ def save(
     check_output_folder(Path(folder))
     folder = Path(folder).resolve()  # of a link what it points to
     check_shard_size(max_shard_size)
-    if (apart := get_layers_apart(model)) is not None:
-        check_written_by_layer(format, quantization, apart)
+    store = find_store(model)
+    check_written_by_layer(format, quantization, store.placement)
     format = choose_format(model.config, format, quantization)
-    if apart is not None and get_rank_and_world_size()[0] != 0:
+    if not store.is_in_memory and get_rank_and_world_size()[0] != 0:
         attend_writing(model)
         return format
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -154,19 +149,21 @@ def _has_own_code(config: PretrainedConfig) -> bool:
     return not type(config).__module__.startswith("transformers.")
 
 
-def check_written_by_layer(format: str, quantization: str | None, apart: LayersApart | type[LayersApart]) -> None:
-    """Refuse what cannot be written layer by layer, where a model's decoder layers are kept apart.
+def check_written_by_layer(format: str, quantization: str | None, placement: Placement) -> None:
+    """Refuse what cannot be written layer by layer, where a model's decoder layers are not all in memory.
 
     Raises:
         ValueError: with what can, and how to get there from it.
     """
+    if placement is Placement.MEMORY:
+        return
     for name, value, way_out in (
         ("format", format if format not in ("auto", "stock", "per-layer") else None, "auto, stock or per-layer"),
         ("quantization", quantization, "null"),
     ):
         if value is not None:
             raise ValueError(
-                f"{name} {value} needs the whole model in memory, which {apart.reason}: set it to {way_out}, "
+                f"{name} {value} needs the whole model in memory, which {placement.value} avoids: set it to {way_out}, "
                 f"and where there is memory for it, gqaprune export --{name} {value}"
             )
 
@@ -298,11 +295,11 @@ def _save_pretrained(
     architectures = config.architectures
     own_config, model.config = model.config, config
     try:
-        if are_layers_apart(model):
+        if find_store(model).is_in_memory:
+            model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
+        else:
             write_weights(model, folder)
             model.generation_config.save_pretrained(folder)
-        else:
-            model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
     finally:
         model.config = own_config
     # save_pretrained writes the class in memory; the checkpoint may be for another one.

@@ -38,7 +38,7 @@ from gqaprune.planning.groups import SwapsConfig
 from gqaprune.planning.selection import budget_blocks, read_budget, score_blocks, select_blocks
 from gqaprune.scoring.damage import make_gates
 from gqaprune.scoring.scores import Scores, check_finite_weights
-from gqaprune.surgery.compatibility import check_likeness
+from gqaprune.surgery.compatibility import check_compatibility
 
 SEARCH_FILE = "search.json"
 FIGURE_FILE = "search.png"
@@ -149,7 +149,7 @@ def find_best_split(
     if not any(validation.values()):
         raise ValueError("search compares splits on validation text, got none: name a corpus in data.evaluation.val")
     check_text(calibration.batches, config)
-    check_likeness(model)
+    check_compatibility(model)
     blocks, budget = select_blocks(model, config), read_budget(model, config)
     check_finite_weights(model)
     check_reachable(blocks, budget, config)

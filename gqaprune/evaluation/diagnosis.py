@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gqaprune.evaluation.gated_plan import GatedPlan, measure_even_broken
+from gqaprune.evaluation.gated_plan import GatedPlan, measure_perplexity_or_infinity
 from gqaprune.models.architecture import get_layers, name_parameter_place
 from gqaprune.models.gates import Gates, freeze_parameters
 from gqaprune.models.layerwise import embed_batches, run_layer
@@ -26,7 +26,7 @@ from gqaprune.scoring.scores import score_units
 EXPLAINS = 0.5
 """Share of the lost log-perplexity that undoing a cause has to give back to be the verdict."""
 _LAYER_BATCHES = 2
-"""Batches on which layers are undone one at a time."""
+"""Batches on which layers are restored one at a time."""
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -102,7 +102,10 @@ def diagnose(
         is_trained: whether the pruned model has been trained since.
     """
     found = find_not_finite(pruned, batches) or find_not_finite(dense, batches)
-    diagnosis = Diagnosis(measure_even_broken(dense, batches, "dense"), measure_even_broken(pruned, batches, "pruned"))
+    diagnosis = Diagnosis(
+        measure_perplexity_or_infinity(dense, batches, "dense"),
+        measure_perplexity_or_infinity(pruned, batches, "pruned"),
+    )
     add = diagnosis.findings.append
     if dense.dtype == torch.float16 and made_for not in (None, torch.float16):
         name = str(made_for).removeprefix("torch.")
@@ -212,8 +215,8 @@ class _Causes:
             return None
         sentence = "other units of the same blocks would have cost less: the scores are not those of the units"
         setting = "set pruning.criterion to fisher+obs and calibrate on more text"
-        self._add_undone("choice", sentence, setting, self.gated.choose_again(scores))
-        return self.gated.measure(self.gated.choose_again(scores, 0.5), self.batches, "half of it")
+        self._add_undone("choice", sentence, setting, self.gated.choose_by_scores(scores))
+        return self.gated.measure(self.gated.choose_by_scores(scores, 0.5), self.batches, "half of it")
 
     def _try_repair(self) -> None:
         pruned = self.diagnosis.pruned
@@ -238,7 +241,7 @@ class _Causes:
     def _try_layers(self) -> None:
         if math.isinf(self.cut):
             return
-        self.diagnosis.layers = self.gated.measure_without_each(self.ids[:_LAYER_BATCHES])
+        self.diagnosis.layers = self.gated.measure_restoring_each(self.ids[:_LAYER_BATCHES])
         ranked = sorted(self.diagnosis.layers, key=lambda layer: self.diagnosis.layers[layer])
         few = sorted(ranked[: max(1, self.gated.plan.geometry.num_layers // 7)])
         if len(few) < len(ranked):  # else it would undo everything

@@ -1,7 +1,7 @@
-"""A plan on the dense model as gates, parts of which can be undone: what each part of a cut costs, without cutting.
+"""A plan as gates on the dense model: measures what a cut costs, or a part of it, without cutting.
 
-Surgery equals gating, so that the gated dense model tells what the cut alone did, and with some gates opened, what it
-would have been without that part. Repair and training are not seen.
+Surgery equals gating, so the gated dense model has the perplexity of the cut one before repair and training. Gates that
+are set back to 1 restore units or layers: the difference is what their cut costs.
 
 Axes in tensor names: B samples, T tokens, U units.
 """
@@ -55,7 +55,7 @@ class GatedPlan:
         return set(range(units)) - set(self.kept[key])
 
     def restore_units(self, units: Mapping[BlockKey, Collection[int]]) -> Gates:
-        """The plan's gates with some units let through again."""
+        """The plan's gates with some units restored."""
         gates = dict(self.gates)
         for key in units.keys() & gates.keys():
             gates[key] = gates[key].clone()
@@ -66,7 +66,7 @@ class GatedPlan:
         """The plan's gates without those of some layers."""
         return {key: gate_BU for key, gate_BU in self.gates.items() if key.layer not in layers}
 
-    def choose_again(self, scores: Scores, share: float = 1.0) -> Gates:
+    def choose_by_scores(self, scores: Scores, share: float = 1.0) -> Gates:
         """Gates for as many units of each block as the plan takes, or a share of them, by other scores."""
         removed = {}
         for block in self.cut:
@@ -79,12 +79,12 @@ class GatedPlan:
     def measure(self, gates: Gates, batches: Sequence[Mapping[str, Tensor]], description: str = "cut") -> float:
         """Perplexity with gates on batches of `input_ids` and `labels`; infinite where a loss is not finite."""
         with apply_gates(self.blocks, gates):
-            return measure_even_broken(self.model, batches, description)
+            return measure_perplexity_or_infinity(self.model, batches, description)
 
-    def measure_without_each(self, batches: Sequence[Tensor]) -> dict[int, float]:
-        """Perplexity of the plan but for one layer, for each layer that it cuts, the rest of the model run once.
+    def measure_restoring_each(self, batches: Sequence[Tensor]) -> dict[int, float]:
+        """Perplexity with one layer restored and all others cut, for each layer that the plan cuts.
 
-        Layers before the one that is spared are not run again.
+        Layers before the restored one are not run again.
 
         Args:
             batches: token ids, each `[batch, tokens]`, the same list on every rank.
@@ -97,22 +97,22 @@ class GatedPlan:
         def measure(batch_BT: Tensor) -> dict[int, float]:
             with apply_gates(self.blocks, self.gates):
                 inputs_BTD = record_layer_inputs(self.model, batch_BT)
-            found = {}
+            mean_losses = {}
             for layer in layers:
-                others = self.restore_layers([layer])
-                with resume_at(self.model, layer, inputs_BTD[layer]), apply_gates(self.blocks, others):
+                gates = self.restore_layers([layer])
+                with resume_at(self.model, layer, inputs_BTD[layer]), apply_gates(self.blocks, gates):
                     losses_B, tokens_B = measure_losses(self.model, batch_BT, batch_BT)
-                found[layer] = float(losses_B.double().sum() / tokens_B.sum())
-            return found
+                mean_losses[layer] = float(losses_B.double().sum() / tokens_B.sum())
+            return mean_losses
 
-        losses = average_over_batches(self.model, batches, layers, measure, "layers undone one at a time")
+        losses = average_over_batches(self.model, batches, layers, measure, "layers restored one at a time")
         return {layer: math.exp(loss) for layer, loss in losses.items()}
 
     @torch.no_grad()
     def find_wrong_cuts(self, batch_BT: Tensor) -> list[int]:
-        """Layers whose cut does not give what gating gives: KV heads with other query heads than their own, say.
+        """Layers whose output differs between cutting and gating: KV heads with query heads of another, for example.
 
-        One layer at a time is copied, cut and compared, each on what the dense model gives it.
+        One layer at a time is copied, cut and compared, each on the dense model's hidden states.
 
         Args:
             batch_BT: token ids, `[batch, tokens]`.
@@ -147,7 +147,9 @@ class GatedPlan:
         return kept.groups if granularity == "group" else self.plan.list_queries(key.layer)
 
 
-def measure_even_broken(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], description: str) -> float:
+def measure_perplexity_or_infinity(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], description: str
+) -> float:
     """Perplexity on batches of `input_ids` and `labels`; infinite where `measure_perplexity` finds no finite one."""
     try:
         return measure_perplexity(model, {"held-out text": batches}, description)["held-out text"]

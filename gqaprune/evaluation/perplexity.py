@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from gqaprune.common.console import track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere
 from gqaprune.models.losses import measure_head_losses, measure_losses
-from gqaprune.placement.layer_store import are_layers_apart, run_decoder_by_layer
+from gqaprune.placement.layer_store import find_store
 
 Evaluation = Mapping[str, Sequence[Mapping[str, Tensor]]]
 """Corpus name -> batches of `input_ids` and `labels`."""
@@ -100,11 +100,12 @@ def measure_perplexity(
 def _measure_batches(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], description: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Losses of each batch in turn; with layers apart all batches pass one layer before the next is held."""
+    """Losses of each batch in turn; where layers are not in memory all batches pass one before the next is held."""
     device = next(model.parameters()).device
     hidden: Sequence[Tensor | None] = [None] * len(batches)
-    if are_layers_apart(model):
-        hidden = run_decoder_by_layer(model, [batch["input_ids"] for batch in batches], description)
+    store = find_store(model)
+    if not store.is_in_memory:
+        hidden = store.run_decoder([batch["input_ids"] for batch in batches], description)
     for batch, hidden_BTD in zip(track(batches, description, "batches"), hidden, strict=True):
         labels = batch["labels"].to(device)
         if hidden_BTD is None:

@@ -128,7 +128,7 @@ _LLAMA_SETTINGS = {
 def get_family(config: PretrainedConfig) -> Family:
     """Find the family of a model; a dense one that is not known, but has Llama's settings, is taken for a Llama.
 
-    `likeness.check_likeness` looks at its layers.
+    `surgery.compatibility.check_compatibility` looks at its layers.
 
     Raises:
         ValueError: if the family is not supported, with those that are.

@@ -3,7 +3,7 @@
 Or enters a forward of the model in its middle, so that what comes before a changed layer is not computed again:
 `record_layer_inputs` once, then `resume_at`. Or runs the decoder and the head apart: `run_decoder`, `run_head`.
 
-Reconstruction and the criteria that look at activations walk a model this way: `embed_batches` once, then for every
+Repair and the criteria that look at activations go through a model this way: `embed_batches` once, then for every
 layer `run_layer` on each stream, whose output is the next layer's input. A consumer hooks or changes the layer between
 two runs. Axes in tensor names: B samples, T tokens, D hidden width, N tokens of all samples, C columns.
 """

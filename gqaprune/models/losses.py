@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from gqaprune.models.layerwise import run_decoder, run_head
-from gqaprune.models.wrapping import is_split
+from gqaprune.models.wrapping import is_sharded
 
 IGNORED = -100
 """Label of tokens that are context only."""
@@ -97,7 +97,7 @@ class _WithSlope(torch.autograd.Function):
 def measure_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """What `sum_token_losses` gives of a model's logits, a piece of them at a time; without gradients.
 
-    A batch that the device's memory does not hold is halved, and its halves again. Of a model that is split over
+    A batch that the device's memory does not hold is halved, and its halves again. Of a model that is sharded over
     devices, whose parts are whole only within its own forward, all logits exist at once, and nothing is halved.
 
     Args:
@@ -105,7 +105,7 @@ def measure_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) ->
         input_ids: tokens `[batch, tokens]`.
         labels: `[batch, tokens]`.
     """
-    if is_split(model):
+    if is_sharded(model):
         return sum_token_losses(model(input_ids=input_ids, use_cache=False).logits, labels)
     try:
         with torch.no_grad():

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 
 def unwrap_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, to read its config and class; its weights may still be split."""
+    """The model itself, to read its config and class; its weights may still be sharded."""
     return cast(PreTrainedModel, model.module) if isinstance(model, FullyShardedDataParallel) else model
 
 
@@ -16,8 +16,8 @@ def unwrap_name(name: str) -> str:
     return name.replace("_fsdp_wrapped_module.", "")
 
 
-def is_split(model: PreTrainedModel) -> bool:
-    """Whether a strategy has split the weights, so that they are whole only within the model's own forward."""
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether a strategy has sharded the weights, so that they are whole only within the model's own forward."""
     if isinstance(model, (FSDPModule, FullyShardedDataParallel)):
         return True
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

@@ -19,33 +19,42 @@ from transformers import PreTrainedModel
 
 from gqaprune.common.atomic_files import make_temporary_folder
 from gqaprune.models.architecture import get_layers
-from gqaprune.placement.layer_store import LayersApart, detach_parameters, keep_apart, name_layer, name_outside
+from gqaprune.placement.layer_store import (
+    LayerStore,
+    Placement,
+    get_layer_parameters,
+    get_outside_parameters,
+    set_store,
+)
+from gqaprune.placement.writing_by_layer import detach_parameters
 
 
-class LayersOnDisk(LayersApart):
-    """Where the weights of a model's decoder layers are.
+class DiskStore(LayerStore):
+    """Decoder layers in files.
 
     Args:
+        model: the causal LM.
         files: full name of a parameter -> file that holds it; these files are only read.
         folder: what changed layers are kept beside, in a folder that goes with this object.
     """
 
-    reason = "offload keeps on disk"
-    can_score_gates = False
+    placement = Placement.DISK
 
-    def __init__(self, files: Mapping[str, Path], folder: Path) -> None:
+    def __init__(self, model: PreTrainedModel, files: Mapping[str, Path], folder: Path) -> None:
+        super().__init__(model)
         self.files = dict(files)
         self._folder = make_temporary_folder(folder)
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     @contextmanager
-    def hold(self, model: PreTrainedModel, index: int, changes: bool) -> Iterator[None]:
+    def hold(self, index: int, changes: bool = False) -> Iterator[None]:
         """Read a layer, and write it if it changes."""
+        model = self.model
         try:
-            _fill(model, self.files, name_layer(model, index))
+            _read_parameters(model, self.files, get_layer_parameters(model, index))
             yield
             if changes:
-                self._write(index, name_layer(model, index))
+                self._write(index, get_layer_parameters(model, index))
         finally:
             with torch.inference_mode(False):  # what is made in that mode could never require gradients again
                 get_layers(model)[index].to("meta")
@@ -68,8 +77,8 @@ def offload_layers(model: PreTrainedModel, files: Mapping[str, Path], folder: Pa
         ValueError: if shapes differ, or the decoder layers hold what no file does.
     """
     check_files(model, files)
-    keep_apart(model, LayersOnDisk(files, folder))
-    fill_outside(model, files)
+    set_store(DiskStore(model, files, folder))
+    read_outside_parameters(model, files)
 
 
 def check_files(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
@@ -83,12 +92,13 @@ def check_files(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
         raise ValueError(f"its layers hold {buffers[0]}, which no file does: such a model is pruned in memory alone")
 
 
-def fill_outside(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
-    """Read what is outside of the decoder layers; what no file holds is left."""
-    _fill(model, files, {name: parameter for name, parameter in name_outside(model).items() if name in files})
+def read_outside_parameters(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
+    """Read the parameters outside of the decoder layers; those that no file holds are left."""
+    in_files = {name: parameter for name, parameter in get_outside_parameters(model).items() if name in files}
+    _read_parameters(model, files, in_files)
 
 
-def _fill(model: PreTrainedModel, files: Mapping[str, Path], wanted: Mapping[str, Tensor]) -> None:
+def _read_parameters(model: PreTrainedModel, files: Mapping[str, Path], wanted: Mapping[str, Tensor]) -> None:
     """Read some parameters, by their full names, into the model, on its device and in their own types."""
     first = next(model.parameters())
     device = torch.device("cpu") if first.is_meta else first.device
@@ -107,5 +117,5 @@ def _check_shapes(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
     for path in set(files.values()):
         with safe_open(path, "pt") as file:
             for name in file.keys() & shapes.keys():
-                if (found := file.get_slice(name).get_shape()) != shapes[name]:
-                    raise ValueError(f"{name} is {found} in {path.name}, its config promises {shapes[name]}")
+                if (stored := file.get_slice(name).get_shape()) != shapes[name]:
+                    raise ValueError(f"{name} is {stored} in {path.name}, its config promises {shapes[name]}")

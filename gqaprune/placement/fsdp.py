@@ -1,4 +1,4 @@
-"""Models whose weights strategies split over devices: split them layer by layer, take them whole again.
+"""Models whose weights strategies shard over devices: shard them layer by layer, gather them again.
 
 FSDP2 turns parameters into DTensors, FSDP1 puts layers and model into wrappers, DeepSpeed's stage 3 empties parameters
 and fills them when their module runs.
@@ -15,15 +15,20 @@ from torch.distributed.fsdp.wrap import wrap
 from transformers import PreTrainedModel
 
 from gqaprune.models.architecture import get_layers
-from gqaprune.models.wrapping import is_split
-from gqaprune.placement.sharded_store import make_layers_whole
+from gqaprune.models.wrapping import is_sharded
+from gqaprune.placement.sharded_store import gather_layers
 
 
 def shard_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Split a model over a mesh's devices by FSDP2, in place, layers in pieces too. Does nothing the second time."""
+    """Shard a model over a mesh's devices by FSDP2, in place; nothing is done the second time.
+
+    Args:
+        model: whole in memory, or with a `ShardedStore`, which it then has no more.
+        mesh: the devices, one dimension.
+    """
     if isinstance(model, FSDPModule):
         return
-    for layer in make_layers_whole(model):
+    for layer in gather_layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
@@ -47,8 +52,8 @@ def wrap_model(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def gather_state_dict(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """A model's whole weights on rank 0 if they are split, else None. Every rank has to call it."""
-    if not is_split(model):
+    """A model's whole weights on rank 0 if they are sharded, else None. Every rank has to call it."""
+    if not is_sharded(model):
         return None
     is_on_cpu = next(model.parameters()).device.type == "cpu"
     if isinstance(model, (FSDPModule, FullyShardedDataParallel)):

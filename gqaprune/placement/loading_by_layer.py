@@ -1,4 +1,4 @@
-"""Load models to prune whose decoder layers are never in memory as a whole: on disk, or split over devices."""
+"""Load models to prune whose decoder layers are never all in memory: on disk, or sharded over devices."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,8 +15,8 @@ from gqaprune.models.families import get_family
 from gqaprune.models.loading import DTYPES, build_model, check_dtype, check_keys
 from gqaprune.models.sources import LOADING_ERRORS, fetch, find_tensors, load_config, locate, make_loading_error
 from gqaprune.placement.disk_store import offload_layers
-from gqaprune.placement.layer_store import move_model
-from gqaprune.placement.sharded_store import split_layers
+from gqaprune.placement.layer_store import find_store
+from gqaprune.placement.sharded_store import shard_layers
 
 
 def load_offloaded_model(
@@ -54,14 +54,14 @@ def load_sharded_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal LM whose decoder layers are split over devices; no rank ever reads the whole. Every rank calls it.
+    """Load a causal LM whose decoder layers are sharded over devices: no rank reads the whole. Every rank calls it.
 
     It can be pruned with what goes layer by layer or looks at gates, measured and saved, each by a call on every rank;
     `gqaprune.placement.fsdp.shard_model` makes one to train of it, by FSDP2.
 
     Args:
         source: a folder or hub name with safetensors files.
-        mesh: devices to split layers over, one dimension; what is outside of the layers is whole on each.
+        mesh: devices to shard layers over, one dimension; what is outside of the layers is whole on each.
         dtype: as for `load_model`.
         attn_implementation: likewise.
         trust_remote_code: likewise.
@@ -71,10 +71,12 @@ def load_sharded_model(
     """
     device = torch.device(mesh.device_type)
 
-    def split(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
-        split_layers(model, files, mesh, device)
+    def shard(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
+        shard_layers(model, files, mesh, device)
 
-    return move_model(_load_by_layer(source, dtype, attn_implementation, trust_remote_code, split), device)
+    model = _load_by_layer(source, dtype, attn_implementation, trust_remote_code, shard)
+    find_store(model).move_to(device)
+    return model
 
 
 def can_read_by_layer(source: str | Path, trust_remote_code: bool = False) -> bool:

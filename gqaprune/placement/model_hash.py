@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from gqaprune.placement.layer_store import named_parameters
+from gqaprune.placement.layer_store import find_store
 
 _RUN = 2**16
 """Values whose bits are summed together: 32 bits times a place in it, added up, stay below 2^63."""
@@ -23,7 +23,7 @@ def hash_model(model: PreTrainedModel, settings: Sequence[object] = ()) -> str:
     """A key for what depends on a model: a hash of its config, of every weight, and of the settings."""
     config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
     content = hashlib.sha256(json.dumps([config, list(settings)], sort_keys=True, default=str).encode())
-    for _, parameter in named_parameters(model):
+    for _, parameter in find_store(model).named_parameters():
         weights = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         content.update(str((weights.shape, weights.dtype)).encode())
         content.update(_sum_bits(weights.detach()).cpu().numpy().tobytes())
@@ -41,7 +41,7 @@ def _sum_bits(values: Tensor) -> Tensor:
 
 
 def hash_tensors(tensors: Sequence[Tensor]) -> str:
-    """A key for what depends on tensors, and on how they are split."""
+    """A key for what depends on tensors, and on how they are divided."""
     content = hashlib.sha256()
     for tensor in tensors:
         content.update(str((tensor.shape, tensor.dtype)).encode() + tensor.cpu().numpy().tobytes())

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from gqaprune.common.stage_cache import Stage, Stages
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, find_blocks
-from gqaprune.placement.layer_store import LayersApart
+from gqaprune.placement.layer_store import Placement
 from gqaprune.placement.model_hash import hash_tensors
 from gqaprune.plan import BlockKey
 from gqaprune.planning.allocation import ALLOCATIONS, AllocationOptions, BlockBudget, Budget, Removed, refine_by_swaps
@@ -48,27 +48,28 @@ def check_text(batches: Sequence[Tensor], config: PruningConfig) -> None:
         )
 
 
-def check_goes_by_layer(config: PruningConfig, apart: LayersApart | type[LayersApart]) -> None:
-    """Refuse settings that need the whole model in memory, where its decoder layers are kept apart.
+def check_goes_by_layer(config: PruningConfig, placement: Placement) -> None:
+    """Refuse settings that need the whole model in memory, where its decoder layers are not.
 
     Args:
         config: what to remove.
-        apart: how they are.
+        placement: where the decoder layers are.
 
     Raises:
         ValueError: with what goes layer by layer instead.
     """
-    if not config.removes_something:
+    if not config.removes_something or placement is Placement.MEMORY:
         return
+    # Gates need every layer twice for each micro-batch: devices gather it fast enough, disks do not read it so.
     names = [
         name
         for name, criterion in CRITERIA.items()
-        if criterion.goes_by_layer or (criterion.runs_held and apart.can_score_gates)
+        if criterion.goes_by_layer or (criterion.runs_held and placement is Placement.DEVICES)
     ]
     if not set(parse_criterion(config.criterion)) <= set(names):
         raise ValueError(
-            f"criterion {config.criterion} needs the whole model in memory, which {apart.reason}: set criterion to "
-            f"one of {', '.join(names)}, or two of them joined by +"
+            f"criterion {config.criterion} needs the whole model in memory, which {placement.value} avoids: set "
+            f"criterion to one of {', '.join(names)}, or two of them joined by +"
         )
     for name, is_used, way_out in (
         ("limits.frozen_layers", config.limits.frozen_layers > 0, "to 0"),
@@ -80,7 +81,7 @@ def check_goes_by_layer(config: PruningConfig, apart: LayersApart | type[LayersA
     ):
         if is_used:
             raise ValueError(
-                f"{name} {attrgetter(name)(config)} needs the whole model in memory, which {apart.reason}: "
+                f"{name} {attrgetter(name)(config)} needs the whole model in memory, which {placement.value} avoids: "
                 f"set {name} {way_out}"
             )
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from gqaprune.common.stage_cache import Stage, Stages
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, name_parameter_place
-from gqaprune.placement.layer_store import named_parameters
+from gqaprune.placement.layer_store import find_store
 from gqaprune.scoring.criteria.activations import BrainSurgeon, Wanda, WeightedVariance
 from gqaprune.scoring.criteria.base import NORMALIZATIONS, REDUCTIONS, Criterion, Scores, ScoringConfig, ScoringRun
 from gqaprune.scoring.criteria.gates import GateFisher, GateTaylor
@@ -148,7 +148,7 @@ def check_finite_weights(model: PreTrainedModel) -> None:
     Raises:
         ValueError: naming the first such parameter and its layer.
     """
-    for name, parameter in named_parameters(model):
+    for name, parameter in find_store(model).named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise ValueError(
                 f"weights of {name_parameter_place(name)} hold NaN or inf: the checkpoint is broken or was saved in "

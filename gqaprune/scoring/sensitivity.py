@@ -67,9 +67,9 @@ class Origin:
         if self.method == other.method and (difference := self.geometry.difference(other.geometry)):
             return difference
         for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine != theirs:
-                return f"{field.name} {mine!r} against {theirs!r}"
+            value, other_value = getattr(self, field.name), getattr(other, field.name)
+            if value != other_value:
+                return f"{field.name} {value!r} against {other_value!r}"
         return None
 
 
@@ -203,7 +203,7 @@ def measure_block_removal(model: PreTrainedModel, blocks: Sequence[Block], batch
         dense = _measure_dense_loss(model, inputs_BTD, batch_BT)
         rises = {}
         for block in blocks:
-            handle = block.output.register_forward_hook(_give_zeros)
+            handle = block.output.register_forward_hook(_return_zeros)
             try:
                 loss = _measure_loss(model, block.key.layer, inputs_BTD[block.key.layer], batch_BT)
             finally:
@@ -296,10 +296,10 @@ def average_over_batches(
         raise ValueError("measuring needs at least one calibration batch, got none")
     device = next(model.parameters()).device
     rank, world_size = get_rank_and_world_size()
-    own = range(rank, len(batches), world_size)
+    own_batches = range(rank, len(batches), world_size)
     sums, overflow = torch.zeros(len(names), dtype=torch.float64), ""
     with freeze_parameters(model):
-        for index in track(own, description, "batches") if description else own:
+        for index in track(own_batches, description, "batches") if description else own_batches:
             try:
                 values = measure(batches[index].to(device))
                 _check_finite(values)
@@ -309,7 +309,7 @@ def average_over_batches(
             sums += torch.tensor([values[name] for name in names], dtype=torch.float64) * batches[index].numel()
     if is_true_anywhere(bool(overflow), device):
         raise ValueError(
-            f"{overflow or 'what another rank measured'} is not finite: the model's activations overflow (it computes "
+            f"{overflow or 'a value on another rank'} is not finite: the model's activations overflow (it computes "
             f"in {model.dtype}); load it with dtype bfloat16 or float32"
         )
     sums = sum_across_ranks({"sums": sums.to(device)})["sums"] / sum(batch.numel() for batch in batches)
@@ -319,7 +319,7 @@ def average_over_batches(
 def _check_finite(values: Mapping[Any, float]) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
-            raise FloatingPointError(f"what was measured of {name}")
+            raise FloatingPointError(f"the value of {name}")
 
 
 def _measure_loss(model: PreTrainedModel, layer: int, hidden_BTD: Tensor, batch_BT: Tensor) -> float:
@@ -336,7 +336,7 @@ def _measure_dense_loss(model: PreTrainedModel, inputs_BTD: Sequence[Tensor], ba
     return loss
 
 
-def _give_zeros(_: nn.Module, __: tuple[Tensor, ...], output_BTD: Tensor) -> Tensor:
+def _return_zeros(_: nn.Module, __: tuple[Tensor, ...], output_BTD: Tensor) -> Tensor:
     return torch.zeros_like(output_BTD)
 
 

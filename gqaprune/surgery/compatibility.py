@@ -14,7 +14,7 @@ from gqaprune.models.families import FAMILIES, get_family
 from gqaprune.models.gates import apply_gates, freeze_parameters
 from gqaprune.models.layerwise import embed_batches, run_layer
 from gqaprune.models.per_layer import LayerConfig
-from gqaprune.placement.layer_store import hold_layer
+from gqaprune.placement.layer_store import find_store
 from gqaprune.surgery.cut import keep_units
 
 _TOLERANCE = 1e-3
@@ -23,7 +23,7 @@ _TOKENS = 8
 
 
 @torch.no_grad()
-def check_likeness(model: PreTrainedModel) -> None:
+def check_compatibility(model: PreTrainedModel) -> None:
     """Refuse a model of an unknown family that only looks like a Llama; nothing is done to one of a known family.
 
     Checked are what its layers hold and, on the first layer, that the outputs of attention and MLP are added to the
@@ -42,7 +42,7 @@ def check_likeness(model: PreTrainedModel) -> None:
         _check_parts(model, index, layer)
     blocks = find_blocks(model)[:2]
     tokens_BT = torch.arange(_TOKENS)[None] % model.get_input_embeddings().num_embeddings
-    with freeze_parameters(model), hold_layer(model, 0):
+    with freeze_parameters(model), find_store(model).hold(0):
         (stream,) = embed_batches(model, [tokens_BT])
         with _record_outputs(blocks) as outputs_BTD:
             after_BTD = run_layer(model, 0, stream)
@@ -71,7 +71,7 @@ def check_likeness(model: PreTrainedModel) -> None:
 
 
 def _check_parts(model: PreTrainedModel, index: int, layer: nn.Module) -> None:
-    """What a layer may hold: attention and MLP with Llama's projections, norms of heads, other norms."""
+    """Refuse a layer with parameters besides Llama's projections, norms of heads and other norms, or without one."""
     family, head_dim = get_family(model.config), read_geometry(model.config).head_dim
     attention = family.attention.module
     projections = {layout.module: {*layout.inputs, layout.output} for layout in family.layouts.values()}
@@ -86,10 +86,10 @@ def _check_parts(model: PreTrainedModel, index: int, layer: nn.Module) -> None:
             is_fine = module in projections[block] and kind in ("weight", "bias")
         if not is_fine:
             raise _make_error(model, f"layer {index} holds {name} of shape {list(parameter.shape)}")
-    held = {name for name, _ in layer.named_parameters()}
+    present = {name for name, _ in layer.named_parameters()}
     for block, names in projections.items():
         for name in sorted(names):
-            if f"{block}.{name}.weight" not in held:
+            if f"{block}.{name}.weight" not in present:
                 raise _make_error(model, f"layer {index} has no {block}.{name}")
 
 
@@ -97,10 +97,10 @@ def _check_shapes(model: PreTrainedModel, groups: int, channels: int) -> None:
     """Refuse a first layer that is cut to other shapes than its class builds from a config that says so."""
     family, geometry, layer = get_family(model.config), read_geometry(model.config), get_layers(model)[0]
     heads = {"num_attention_heads": groups * geometry.ratios[0], "num_key_value_heads": groups}
-    own = {**heads, "head_dim": geometry.head_dim, family.width: channels}
+    sizes = {**heads, "head_dim": geometry.head_dim, family.width: channels}
     try:
         with torch.device("meta"):
-            rebuilt = type(layer)(LayerConfig(model.config, own), 0)
+            rebuilt = type(layer)(LayerConfig(model.config, sizes), 0)
     except ValueError as error:
         raise _make_error(model, f"its first layer cannot be built once it is cut ({first_line(error)})") from None
     shapes = {name: list(parameter.shape) for name, parameter in layer.named_parameters()}
@@ -122,18 +122,18 @@ def _record_outputs(blocks: list[Block]) -> Iterator[list[Tensor]]:
 def _replaced_layer(model: PreTrainedModel) -> Iterator[None]:
     """A copy in the place of the first layer while the context lasts."""
     layers = get_layers(model)
-    own = layers[0]
-    layers[0] = copy.deepcopy(own)
+    original = layers[0]
+    layers[0] = copy.deepcopy(original)
     try:
         yield
     finally:
-        layers[0] = own
+        layers[0] = original
 
 
-def _check_equal(model: PreTrainedModel, expected: Tensor, found: Tensor, what: str) -> None:
-    error = (found.double() - expected.double()).norm() / expected.double().norm()
+def _check_equal(model: PreTrainedModel, expected: Tensor, actual: Tensor, difference: str) -> None:
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
     if not error <= (_TOLERANCE if model.dtype == torch.float32 else 10 * _TOLERANCE):
-        raise _make_error(model, f"its first layer {what} (relative difference {float(error):.1e})")
+        raise _make_error(model, f"its first layer {difference} (relative difference {float(error):.1e})")
 
 
 def _make_error(model: PreTrainedModel, reason: str) -> ValueError:

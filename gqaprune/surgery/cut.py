@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.models.architecture import Block, find_blocks, read_geometry, write_geometry, write_heads
 from gqaprune.models.families import get_family
-from gqaprune.placement.layer_store import hold_each
+from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import PruningPlan, list_query_heads
 
 
@@ -30,7 +30,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     check_plan(model, plan)
     pairs = list(zip(find_blocks(model), find_blocks(model, "query"), strict=True))
     cut = {block.key.layer for block, _ in pairs if len(list_kept_columns(plan, block)) < block.output.in_features}
-    for layer in hold_each(model, sorted(cut), cut):
+    for layer in find_store(model).hold_each(sorted(cut), cut):
         for block, heads in pairs:
             if block.key.layer == layer:
                 cut_block(model, plan, block, heads)

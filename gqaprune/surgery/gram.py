@@ -69,8 +69,8 @@ def _fill_with_zeros(file: IO[bytes], size: int) -> None:
     file.flush()
 
 
-def split_rows(rows: int, columns: int) -> list[slice]:
-    """Consecutive rows of a matrix, so many together as an eighth of the workspace holds in float64, at least one."""
+def chunk_rows(rows: int, columns: int) -> list[slice]:
+    """Chunks of consecutive rows of a matrix: as many as an eighth of the workspace holds in float64, at least one."""
     step = max(1, WORKSPACE // 8 // (8 * max(1, columns)))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -85,7 +85,7 @@ class Panels:
 
     def __init__(self, size: int, memory: Memory) -> None:
         self.size, self.device = size, memory.device
-        self.slices = split_rows(size, size)
+        self.slices = chunk_rows(size, size)
         self.panels = [memory.make_zeros(rows.stop - rows.start, rows.stop) for rows in self.slices]
 
     def read(self, index: int) -> Tensor:
@@ -153,7 +153,7 @@ class Panels:
 
         The columns of `L⁻¹` that belong to some blocks are solved for at a time.
         """
-        columns = split_rows(self.size, self.size)[0].stop
+        columns = chunk_rows(self.size, self.size)[0].stop
         step = max(1, min(_COLUMNS, columns) // width) * width
         return torch.cat([self._invert(start, step, width) for start in range(0, self.size, step)])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gqaprune.common.distributed import add_across_ranks
-from gqaprune.surgery.gram import Gram, Memory, Panels, split_rows
+from gqaprune.surgery.gram import Gram, Memory, Panels, chunk_rows
 
 
 class Moments:
@@ -30,7 +30,7 @@ class Moments:
 
     def __init__(self, inputs: int, outputs: int, memory: Memory) -> None:
         self.gram = Gram(inputs, memory)
-        self.rows = split_rows(outputs, inputs)
+        self.rows = chunk_rows(outputs, inputs)
         self.cross = [memory.make_zeros(rows.stop - rows.start, inputs) for rows in self.rows]
         self.energy = torch.zeros((), dtype=torch.float64, device=memory.device)
 
@@ -71,9 +71,9 @@ def search_downhill(ridges: Sequence[float], measure: Callable[[float], float]) 
     ordered = sorted(set(ridges))
     middle = len(ordered) // 2
     start = measure(ordered[middle])
-    for others in (ordered[middle + 1 :], ordered[:middle][::-1]):
+    for direction in (ordered[middle + 1 :], ordered[:middle][::-1]):
         least = start
-        for ridge in others:
+        for ridge in direction:
             if (error := measure(ridge)) > least:
                 break
             least = error
@@ -84,7 +84,7 @@ def search_downhill(ridges: Sequence[float], measure: Callable[[float], float]) 
 def refit(
     start_DS: Tensor,
     parts: Sequence[Moments],
-    held: Moments,
+    held_out: Moments,
     ridge: float,
     penalised: int,
     factor: Panels,
@@ -95,14 +95,14 @@ def refit(
     Args:
         start_DS: the weights `w₀` to stay near.
         parts: moments to fit, together; their targets are what is missing with `w₀`, `y = t − w₀ x`.
-        held: the same on which to judge.
+        held_out: the same on which to judge.
         ridge: strength of the penalty.
         penalised: how many inputs have it, from the first on: all but the constant.
         factor: memory for the Cholesky factor.
         write: gets some outputs and their new weights, in the type of `w₀`.
 
     Returns:
-        `Σ ‖w x − t‖²` on the held tokens, of the weights in that type; infinite, and nothing is written, where the
+        `Σ ‖w x − t‖²` on the held-out tokens, of the weights in that type; infinite, and nothing is written, where the
         ridge is too weak for a solution.
     """
     diagonal_S = torch.stack([part.gram.get_diagonal() for part in parts]).sum(0)
@@ -111,8 +111,8 @@ def refit(
         penalty_S[:penalised] = ridge * float(diagonal_S[:penalised].mean())
     if not factor.factorise([part.gram for part in parts], penalty_S):
         return float("inf")
-    error = held.energy.clone()
-    for index, rows in enumerate(held.rows):
+    error = held_out.energy.clone()
+    for index, rows in enumerate(held_out.rows):
         change_RS = parts[0].read_cross(index).clone()
         for part in parts[1:]:
             change_RS += part.read_cross(index)
@@ -120,5 +120,5 @@ def refit(
         start_RS = start_DS[rows].to(change_RS)
         new_RS = change_RS.add_(start_RS).to(start_DS.dtype)  # judged as it will be stored
         write(rows, new_RS)
-        error += held.measure_change(index, change_RS.copy_(new_RS).sub_(start_RS))
+        error += held_out.measure_change(index, change_RS.copy_(new_RS).sub_(start_RS))
     return float(error.clamp_min(0))

@@ -3,8 +3,8 @@
 Least squares move the output projection alone. Here all of an MLP's weights move, by Adam on the squared error of its
 output: no loss of the language model, no labels, no backward pass through another block, one MLP's gradients at a time.
 How far to go from the weights it began with to those that training ended with is chosen on held-out tokens, for the end
-may fit the text it saw; the weights it began with must not have seen them either. Steps hold rank-own tokens, so that
-the weights differ a little between numbers of processes.
+may fit the text it saw; the weights it began with must not have seen them either. In a step each rank takes its
+own tokens, so that the weights differ a little between numbers of processes.
 
 Sources: block-wise reconstruction, BRECQ (arXiv 2102.05426); of sparse language models, EBFT (arXiv 2402.12419).
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gqaprune.common.cpu import is_faster_in_bfloat16
 from gqaprune.common.distributed import sum_across_ranks
+from gqaprune.surgery.repair_config import RepairConfig
 
 _STEP_TOKENS = 1024
 """Tokens per step of Adam, all ranks together."""
@@ -37,32 +38,6 @@ _MASSIVE = 4.0
 """A token whose target's square is more than so many times the median weighs as if it were that: others count too."""
 _LEAST = 1e-12
 """The same where every token counts as any other."""
-
-
-@dataclass(frozen=True)
-class RefinementOptions:
-    """How MLPs are refined.
-
-    Args:
-        epochs: passes over the calibration tokens; 0 refines nothing.
-        learning_rate: Adam's at its peak, in units of each matrix's root mean square; it warms up and decays to 0 as a
-            cosine.
-
-    Raises:
-        ValueError: if a setting is out of its bounds.
-    """
-
-    epochs: int = 0
-    learning_rate: float = 0.02
-
-    def __post_init__(self) -> None:
-        if self.epochs < 0:
-            raise ValueError(f"refinement's epochs must be at least 0, got {self.epochs}; 3 is a start")
-        if not 0 < self.learning_rate <= 1:
-            raise ValueError(
-                "refinement's learning rate must be above 0 and at most 1, a share of the weights' size, "
-                f"got {self.learning_rate}; 0.02 is a start"
-            )
 
 
 @dataclass(frozen=True)
@@ -103,8 +78,8 @@ class TokenPairs:
             tokens = tokens.to(self.x_ND.device)
         return self.x_ND[tokens].to(device), self.y_ND[tokens].to(device).float()
 
-    def split(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same of all tokens, some at a time."""
+    def take_chunks(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same of all tokens, a chunk at a time."""
         for start in range(0, len(self.x_ND), _CHUNK_TOKENS):
             yield self.take(slice(start, start + _CHUNK_TOKENS), device)
 
@@ -135,16 +110,16 @@ def _count_free_bytes(device: torch.device) -> float:
     if device.type != "cuda":
         return math.inf
     free, total = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device)
-    allowed = total * torch.cuda.get_per_process_memory_fraction(device) - held
-    return min(free, allowed) + held - torch.cuda.memory_allocated(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = total * torch.cuda.get_per_process_memory_fraction(device) - reserved
+    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
 
 
 def refine_mlp(
     mlp: nn.Module,
     fit: TokenPairs,
-    held: TokenPairs,
-    options: RefinementOptions,
+    held_out: TokenPairs,
+    config: RepairConfig,
     seed: int,
     is_normed: bool = False,
 ) -> Refinement:
@@ -155,8 +130,8 @@ def refine_mlp(
     Args:
         mlp: the module, already cut.
         fit: tokens to train on.
-        held: tokens to judge on, which the module's weights have not seen; those of `fit` if no rank has any.
-        options: how long and how fast.
+        held_out: tokens to judge on, which the module's weights have not seen; those of `fit` if no rank has any.
+        config: how long and how fast.
         seed: of the order of the tokens.
         is_normed: whether the output passes a norm next: all tokens' relative errors count alike then.
 
@@ -164,16 +139,18 @@ def refine_mlp(
         The errors before and after. The module keeps its weights where the new ones are no better or not finite.
     """
     device = next(mlp.parameters()).device
-    energy_N = torch.cat([y_ND.square().sum(-1) for _, y_ND in fit.split(device)] or [torch.zeros(0, device=device)])
+    energy_N = torch.cat(
+        [y_ND.square().sum(-1) for _, y_ND in fit.take_chunks(device)] or [torch.zeros(0, device=device)]
+    )
     median = float(energy_N.median()) if len(energy_N) else 0.0
-    sums = _sum({"tokens": len(energy_N), "median": median * len(energy_N), "held": len(held.x_ND)}, device)
+    sums = _sum({"tokens": len(energy_N), "median": median * len(energy_N), "held out": len(held_out.x_ND)}, device)
     limit = (_LEAST if is_normed else _MASSIVE) * sums["median"] / sums["tokens"]
-    judged = held if sums["held"] > 0 else fit
+    judged = held_out if sums["held out"] > 0 else fit
 
     before = _measure_error(mlp, judged, limit)
     trained = copy.deepcopy(mlp).float()
     with torch.enable_grad():
-        _train(trained.requires_grad_(True), fit, energy_N, limit, int(sums["tokens"]), options, seed)
+        _train(trained.requires_grad_(True), fit, energy_N, limit, int(sums["tokens"]), config, seed)
     start, end = mlp.state_dict(), trained.state_dict()
 
     def move(module: nn.Module, share: float) -> None:
@@ -196,7 +173,7 @@ def _train(
     energy_N: Tensor,
     limit: float,
     tokens: int,
-    options: RefinementOptions,
+    config: RepairConfig,
     seed: int,
 ) -> None:
     """Adam; at every step each rank takes an equal share of its tokens, and gradients are added over ranks.
@@ -207,7 +184,7 @@ def _train(
         energy_N: the squares of their targets.
         limit: square from which on a token weighs less.
         tokens: how many all ranks have.
-        options: how long and how fast.
+        config: how long and how fast.
         seed: of the order.
     """
     weight_N, device = _weigh(energy_N, limit), energy_N.device
@@ -218,15 +195,15 @@ def _train(
     parameters = dict(mlp.named_parameters())
     sizes = {name: float(parameter.detach().square().mean().sqrt()) for name, parameter in parameters.items()}
     adam = torch.optim.Adam(
-        [{"params": [parameters[name]], "lr": options.learning_rate * size} for name, size in sizes.items()],
+        [{"params": [parameters[name]], "lr": config.learning_rate * size} for name, size in sizes.items()],
         betas=(0.9, 0.95),
         fused=True,
     )
-    steps = steps_per_epoch * options.epochs
+    steps = steps_per_epoch * config.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda step: min(1.0, (step + 1) / (_WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
     )
-    for step_N in _draw_steps(len(energy_N), steps_per_epoch, options.epochs, seed):
+    for step_N in _draw_steps(len(energy_N), steps_per_epoch, config.epochs, seed):
         x_ND, y_ND = fit.take(step_N, device)
         with _choose_products(device):
             output_ND = mlp(x_ND.float())
@@ -250,7 +227,7 @@ def _draw_steps(tokens: int, steps_per_epoch: int, epochs: int, seed: int) -> It
 @torch.no_grad()
 def _measure_error(mlp: nn.Module, pairs: TokenPairs, limit: float) -> float:
     device, error, energy = next(mlp.parameters()).device, 0.0, 0.0
-    for x_ND, y_ND in pairs.split(device):
+    for x_ND, y_ND in pairs.take_chunks(device):
         energy_N = y_ND.square().sum(-1)
         weight_N = _weigh(energy_N, limit)
         with _choose_products(device):

@@ -7,99 +7,44 @@ time, and no activations but the hidden states between two layers and one MLP's 
 Sources: least squares over the kept units, Kwon et al. 2022 (arXiv 2204.09656) and ZipLM (arXiv 2302.04089), layer by
 layer as in Týr-the-Pruner; bias compensation, FLAP (arXiv 2312.11983); targets of the dense model on inputs of the
 changed one ("asymmetric calibration"), GPTAQ (arXiv 2504.02692).
-
-Axes in tensor names: B samples, T tokens, N tokens of all samples, D hidden width, R some rows of the output
-projection, C its columns, S what is free of it: the kept columns and, last, a column of ones for its bias.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from gqaprune.common.console import track
-from gqaprune.common.distributed import add_across_ranks, get_rank_and_world_size, sum_across_ranks
+from gqaprune.common.distributed import get_rank_and_world_size
 from gqaprune.common.stage_cache import Stage, Stages
-from gqaprune.models.architecture import (
-    Block,
-    add_biases,
-    compute_addition,
-    find_blocks,
-    get_layers,
-    get_module,
-    read_residual_multiplier,
-)
+from gqaprune.models.architecture import Block, add_biases, find_blocks, get_layers, get_module
 from gqaprune.models.families import get_family
 from gqaprune.models.gates import freeze_parameters
-from gqaprune.placement.layer_store import hold_each
+from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import BlockKey, BlockKind, PruningPlan
+from gqaprune.surgery.block_refit import refit_block
+from gqaprune.surgery.block_targets import measure_moments
 from gqaprune.surgery.cut import apply_plan, check_plan, cut_block, list_kept_columns, write_shapes
-from gqaprune.surgery.gram import Memory, Panels, split_rows
-from gqaprune.surgery.least_squares import Moments, refit, search_downhill
-from gqaprune.surgery.refinement import Refinement, RefinementOptions, TokenPairs, refine_mlp, reserve_pairs
-from gqaprune.surgery.streams import Passage, Walk
-
-_ROWS = 1024
-"""Rows of an output projection that are made float32 at a time."""
-
-
-@dataclass(frozen=True)
-class RepairOptions:
-    """How blocks are repaired.
-
-    Args:
-        ridges: ridge strengths to choose from, in units of the mean squared input of the kept columns; those on the way
-            downhill from the middle one are tried.
-        holdout: share of the calibration batches that the choice is made on, between 0 and 1.
-        pull: what a block is fitted to, 0 to 1: at 0, to its own output before the cut; at 1, to what brings the hidden
-            states back to those of the dense model, which also makes up for the error of the layers before.
-        everywhere: also refit blocks that lose nothing but come after one that does; needs `pull` above 0, without
-            which they have nothing to make up for.
-        refit: fit the weights.
-        bias: fit a bias, where the family's checkpoints have a place for one; without `refit` it is the mean of what
-            the removed columns gave.
-        refinement: how MLPs are trained towards the same targets after that; not at all by default.
-
-    Raises:
-        ValueError: if a setting is out of its bounds.
-    """
-
-    ridges: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
-    holdout: float = 0.1
-    pull: float = 0.0
-    everywhere: bool = False
-    refit: bool = True
-    bias: bool = False
-    refinement: RefinementOptions = field(default_factory=RefinementOptions)
-
-    def __post_init__(self) -> None:
-        if not self.ridges or not all(0 < ridge < float("inf") for ridge in self.ridges):
-            raise ValueError(f"ridges must be one or more numbers above 0, got {self.ridges}; [0.1, 0.3, 1] do")
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"holdout must be between 0 and 1, a share of the batches, got {self.holdout}; 0.1 does")
-        if not 0 <= self.pull <= 1:
-            raise ValueError(f"pull must be in [0, 1], got {self.pull}; 0 fits each block to its own output")
-        if self.everywhere and self.pull == 0:
-            raise ValueError("everywhere needs pull above 0: blocks that lose nothing give what they gave; got pull 0")
-        if not (self.refit or self.bias):
-            raise ValueError("repair with neither refit nor bias has nothing to fit; set one of them, or do not repair")
+from gqaprune.surgery.gram import Memory
+from gqaprune.surgery.refinement import Refinement, refine_mlp, reserve_pairs
+from gqaprune.surgery.repair_config import RepairConfig
+from gqaprune.surgery.streams import LayerStreams, Streams
 
 
 @dataclass(frozen=True)
 class BlockRepair:
     """What repair did to one block.
 
-    Errors are squared, on held-out windows, relative to the target's square.
+    Errors are squared, on held-out batches, relative to the target's square.
 
     Args:
         key: the block.
         ridge: strength chosen (0 where only a bias was fitted); None where the block is better as it was cut.
         error_before: error of the block as it was cut.
-        error_after: error with the fit of that strength that had not seen those windows.
+        error_after: error with the fit of that strength that had not seen those batches.
         refinement: what came after; None where nothing did.
     """
 
@@ -124,7 +69,7 @@ def apply_plan_with_repair(
     model: PreTrainedModel,
     plan: PruningPlan,
     batches: Sequence[Tensor],
-    options: RepairOptions | None = None,
+    config: RepairConfig | None = None,
     stages: Stages | None = None,
 ) -> list[BlockRepair]:
     """Cut a dense model to a plan, in place, as `apply_plan` does, and repair every block that loses units.
@@ -137,7 +82,7 @@ def apply_plan_with_repair(
         model: the model that the plan was made for.
         plan: which units stay.
         batches: calibration token ids, each `[batch, tokens]`; in a process group the same list on every rank.
-        options: how; ridge least squares of the weights by default.
+        config: how; the defaults are those of `PruningConfig`.
         stages: of a run with this model and these batches, where each repaired block is kept; blocks that are there are
             not repaired again.
 
@@ -149,54 +94,55 @@ def apply_plan_with_repair(
             bias, the model being untouched then; or if a block's activations are not finite, with its place, the model
             being cut up to there.
     """
-    options, stages = options or RepairOptions(), stages or Stages()
+    config, stages = config or RepairConfig(), stages or Stages()
     family = get_family(model.config)
     if family.output_norms or family.scaled:
-        options = replace(options, pull=0.0, everywhere=False)
+        config = replace(config, pull=0.0)
     check_plan(model, plan)
-    repaired = {block.key for block in _select_blocks(find_blocks(model), plan, options)}
+    repaired = {block.key for block in _select_blocks(find_blocks(model), plan, config)}
     if not repaired:
         apply_plan(model, plan)
         return []
     if not batches:
         raise ValueError("repair needs at least one calibration batch, got none")
-    if options.bias:
+    if config.fits_biases:
         kinds: tuple[BlockKind, ...] = ("attention", "mlp")
         add_biases(model, [kind for kind in kinds if any(key.kind == kind for key in repaired)])
     layers: list[list[tuple[Block, Block]]] = [[] for _ in get_layers(model)]
     for pair in zip(find_blocks(model), find_blocks(model, "query"), strict=True):
         layers[pair[0].key.layer].append(pair)
-    inputs = {"plan": plan.to_dict()["layers"], "repair": asdict(options)}
+    inputs = {"plan": plan.to_dict()["layers"], "repair": asdict(config)}
     are_there = set(stages.find([f"repair of {key}" for key in sorted(repaired)], inputs, "repaired blocks"))
     left = [key for key in repaired if f"repair of {key}" not in are_there]
     first, last = min(repaired).layer, max((key.layer for key in left), default=-1)
     rank, world_size = get_rank_and_world_size()
-    own, held_out = range(rank, len(batches), world_size), choose_held_out(len(batches), options.holdout)
+    held_out = choose_held_out(len(batches), config.holdout)
+    streamed = range(rank, len(batches), world_size) if left else range(0)
     repairs = []
     with freeze_parameters(model), torch.no_grad():
-        walk = Walk(model, [batches[index] for index in own if left], [index in held_out for index in own if left])
+        streams = Streams(
+            model,
+            [batches[index] for index in streamed],
+            [index in held_out for index in streamed],
+            dense_from=first if config.follows_dense_model else None,
+            last=last,
+        )
         changed = {key.layer for key in repaired}
-        for layer in hold_each(model, track(range(max(changed) + 1), "reconstruction", "layers"), changed):
-            if layer == first and options.pull > 0:
-                walk.branch_off()
-            attention, tokens = layers[layer][0][0], None
-            walk.enter(attention, has_goal=attention.key in repaired)
-            for block, heads in layers[layer]:
-                name = f"repair of {block.key}"
-                if name in are_there:
-                    cut_block(model, plan, block, heads)
-                    stage = stages.read(name)
-                    get_module(model, block.key).load_state_dict(dict(stage.tensors))
-                    repairs.append(BlockRepair.from_dict(stage.facts))
-                elif block.key in repaired:
-                    is_mlp_left = BlockKey(layer, "mlp") in left
-                    repair, tokens = _repair_block(model, plan, block, heads, walk, options, is_mlp_left)
-                    repairs.append(repair)
-                    stages.write(name, inputs, Stage(repair.to_dict(), get_module(model, block.key).state_dict()))
-            if layer == last:  # nothing after it looks at what it gives
-                walk.end()
-            else:
-                walk.leave(tokens)
+        for layer in find_store(model).hold_each(track(range(max(changed) + 1), "repair: blocks", "layers"), changed):
+            attention = layers[layer][0][0]
+            with streams.enter_layer(attention, needs_dense_attention=attention.key in repaired) as layer_streams:
+                for block, heads in layers[layer]:
+                    name = f"repair of {block.key}"
+                    if name in are_there:
+                        cut_block(model, plan, block, heads)
+                        stage = stages.read(name)
+                        get_module(model, block.key).load_state_dict(dict(stage.tensors))
+                        repairs.append(BlockRepair.from_dict(stage.facts))
+                    elif block.key in repaired:
+                        is_mlp_left = BlockKey(layer, "mlp") in left
+                        repair = _repair_block(model, plan, block, heads, layer_streams, config, is_mlp_left)
+                        repairs.append(repair)
+                        stages.write(name, inputs, Stage(repair.to_dict(), get_module(model, block.key).state_dict()))
     write_shapes(model, plan)
     return repairs
 
@@ -204,12 +150,14 @@ def apply_plan_with_repair(
 def choose_held_out(batches: int, share: float) -> set[int]:
     """Indexes of the batches that ridges are chosen on, evenly spread: at least one, and one left, of two or more."""
     count = min(max(1, round(batches * share)), batches - 1)
-    return {(held + 1) * batches // count - 1 for held in range(count)}
+    return {(number + 1) * batches // count - 1 for number in range(count)}
 
 
-def _select_blocks(blocks: Sequence[Block], plan: PruningPlan, options: RepairOptions) -> list[Block]:
+def _select_blocks(blocks: Sequence[Block], plan: PruningPlan, config: RepairConfig) -> list[Block]:
+    if config.method == "none":
+        return []
     cut = [block for block in blocks if len(list_kept_columns(plan, block)) < block.output.in_features]
-    return [block for block in blocks if block.key >= cut[0].key] if cut and options.everywhere else cut
+    return [block for block in blocks if block.key >= cut[0].key] if cut and config.refits_everywhere else cut
 
 
 def _repair_block(
@@ -217,176 +165,57 @@ def _repair_block(
     plan: PruningPlan,
     block: Block,
     heads: Block,
-    walk: Walk,
-    options: RepairOptions,
+    streams: LayerStreams,
+    config: RepairConfig,
     is_mlp_left: bool,
-) -> tuple[BlockRepair, tuple[TokenPairs, TokenPairs] | None]:
-    """Look at a block while it is whole, cut and repair it.
+) -> BlockRepair:
+    """Measure a block while it is whole, cut and repair it.
 
     Args:
         model: the model, cut up to the block.
         plan: which units stay.
         block: the block.
         heads: the same with query heads as its units.
-        walk: at the block's layer.
-        options: how.
+        streams: at the block's layer.
+        config: how.
         is_mlp_left: whether the layer's MLP is to be repaired, too, or this is it.
-
-    Returns:
-        What was done; and an MLP's tokens, if the walk's streams wait before it.
     """
-    family, columns, memory = (
-        get_family(model.config),
-        list_kept_columns(plan, block),
-        Memory(block.output.weight.device),
-    )
-    refines = options.refinement.epochs > 0 and block.key.kind == "mlp"
-    waits = refines and block.key.kind not in family.scaled
+    family, mlp = get_family(model.config), get_module(model, block.key)
+    columns, memory = list_kept_columns(plan, block), Memory(block.output.weight.device)
+    refines = config.refines and block.key.kind == "mlp"
     is_whole_attention = block.key.kind == "attention" and len(columns) == block.output.in_features
-    passages = walk.run_to(block, is_mlp_next=is_mlp_left and is_whole_attention, waits=waits)
-    tokens, mlp = None, get_module(model, block.key)
+    tokens = None
     if refines:
-        tokens = reserve_pairs(walk.count_tokens(), block.inputs[0].linear.in_features, mlp)
-    seen = _measure_block(model, block, columns, passages, options, memory, tokens)
+        tokens = reserve_pairs(streams.count_tokens(), block.inputs[0].linear.in_features, mlp)
+    activations = streams.run_to(
+        block,
+        is_mlp_next=is_mlp_left and is_whole_attention,
+        mlp_tokens=None if block.key.kind in family.scaled else tokens,
+    )
+    moments = measure_moments(
+        model,
+        block,
+        columns,
+        activations,
+        memory,
+        fits_weight=config.refits_weights,
+        fits_bias=config.fits_biases,
+        pull=config.pull,
+        tokens=tokens,
+    )
     cut_block(model, plan, block, heads)
-    repair = _refit_block(block, seen, options, memory, spares_held=refines)
+    ridge, error_before, error_after = refit_block(
+        block,
+        moments,
+        memory,
+        ridges=config.ridges if config.refits_weights else (0.0,),
+        fits_weight=config.refits_weights,
+        fits_bias=config.fits_biases,
+        spares_held_out=refines,
+    )
+    repair = BlockRepair(block.key, ridge, error_before, error_after)
     if tokens is not None:
         is_normed = block.key.kind in family.output_norms
-        refinement = refine_mlp(mlp, *tokens, options.refinement, block.key.layer, is_normed)
+        refinement = refine_mlp(mlp, *tokens, config, block.key.layer, is_normed)
         repair = replace(repair, refinement=refinement)
-    return repair, tokens if waits else None
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What a block that is still whole was seen to take and asked to give: on windows to fit on, and on held-out ones.
-
-    Args:
-        moments: of the free weights' inputs and of what the cut block lacks of its targets, all ranks' together.
-        energy: `Σ ‖target‖²` on the windows that count when judging.
-    """
-
-    moments: tuple[Moments, Moments]
-    energy: float
-
-
-def _measure_block(
-    model: PreTrainedModel,
-    block: Block,
-    columns: Tensor,
-    passages: Iterable[Passage],
-    options: RepairOptions,
-    memory: Memory,
-    tokens: tuple[TokenPairs, TokenPairs] | None,
-) -> _Seen:
-    """Look at what a block that is still whole takes and gives.
-
-    Args:
-        model: the model, cut up to the block.
-        block: the block.
-        columns: columns of its output projection that will stay.
-        passages: of this rank's streams, with the dense model's hidden states after the block, unless there is no pull.
-        options: what is free, and how far the target goes from the block's own output to those hidden states.
-        memory: that keeps the moments.
-        tokens: room for this rank's inputs and targets, on streams to fit on and on held-out ones; None keeps none.
-    """
-    weight_DC, bias_D = block.output.weight, block.output.bias
-    is_gone_C = torch.ones_like(weight_DC[0], dtype=torch.bool)
-    is_gone_C[columns] = False
-    gone_DC = weight_DC[:, is_gone_C].float()
-    is_normed = block.key.kind in get_family(model.config).output_norms
-    inputs = (len(columns) if options.refit else 0) + options.bias
-    parts = [Moments(inputs, len(weight_DC), memory) for _ in range(2)]
-    energies = [torch.zeros_like(part.energy) for part in parts]
-    done = [0, 0]
-    for passage in passages:
-        x_NC, target_ND = passage.x_BTC.flatten(0, 1).float(), passage.output_BTD.flatten(0, 1)
-        if weight_DC.dtype != torch.float32:  # in which the output is rounded; some rows at a time are made wide
-            target_ND = torch.cat([functional.linear(x_NC, rows_RC.float()) for rows_RC in weight_DC.split(_ROWS)], 1)
-            if bias_D is not None:
-                target_ND += bias_D.float()
-        lacking_ND = functional.linear(x_NC[:, is_gone_C], gone_DC)
-        if passage.goal_BTD is not None:
-            after_BTD = passage.before_BTD + compute_addition(model, block.key, passage.output_BTD)
-            missing_BTD = passage.goal_BTD.float() - after_BTD.float()
-            missing_BTD *= options.pull / read_residual_multiplier(model.config)
-            target_ND += missing_BTD.flatten(0, 1)
-            lacking_ND += missing_BTD.flatten(0, 1)
-        x_NS = x_NC[:, columns] if options.refit else x_NC[:, :0]
-        if options.bias:
-            x_NS = functional.pad(x_NS, (0, 1), value=1.0)
-        energy_N = target_ND.square().sum(1, dtype=torch.float64)
-        if is_normed:  # which makes all tokens' outputs alike in size: their relative errors count
-            size_N1 = target_ND.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-            x_NS /= size_N1
-            lacking_ND /= size_N1
-            energy_N /= size_N1[:, 0].double().square()
-        parts[passage.is_held].add(x_NS, lacking_ND)
-        energies[passage.is_held] += energy_N.sum()
-        if tokens is not None:
-            pairs, first = tokens[passage.is_held], done[passage.is_held]
-            done[passage.is_held] += len(target_ND)
-            pairs.x_ND[first : done[passage.is_held]] = passage.input_BTD.flatten(0, 1)
-            pairs.y_ND[first : done[passage.is_held]] = target_ND
-    for part in parts:
-        part.sum_across_ranks()
-    add_across_ranks(energies, memory.device)
-    if not all(part.is_finite() and energy.isfinite() for part, energy in zip(parts, energies, strict=True)):
-        raise ValueError(
-            f"{block.key}: the input or the target of its output projection is not finite on the calibration text: "
-            "activations overflow; load the model with dtype bfloat16 or float32"
-        )
-    judged = 1 if parts[1].gram.tokens > 0 else 0  # of one batch, none was held out
-    return _Seen((parts[0], parts[judged]), float(energies[judged]))
-
-
-def _refit_block(block: Block, seen: _Seen, options: RepairOptions, memory: Memory, spares_held: bool) -> BlockRepair:
-    """Write the best weights into a block that has been cut, those of rank 0 on every rank.
-
-    Those of the best ridge, fitted on all windows; those of the cut where no ridge beats them.
-
-    Args:
-        block: the block, already cut.
-        seen: what it takes and should give.
-        options: what is free, and the ridges.
-        memory: for weights and factor.
-        spares_held: fit without the held-out windows, for refinement is judged on them: weights that have seen them
-            would look better there than all that training makes of them.
-    """
-    linear, (fit, held) = block.output, seen.moments
-    free = [linear.weight] if options.refit else []
-    if options.bias:
-        free.append(linear.bias[:, None])
-    widths = [own.shape[1] for own in free]
-
-    def write(rows: slice, weight_RS: Tensor) -> None:
-        for own, part in zip(free, weight_RS.split(widths, dim=1), strict=True):
-            own[rows] = part
-
-    start_DS = memory.make_zeros(len(linear.weight), sum(widths), linear.weight.dtype)
-    for own, part in zip(free, start_DS.split(widths, dim=1), strict=True):
-        part.copy_(own)
-    penalised, factor = sum(widths) - options.bias, Panels(sum(widths), memory)
-    # Weights of the best ridge so far, and of the one that is tried. At an infinite one they stay as they are.
-    weights_DS = [memory.make_zeros(len(start_DS), sum(widths), start_DS.dtype) for _ in range(2)]
-    before, errors = float(held.energy), {float("inf"): float(held.energy)}
-
-    def measure(ridge: float) -> float:
-        error = refit(start_DS, [fit], held, ridge, penalised, factor, weights_DS[1].__setitem__)
-        if error < min(errors.values()):
-            weights_DS.reverse()
-        errors[ridge] = error
-        return error
-
-    search_downhill(options.ridges if options.refit else (0.0,), measure)
-    ridge, after = min(errors.items(), key=lambda item: item[1])
-    if after < before:
-        write(slice(None), weights_DS[0])
-        if not spares_held and refit(start_DS, [fit, held], held, ridge, penalised, factor, write) >= before:
-            write(slice(None), weights_DS[0])  # what is stored of the fit on all windows is worse for them
-    rank, _ = get_rank_and_world_size()
-    for own in free:
-        for rows in split_rows(*own.shape):
-            own[rows] = sum_across_ranks({"weights": own[rows].double() * (rank == 0)})["weights"]
-    scale = seen.energy or 1.0
-    return BlockRepair(block.key, ridge if after < before else None, before / scale, after / scale)
+    return repair

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gqaprune.models.architecture import get_layers
-from gqaprune.models.wrapping import is_split
+from gqaprune.models.wrapping import is_sharded
 
 
 class CompiledLayers:
@@ -17,13 +17,13 @@ class CompiledLayers:
         model: the causal LM. What hooks into its layers outside of `running` finds them as they are.
 
     Raises:
-        ValueError: if a strategy has split the weights.
+        ValueError: if a strategy has sharded the weights.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        if is_split(model):
+        if is_sharded(model):
             raise ValueError(
-                "model.compile compiles whole layers, which the strategy splits: set it to false, or trainer.strategy "
+                "model.compile compiles whole layers, which the strategy shards: set it to false, or trainer.strategy "
                 "to ddp or auto"
             )
         self._layers = list(get_layers(model))

@@ -113,7 +113,7 @@ def add_adapters(model: PreTrainedModel, config: RecoveryConfig, seed: int = 0) 
         target_modules=list(targets),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(), show_whole_shapes(model):  # peft takes pieces for what they are in tensor parallelism
+    with torch.random.fork_rng(), show_whole_shapes(model):  # peft takes shards for those of tensor parallelism
         torch.manual_seed(seed)
         adapted = get_peft_model(model, lora)
     assert isinstance(adapted, PeftModel)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import gqaprune
 from gqaprune.callbacks import PerplexityGuard, RunSummary, TaylorPruning
 from gqaprune.common.console import console
-from gqaprune.evaluation.gated_plan import measure_even_broken
+from gqaprune.evaluation.gated_plan import measure_perplexity_or_infinity
 from gqaprune.module import CausalLMModule
 from gqaprune.plan import PruningPlan
 from gqaprune.surgery.cut import apply_plan
@@ -41,7 +41,7 @@ def fit(folder: Path, run: Path, guard: PerplexityGuard, pruning: dict[str, Any]
 
 def measure(model: nn.Module, folder: Path) -> float:
     assert isinstance(model, PreTrainedModel)
-    return measure_even_broken(model, make_data(folder).held_out_batches(), "")
+    return measure_perplexity_or_infinity(model, make_data(folder).held_out_batches(), "")
 
 
 def test_held_out_windows_are_of_the_calibration_corpora_and_not_calibrated_on(learned_folder: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_cut_model_that_is_not_finite_is_told_with_its_place(
         with torch.no_grad():
             model.get_parameter("model.layers.1.mlp.up_proj.weight")[0] = float("inf")
 
-    monkeypatch.setattr("gqaprune.pipeline.apply_plan", cut_and_break)
+    monkeypatch.setattr("gqaprune.surgery.repair.apply_plan", cut_and_break)
     with pytest.raises(ValueError, match="not finite"):
         fit(learned_folder, tmp_path, PerplexityGuard(), MILD)
     text = (tmp_path / "guard.json").read_text()

@@ -91,15 +91,15 @@ def test_training_gives_the_same_weights_with_and_without_samples(tiny_folder: P
     assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in other)
 
 
-def test_a_model_that_is_split_gets_no_samples_and_a_sentence(
+def test_a_model_that_is_sharded_gets_no_samples_and_a_sentence(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     console.quiet = False
-    monkeypatch.setattr("gqaprune.callbacks.samples.is_split", lambda model: True)
+    monkeypatch.setattr("gqaprune.callbacks.samples.is_sharded", lambda model: True)
     train(tiny_folder, tmp_path, SampleGenerations())
     assert not read_texts(tmp_path)
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.count("no sample generations are logged: SingleDeviceStrategy splits the model") == 1
+    assert shown.count("no sample generations are logged: SingleDeviceStrategy shards the model") == 1
 
 
 def test_numbers_out_of_bounds_are_refused() -> None:

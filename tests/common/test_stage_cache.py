@@ -45,7 +45,7 @@ WORK = {
     "sensitivity": (gqaprune.planning.counts, "measure_sensitivity"),
     "curves": (gqaprune.planning.counts, "measure_damage_curves"),
     "plan": (gqaprune.pipeline, "make_plan"),
-    "repair": (gqaprune.surgery.repair, "_refit_block"),
+    "repair": (gqaprune.surgery.repair, "refit_block"),
     "refinement": (gqaprune.surgery.repair, "refine_mlp"),
     "perplexity": (gqaprune.pipeline, "measure_perplexity"),
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gqaprune.data.windows import make_batches
-from gqaprune.evaluation.gated_plan import GatedPlan, measure_even_broken
+from gqaprune.evaluation.gated_plan import GatedPlan, measure_perplexity_or_infinity
 from gqaprune.models.architecture import find_blocks
 from gqaprune.plan import BlockKey, KeptUnits, PruningPlan
 from gqaprune.planning.selection import keep_everything
@@ -23,7 +23,7 @@ def cut_by_hand(plan: PruningPlan, variant: str = "llama") -> float:
     """Perplexity of the model that surgery leaves."""
     model = make_model(variant)
     apply_plan(model, plan)
-    return measure_even_broken(model, BATCHES, "")
+    return measure_perplexity_or_infinity(model, BATCHES, "")
 
 
 def make_plan(variant: str = "llama", **layers: KeptUnits) -> PruningPlan:
@@ -41,16 +41,18 @@ QUERIES = make_plan(layer1=KeptUnits((0, 1), tuple(range(9)), queries=(0, 2, 3, 
 def test_gates_give_the_perplexity_of_the_cut(plan: PruningPlan) -> None:
     gated = GatedPlan(make_model(), plan)
     assert gated.measure(gated.gates, BATCHES) == pytest.approx(cut_by_hand(plan), rel=1e-5)
-    assert gated.measure({}, BATCHES) == pytest.approx(measure_even_broken(make_model(), BATCHES, ""), rel=1e-6)
+    assert gated.measure({}, BATCHES) == pytest.approx(
+        measure_perplexity_or_infinity(make_model(), BATCHES, ""), rel=1e-6
+    )
 
 
-def test_each_layer_undone_by_itself_is_the_plan_without_it() -> None:
+def test_each_layer_restored_by_itself_is_the_plan_without_it() -> None:
     gated = GatedPlan(make_model(), PLAN)
     expected = {
         0: cut_by_hand(make_plan(layer2=PLAN.layers[2])),
         2: cut_by_hand(make_plan(layer0=PLAN.layers[0])),
     }
-    assert gated.measure_without_each(list(TOKENS.split(2))) == pytest.approx(expected, rel=1e-5)
+    assert gated.measure_restoring_each(list(TOKENS.split(2))) == pytest.approx(expected, rel=1e-5)
     assert gated.measure(gated.restore_layers([0]), BATCHES) == pytest.approx(expected[0], rel=1e-5)
 
 
@@ -65,12 +67,12 @@ def test_units_let_through_again_are_as_if_they_had_stayed() -> None:
 def test_other_scores_take_as_many_units_or_a_share_of_them() -> None:
     gated = GatedPlan(make_model(), PLAN)
     scores = {block.key: torch.arange(block.units).double() for block in gated.blocks}
-    assert {key: int((gate == 0).sum()) for key, gate in gated.choose_again(scores).items()} == {
+    assert {key: int((gate == 0).sum()) for key, gate in gated.choose_by_scores(scores).items()} == {
         BlockKey(0, "attention"): 1,
         BlockKey(2, "mlp"): 8,
     }
-    assert gated.choose_again(scores)[BlockKey(2, "mlp")][0, :8].sum() == 0
-    assert int((gated.choose_again(scores, 0.5)[BlockKey(2, "mlp")] == 0).sum()) == 4
+    assert gated.choose_by_scores(scores)[BlockKey(2, "mlp")][0, :8].sum() == 0
+    assert int((gated.choose_by_scores(scores, 0.5)[BlockKey(2, "mlp")] == 0).sum()) == 4
 
 
 def test_surgery_is_what_gating_is_in_every_family(variant: str) -> None:
@@ -98,4 +100,4 @@ def test_a_loss_that_is_not_finite_is_infinite() -> None:
     model = copy.deepcopy(make_model())
     with torch.no_grad():
         model.lm_head.weight[0] = float("nan")
-    assert measure_even_broken(model, BATCHES, "") == float("inf")
+    assert measure_perplexity_or_infinity(model, BATCHES, "") == float("inf")

@@ -20,7 +20,8 @@ from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import get_layers
 from gqaprune.models.sources import find_tensors, load_config
 from gqaprune.pipeline import prune
-from gqaprune.placement.layer_store import are_layers_apart, hold_layer, named_parameters
+from gqaprune.placement.disk_store import DiskStore
+from gqaprune.placement.layer_store import MemoryStore, find_store
 from gqaprune.placement.model_hash import hash_model
 from gqaprune.reporting.report import Report
 
@@ -56,7 +57,7 @@ def run(model: PreTrainedModel, **settings: Any) -> tuple[PruningPlan, Report]:
 
 
 def read_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in named_parameters(model)}
+    return {name: parameter.detach().clone() for name, parameter in find_store(model).named_parameters()}
 
 
 def assert_same(model: PreTrainedModel, offloaded: PreTrainedModel) -> None:
@@ -73,17 +74,17 @@ def count_held(model: PreTrainedModel) -> int:
 def watch_reads() -> Iterator[list[str]]:
     """Names of the parameters that are read, one entry for each layer."""
     reads: list[str] = []
-    fill = gqaprune.placement.disk_store._fill
+    read = gqaprune.placement.disk_store._read_parameters
 
     def record(model: PreTrainedModel, files: Any, wanted: Any) -> None:
-        fill(model, files, wanted)
+        read(model, files, wanted)
         reads.append(next(iter(wanted)))
         inside = {name for name, _ in get_layers(model).named_parameters(prefix="model.layers")}
         held = {name for name in inside if not model.get_parameter(name).is_meta}
         assert held == inside & wanted.keys()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gqaprune.placement.disk_store, "_fill", record)
+        patch.setattr(gqaprune.placement.disk_store, "_read_parameters", record)
         yield reads
 
 
@@ -224,10 +225,10 @@ def test_a_layer_is_let_go_as_it_was_unless_it_is_said_to_change(tmp_path: Path)
     weight = "model.layers.1.mlp.up_proj.weight"
     before = read_weights(model)[weight]
     for changes in (False, True):
-        with hold_layer(model, 1, changes), torch.no_grad():
+        with find_store(model).hold(1, changes), torch.no_grad():
             model.get_parameter(weight).zero_()
         assert read_weights(model)[weight].any() == (not changes)
-    with pytest.raises(RuntimeError, match="stopped"), hold_layer(model, 0, changes=True), torch.no_grad():
+    with pytest.raises(RuntimeError, match="stopped"), find_store(model).hold(0, changes=True), torch.no_grad():
         model.get_parameter("model.layers.0.mlp.up_proj.weight").zero_()
         raise RuntimeError("stopped")
     assert read_weights(model)["model.layers.0.mlp.up_proj.weight"].any()
@@ -247,11 +248,13 @@ def test_a_plan_is_applied_layer_by_layer(tmp_path: Path) -> None:
 def test_a_stopped_run_in_memory_goes_on_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dense(tmp_path)
     model = load_model(tmp_path / "dense")
-    assert hash_model(model) == hash_model(open_dense(tmp_path))
-    assert [name for name, _ in named_parameters(open_dense(tmp_path))] == list(dict(model.named_parameters()))
+    offloaded = open_dense(tmp_path)
+    assert hash_model(model) == hash_model(offloaded)
+    names = [name for name, _ in find_store(offloaded).named_parameters()]
+    assert names == list(dict(model.named_parameters()))
     config, stages = PruningConfig(**CONFIG), Stages(tmp_path / "stages")
     expected = prune(model, BATCHES, config, evaluation=TEXT, stages=stages)
-    monkeypatch.setattr("gqaprune.surgery.repair._refit_block", None)  # nothing is left to refit
+    monkeypatch.setattr("gqaprune.surgery.repair.refit_block", None)  # nothing is left to refit
     offloaded = open_dense(tmp_path)
     assert prune(offloaded, BATCHES, config, evaluation=TEXT, stages=stages) == expected
     assert_same(model, offloaded)
@@ -347,8 +350,8 @@ def test_a_model_on_the_hub_is_fetched_in_safetensors_and_read_where_it_lies(
 
 def test_a_model_in_memory_is_not_offloaded(tmp_path: Path) -> None:
     model = load_offloaded_model(write_dense(tmp_path), tmp_path / "work")
-    assert are_layers_apart(model)
-    assert not are_layers_apart(make_model())
+    assert isinstance(find_store(model), DiskStore)
+    assert isinstance(find_store(make_model()), MemoryStore)
 
 
 def test_a_single_file_goes_before_an_index_as_transformers_has_it(tmp_path: Path) -> None:

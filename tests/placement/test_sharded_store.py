@@ -17,8 +17,8 @@ from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import find_blocks, get_layers
 from gqaprune.models.sources import find_tensors
 from gqaprune.placement.fsdp import gather_state_dict, shard_model
-from gqaprune.placement.layer_store import are_layers_apart, hold_layer, name_layer, named_parameters
-from gqaprune.placement.sharded_store import SplitLayers
+from gqaprune.placement.layer_store import Placement, find_store, get_layer_parameters
+from gqaprune.placement.sharded_store import ShardedStore
 from gqaprune.planning.counts import check_goes_by_layer
 from gqaprune.scoring.scores import CRITERIA, score_units
 from gqaprune.training.recovery import RecoveryConfig, add_adapters
@@ -80,19 +80,19 @@ def count_bytes(model: torch.nn.Module) -> int:
 
 
 def watch_gathers(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> list[int]:
-    """Layers that are gathered, each while all others are in pieces."""
+    """Layers that are gathered, each while all others are in shards."""
     gathered: list[int] = []
-    gather = SplitLayers.gather
+    gather = ShardedStore.gather
 
-    def record(layers: SplitLayers, model: PreTrainedModel, index: int) -> Any:
-        pieces = gather(layers, model, index)
+    def record(store: ShardedStore, index: int) -> Any:
+        shards = gather(store, index)
         whole = {name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)}
         inside = {name for name in whole if ".layers." in name}
-        assert inside == name_layer(model, index).keys() and pieces.keys() == inside
+        assert inside == get_layer_parameters(model, index).keys() and shards.keys() == inside
         gathered.append(index)
-        return pieces
+        return shards
 
-    patch.setattr(SplitLayers, "gather", record)
+    patch.setattr(ShardedStore, "gather", record)
     return gathered
 
 
@@ -117,7 +117,7 @@ def work(rank: int, folder: Path) -> None:
         facts[f"{name} plan"] = plan.to_dict()
         facts[f"{name} cut"] = [count_bytes(layer) for layer in get_layers(model)]
         shard_model(model, mesh)
-        assert not are_layers_apart(model)
+        assert find_store(model).is_in_memory
         facts[f"{name} trained on"] = measure_loss(model)
         model = load_sharded_model(folder / name / "split", mesh)
         shard_model(model, mesh)
@@ -176,9 +176,9 @@ def changes(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """A layer held twice, once to change and once not."""
     weight = "model.layers.1.mlp.up_proj.weight"
     for kept in (True, False):
-        with hold_layer(model, 1, changes=kept), torch.no_grad():
+        with find_store(model).hold(1, changes=kept), torch.no_grad():
             model.get_parameter(weight).add_(1.0)
-    return {name: parameter.detach().clone() for name, parameter in named_parameters(model)}
+    return {name: parameter.detach().clone() for name, parameter in find_store(model).named_parameters()}
 
 
 @pytest.fixture(scope="module")
@@ -272,14 +272,14 @@ def test_a_step_of_training_moves_the_weights_as_in_one_process(folder: Path) ->
         torch.testing.assert_close(trained[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_adapters_go_beside_pieces_as_beside_whole_weights(folder: Path) -> None:
+def test_adapters_go_beside_shards_as_beside_whole_weights(folder: Path) -> None:
     before, after = train_adapters(load_model(folder / "llama/dense"))
     assert before != after
     for facts in read_facts(folder):
         assert facts["adapters"] == pytest.approx([before, after], rel=1e-5)
 
 
-def test_a_layer_is_split_anew_only_if_it_is_said_to_change(folder: Path) -> None:
+def test_a_layer_is_sharded_anew_only_if_it_is_said_to_change(folder: Path) -> None:
     model = load_model(folder / "llama/dense")
     model.get_parameter("model.layers.1.mlp.up_proj.weight").data.add_(1.0)
     for rank in (0, 1):
@@ -297,7 +297,7 @@ def test_all_ranks_say_what_overflows_on_one_instead_of_waiting(folder: Path) ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"criterion": "param_first"}, "criterion param_first .* which sharded splits over devices: .* fisher, taylor"),
+        ({"criterion": "param_first"}, "criterion param_first .* which sharded avoids: .* fisher, taylor"),
         ({"allocation": "inverse"}, "allocation inverse .* uniform, global or optimal"),
         ({"limits": {"frozen_layers": 1}}, "frozen_layers 1 .* to 0"),
         ({"allocation": "optimal", "damage_levels": 2}, "damage_levels 2 .* to 0"),
@@ -307,10 +307,10 @@ def test_all_ranks_say_what_overflows_on_one_instead_of_waiting(folder: Path) ->
 )
 def test_what_needs_the_whole_model_is_refused_with_what_does_not(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_goes_by_layer(PruningConfig(**{**CONFIG, **settings}), SplitLayers)
-    check_goes_by_layer(PruningConfig(**CONFIG), SplitLayers)
+        check_goes_by_layer(PruningConfig(**{**CONFIG, **settings}), Placement.DEVICES)
+    check_goes_by_layer(PruningConfig(**CONFIG), Placement.DEVICES)
 
 
 def test_formats_that_need_the_whole_model_are_refused() -> None:
-    with pytest.raises(ValueError, match="format padded needs the whole model in memory, which sharded splits"):
-        check_written_by_layer("padded", None, SplitLayers)
+    with pytest.raises(ValueError, match="format padded needs the whole model in memory, which sharded avoids"):
+        check_written_by_layer("padded", None, Placement.DEVICES)

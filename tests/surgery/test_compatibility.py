@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from gqaprune import PruningConfig, prune
 from gqaprune.checkpoints.save import save
-from gqaprune.surgery.compatibility import check_likeness
+from gqaprune.surgery.compatibility import check_compatibility
 from gqaprune.surgery.cut import apply_plan
 
 from cuts import check_surgery_equals_gating, get_logits, make_plan
@@ -25,7 +25,7 @@ def test_llamas_in_all_but_name_are_cut_as_gated_and_saved(family: str, tmp_path
     model = make_unknown(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = get_logits(model)
-    check_likeness(model)
+    check_compatibility(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(get_logits(model), expected)
     check_surgery_equals_gating(model, make_plan(model, *UNEVEN), make_tokens())
@@ -64,7 +64,7 @@ def test_others_are_refused_with_what_is_different(family: str, reason: str) -> 
 )
 def test_those_that_would_be_cut_to_what_nothing_loads_are_refused(family: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"type '{family}' cannot be pruned yet: {reason}.*; supported types"):
-        check_likeness(make_unknown(family, head_dim=4))
+        check_compatibility(make_unknown(family, head_dim=4))
 
 
 def rename(model: PreTrainedModel) -> PreTrainedModel:
@@ -76,22 +76,22 @@ def rename(model: PreTrainedModel) -> PreTrainedModel:
 def test_a_layer_that_adds_something_else_is_refused() -> None:
     model = rename(make_model("exaone4"))  # whose outputs pass a norm
     with pytest.raises(ValueError, match="its first layer adds more to the residual stream, or less"):
-        check_likeness(model)
+        check_compatibility(model)
 
 
 def test_a_norm_over_all_heads_is_refused() -> None:
     with pytest.raises(ValueError, match=r"layer 0 holds self_attn\.q_norm\.weight of shape \[48\]"):
-        check_likeness(rename(make_model("olmo2")))
+        check_compatibility(rename(make_model("olmo2")))
 
 
 def test_an_mlp_that_a_cut_changes_otherwise_is_refused() -> None:
     model = rename(make_model("llama"))
     assert isinstance(model, LlamaForCausalLM)
-    check_likeness(copy.deepcopy(model))
+    check_compatibility(copy.deepcopy(model))
     mlp = model.model.layers[0].mlp
     mlp.act_fn = nn.Softmax(dim=-1)  # channels that see each other
     with pytest.raises(ValueError, match="computes something else when units are cut than when they are silent"):
-        check_likeness(model)
+        check_compatibility(model)
 
 
 def test_mixtures_of_experts_are_refused_by_name() -> None:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from gqaprune.common.stage_cache import Stages
 from gqaprune.surgery.cut import apply_plan
-from gqaprune.surgery.refinement import RefinementOptions, TokenPairs, _count_free_bytes, refine_mlp, reserve_pairs
-from gqaprune.surgery.repair import RepairOptions, apply_plan_with_repair
+from gqaprune.surgery.refinement import TokenPairs, _count_free_bytes, refine_mlp, reserve_pairs
+from gqaprune.surgery.repair import apply_plan_with_repair
+from gqaprune.surgery.repair_config import RepairConfig
 
-from cuts import make_plan
+from cuts import make_plan, make_repair
 from tiny import make_model, make_tokens
 
-OPTIONS = RefinementOptions(epochs=40, learning_rate=0.03)
+OPTIONS = RepairConfig(epochs=40, learning_rate=0.03)
 
 
 def make_mlp(seed: int = 0) -> nn.Module:
@@ -64,7 +65,7 @@ def test_what_does_not_come_nearer_stays_to_the_bit(rate: float) -> None:
     mlp = make_mlp() if rate < 1 else move(make_mlp(), 1e-4)
     weights = copy_weights(mlp)
     fit, held = make_pairs(target, 1000, 1), make_pairs(target, 200, 2)
-    refinement = refine_mlp(mlp, fit, held, RefinementOptions(3, rate), seed=0)
+    refinement = refine_mlp(mlp, fit, held, RepairConfig(epochs=3, learning_rate=rate), seed=0)
     assert not refinement.is_kept and refinement.error_after == refinement.error_before
     assert all(torch.equal(tensor, weights[name]) for name, tensor in mlp.state_dict().items())
 
@@ -74,7 +75,7 @@ def test_training_that_went_too_far_is_taken_back_part_of_the_way(monkeypatch: p
     target = make_mlp()
     fit, held = make_pairs(target, 60, 1), make_pairs(target, 500, 2)
     fit.y_ND.add_(0.3 * fit.y_ND.std() * torch.randn(fit.y_ND.shape, generator=torch.Generator().manual_seed(3)))
-    options, errors = RefinementOptions(epochs=20, learning_rate=0.01), {}
+    options, errors = RepairConfig(epochs=20, learning_rate=0.01), {}
     for shares in ((1.0,), (0.25, 0.5, 0.75, 1.0)):
         mlp = move(make_mlp(), 0.02)
         start = measure(mlp, held)
@@ -102,7 +103,7 @@ def test_relative_errors_count_alike_where_a_norm_follows() -> None:
         pairs.y_ND[::2] *= 0.1
     for is_normed in (False, True):
         mlp = move(make_mlp())
-        refinement = refine_mlp(mlp, fit, held, RefinementOptions(100, 0.05), 0, is_normed)
+        refinement = refine_mlp(mlp, fit, held, RepairConfig(epochs=100, learning_rate=0.05), 0, is_normed)
         error_N = (mlp(held.x_ND) - held.y_ND).square().sum(1) / held.y_ND.square().sum(1)
         errors[is_normed] = float(error_N.mean())
     assert errors[True] < 0.5 * errors[False], errors
@@ -190,8 +191,8 @@ def test_targets_of_zeros_change_nothing() -> None:
 def test_refined_models_are_nearer_to_the_dense_one_than_refitted_ones(variant: str) -> None:
     dense, refitted, refined = (make_model(variant) for _ in range(3))
     plan = make_plan(dense, [[0, 1]] * 3, [list(range(0, 20, 2))] * 3)
-    apply_plan_with_repair(refitted, plan, BATCHES, RepairOptions(pull=0.5, everywhere=True))
-    options = RepairOptions(pull=0.5, everywhere=True, refinement=OPTIONS)
+    apply_plan_with_repair(refitted, plan, BATCHES, make_repair(pull=0.5, everywhere=True))
+    options = make_repair(pull=0.5, everywhere=True, epochs=40, learning_rate=0.03)
     repairs = apply_plan_with_repair(refined, plan, BATCHES, options)
     kinds = {repair.key.kind: repair.refinement is not None for repair in repairs}
     assert kinds == {"attention": False, "mlp": True}
@@ -202,11 +203,11 @@ def test_refined_models_are_nearer_to_the_dense_one_than_refitted_ones(variant: 
 def test_windows_that_refinement_is_judged_on_take_no_part_in_the_fit_before_it(refines: bool) -> None:
     """Where it follows: otherwise the refitted weights would look best there, whatever training makes of them."""
     batches = [*BATCHES[:9], make_tokens(4, 30, seed=99)]  # the last one is held out
-    refinement = RefinementOptions(int(refines), 1e-9)  # which leaves the weights where they are
+    refinement = {"epochs": int(refines), "learning_rate": 1e-9}  # which leaves the weights where they are
     weights_DC = []
     for own in (BATCHES, batches):
         model = make_model()
-        options = RepairOptions(ridges=(0.1,), refinement=refinement)
+        options = make_repair(ridges=(0.1,), **refinement)
         (repair,) = apply_plan_with_repair(model, plan_one(model, (1, "mlp")), own, options)
         assert repair.ridge == 0.1
         weights_DC.append(model.model.layers[1].mlp.down_proj.weight)
@@ -221,7 +222,7 @@ def test_layers_after_refined_mlps_get_what_these_give(variant: str, tmp_path: P
     dtype = torch.float32 if variant == "qwen2_moe" else torch.bfloat16  # experts that small do not run in bfloat16
     whole, resumed = (make_model(variant).to(dtype) for _ in range(2))
     plan, stages = plan_cut(whole), Stages(tmp_path)
-    options = RepairOptions(pull=0.5, everywhere=True, refinement=RefinementOptions(epochs=2))
+    options = make_repair(pull=0.5, everywhere=True, epochs=2)
     repairs = apply_plan_with_repair(whole, plan, BATCHES, options, stages)
     assert {repair.key for repair in repairs if repair.refinement} >= {(0, "mlp"), (1, "mlp")}
     (tmp_path / f"repair-of-layer-2-{repairs[-1].key.kind}.stage").unlink()
@@ -235,7 +236,7 @@ def refine_and_save(rank: int, world_size: int, folder: Path) -> None:
         address = f"file://{folder / 'rendezvous'}"
         torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     model = make_model()
-    options = RepairOptions(pull=0.5, refinement=OPTIONS)
+    options = make_repair(pull=0.5, epochs=40, learning_rate=0.03)
     repairs = apply_plan_with_repair(model, plan_cut(model), BATCHES[:3], options)
     errors = [(r.refinement.error_before, r.refinement.error_after) for r in repairs if r.refinement]
     torch.save(model.state_dict() | {"errors": torch.tensor(errors)}, folder / f"{world_size}-{rank}.pt")
@@ -253,10 +254,10 @@ def test_two_processes_end_with_the_same_weights_as_good_as_those_of_one(tmp_pat
     ("options", "sentence"),
     [
         ({"epochs": -1}, "epochs must be at least 0, got -1"),
-        ({"learning_rate": 0.0}, "learning rate must be above 0"),
-        ({"learning_rate": 1.5}, "learning rate must be above 0 and at most 1.*got 1.5"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"learning_rate": 1.5}, "learning_rate must be above 0 and at most 1.*got 1.5"),
     ],
 )
 def test_options_out_of_bounds_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        RefinementOptions(**options)
+        RepairConfig(**options)

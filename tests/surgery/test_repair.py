@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-import gqaprune.surgery.repair
+import gqaprune.surgery.block_refit
 from gqaprune.checkpoints.save import save
 from gqaprune.models.architecture import Block, find_blocks, read_geometry
 from gqaprune.models.loading import load_model
 from gqaprune.plan import BlockKey, PruningPlan
 from gqaprune.surgery import gram
 from gqaprune.surgery.cut import apply_plan, list_kept_columns
-from gqaprune.surgery.repair import BlockRepair, RepairOptions, apply_plan_with_repair, choose_held_out
+from gqaprune.surgery.repair import BlockRepair, apply_plan_with_repair, choose_held_out
+from gqaprune.surgery.repair_config import RepairConfig
 
-from cuts import make_plan
+from cuts import make_plan, make_repair
 from tiny import VARIANTS, make_model, make_tokens
 
 BATCHES = [make_tokens(4, 30, seed=seed) for seed in range(10)]
@@ -96,7 +97,7 @@ def test_weights_solve_least_squares(variant: str, bias: bool, ridge: float, key
     kept = list_kept_columns(plan, block)
     weight_DK = block.output.weight.detach().double()[:, kept]
     old_bias_D = None if block.output.bias is None else block.output.bias.detach().clone()
-    (repair,) = apply_plan_with_repair(model, plan, BATCHES, RepairOptions(ridges=(ridge,), bias=bias))
+    (repair,) = apply_plan_with_repair(model, plan, BATCHES, make_repair(ridges=(ridge,), bias=bias))
     assert repair.key == key and repair.ridge == ridge
 
     # Where a norm comes next, each token's relative error counts alike.
@@ -120,7 +121,7 @@ def test_weights_solve_least_squares(variant: str, bias: bool, ridge: float, key
 
 def test_strong_ridge_leaves_the_weights_as_cut() -> None:
     repaired, cut = make_model("llama-biases"), make_model("llama-biases")
-    apply_plan_with_repair(repaired, plan_cut(repaired), BATCHES, RepairOptions(ridges=(1e9,)))
+    apply_plan_with_repair(repaired, plan_cut(repaired), BATCHES, make_repair(ridges=(1e9,)))
     apply_plan(cut, plan_cut(cut))
     for one, other in zip(repaired.parameters(), cut.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
@@ -131,7 +132,7 @@ def test_errors_are_those_on_held_out_windows_and_repair_is_no_worse(batches: li
     key = (1, "mlp")
     model = make_model("qwen2")
     plan = plan_one(model, key)
-    held_out = [batches[index] for index in choose_held_out(len(batches), RepairOptions().holdout)]
+    held_out = [batches[index] for index in choose_held_out(len(batches), RepairConfig().holdout)]
     x_NC, y_ND = capture(model, key, held_out)
     block = get_block(model, key)
     x_NK = x_NC[:, list_kept_columns(plan, block)]
@@ -141,7 +142,7 @@ def test_errors_are_those_on_held_out_windows_and_repair_is_no_worse(batches: li
     def measure(weight_DK: Tensor) -> float:
         return float((x_NK @ weight_DK.double().T - y_ND).square().sum() / y_ND.square().sum())
 
-    (repair,) = apply_plan_with_repair(model, plan, batches)
+    (repair,) = apply_plan_with_repair(model, plan, batches, make_repair())
     assert repair.error_before == pytest.approx(measure(cut_DK), rel=1e-4)
     assert repair.error_after <= repair.error_before
     assert measure(block.output.weight) <= repair.error_before * (1 + 1e-6)
@@ -151,7 +152,7 @@ def test_fit_that_loses_on_held_out_windows_leaves_the_cut_weights_to_the_bit() 
     repaired, cut = make_model("llama"), make_model("llama")
     plan = plan_one(cut, (2, "mlp"))
     few = [make_tokens(1, 9), make_tokens(4, 30, seed=1)]  # fewer tokens than channels, fitted to the letter
-    (repair,) = apply_plan_with_repair(repaired, plan, few, RepairOptions(ridges=(1e-6,), holdout=0.5))
+    (repair,) = apply_plan_with_repair(repaired, plan, few, make_repair(ridges=(1e-6,), holdout=0.5))
     assert repair.ridge is None and repair.error_after == repair.error_before > 0
     apply_plan(cut, plan)
     assert all(torch.equal(one, other) for one, other in zip(repaired.parameters(), cut.parameters(), strict=True))
@@ -162,7 +163,7 @@ def test_ridge_is_the_one_that_is_best_on_held_out_windows() -> None:
 
     def repair(*ridges: float) -> BlockRepair:
         model = make_model()
-        (repair,) = apply_plan_with_repair(model, plan_one(model, (1, "mlp")), little, RepairOptions(ridges))
+        (repair,) = apply_plan_with_repair(model, plan_one(model, (1, "mlp")), little, make_repair(ridges=ridges))
         return repair
 
     each = {ridge: repair(ridge) for ridge in (1e-6, 0.1, 1.0, 1e3)}
@@ -181,7 +182,7 @@ def test_held_out_batches_are_spread_and_leave_one(batches: int, share: float, h
 def test_ridge_too_weak_for_a_solution_is_passed_over() -> None:
     model = make_model()
     few = [make_tokens(1, 3, seed=seed) for seed in range(4)]
-    (repair,) = apply_plan_with_repair(model, plan_one(model, (1, "attention")), few, RepairOptions((1e-300, 1e3)))
+    (repair,) = apply_plan_with_repair(model, plan_one(model, (1, "attention")), few, make_repair(ridges=(1e-300, 1e3)))
     assert repair.ridge == 1e3
 
 
@@ -191,7 +192,7 @@ def test_repair_does_not_depend_on_the_panels(variant: str, monkeypatch: pytest.
     for workspace in (2**29, 4096):
         monkeypatch.setattr(gram, "WORKSPACE", workspace)
         models.append(make_model(variant))
-        options = RepairOptions(pull=0.5, bias=variant == "llama-biases")
+        options = make_repair(pull=0.5, bias=variant == "llama-biases")
         repairs.append(apply_plan_with_repair(models[-1], plan_cut(models[-1]), BATCHES, options))
     for one, other in zip(*repairs, strict=True):
         assert (one.key, one.ridge) == (other.key, other.ridge) and one.ridge is not None
@@ -201,16 +202,16 @@ def test_repair_does_not_depend_on_the_panels(variant: str, monkeypatch: pytest.
 
 
 def test_where_all_windows_have_no_fit_that_of_the_judged_ridge_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, key = gqaprune.surgery.repair.refit, (1, "mlp")
+    real, key = gqaprune.surgery.block_refit.refit, (1, "mlp")
     monkeypatch.setattr(
-        gqaprune.surgery.repair,
+        gqaprune.surgery.block_refit,
         "refit",
         lambda start_DS, parts, *rest: float("inf") if len(parts) > 1 else real(start_DS, parts, *rest),
     )
     model = make_model()
     plan = plan_one(model, key)
     x_NC, y_ND = capture(model, key, [BATCHES[index] for index in choose_held_out(len(BATCHES), 0.1)])
-    (repair,) = apply_plan_with_repair(model, plan, BATCHES)
+    (repair,) = apply_plan_with_repair(model, plan, BATCHES, make_repair())
     lost_ND = x_NC[:, HALF] @ get_block(model, key).output.weight.detach().double().T - y_ND
     assert repair.error_after < repair.error_before
     assert repair.error_after == pytest.approx(float(lost_ND.square().sum() / y_ND.square().sum()), rel=1e-4)
@@ -218,7 +219,7 @@ def test_where_all_windows_have_no_fit_that_of_the_judged_ridge_stays(monkeypatc
 
 def test_one_batch_is_enough() -> None:
     model = make_model()
-    repairs = apply_plan_with_repair(model, plan_cut(model), BATCHES[:1])
+    repairs = apply_plan_with_repair(model, plan_cut(model), BATCHES[:1], make_repair())
     assert [repair.key for repair in repairs] == [(0, "attention"), (0, "mlp"), (1, "mlp"), (2, "attention")]
     assert all(repair.error_after < repair.error_before for repair in repairs)
 
@@ -227,7 +228,7 @@ def test_one_batch_is_enough() -> None:
 def test_repair_brings_every_family_nearer_to_the_dense_model(variant: str, options: dict[str, Any]) -> None:
     dense, cut, repaired = (make_model(variant) for _ in range(3))
     apply_plan(cut, plan_cut(cut))
-    apply_plan_with_repair(repaired, plan_cut(dense), BATCHES, RepairOptions(**options))
+    apply_plan_with_repair(repaired, plan_cut(dense), BATCHES, make_repair(**options))
     assert read_geometry(repaired.config) == plan_cut(dense).pruned_geometry
     assert measure_divergence(repaired, dense) < 0.9 * measure_divergence(cut, dense)
 
@@ -238,7 +239,7 @@ def test_channels_that_others_can_stand_in_for_cost_nothing() -> None:
         tie_channels(model)
     plan = make_plan(dense, [GROUPS] * 3, [HALF] * 3)
     apply_plan(cut, plan)
-    repairs = apply_plan_with_repair(repaired, plan, BATCHES, RepairOptions(ridges=(1e-6,)))
+    repairs = apply_plan_with_repair(repaired, plan, BATCHES, make_repair(ridges=(1e-6,)))
     assert all(repair.error_after < 1e-6 < 0.1 < repair.error_before for repair in repairs)
     assert measure_divergence(repaired, dense) < 1e-5 < 1e-2 < measure_divergence(cut, dense)
 
@@ -249,7 +250,7 @@ def test_pull_brings_the_last_hidden_states_nearer_and_everywhere_nearer_still()
     distances = []
     for options in ({}, {"pull": 1.0}, {"pull": 1.0, "everywhere": True}):
         model = make_model()
-        settings = RepairOptions(ridges=(0.001, 0.01, 0.1), holdout=0.2, **options)
+        settings = make_repair(ridges=(0.001, 0.01, 0.1), holdout=0.2, **options)
         repairs = apply_plan_with_repair(model, plan, BATCHES, settings)
         distances.append(float((capture_hidden(model, 2, BATCHES) - capture_hidden(dense, 2, BATCHES)).norm()))
     assert distances[0] > 1.02 * distances[1] and distances[1] > 1.02 * distances[2], distances
@@ -263,7 +264,7 @@ def test_full_pull_fits_to_the_dense_hidden_states(variant: str, kind: str) -> N
     multiplier = 0.6 if variant == "granite" else 1.0
     last = ([1], CHANNELS) if kind == "attention" else (GROUPS, HALF)
     plan = make_plan(dense, [[0], GROUPS, last[0]], [CHANNELS, CHANNELS, last[1]])
-    apply_plan_with_repair(model, plan, BATCHES, RepairOptions(ridges=(1e-8,), pull=1.0))
+    apply_plan_with_repair(model, plan, BATCHES, make_repair(ridges=(1e-8,), pull=1.0))
     x_NK, _ = capture(model, (2, kind), BATCHES)
     dense_ND, pruned_ND = (
         capture_hidden(m, 2, BATCHES)
@@ -282,7 +283,7 @@ def test_pull_does_nothing_where_a_norm_follows() -> None:
     weights = []
     for options in ({}, {"pull": 1.0, "everywhere": True}):
         model = make_model("gemma2")
-        repairs = apply_plan_with_repair(model, plan_cut(model), BATCHES[:4], RepairOptions(**options))
+        repairs = apply_plan_with_repair(model, plan_cut(model), BATCHES[:4], make_repair(**options))
         weights.append(model.state_dict())
     assert len(repairs) == 4
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
@@ -297,7 +298,7 @@ def test_query_heads_are_repaired(kept: int, attention: str) -> None:
     queries = [first, None, [3 + head for head in range(kept)]]
     plan = make_plan(dense, [GROUPS, GROUPS, [1]], [CHANNELS, HALF, CHANNELS], queries)
     apply_plan(cut, plan)
-    repairs = apply_plan_with_repair(repaired, plan, BATCHES, RepairOptions(pull=0.5))
+    repairs = apply_plan_with_repair(repaired, plan, BATCHES, make_repair(pull=0.5))
     assert len(repairs) == 3
     assert measure_divergence(repaired, dense) < 0.9 * measure_divergence(cut, dense)
 
@@ -311,7 +312,7 @@ def test_repaired_models_load_with_the_same_logits(variant: str, bias: bool, uni
     model = make_model(variant, kv_heads=4)
     groups, channels = ([[0, 2]] * 3, [HALF] * 3) if uniform else ([[0], [0, 1], [3]], [HALF, CHANNELS, [0, 1]])
     plan = make_plan(model, groups, channels)
-    apply_plan_with_repair(model, plan, BATCHES[:4], RepairOptions(bias=bias, pull=0.5))
+    apply_plan_with_repair(model, plan, BATCHES[:4], make_repair(bias=bias, pull=0.5))
     assert save(model, None, tmp_path / "out", plan) == ("stock" if uniform else "per-layer")
     loaded = load_model(tmp_path / "out")
     with torch.no_grad():
@@ -327,7 +328,7 @@ def test_channel_that_is_constant_costs_nothing_with_a_bias() -> None:
     plan = make_plan(dense, [GROUPS] * 3, [CHANNELS, [c for c in CHANNELS if c != 4], CHANNELS])
     apply_plan(cut, plan)
     weight = cut.model.layers[1].mlp.down_proj.weight
-    (repair,) = apply_plan_with_repair(repaired, plan, BATCHES, RepairOptions(refit=False, bias=True))
+    (repair,) = apply_plan_with_repair(repaired, plan, BATCHES, make_repair(method="bias"))
     assert repair.ridge == 0 and repair.error_after < 1e-6 < 0.01 < repair.error_before
     assert torch.equal(repaired.model.layers[1].mlp.down_proj.weight, weight)
     assert measure_divergence(repaired, dense) < 1e-7 < 1e-3 < measure_divergence(cut, dense)
@@ -339,7 +340,7 @@ def test_bias_alone_is_the_mean_of_what_went_and_the_other_new_biases_are_zeros(
     x_NC, _ = capture(model, key, BATCHES)
     removed = [c for c in CHANNELS if c not in HALF]
     mean_D = x_NC.mean(0)[removed] @ get_block(model, key).output.weight.detach().double()[:, removed].T
-    (repair,) = apply_plan_with_repair(model, plan_one(model, key), BATCHES, RepairOptions(refit=False, bias=True))
+    (repair,) = apply_plan_with_repair(model, plan_one(model, key), BATCHES, make_repair(method="bias"))
     assert repair.error_after < repair.error_before
     torch.testing.assert_close(get_block(model, key).output.bias.double(), mean_D, atol=1e-5, rtol=0)
     assert (model.config.mlp_bias, model.config.attention_bias) == (True, False)
@@ -348,7 +349,7 @@ def test_bias_alone_is_the_mean_of_what_went_and_the_other_new_biases_are_zeros(
 
 
 def test_bias_without_a_place_is_refused_and_the_model_untouched() -> None:
-    options = RepairOptions(bias=True)
+    options = make_repair(bias=True)
     for variant in ("mistral", "qwen2", "qwen3"):
         model = make_model(variant)
         before = model.state_dict()
@@ -365,7 +366,7 @@ def test_bias_without_a_place_is_refused_and_the_model_untouched() -> None:
 def test_bfloat16_models_are_repaired() -> None:
     dense, cut, repaired = (make_model("qwen2").to(torch.bfloat16) for _ in range(3))
     apply_plan(cut, plan_cut(cut))
-    repairs = apply_plan_with_repair(repaired, plan_cut(repaired), BATCHES, RepairOptions(pull=0.5))
+    repairs = apply_plan_with_repair(repaired, plan_cut(repaired), BATCHES, make_repair(pull=0.5))
     assert all(parameter.dtype == torch.bfloat16 for parameter in repaired.parameters())
     assert all(repair.error_after < repair.error_before for repair in repairs)
     assert measure_divergence(repaired, dense) < 0.9 * measure_divergence(cut, dense)
@@ -377,7 +378,7 @@ def test_plan_that_removes_nothing_changes_no_bit(variant: str, options: dict[st
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = model.config.to_json_string()
     plan = make_plan(model, [GROUPS] * 3, [CHANNELS] * 3)
-    assert apply_plan_with_repair(model, plan, BATCHES, RepairOptions(**options)) == []
+    assert apply_plan_with_repair(model, plan, BATCHES, make_repair(**options)) == []
     assert model.config.to_json_string() == config
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -385,7 +386,7 @@ def test_plan_that_removes_nothing_changes_no_bit(variant: str, options: dict[st
 def test_flags_and_mode_are_as_before() -> None:
     model = make_model().train()
     model.model.layers[0].mlp.down_proj.weight.requires_grad_(False)
-    apply_plan_with_repair(model, plan_cut(model), BATCHES, RepairOptions(bias=True))
+    apply_plan_with_repair(model, plan_cut(model), BATCHES, make_repair(bias=True))
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert model.training and frozen == [f"model.layers.0.mlp.down_proj.{part}" for part in ("weight", "bias")]
 
@@ -414,13 +415,12 @@ def test_no_batches_and_foreign_plans_are_refused() -> None:
         ({"ridges": (0.1, 0.0)}, "ridges must be"),
         ({"holdout": 0.0}, "holdout must be"),
         ({"pull": 1.5}, "pull must be"),
-        ({"everywhere": True}, "needs pull"),
-        ({"refit": False}, "nothing to fit"),
+        ({"method": "magic"}, "method must be one of least_squares, bias, none, got 'magic'"),
     ],
 )
-def test_options_out_of_bounds_are_refused(options: dict[str, Any], sentence: str) -> None:
+def test_settings_out_of_bounds_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        RepairOptions(**options)
+        RepairConfig(**options)
 
 
 def repair_and_save(rank: int, world_size: int, folder: Path) -> None:
@@ -430,7 +430,7 @@ def repair_and_save(rank: int, world_size: int, folder: Path) -> None:
         torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     model = make_model("llama")
     with patch.object(gram, "WORKSPACE", 4096):
-        repairs = apply_plan_with_repair(model, plan_cut(model), BATCHES[:5], RepairOptions(pull=0.5, bias=True))
+        repairs = apply_plan_with_repair(model, plan_cut(model), BATCHES[:5], make_repair(pull=0.5, bias=True))
     errors = torch.tensor([(repair.ridge, repair.error_before, repair.error_after) for repair in repairs])
     torch.save(model.state_dict() | {"errors": errors}, folder / f"{world_size}-{rank}.pt")
 
@@ -447,7 +447,7 @@ def test_two_processes_repair_as_one(tmp_path: Path) -> None:
 def test_an_earlier_cut_does_not_hinder() -> None:
     model = make_model("llama", kv_heads=3)
     first = make_plan(model, [[0, 1], [0, 1, 2], [1, 2]], [HALF, CHANNELS, CHANNELS])
-    apply_plan_with_repair(model, first, BATCHES, RepairOptions(bias=True))
+    apply_plan_with_repair(model, first, BATCHES, make_repair(bias=True))
     again = make_plan(model, [[0], [1], [0]], [[0, 1, 2], HALF, HALF])
-    repairs = apply_plan_with_repair(model, again, BATCHES, RepairOptions(bias=True))
+    repairs = apply_plan_with_repair(model, again, BATCHES, make_repair(bias=True))
     assert len(repairs) == 6 and all(repair.error_after <= repair.error_before for repair in repairs)

@@ -14,10 +14,10 @@ from gqaprune.common.distributed import get_rank_and_world_size, sum_across_rank
 from gqaprune.models.architecture import Block
 from gqaprune.models.gates import freeze_parameters
 from gqaprune.models.layerwise import Stream, embed_batches, run_layer, watch_inputs
-from gqaprune.placement.layer_store import hold_each
+from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import BlockKey
 from gqaprune.scoring.criteria.base import Criterion, Scores
-from gqaprune.surgery.gram import Gram, Memory, split_rows
+from gqaprune.surgery.gram import Gram, Memory, chunk_rows
 
 T = TypeVar("T")
 Sums = dict[str, Tensor]
@@ -47,7 +47,7 @@ class ActivationCriterion(Criterion, Generic[T]):
 
     @torch.no_grad()
     def score(self) -> Scores:
-        """Walk the dense model, each rank with its own batches."""
+        """Go through the dense model, each rank with its own batches."""
         run, calibration = self.run, self.run.calibration
         blocks: dict[int, list[Block]] = {}
         for block in run.blocks:
@@ -55,7 +55,8 @@ class ActivationCriterion(Criterion, Generic[T]):
         scores: Scores = {}
         with freeze_parameters(run.model):
             streams = embed_batches(run.model, [calibration.batches[i] for i in calibration.own_batches])
-            for layer in hold_each(run.model, track(range(max(blocks, default=-1) + 1), run.name, "layers")):
+            layers = track(range(max(blocks, default=-1) + 1), run.name, "layers")
+            for layer in find_store(run.model).hold_each(layers):
                 statistics = self._measure_layer(layer, blocks.get(layer, []), streams)
                 for block in blocks.get(layer, []):
                     total = statistics.pop(block.key)
@@ -183,7 +184,7 @@ class BrainSurgeon(ActivationCriterion[Gram]):
             )
         factor_Ucc = torch.linalg.cholesky(statistics.invert_diagonal(size))
         score_U = torch.zeros_like(factor_Ucc[:, 0, 0])
-        for chosen in split_rows(units, 2 * size * block.output.out_features):  # a solution is copied on its way
+        for chosen in chunk_rows(units, 2 * size * block.output.out_features):  # a solution is copied on its way
             columns = slice(chosen.start * size, chosen.stop * size)
             weight_UcO = block.output.weight[:, columns].double().T.reshape(-1, size, block.output.out_features)
             score_U[chosen] = (weight_UcO * torch.cholesky_solve(weight_UcO, factor_Ucc[chosen])).sum((1, 2))

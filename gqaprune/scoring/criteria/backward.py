@@ -9,7 +9,7 @@ from torch import Tensor
 from gqaprune.common.console import track
 from gqaprune.common.distributed import is_true_anywhere, sum_across_ranks
 from gqaprune.models.gates import freeze_parameters
-from gqaprune.placement.layer_store import are_layers_apart
+from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import BlockKey
 from gqaprune.scoring.criteria.base import Criterion, Scores
 
@@ -48,7 +48,7 @@ class BackwardCriterion(Criterion):
                 losses_B = self.add(input_ids, calibration.ends_accumulation(index))
                 if not torch.isfinite(losses_B).all():
                     overflow = overflow or f"batch {index}"
-                    if not are_layers_apart(run.model):  # where they are, other ranks wait for this one's part
+                    if find_store(run.model).is_in_memory:  # else other ranks wait for this one's shards
                         break
         if is_true_anywhere(bool(overflow), run.device):
             raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gqaprune.common.distributed import get_rank_and_world_size
 from gqaprune.models.gates import Gates, compute_gate_gradients
-from gqaprune.placement.layer_store import are_layers_apart, hold_layers_that_run
+from gqaprune.placement.layer_store import find_store
 from gqaprune.scoring.criteria.backward import BackwardCriterion
 from gqaprune.scoring.criteria.base import ScoringConfig, ScoringRun
 
@@ -37,14 +37,15 @@ class GateCriterion(BackwardCriterion):
 
     @contextmanager
     def prepare(self) -> Iterator[None]:
-        """Gates come and go with each batch, and so do layers that are apart."""
-        with hold_layers_that_run(self.run.model):
+        """Hold each layer while it runs; gates come and go with each batch."""
+        store = find_store(self.run.model)
+        with store.hold_running_layers():
             yield
-            if are_layers_apart(self.run.model):
+            if not store.is_in_memory:
                 self._keep_pace()
 
     def _keep_pace(self) -> None:
-        """Make the passes that others make more of: where layers are split, all ranks hold them together."""
+        """Make the passes that others make more of: where layers are sharded, all ranks hold them together."""
         run, (own, world_size) = self.run, get_rank_and_world_size()
         batches = run.calibration.batches
         counts = [

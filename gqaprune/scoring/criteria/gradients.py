@@ -121,7 +121,7 @@ class ParamFirst(GradientCriterion):
 class ParamSecond(GradientCriterion):
     """`Σ |w·h·w|` over elements: second order, with the samples' squared gradients as the Hessian's diagonal.
 
-    Unit: (nats per token)², summed over samples. Windows play no part. Source: LLM-Pruner's `param_second`.
+    Unit: (nats per token)², summed over samples. Accumulations play no part. Source: LLM-Pruner's `param_second`.
     """
 
     by_sample = True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gqaprune.models.architecture import Block
-from gqaprune.placement.layer_store import hold_layer
+from gqaprune.placement.layer_store import find_store
 from gqaprune.scoring.criteria.base import REDUCTIONS, Criterion, Scores
 
 
@@ -66,10 +66,10 @@ class Magnitude(Criterion):
     @torch.no_grad()
     def score(self) -> Scores:
         """Measure every member."""
-        reduce = REDUCTIONS[self.scoring.reduction]
+        reduce, store = REDUCTIONS[self.scoring.reduction], find_store(self.run.model)
         scores = {}
         for block in self.run.blocks:
-            with hold_layer(self.run.model, block.key.layer):
+            with store.hold(block.key.layer):
                 parts = [self.measure(member.split(member.linear.weight).float()) for member in find_members(block)]
                 scores[block.key] = reduce(torch.stack(parts)).cpu()
         return scores

@@ -30,11 +30,11 @@ def test_fisher_is_the_sum_of_squared_sample_gradients() -> None:
             torch.testing.assert_close(score, gradients[key].square().sum(0))
 
 
-def test_taylor_takes_the_absolute_value_of_each_accumulation_window() -> None:
+def test_taylor_takes_the_absolute_value_of_each_accumulation() -> None:
     model, gradients = stack_gradients()
     scores = score_units(
         model, find_blocks(model), CalibrationSet(BATCHES, accumulation=2), "taylor"
-    )  # windows: batches 0-1, batch 2
+    )  # accumulations: batches 0-1, batch 2
     for key, score in scores.items():
         windows = gradients[key][:4].sum(0).abs() + gradients[key][4:].sum(0).abs()
         torch.testing.assert_close(score, windows)

@@ -58,9 +58,9 @@ def sample_gradients(model: Any, batches: list[Tensor]) -> list[dict[Tensor, Ten
 
 
 def score_by_hand(
-    model: Any, windows: list[list[Tensor]], criterion: str, reduction: str = "sum"
+    model: Any, accumulations: list[list[Tensor]], criterion: str, reduction: str = "sum"
 ) -> dict[BlockKey, Tensor]:
-    gradients = [sample_gradients(model, window) for window in windows]
+    gradients = [sample_gradients(model, batches) for batches in accumulations]
     scores = {}
     for block in find_blocks(model):
         values = []
@@ -68,8 +68,8 @@ def score_by_hand(
             parts = []
             for weight, index in pick_members(model, block.key, unit):
                 contribution = torch.zeros(())
-                for window in gradients:
-                    own = torch.stack([sample[weight][index] for sample in window])
+                for samples in gradients:
+                    own = torch.stack([sample[weight][index] for sample in samples])
                     contribution = contribution + FORMULAS[criterion](weight[index], own.sum(0), own.square().sum(0))
                 parts.append(contribution)
             values.append(REDUCTIONS[reduction](parts))
@@ -100,7 +100,7 @@ def test_reduction_combines_a_units_projections(reduction: str) -> None:
         torch.testing.assert_close(score, expected[key], rtol=1e-4, atol=0)
 
 
-def test_longer_windows_let_samples_cancel_except_in_squares() -> None:
+def test_longer_accumulations_let_samples_cancel_except_in_squares() -> None:
     model = make_model("llama")
     blocks = find_blocks(model)
     for criterion in FORMULAS:

@@ -1,0 +1,55 @@
+"""Write the weights of a model whose decoder layers are in memory one at a time."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from gqaprune.common.console import track
+from gqaprune.models.architecture import get_layers
+from gqaprune.placement.layer_store import find_store, get_layer_parameters, get_outside_parameters
+
+_METADATA = {"format": "pt"}
+"""What transformers looks for in a file."""
+
+
+def write_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model's weights as transformers does, each decoder layer's to a file of its own.
+
+    Args:
+        model: the causal LM.
+        folder: where to.
+    """
+    layers = len(get_layers(model))
+    places: dict[str, str] = {}
+
+    def write(number: int, parameters: Mapping[str, Tensor]) -> None:
+        file = f"model-{number:05}-of-{layers + 1:05}.safetensors"
+        save_file(detach_parameters(parameters), folder / file, _METADATA)
+        places.update(dict.fromkeys(parameters, file))
+
+    write(1, get_outside_parameters(model))
+    for index in find_store(model).hold_each(track(range(layers), "saving", "layers")):
+        write(index + 2, get_layer_parameters(model, index))
+    parameters = list(model.parameters())
+    total = {
+        "total_parameters": sum(parameter.numel() for parameter in parameters),
+        "total_size": sum(parameter.numel() * parameter.itemsize for parameter in parameters),
+    }
+    content = json.dumps({"metadata": total, "weight_map": places}, indent=2, sort_keys=True)
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(f"{content}\n", encoding="utf-8")
+
+
+def attend_writing(model: PreTrainedModel) -> None:
+    """Hold each layer while another rank writes it."""
+    for _ in find_store(model).hold_each(range(len(get_layers(model)))):
+        pass
+
+
+def detach_parameters(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of parameters, as files take them."""
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}

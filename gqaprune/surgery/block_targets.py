@@ -1,0 +1,151 @@
+"""What repair fits a block to: second moments of its output projection's inputs and of what the cut block lacks.
+
+A block's target is its output before the cut, moved by `pull` towards what brings the hidden states back to the dense
+model's. Fitted is what the cut block lacks of it, on the inputs that stay.
+
+Axes in tensor names: B samples, T tokens, N tokens of all samples, D hidden width, R some rows of the output
+projection, C its columns, S the inputs that are fitted: the kept columns and, last, a column of ones for the bias.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from gqaprune.common.distributed import add_across_ranks
+from gqaprune.models.architecture import Block, compute_addition, read_residual_multiplier
+from gqaprune.models.families import get_family
+from gqaprune.surgery.gram import Memory
+from gqaprune.surgery.least_squares import Moments
+from gqaprune.surgery.refinement import TokenPairs
+from gqaprune.surgery.streams import BlockActivations
+
+_ROWS = 1024
+"""Rows of an output projection that are made float32 at a time."""
+
+
+@dataclass(frozen=True)
+class BlockMoments:
+    """Moments of the fitted inputs and of what the cut block lacks of its targets, all ranks' together.
+
+    Args:
+        fit: on the batches to fit on.
+        held_out: on those to judge on; the same where none was held out.
+        energy: `Σ ‖target‖²` on the latter.
+    """
+
+    fit: Moments
+    held_out: Moments
+    energy: float
+
+
+def measure_moments(
+    model: PreTrainedModel,
+    block: Block,
+    columns: Tensor,
+    activations: Iterable[BlockActivations],
+    memory: Memory,
+    *,
+    fits_weight: bool,
+    fits_bias: bool,
+    pull: float,
+    tokens: tuple[TokenPairs, TokenPairs] | None,
+) -> BlockMoments:
+    """Sum moments over what a block that is still whole takes and should give.
+
+    Args:
+        model: the model, cut up to the block.
+        block: the block.
+        columns: columns of its output projection that will stay.
+        activations: of the block on this rank's batches.
+        memory: that keeps the moments.
+        fits_weight: whether the kept columns are inputs of the fit.
+        fits_bias: whether a column of ones is.
+        pull: share of the way from the block's output to the dense model's hidden states, where those are known.
+        tokens: room for this rank's inputs and targets, on batches to fit on and on held-out ones; None keeps none.
+
+    Raises:
+        ValueError: if an input or a target is not finite, with the block.
+    """
+    is_removed_C = torch.ones_like(block.output.weight[0], dtype=torch.bool)
+    is_removed_C[columns] = False
+    removed_DC = block.output.weight[:, is_removed_C].float()
+    is_normed = block.key.kind in get_family(model.config).output_norms
+    inputs = (len(columns) if fits_weight else 0) + fits_bias
+    moments = [Moments(inputs, len(block.output.weight), memory) for _ in range(2)]
+    energies = [torch.zeros_like(each.energy) for each in moments]
+    done = [0, 0]
+    for batch in activations:
+        x_NC = batch.x_BTC.flatten(0, 1).float()
+        target_ND = _read_output(block, batch, x_NC)
+        lacking_ND = functional.linear(x_NC[:, is_removed_C], removed_DC)
+        if batch.dense_BTD is not None:
+            missing_ND = _measure_missing(model, block, batch, batch.dense_BTD, pull)
+            target_ND += missing_ND
+            lacking_ND += missing_ND
+        x_NS = _select_inputs(x_NC, columns, fits_weight, fits_bias)
+        energy_N = target_ND.square().sum(1, dtype=torch.float64)
+        if is_normed:
+            _weigh_tokens_alike(target_ND, x_NS, lacking_ND, energy_N)
+        moments[batch.is_held_out].add(x_NS, lacking_ND)
+        energies[batch.is_held_out] += energy_N.sum()
+        if tokens is not None:
+            start, done[batch.is_held_out] = done[batch.is_held_out], done[batch.is_held_out] + len(target_ND)
+            _keep_tokens(tokens[batch.is_held_out], start, batch.input_BTD.flatten(0, 1), target_ND)
+    return _add_ranks(block, moments, energies, memory)
+
+
+def _read_output(block: Block, batch: BlockActivations, x_NC: Tensor) -> Tensor:
+    """The block's output in float32: of models in narrower types computed anew, where it was rounded."""
+    weight_DC, bias_D = block.output.weight, block.output.bias
+    if weight_DC.dtype == torch.float32:
+        return batch.output_BTD.flatten(0, 1)
+    output_ND = torch.cat([functional.linear(x_NC, rows_RC.float()) for rows_RC in weight_DC.split(_ROWS)], 1)
+    if bias_D is not None:
+        output_ND += bias_D.float()
+    return output_ND
+
+
+def _measure_missing(
+    model: PreTrainedModel, block: Block, batch: BlockActivations, dense_BTD: Tensor, pull: float
+) -> Tensor:
+    """What the block would have to give more, for the hidden states to come `pull` of the way to the dense model's."""
+    after_BTD = batch.before_BTD + compute_addition(model, block.key, batch.output_BTD)
+    missing_BTD = dense_BTD.float() - after_BTD.float()
+    missing_BTD *= pull / read_residual_multiplier(model.config)
+    return missing_BTD.flatten(0, 1)
+
+
+def _select_inputs(x_NC: Tensor, columns: Tensor, fits_weight: bool, fits_bias: bool) -> Tensor:
+    x_NS = x_NC[:, columns] if fits_weight else x_NC[:, :0]
+    return functional.pad(x_NS, (0, 1), value=1.0) if fits_bias else x_NS
+
+
+def _weigh_tokens_alike(target_ND: Tensor, x_NS: Tensor, lacking_ND: Tensor, energy_N: Tensor) -> None:
+    """Divide by each target's size, in place: a norm comes next, so that relative errors count."""
+    size_N1 = target_ND.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    x_NS /= size_N1
+    lacking_ND /= size_N1
+    energy_N /= size_N1[:, 0].double().square()
+
+
+def _keep_tokens(pairs: TokenPairs, start: int, input_ND: Tensor, target_ND: Tensor) -> None:
+    rows = slice(start, start + len(target_ND))
+    pairs.x_ND[rows] = input_ND
+    pairs.y_ND[rows] = target_ND
+
+
+def _add_ranks(block: Block, moments: list[Moments], energies: list[Tensor], memory: Memory) -> BlockMoments:
+    for each in moments:
+        each.sum_across_ranks()
+    add_across_ranks(energies, memory.device)
+    if not all(each.is_finite() and energy.isfinite() for each, energy in zip(moments, energies, strict=True)):
+        raise ValueError(
+            f"{block.key}: the input or the target of its output projection is not finite on the calibration text: "
+            "activations overflow; load the model with dtype bfloat16 or float32"
+        )
+    judged = 1 if moments[1].gram.tokens > 0 else 0  # of one batch, none was held out
+    return BlockMoments(moments[0], moments[judged], float(energies[judged]))
