@@ -46,6 +46,23 @@ def wrap_model(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return cast(PreTrainedModel, wrap(model, device_id=device))
 
 
+def split_model(model: PreTrainedModel, mesh: DeviceMesh | None, device: torch.device) -> PreTrainedModel:
+    """Split a model over devices as the strategy in use does; one that does not split leaves it whole.
+
+    Args:
+        model: whose layers are split in place.
+        mesh: devices of FSDP2; None leaves the choice to the context of the strategy.
+        device: of this rank.
+
+    Returns:
+        The model, in FSDP1's wrapper if the strategy asks for it.
+    """
+    if mesh is None:
+        return wrap_model(model, device)
+    shard_model(model, mesh)
+    return model
+
+
 def gather_state_dict(model: PreTrainedModel) -> dict[str, Tensor] | None:
     """A model's whole weights on rank 0 if they are split, else None. Every rank has to call it."""
     if not is_split(model):
