@@ -38,7 +38,8 @@ from gqaprune.surgery.cut import apply_plan
 from gqaprune.training.accumulation import count_optimizer_steps
 from gqaprune.training.compilation import CompiledLayers
 from gqaprune.training.distillation import measure_distance, measure_divergence, measure_divergence_from_top
-from gqaprune.training.recovery import RecoveryConfig, add_adapters
+from gqaprune.training.lora import add_adapters
+from gqaprune.training.recovery import RecoveryConfig
 from gqaprune.training.resume import find_checkpoint
 from gqaprune.training.teacher import CachedTeacher, Predictions, cache_teacher
 

@@ -20,7 +20,8 @@ from gqaprune.placement.layer_store import are_layers_apart, hold_layer, name_la
 from gqaprune.placement.sharded_store import SplitLayers
 from gqaprune.planning.counts import check_goes_by_layer
 from gqaprune.scoring.scores import CRITERIA, score_units
-from gqaprune.training.recovery import RecoveryConfig, add_adapters
+from gqaprune.training.lora import add_adapters
+from gqaprune.training.recovery import RecoveryConfig
 
 from tiny import make_model, make_tokenizer, make_tokens
 
