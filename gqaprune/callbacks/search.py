@@ -53,12 +53,12 @@ class SplitSearch(Callback):
             data.evaluation_batches(("val",)),
             accumulate=self.pruning.get_accumulate_grad_batches(0),
             protocol=data.protocol,
-            source=module.pretrained,
+            source=module.source.pretrained,
             seed=data.seed,
             corpora=data.calibration_sources if config.needs_text else [],
         )
         if trainer.is_global_zero:
-            self._show(trials, data.protocol, f"{module.pretrained}: {config.rate:.0%} removed, by split")
+            self._show(trials, data.protocol, f"{module.source.pretrained}: {config.rate:.0%} removed, by split")
 
     def _show(self, trials: Trials, protocol: str, title: str) -> None:
         folder = Path(self.settings.folder)
