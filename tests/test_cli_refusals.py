@@ -107,8 +107,10 @@ def test_what_layers_on_disk_exclude_is_said_before_any_work(
     run: Run, capsys: pytest.CaptureFixture[str], command: str, arguments: list[str], message: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gqaprune.module.load_model", lambda *_: pytest.fail("a model was loaded"))
-        patch.setattr("gqaprune.module.load_offloaded_model", lambda *_: pytest.fail("a model was loaded"))
+        patch.setattr("gqaprune.placement.model_source.load_model", lambda *_: pytest.fail("a model was loaded"))
+        patch.setattr(
+            "gqaprune.placement.model_source.load_offloaded_model", lambda *_: pytest.fail("a model was loaded")
+        )
         assert run(command, "--pruning.offload", "true", *arguments) == 1
     assert message in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 """The module in Lightning's loop: pruned before the optimizer, accumulated, scheduled, resumed."""
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,22 @@ def test_lightning_checkpoint_carries_the_plan_and_resumes_pruned(tiny_folder: P
     trainer.fit(resumed, datamodule=make_data(tiny_folder), ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True)
     assert trainer.current_epoch == 2 and again.report is not None
     assert [stage.name for stage in again.report.stages] == ["dense", "pruned"]  # as the first run measured them
+
+
+def test_lightning_checkpoints_keep_the_names_that_earlier_ones_have(tiny_folder: Path, tmp_path: Path) -> None:
+    """Runs that an earlier version began are resumed from them."""
+    module = CausalLMModule(str(tiny_folder), recovery=RecoveryConfig("lora", lora_rank=2))
+    trainer = make_trainer(tmp_path, TaylorPruning(rate=0.3, allocation="global", **PLAIN), max_steps=1)
+    trainer.fit(module, datamodule=make_data(tiny_folder))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert checkpoint["run"] == module.run_id and checkpoint["recovery"] == asdict(module.recovery)
+    assert checkpoint["rounds_done"] == 0 and checkpoint["strategy"] == "SingleDeviceStrategy"
+    assert checkpoint["hyper_parameters"]["plan"] == module.plan.to_dict()  # type: ignore[union-attr]
+    assert checkpoint["hyper_parameters"]["pretrained"] == str(tiny_folder)
+    projection = "_model.model.layers.0.self_attn.q_proj"
+    names = {"base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"}
+    assert {name.removeprefix(f"{projection}.") for name in checkpoint["state_dict"] if projection in name} == names
 
 
 def test_strategies_that_accumulate_by_themselves_get_one_factor_before_training(tiny_folder: Path) -> None:

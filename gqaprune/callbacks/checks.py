@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
+from gqaprune.checkpoints.origin import find_teacher
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.sources import load_config
 from gqaprune.module import CausalLMModule
@@ -36,11 +37,12 @@ def check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfig
 
 def check_schedule(trainer: Trainer, module: CausalLMModule) -> None:
     """Refuse a course of the learning rate, or rounds, whose end nothing tells, before any work."""
+    schedule = module.optimizer_config.schedule
     is_endless = trainer.max_epochs == -1 and trainer.max_steps == -1 and trainer.limit_train_batches != 0
-    if is_endless and (module.schedule != "constant" or module.recovery.rounds > 1):
+    if is_endless and (schedule != "constant" or module.recovery.rounds > 1):
         raise ValueError(
-            f"model.schedule {module.schedule} and recovery.rounds {module.recovery.rounds} need the number of steps, "
-            "which trainer.max_time does not tell: set trainer.max_steps or trainer.max_epochs beside it, or "
+            f"model.schedule {schedule} and recovery.rounds {module.recovery.rounds} need the number of steps, which "
+            "trainer.max_time does not tell: set trainer.max_steps or trainer.max_epochs beside it, or "
             "model.schedule to constant and recovery.rounds to 1"
         )
 
@@ -50,23 +52,21 @@ def check_teacher(trainer: Trainer, module: CausalLMModule, config: PruningConfi
     settings = module.recovery
     if not settings.distills or trainer.limit_train_batches == 0:
         return
-    source = module.teacher_source
-    is_itself = source == module.pretrained and (module.plan is None or module.plan.removes_nothing)
+    own_source, source = module.source.pretrained, find_teacher(module.source, module.recovery).pretrained
+    is_itself = source == own_source and (module.plan is None or module.plan.removes_nothing)
     if is_itself and not config.removes_something:
         raise ValueError(
             f"recovery.mode {settings.mode} would learn from {source} itself, which this run does not prune: name the "
             "dense model by model.recovery.teacher"
         )
     student, teacher = (
-        load_config(name, module.trust_remote_code).get_text_config() for name in (module.pretrained, source)
+        load_config(name, module.source.trust_remote_code).get_text_config() for name in (own_source, source)
     )
     names = ["vocab_size", *(["hidden_size"] if settings.hidden_weight else [])]
     for name in names:
         own, other = getattr(student, name), getattr(teacher, name)
         if own != other:
-            raise ValueError(
-                f"{source} has {name} {other}, {module.pretrained} has {own}: take a teacher with the same"
-            )
+            raise ValueError(f"{source} has {name} {other}, {own_source} has {own}: take a teacher with the same")
     layers = min(student.num_hidden_layers, teacher.num_hidden_layers)
     if settings.hidden_weight and max(settings.hidden_layers or [0]) >= layers:
         raise ValueError(f"recovery.hidden_layers has to be of 0 to {layers - 1}, got {settings.hidden_layers}")
@@ -74,7 +74,7 @@ def check_teacher(trainer: Trainer, module: CausalLMModule, config: PruningConfi
 
 def check_compile(trainer: Trainer, module: CausalLMModule) -> None:
     """Refuse to compile layers that a strategy is going to shard, before any work."""
-    if module.compile_layers and isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy)):
+    if module.layer_compiler.is_on and isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy)):
         raise ValueError(
             f"model.compile compiles whole layers, which {type(trainer.strategy).__name__} shards: set it to false, or "
             "trainer.strategy to ddp or auto"

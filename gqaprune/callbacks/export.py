@@ -19,7 +19,9 @@ from gqaprune.checkpoints.save import (
 from gqaprune.common.console import console
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.sources import load_config
+from gqaprune.models.wrapping import unwrap_model
 from gqaprune.module import CausalLMModule
+from gqaprune.placement.fsdp import gather_state_dict
 from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import PruningPlan, find_plan
 from gqaprune.planning.selection import check_equal_counts
@@ -63,7 +65,7 @@ class CheckpointExport(Callback):
             return
         check_output_folder(self._get_folder(trainer))
         module = get_parts(trainer, pl_module)[0]
-        config = load_config(module.pretrained, module.trust_remote_code)
+        config = load_config(module.source.pretrained, module.source.trust_remote_code)
         choose_format(config, self.format, self.quantization)
         check_shard_size(self.max_shard_size)
         pruning = next((c for c in trainer.callbacks if isinstance(c, TaylorPruning)), None)  # type: ignore[attr-defined]
@@ -87,7 +89,7 @@ class CheckpointExport(Callback):
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, data = get_parts(trainer, pl_module)
         folder = self._get_folder(trainer)
-        state_dict = module.gather_state_dict()
+        state_dict = gather_state_dict(module.model)
         self.written_plan = _find_whole_plan(module)
         if trainer.is_global_zero or not find_store(module.model).is_in_memory:
             self.written_format = self._save(module, data, folder, state_dict)
@@ -97,7 +99,7 @@ class CheckpointExport(Callback):
     def _save(
         self, module: CausalLMModule, data: TextDataModule, folder: Path, state_dict: dict[str, Tensor] | None
     ) -> str:
-        what = (module.plain_model, data.tokenizer, folder, self.written_plan, state_dict, module.adapted)
+        what = (unwrap_model(module.model), data.tokenizer, folder, self.written_plan, state_dict, module.adapters.view)
         try:
             return save(*what, self.format, self.max_shard_size, self.quantization)
         except ValueError as error:
@@ -117,7 +119,7 @@ def _find_whole_plan(module: CausalLMModule) -> PruningPlan | None:
     """What was cut from the dense model: where this run cut nothing, what an earlier one did."""
     if module.plan is None or not module.plan.removes_nothing:
         return module.plan
-    return find_plan(module.pretrained, module.plan.geometry) or module.plan
+    return find_plan(module.source.pretrained, module.plan.geometry) or module.plan
 
 
 def _restore_best(trainer: Trainer, rounds_done: int) -> None:

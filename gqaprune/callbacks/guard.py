@@ -150,8 +150,8 @@ def _make_plain(value: Any) -> Any:
 def _diagnose(module: CausalLMModule, data: TextDataModule, is_trained: bool) -> Diagnosis:
     assert module.plan is not None
     with torch.inference_mode(False), torch.enable_grad():  # validation forbids gradients, which scores are made of
-        dense = module.load_dense().to(module.model.device)
-        made_for = getattr(load_config(module.pretrained, module.trust_remote_code), "dtype", None)
+        dense = module.source.load().to(module.model.device)
+        made_for = getattr(load_config(module.source.pretrained, module.source.trust_remote_code), "dtype", None)
         return diagnose(dense, module.model, module.plan, data.held_out_batches(), made_for, is_trained)
 
 

@@ -1,6 +1,7 @@
 """Judge what `predict` wrote, beside what the dense model writes."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -77,7 +78,7 @@ class PredictionJudge(Callback):
         texts = [_describe(data, *added, value) for added, value in zip(pruned, perplexities, strict=True)]
         prompts = [prompt.text for prompt, _ in data.encode_prompts()]
         comparisons = [Comparison(*parts) for parts in zip(prompts, texts, dense_texts, strict=True)]
-        self.predictions = Predictions(module.pretrained, self._dense, self._note, comparisons)
+        self.predictions = Predictions(module.source.pretrained, self._dense, self._note, comparisons)
         path = get_run_folder(trainer) / PREDICTIONS_FILE
         self.predictions.save(path)
         console.print(render_predictions(self.predictions), soft_wrap=False)
@@ -85,7 +86,8 @@ class PredictionJudge(Callback):
 
     def _load_dense(self, module: CausalLMModule, data: TextDataModule) -> PreTrainedModel:
         is_teacher = self._dense == module.recovery.teacher
-        dense = module.load_dense(self._dense, module.recovery.teacher_dtype if is_teacher else None).eval()
+        dtype = module.recovery.teacher_dtype if is_teacher else module.source.dtype
+        dense = replace(module.source, pretrained=self._dense, dtype=dtype).load().eval()
         check_tokenizer(data.tokenizer, dense)
         return dense
 
@@ -97,13 +99,13 @@ def choose_dense(module: CausalLMModule) -> tuple[str, str]:
         ValueError: if `recovery.teacher` names a model that is not there.
     """
     if module.recovery.teacher is not None:
-        load_config(module.recovery.teacher, module.trust_remote_code)
+        load_config(module.recovery.teacher, module.source.trust_remote_code)
         return module.recovery.teacher, ""
     if module.plan is not None:
-        return module.pretrained, ""
+        return module.source.pretrained, ""
     alone = "no dense model to compare with, so that only what repeats itself is seen, not what makes no sense"
     way_out = "name it by --model.recovery.teacher"
-    name, reason = find_dense(module.pretrained, module.trust_remote_code)
+    name, reason = find_dense(module.source.pretrained, module.source.trust_remote_code)
     return name, f"{alone}: {reason}; {way_out}" if reason else ""
 
 

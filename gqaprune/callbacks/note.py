@@ -8,8 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gqaprune.callbacks.lookup import get_parts, get_run_folder
 from gqaprune.common.processes import name_process
-from gqaprune.module import list_checkpoint_folders
-from gqaprune.training.resume import RunNote
+from gqaprune.training.resume import RunNote, list_checkpoint_folders
 
 
 class KeepRunNote(Callback):
@@ -28,14 +27,14 @@ class KeepRunNote(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let checkpoints of all ranks be known by the same name, that of the run which this one goes on with."""
         module = get_parts(trainer, pl_module)[0]
-        module.run = trainer.strategy.broadcast(self.run or module.run)
+        module.run_id = trainer.strategy.broadcast(self.run or module.run_id)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the note: from here on there may be checkpoints."""
         if trainer.is_global_zero:
             folder = get_run_folder(trainer)
-            checkpoints = dict.fromkeys([*self.before, *list_checkpoint_folders(trainer)])
-            run = get_parts(trainer, pl_module)[0].run
+            checkpoints = dict.fromkeys([*self.before, *list_checkpoint_folders(trainer.checkpoint_callbacks)])
+            run = get_parts(trainer, pl_module)[0].run_id
             RunNote(self.settings, str(folder), tuple(checkpoints), run, name_process()).save(self.root)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -39,6 +39,6 @@ def write_page(trainer: Trainer, pl_module: LightningModule, state: str, began: 
             known |= {"predictions": callback.predictions.to_dict()}
     path = get_run_folder(trainer) / PAGE_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = build_page(Page(module.pretrained, state, began, datetime.now().astimezone(), **known))
+    content = build_page(Page(module.source.pretrained, state, began, datetime.now().astimezone(), **known))
     write_atomically(path, content.encode())
     return path

@@ -28,13 +28,12 @@ from gqaprune.models.tokenizer import check_tokenizer
 from gqaprune.module import CausalLMModule
 from gqaprune.pipeline import Pruner
 from gqaprune.placement.layer_store import Placement, find_store
-from gqaprune.placement.loading_by_layer import can_read_by_layer
 from gqaprune.planning.allocation.steps import Spending
 from gqaprune.planning.config import PruningConfig
 from gqaprune.reporting.report import Report
 from gqaprune.scoring.criteria.base import Scores
 from gqaprune.scoring.sensitivity import Importance
-from gqaprune.training.accumulation import go_back_to_step, validate_between_steps
+from gqaprune.training.accumulation import find_round_start, go_back_to_step, validate_between_steps
 from gqaprune.training.resume import UNFINISHED
 
 
@@ -114,11 +113,11 @@ class TaylorPruning(GradientAccumulationScheduler):
         find_store(model).move_to(trainer.strategy.root_device)
         check_tokenizer(data.tokenizer, model)
         if data.training.sampled_windows and trainer.limit_train_batches != 0:
-            dense = model if module.plan is None else module.load_dense().to(trainer.strategy.root_device)
+            dense = model if module.plan is None else module.source.load().to(trainer.strategy.root_device)
             data.sample_train_windows(dense)
         if module.plan is not None:
-            if not module.goes_on:
-                self.report = Report(module.pretrained, protocol=data.protocol)
+            if not module.plan_is_from_checkpoint:
+                self.report = Report(module.source.pretrained, protocol=data.protocol)
                 self.report.add_stage("pruned", model, data.evaluation_batches())
             return
         self._pruner = self._start(module, data, model, self._open_stages(trainer))
@@ -149,7 +148,7 @@ class TaylorPruning(GradientAccumulationScheduler):
         """Prune on where a round of recovery has had its steps."""
         module, data = get_parts(trainer, pl_module)
         done, rounds = module.rounds_done + 1, module.recovery.rounds
-        if done >= rounds or trainer.global_step < module.first_step(done):
+        if done >= rounds or trainer.global_step < find_round_start(trainer, done, rounds):
             return
         if self._pruner is None and self._spending is None:
             return  # the plan was given, and is whole
@@ -212,7 +211,7 @@ class TaylorPruning(GradientAccumulationScheduler):
             and trainer.limit_train_batches != 0
             and (module.plan is not None or not self.config.removes_something)
             and not data.training.sampled_windows
-            and can_read_by_layer(module.pretrained, module.trust_remote_code)
+            and module.source.can_be_read_by_layer
         )
 
     def _get_only_factor(self, trainer: Trainer) -> int:
@@ -240,7 +239,7 @@ class TaylorPruning(GradientAccumulationScheduler):
             accumulation=self.get_accumulate_grad_batches(0),
             seed=data.seed,
             corpora=tuple(data.calibration_sources) if config.needs_text else (),
-            source=module.pretrained,
+            source=module.source.pretrained,
         )
 
     def _start(self, module: CausalLMModule, data: TextDataModule, dense: PreTrainedModel, stages: Stages) -> Pruner:
@@ -258,7 +257,7 @@ class TaylorPruning(GradientAccumulationScheduler):
     def _resume(self, module: CausalLMModule, data: TextDataModule, share: float, stages: Stages) -> Pruner:
         """Go on from what the checkpoint carries."""
         assert module.plan is not None and self._spending is not None and self.report is not None
-        pruner = self._start(module, data, module.load_dense().to(module.device), stages)
+        pruner = self._start(module, data, module.source.load().to(module.device), stages)
         pruner.resume(module.model, module.plan, share, self._spending)
         pruner.report = self.report
         return pruner

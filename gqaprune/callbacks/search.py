@@ -55,7 +55,7 @@ class SplitSearch(Callback):
             protocol=data.protocol,
         )
         if trainer.is_global_zero:
-            self._show(trials, data.protocol, f"{module.pretrained}: {config.rate:.0%} removed, by split")
+            self._show(trials, data.protocol, f"{module.source.pretrained}: {config.rate:.0%} removed, by split")
 
     def _show(self, trials: Trials, protocol: str, title: str) -> None:
         folder = Path(self.settings.folder)

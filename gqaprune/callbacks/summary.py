@@ -102,10 +102,10 @@ class RunSummary(Callback):
         if export is None or export.written is None or export.quantization is None:
             return
         module, data = get_parts(trainer, pl_module)
-        remote = module.trust_remote_code
+        remote = module.source.trust_remote_code
         if not hasattr(load_config(export.written, remote), "quantization_config"):
             return  # it could not be, and export has said so
-        model = load_model(export.written, "auto", module.attn_implementation, remote).to(module.device)
+        model = load_model(export.written, "auto", module.source.attn_implementation, remote).to(module.device)
         name = f"{report.stages[-1].name}, {export.quantization}"
         report.add_stage(name, model, data.evaluation_batches(), measure_weights(export.written))
         if trainer.is_global_zero:
@@ -155,7 +155,7 @@ class RunSummary(Callback):
         padding = ""
         if (export := _get_export(trainer)) is not None and export.written is not None:
             assert export.written_plan is not None
-            shapes = read_geometry(load_config(export.written, module.trust_remote_code))
+            shapes = read_geometry(load_config(export.written, module.source.trust_remote_code))
             write_card(export.written, export.written_plan, export.written_format, shapes, report, get_command())
             padding = describe_padding(plan.pruned_geometry, shapes, export.written_plan.geometry)
         hparams = _flatten(report.settings | dict(pl_module.hparams))

@@ -1,9 +1,12 @@
-"""The dense model that a pruned checkpoint comes from."""
+"""The dense model that a pruned checkpoint comes from, and that distillation learns from."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from gqaprune.models.sources import load_config
+from gqaprune.placement.model_source import ModelSource
 from gqaprune.plan import PLAN_FILE, PruningPlan
+from gqaprune.training.recovery import RecoveryConfig
 
 
 def find_dense(pretrained: str, trust_remote_code: bool = False) -> tuple[str, str]:
@@ -25,3 +28,14 @@ def find_dense(pretrained: str, trust_remote_code: bool = False) -> tuple[str, s
     except ValueError as error:
         return "", str(error)
     return name, ""
+
+
+def find_teacher(student: ModelSource, recovery: RecoveryConfig) -> ModelSource:
+    """Find the model that distillation learns from: `recovery.teacher`, or the dense model, of pruned checkpoints too.
+
+    Args:
+        student: the model to train, dense or pruned.
+        recovery: the teacher's name, if it is another model than the dense one, and its type.
+    """
+    name = recovery.teacher or find_dense(student.pretrained, student.trust_remote_code)[0] or student.pretrained
+    return replace(student, pretrained=name, dtype=recovery.teacher_dtype)

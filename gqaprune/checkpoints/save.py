@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gqaprune.checkpoints.adapters import ADAPTER_FOLDER, merge_adapters, save_adapters
 from gqaprune.checkpoints.card import write_card
 from gqaprune.checkpoints.gguf_writer import TYPES, check_architecture, write_gguf
 from gqaprune.checkpoints.padding import pad_checkpoint
@@ -32,10 +33,6 @@ from gqaprune.models.sources import load_config
 from gqaprune.placement.layer_store import Placement, find_store
 from gqaprune.placement.writing_by_layer import attend_writing, write_weights
 from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
-from gqaprune.training.recovery import merge_adapters
-
-ADAPTER_FOLDER = "adapter"
-"""Where LoRA adapters are saved in a checkpoint's folder, whose weights have them already."""
 
 FORMATS = ("auto", "stock", "per-layer", "padded", *(f"gguf-{kind}" for kind in TYPES))
 """What `save` can write; `auto` is `stock` where counts are equal in every layer, else `per-layer`."""
@@ -96,8 +93,7 @@ def save(
     try:
         temporary.mkdir()
         if adapted is not None:
-            named = {f"base_model.model.{name}": tensor for name, tensor in whole.items()}  # as peft names them
-            adapted.save_pretrained(str(temporary / ADAPTER_FOLDER), state_dict=named)
+            save_adapters(adapted, whole, temporary / ADAPTER_FOLDER)
             whole = merge_adapters(adapted, whole)
         geometry = _write_weights(model, tokenizer, whole, temporary, format, max_shard_size)
         if quantization is not None:

@@ -32,7 +32,8 @@ from gqaprune.models.sources import load_config
 from gqaprune.scoring.outliers import Outliers, find_outliers
 from gqaprune.surgery.gram import WORKSPACE
 from gqaprune.surgery.refinement import TRAINING_BYTES
-from gqaprune.training.recovery import RecoveryConfig, list_projections
+from gqaprune.training.lora import list_projections
+from gqaprune.training.recovery import RecoveryConfig
 
 GIB = 2**30
 PLACES = ("one device", "ddp", "fsdp", "sharded", "offload")

@@ -1,6 +1,6 @@
 """Token-weighted perplexity, as a torchmetrics Metric and as a function over batches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,27 @@ class Perplexity(Metric):
     def compute(self) -> Tensor:
         """Perplexity so far; NaN if no token was scored."""
         return torch.exp(self.loss_sum / self.token_count)
+
+
+class CorpusPerplexities:
+    """Perplexities of several corpora, for a loop that brings their batches one at a time.
+
+    Args:
+        names: one for each corpus, in the loop's order.
+        device: of the sums.
+    """
+
+    def __init__(self, names: Iterable[str], device: torch.device) -> None:
+        self._metrics = {name: Perplexity().to(device) for name in names}
+
+    def update(self, corpus: int, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+        """Add a batch of `input_ids` and `labels` to the corpus at a place in the order."""
+        metric = list(self._metrics.values())[corpus]
+        metric.update(*measure_losses(model, batch["input_ids"], batch["labels"]))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the perplexity of each corpus so far, by its name, over the batches of all ranks."""
+        return {name: metric.compute().float() for name, metric in self._metrics.items()}
 
 
 @torch.inference_mode()

@@ -51,6 +51,23 @@ def wrap_model(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return cast(PreTrainedModel, wrap(model, device_id=device))
 
 
+def distribute_model(model: PreTrainedModel, mesh: DeviceMesh | None, device: torch.device) -> PreTrainedModel:
+    """Shard a model over devices as the strategy in use does; one that shards nothing leaves it whole.
+
+    Args:
+        model: whose layers are sharded in place.
+        mesh: devices of FSDP2; None leaves the choice to the context of the strategy.
+        device: of this rank.
+
+    Returns:
+        The model, in FSDP1's wrapper if the strategy asks for it.
+    """
+    if mesh is None:
+        return wrap_model(model, device)
+    shard_model(model, mesh)
+    return model
+
+
 def gather_state_dict(model: PreTrainedModel) -> dict[str, Tensor] | None:
     """A model's whole weights on rank 0 if they are sharded, else None. Every rank has to call it."""
     if not is_sharded(model):

@@ -30,6 +30,17 @@ def count_optimizer_steps(trainer: Trainer) -> int:
     return max(steps if trainer.max_steps == -1 else min(steps, trainer.max_steps), 1)
 
 
+def find_round_start(trainer: Trainer, rounds_done: int, rounds: int) -> int:
+    """Find the optimizer step at which training begins once some of its rounds are done; each gets an equal share."""
+    return count_optimizer_steps(trainer) * rounds_done // rounds
+
+
+def count_round_steps(trainer: Trainer, rounds_done: int, rounds: int) -> int:
+    """Count the optimizer steps of the round that follows those that are done, at least 1."""
+    start, end = (find_round_start(trainer, done, rounds) for done in (rounds_done, rounds_done + 1))
+    return max(1, end - start)
+
+
 def _count_batches(trainer: Trainer) -> int:
     """Training batches of an epoch.
 

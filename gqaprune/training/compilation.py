@@ -1,44 +1,63 @@
 """Decoder layers compiled by `torch.compile` for training steps, and for nothing else."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from gqaprune.models.architecture import get_layers
 from gqaprune.models.wrapping import is_sharded
 
 
-class CompiledLayers:
-    """The decoder layers of a model, each compiled on its first call; layers of one shape share what is compiled.
+class LayerCompiler:
+    """Compile the decoder layers of a model, each on its first call; layers of one shape share what is compiled.
 
     Args:
-        model: the causal LM. What hooks into its layers outside of `running` finds them as they are.
-
-    Raises:
-        ValueError: if a strategy has sharded the weights.
+        is_on: whether to compile; if not, layers run as they are.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        if is_sharded(model):
-            raise ValueError(
-                "model.compile compiles whole layers, which the strategy shards: set it to false, or trainer.strategy "
-                "to ddp or auto"
-            )
-        self._layers = list(get_layers(model))
-        # Layers that kept different counts are different programs; beyond the limit they would run as they are.
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, 2 * len(self._layers))
-        self._calls = [torch.compile(layer._call_impl) for layer in self._layers]
+    def __init__(self, is_on: bool) -> None:
+        self.is_on = is_on
+        self._calls: list[tuple[nn.Module, Callable[..., Any]]] = []
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Calls of the layers are compiled while the context lasts."""
-        for layer, call in zip(self._layers, self._calls, strict=True):
+    def compiled(self, model: PreTrainedModel) -> Iterator[None]:
+        """Run calls of the layers compiled while the context lasts; whatever hooks into them later finds them plain.
+
+        Args:
+            model: the causal LM, the same in every call until `reset`.
+
+        Raises:
+            ValueError: if a strategy has sharded the weights.
+        """
+        if self.is_on and not self._calls:
+            self._calls = _compile_layers(model)
+        for layer, call in self._calls:
             layer._compiled_call_impl = call  # what `nn.Module.compile` sets
         try:
             yield
         finally:
-            for layer in self._layers:
+            for layer, _ in self._calls:
                 layer._compiled_call_impl = None
+
+    def reset(self) -> None:
+        """Forget what was compiled, once layers have other shapes: their programs would count towards the limit."""
+        if self._calls:
+            self._calls = []
+            torch.compiler.reset()
+
+
+def _compile_layers(model: PreTrainedModel) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    if is_sharded(model):
+        raise ValueError(
+            "model.compile compiles whole layers, which the strategy shards: set it to false, or trainer.strategy "
+            "to ddp or auto"
+        )
+    layers = list(get_layers(model))
+    # Layers that kept different counts are different programs; beyond the limit they would run as they are.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 2 * len(layers))
+    return [(layer, torch.compile(layer._call_impl)) for layer in layers]

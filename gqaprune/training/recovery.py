@@ -1,17 +1,6 @@
 """How a pruned model is trained back: every weight, LoRA adapters, or either towards the dense model."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from gqaprune.models.families import get_family
-from gqaprune.models.wrapping import unwrap_name
-from gqaprune.placement.sharded_store import show_whole_shapes
 
 MODES = ("none", "full", "lora", "distill", "lora+distill")
 
@@ -91,55 +80,3 @@ class RecoveryConfig:
     def distills(self) -> bool:
         """Whether there is a teacher."""
         return "distill" in self.mode
-
-
-def add_adapters(model: PreTrainedModel, config: RecoveryConfig, seed: int = 0) -> PeftModel:
-    """Put LoRA adapters into a model, in place, and freeze all else; the same seed begins with the same adapters.
-
-    Returns:
-        peft's view of the model, to merge and save the adapters with.
-
-    Raises:
-        ValueError: if a target is none of the model's projections.
-    """
-    names = list_projections(model)
-    targets = names if config.lora_targets is None else config.lora_targets
-    if unknown := sorted(set(targets) - set(names)) or not targets:
-        raise ValueError(f"recovery.lora_targets: {unknown or 'none'} given; this model's are {', '.join(names)}")
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a float does
-        lora_dropout=config.lora_dropout,
-        target_modules=list(targets),
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(), show_whole_shapes(model):  # peft takes shards for those of tensor parallelism
-        torch.manual_seed(seed)
-        adapted = get_peft_model(model, lora)
-    assert isinstance(adapted, PeftModel)
-    return adapted
-
-
-@torch.no_grad()
-def merge_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a model as if it never had adapters, with what these add; nothing is changed.
-
-    Args:
-        adapted: peft's view of the model, which may be sharded.
-        state_dict: whole weights of the model under it, adapters included.
-    """
-    weights = {name.replace(".base_layer.", "."): tensor for name, tensor in state_dict.items() if ".lora_" not in name}
-    for path, module in adapted.get_base_model().named_modules():
-        name = unwrap_name(path)  # as weights are named
-        if isinstance(module, LoraLinear):
-            (adapter,) = module.active_adapters
-            down, up = (state_dict[f"{name}.lora_{part}.{adapter}.weight"].float() for part in "AB")
-            weight = weights[f"{name}.weight"]
-            weights[f"{name}.weight"] = (weight.float() + module.scaling[adapter] * (up @ down)).to(weight.dtype).cpu()
-    return weights
-
-
-def list_projections(model: PreTrainedModel) -> list[str]:
-    """Names of the projections in a model's blocks."""
-    family = get_family(model.config)
-    return [name for layout in family.layouts.values() for name in (*layout.inputs, layout.output)]

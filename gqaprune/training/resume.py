@@ -159,6 +159,12 @@ def _read(checkpoint: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def list_checkpoint_folders(writers: Iterable[object]) -> list[str]:
+    """List the folders that a trainer's checkpoint callbacks write to, once the trainer has set them up."""
+    folders = (getattr(writer, "dirpath", None) for writer in writers)
+    return [str(folder) for folder in folders if folder]
+
+
 def find_checkpoint(folders: Iterable[str | Path], run: str) -> Path | None:
     """The newest checkpoint in folders that a run can go on from.
 

@@ -14,7 +14,8 @@ from gqaprune.models.losses import PIECE_LOGITS
 from gqaprune.planning.selection import keep_everything
 from gqaprune.surgery.cut import apply_plan
 from gqaprune.surgery.gram import WORKSPACE
-from gqaprune.training.recovery import RecoveryConfig, add_adapters
+from gqaprune.training.lora import add_adapters
+from gqaprune.training.recovery import RecoveryConfig
 
 from cuts import make_plan
 from tiny import make_model

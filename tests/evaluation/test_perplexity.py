@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from gqaprune.data.windows import cut_windows, make_batches
-from gqaprune.evaluation.perplexity import Perplexity, measure_perplexity
+from gqaprune.evaluation.perplexity import CorpusPerplexities, Perplexity, measure_perplexity
 from gqaprune.models.losses import IGNORED, sum_token_losses
 
 from tiny import make_model, make_tokens
@@ -149,3 +149,15 @@ def test_loss_that_is_not_finite_is_refused_with_corpus_and_batch(value: float) 
     with pytest.raises(ValueError, match=r"loss on broken, batch 1 is not finite"):
         measure_perplexity(model, {"fine": fine, "broken": make_batches(tokens, tokens, 2)})
     assert model.training
+
+
+def test_perplexities_of_a_loop_are_those_of_corpora_measured_at_once() -> None:
+    model = make_model("llama")
+    corpora = {name: make_batches(*[make_tokens(4, 16, seed)] * 2, 2) for seed, name in enumerate(("a", "b"))}
+    perplexities = CorpusPerplexities(corpora, torch.device("cpu"))
+    for corpus, batches in enumerate(corpora.values()):
+        for batch in batches:
+            perplexities.update(corpus, model, batch)
+    values = {name: float(value) for name, value in perplexities.compute().items()}
+    assert values == pytest.approx(measure_perplexity(model, corpora), rel=1e-6)
+    assert values["a"] != pytest.approx(values["b"], rel=1e-3)

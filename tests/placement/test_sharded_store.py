@@ -21,7 +21,8 @@ from gqaprune.placement.layer_store import Placement, find_store, get_layer_para
 from gqaprune.placement.sharded_store import ShardedStore
 from gqaprune.planning.counts import check_goes_by_layer
 from gqaprune.scoring.scores import CRITERIA, score_units
-from gqaprune.training.recovery import RecoveryConfig, add_adapters
+from gqaprune.training.lora import add_adapters
+from gqaprune.training.recovery import RecoveryConfig
 
 from tiny import make_model, make_tokenizer, make_tokens
 

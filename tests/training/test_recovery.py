@@ -96,7 +96,8 @@ def test_distillation_brings_predictions_back_to_the_dense_models(
 
 def test_the_teacher_stays_as_it_is_and_is_not_saved(tiny_folder: Path, tmp_path: Path) -> None:
     module, probe = recover(tiny_folder, tmp_path, RecoveryConfig("distill"))
-    (teacher,) = module._teacher
+    teacher = module._objective.teacher
+    assert teacher is not None
     dense = load_model(tiny_folder)
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert all(torch.equal(p, q) for p, q in zip(teacher.parameters(), dense.parameters(), strict=True))
@@ -265,7 +266,8 @@ def test_pruned_checkpoints_learn_from_the_model_that_they_come_from(tiny_folder
     module = CausalLMModule(str(tmp_path / "out"), recovery=RecoveryConfig("distill"))
     trainer, data = make_trainer(tmp_path, TaylorPruning(rate=0.0)), make_data(tiny_folder)
     trainer.fit(module, datamodule=data)
-    (teacher,) = module._teacher
+    teacher = module._objective.teacher
+    assert teacher is not None
     assert count_parameters(teacher) == count_parameters(load_model(tiny_folder)) > count_parameters(module.model)
 
     shutil.rmtree(tmp_path / "copy")

@@ -1,0 +1,45 @@
+"""LoRA adapters in checkpoints: merged into the weights that are saved, and saved by themselves beside them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor
+
+from gqaprune.models.wrapping import unwrap_name
+
+ADAPTER_FOLDER = "adapter"
+"""Where LoRA adapters are saved in a checkpoint's folder, whose weights have them already."""
+
+
+def save_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor], folder: Path) -> None:
+    """Save the adapters of a model by themselves, in peft's format.
+
+    Args:
+        adapted: peft's view of the model, which may be sharded.
+        state_dict: whole weights of the model under it, adapters included.
+        folder: where to.
+    """
+    named = {f"base_model.model.{name}": tensor for name, tensor in state_dict.items()}  # as peft names them
+    adapted.save_pretrained(str(folder), state_dict=named)
+
+
+@torch.no_grad()
+def merge_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights that a model without adapters needs to compute the same; nothing is changed.
+
+    Args:
+        adapted: peft's view of the model, which may be sharded.
+        state_dict: whole weights of the model under it, adapters included.
+    """
+    weights = {name.replace(".base_layer.", "."): tensor for name, tensor in state_dict.items() if ".lora_" not in name}
+    for path, module in adapted.get_base_model().named_modules():
+        name = unwrap_name(path)  # as weights are named
+        if isinstance(module, LoraLinear):
+            (adapter,) = module.active_adapters
+            down, up = (state_dict[f"{name}.lora_{part}.{adapter}.weight"].float() for part in "AB")
+            weight = weights[f"{name}.weight"]
+            weights[f"{name}.weight"] = (weight.float() + module.scaling[adapter] * (up @ down)).to(weight.dtype).cpu()
+    return weights

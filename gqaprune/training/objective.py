@@ -1,0 +1,161 @@
+"""The loss that training minimises: the language model's, or its mixture with the distance from a teacher."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from gqaprune.models.architecture import get_layers
+from gqaprune.models.losses import measure_mean_loss
+from gqaprune.placement.fsdp import distribute_model
+from gqaprune.placement.model_source import ModelSource
+from gqaprune.training.distillation import measure_distance, measure_divergence, measure_divergence_from_top
+from gqaprune.training.recovery import RecoveryConfig
+from gqaprune.training.resume import find_checkpoint
+from gqaprune.training.teacher import CachedTeacher, Predictions, cache_teacher
+
+
+class Objective:
+    """Measure the loss of training batches, with the teacher that distillation learns from.
+
+    It is no torch module, so that Lightning neither moves the teacher nor trains or saves it with the student.
+
+    Args:
+        settings: the loss and its weights.
+
+    Attributes:
+        teacher: the model that each step learns from; None without distillation, or with predictions on disk.
+        cached_teacher: the teacher's predictions on disk; None unless `settings.teacher_top_k` asks for them.
+    """
+
+    def __init__(self, settings: RecoveryConfig) -> None:
+        self.settings = settings
+        self.teacher: PreTrainedModel | None = None
+        self.cached_teacher: CachedTeacher | None = None
+
+    @property
+    def lacks_teacher(self) -> bool:
+        """Whether there is a teacher to learn from that is not loaded yet."""
+        return self.settings.distills and self.teacher is None and self.cached_teacher is None
+
+    def load_teacher(self, source: ModelSource, mesh: DeviceMesh | None = None) -> None:
+        """Load the teacher, whole on each device or sharded as the student is.
+
+        Args:
+            source: the dense model.
+            mesh: devices that the student's layers are sharded over. The teacher's are too, if they are stored one by
+                one and it stays in memory: predictions are cached before a strategy shards any model.
+        """
+        if mesh is not None and not self.settings.teacher_top_k and source.can_be_read_by_layer:
+            teacher = source.load_sharded(mesh)
+        else:
+            teacher = source.load()
+        self.teacher = teacher.eval().requires_grad_(False)
+
+    def cache_teacher(self, windows_NT: Tensor, batch_size: int, device: torch.device) -> None:
+        """Write the teacher's predictions for all training windows to disk, and free its memory.
+
+        Args:
+            windows_NT: token ids of the training windows, the same on every rank.
+            batch_size: windows per forward pass.
+            device: where to compute.
+        """
+        assert self.teacher is not None, "load_teacher() comes before its predictions are cached"
+        top_k, temperature = self.settings.teacher_top_k, self.settings.temperature
+        self.cached_teacher = cache_teacher(self.teacher.to(device), windows_NT, top_k, temperature, batch_size)
+        self.teacher = None
+
+    def distribute_teacher(self, mesh: DeviceMesh | None, device: torch.device) -> None:
+        """Shard a teacher in memory over devices, as `distribute_model` shards the student."""
+        if self.teacher is not None:
+            self.teacher = distribute_model(self.teacher, mesh, device)
+
+    def measure(self, student: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Measure the loss of a batch.
+
+        Args:
+            student: the model in training, wrapped as the strategy wraps it.
+            batch: `input_ids` and `labels`, `[batch, tokens]`; with a cached teacher `index` of the windows, too.
+
+        Returns:
+            The loss in nats per token, with its gradient, and the parts that it is mixed of, by name; none where it is
+            the language model's alone.
+        """
+        settings, ids_BT = self.settings, batch["input_ids"]
+        output = student(input_ids=ids_BT, use_cache=False, output_hidden_states=self._compares_hidden_states)
+        loss = self._measure_language_loss(student, output, batch["labels"])
+        if not settings.distills:
+            return loss, {}
+        teacher = self._run_teacher(ids_BT)
+        divergence = self._measure_divergence(output.logits[:, :-1], teacher, batch)
+        parts = {"lm_loss": loss, "divergence": divergence}
+        loss = (1 - settings.distill_weight) * loss + settings.distill_weight * divergence
+        if self._compares_hidden_states:
+            assert teacher is not None, "settings refuse hidden states of a cached teacher"
+            parts["hidden_distance"] = self._measure_hidden_distance(student, output, teacher)
+            loss = loss + settings.hidden_weight * parts["hidden_distance"]
+        return loss, parts
+
+    @property
+    def _compares_hidden_states(self) -> bool:
+        return self.settings.distills and self.settings.hidden_weight > 0
+
+    def _measure_language_loss(self, student: PreTrainedModel, output: ModelOutput, labels: Tensor) -> Tensor:
+        """Next-token loss, plus the imbalance of experts where the model's config asks for it."""
+        is_minimised = not self.settings.distills or self.settings.distill_weight < 1  # else it is logged only
+        loss = measure_mean_loss(output.logits if is_minimised else output.logits.detach(), labels)
+        imbalance = getattr(output, "aux_loss", None)
+        if is_minimised and imbalance is not None:
+            loss = loss + student.config.router_aux_loss_coef * imbalance
+        return loss
+
+    def _run_teacher(self, ids_BT: Tensor) -> ModelOutput | None:
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            teacher = self.teacher.to(ids_BT.device)
+            return teacher(ids_BT, use_cache=False, output_hidden_states=self._compares_hidden_states)
+
+    def _measure_divergence(
+        self, logits_BTV: Tensor, teacher: ModelOutput | None, batch: Mapping[str, Tensor]
+    ) -> Tensor:
+        if teacher is not None:
+            return measure_divergence(logits_BTV, teacher.logits[:, :-1], self.settings.temperature)
+        assert self.cached_teacher is not None, "load_teacher() comes before the loss is measured"
+        cached = self.cached_teacher.predict(batch["index"])
+        predictions = Predictions(*(part.to(logits_BTV.device) for part in cached))
+        return measure_divergence_from_top(logits_BTV, predictions, self.settings.temperature)
+
+    def _measure_hidden_distance(
+        self, student: PreTrainedModel, output: ModelOutput, teacher_output: ModelOutput
+    ) -> Tensor:
+        layers = self.settings.hidden_layers or [len(get_layers(student)) - 1]
+        # Entry 0 is the embedding, entry i + 1 the output of layer i.
+        states = [[one.hidden_states[layer + 1] for layer in layers] for one in (output, teacher_output)]
+        return measure_distance(*states)
+
+
+def check_loss(loss: Tensor, place: str, folders: Iterable[str | Path], run_id: str) -> None:
+    """Stop a run whose loss is not finite.
+
+    Args:
+        loss: of a batch.
+        place: step and batch, for the error.
+        folders: with the run's checkpoints.
+        run_id: what tells them from those of other runs.
+
+    Raises:
+        ValueError: if the loss is NaN or infinite, with the newest checkpoint to resume from.
+    """
+    if torch.isfinite(loss):
+        return
+    good = find_checkpoint(folders, run_id)
+    restart = f"go on from {good} (--ckpt_path)" if good else "no checkpoint with finite weights was written"
+    raise ValueError(
+        f"the training loss is {loss.item()} at {place}: lower the learning rate, clip gradients, or train in bfloat16 "
+        f"or float32; {restart}"
+    )

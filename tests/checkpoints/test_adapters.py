@@ -1,0 +1,40 @@
+"""Adapters in checkpoints: merged weights are those of peft, and what is saved beside them loads in peft."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from gqaprune.checkpoints.adapters import merge_adapters, save_adapters
+from gqaprune.training.lora import add_adapters
+from gqaprune.training.recovery import RecoveryConfig
+
+from tiny import make_model, make_tokens
+
+
+def adapt() -> tuple[PreTrainedModel, PeftModel]:
+    """A model with adapters that change its logits."""
+    model = make_model("llama")
+    adapted = add_adapters(model, RecoveryConfig("lora", lora_rank=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model, adapted
+
+
+def test_merged_weights_are_those_that_peft_merges_and_the_model_keeps_its_own() -> None:
+    model, adapted = adapt()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merged = merge_adapters(adapted, model.state_dict())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    expected = adapted.merge_and_unload().state_dict()
+    torch.testing.assert_close(merged, dict(expected))
+
+
+def test_saved_adapters_give_the_dense_model_the_same_logits(tmp_path: Path) -> None:
+    model, adapted = adapt()
+    save_adapters(adapted, model.state_dict(), tmp_path)
+    loaded, tokens = PeftModel.from_pretrained(make_model("llama"), str(tmp_path)), make_tokens()
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)

@@ -1,0 +1,144 @@
+"""The loss of training is what its settings say, and its teacher is loaded, cached and kept apart."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+import gqaprune
+from gqaprune.placement.model_source import ModelSource
+from gqaprune.training.objective import Objective, check_loss
+from gqaprune.training.recovery import RecoveryConfig
+from gqaprune.training.teacher import cache_teacher
+
+from tiny import VOCABULARY, make_model, make_tokenizer, make_tokens
+
+IDS = make_tokens(3, 12)
+BATCH = {"input_ids": IDS, "labels": IDS, "index": torch.arange(3)}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    """A model to learn from, unlike the student."""
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    gqaprune.save(make_model("llama", seed=1), make_tokenizer(), folder)
+    return ModelSource(str(folder), "float32")
+
+
+def make_objective(source: ModelSource | None, **settings: Any) -> Objective:
+    objective = Objective(RecoveryConfig(**settings))
+    if source is not None:
+        objective.load_teacher(source)
+    return objective
+
+
+def compute_language_loss(logits: Tensor) -> Tensor:
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+
+
+def compute_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Hinton's: the square of the temperature times the divergence, mean over tokens."""
+    scaled = [torch.log_softmax(logits[:, :-1] / temperature, -1) for logits in (student, teacher)]
+    return temperature**2 * functional.kl_div(*scaled, log_target=True, reduction="none").sum(-1).mean()
+
+
+def run(model: PreTrainedModel) -> Any:
+    return model(input_ids=IDS, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_without_distillation_the_loss_is_the_language_models_and_has_no_parts(mode: str) -> None:
+    student = make_model("llama")
+    loss, parts = make_objective(None, mode=mode).measure(student, BATCH)
+    torch.testing.assert_close(loss, compute_language_loss(run(student).logits))
+    assert parts == {}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_distillation_mixes_loss_and_divergence_by_weight(
+    source: ModelSource, weight: float, temperature: float
+) -> None:
+    student = make_model("llama")
+    objective = make_objective(source, mode="distill", distill_weight=weight, temperature=temperature)
+    loss, parts = objective.measure(student, BATCH)
+    logits, taught = run(student).logits, run(source.load()).logits
+    expected = {
+        "lm_loss": compute_language_loss(logits),
+        "divergence": compute_divergence(logits, taught, temperature),
+    }
+    torch.testing.assert_close(parts, expected)
+    mixture = (1 - weight) * expected["lm_loss"] + weight * expected["divergence"]
+    torch.testing.assert_close(loss, mixture)
+    parameters = list(student.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    torch.testing.assert_close(gradients, torch.autograd.grad(mixture, parameters), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layers", "compared"), [(None, [3]), ([0, 2], [1, 3])], ids=["last", "two"])
+def test_distance_of_hidden_states_is_added_with_its_weight(
+    source: ModelSource, layers: list[int] | None, compared: list[int]
+) -> None:
+    student = make_model("llama")
+    objective = make_objective(source, mode="distill", hidden_weight=0.7, hidden_layers=layers)
+    loss, parts = objective.measure(student, BATCH)
+    own, taught = run(student).hidden_states, run(source.load()).hidden_states
+    distances = [
+        ((own[i] - taught[i]).square().sum(-1) / taught[i].square().sum(-1)).mean()
+        for i in compared  # 0 is the embedding
+    ]
+    assert list(parts) == ["lm_loss", "divergence", "hidden_distance"]
+    torch.testing.assert_close(parts["hidden_distance"], torch.stack(distances).mean())
+    torch.testing.assert_close(loss, parts["divergence"] + 0.7 * parts["hidden_distance"])
+
+
+def test_imbalance_of_experts_counts_in_the_language_loss() -> None:
+    student = make_model("mixtral")
+    plain, _ = make_objective(None).measure(student, BATCH)
+    student.config.output_router_logits = True
+    loss, _ = make_objective(None).measure(student, BATCH)
+    imbalance = student(input_ids=IDS).aux_loss
+    torch.testing.assert_close(loss, plain + student.config.router_aux_loss_coef * imbalance)
+    assert loss > plain
+
+
+def test_predictions_on_disk_stand_for_the_teacher_which_is_let_go(
+    source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqaprune.training.objective.cache_teacher", partial(cache_teacher, cache=tmp_path))
+    student = make_model("llama")
+    live, _ = make_objective(source, mode="distill", temperature=2.0).measure(student, BATCH)
+    objective = make_objective(source, mode="distill", temperature=2.0, teacher_top_k=VOCABULARY)
+    windows = torch.cat([make_tokens(2, 12, seed=5), IDS])
+    objective.cache_teacher(windows, 2, torch.device("cpu"))
+    assert objective.teacher is None and not objective.lacks_teacher
+    cached, _ = objective.measure(student, BATCH | {"index": torch.tensor([2, 3, 4])})
+    torch.testing.assert_close(cached, live, rtol=1e-2, atol=0)  # float16 on disk
+
+
+def test_a_teacher_is_asked_for_once_and_only_to_distill(source: ModelSource) -> None:
+    assert not Objective(RecoveryConfig("lora")).lacks_teacher
+    objective = Objective(RecoveryConfig("lora+distill"))
+    assert objective.lacks_teacher
+    objective.load_teacher(source)
+    assert not objective.lacks_teacher
+
+
+def test_the_teacher_is_frozen_and_hidden_from_a_module_that_holds_the_objective(source: ModelSource) -> None:
+    module = nn.Module()
+    module.objective = make_objective(source, mode="distill")  # type: ignore[assignment]
+    teacher = module.objective.teacher
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert not list(module.parameters()) and not module.state_dict()
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(loss: float, tmp_path: Path) -> None:
+    check_loss(torch.tensor(1.0), "step 3, batch 4", [tmp_path], "run")
+    with pytest.raises(ValueError, match=f"the training loss is {loss} at step 3, batch 4: .* no checkpoint with"):
+        check_loss(torch.tensor(loss), "step 3, batch 4", [tmp_path], "run")
