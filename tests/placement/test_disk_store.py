@@ -268,9 +268,9 @@ def test_a_stopped_run_in_memory_goes_on_layer_by_layer(tmp_path: Path, monkeypa
         ({"allocation": "inverse"}, "allocation inverse .* uniform, global or optimal"),
         ({"limits": {"frozen_layers": 1}}, "frozen_layers 1 .* to 0"),
         ({"allocation": "optimal", "damage_levels": 2}, "damage_levels 2 .* to 0"),
-        ({"swaps": {"generations": 2}}, "swap_generations 2 .* to 0"),
-        ({"repair": {"method": "bias"}}, "repair bias .* least_squares"),
-        ({"repair": {"bias": True}}, "repair_bias True .* false"),
+        ({"swaps": {"generations": 2}}, "swaps.generations 2 .* to 0"),
+        ({"repair": {"method": "bias"}}, "repair.method bias .* least_squares"),
+        ({"repair": {"bias": True}}, "repair.bias True .* false"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused_with_what_does_not(

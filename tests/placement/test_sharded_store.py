@@ -302,8 +302,8 @@ def test_all_ranks_say_what_overflows_on_one_instead_of_waiting(folder: Path) ->
         ({"allocation": "inverse"}, "allocation inverse .* uniform, global or optimal"),
         ({"limits": {"frozen_layers": 1}}, "frozen_layers 1 .* to 0"),
         ({"allocation": "optimal", "damage_levels": 2}, "damage_levels 2 .* to 0"),
-        ({"swaps": {"generations": 2}}, "swap_generations 2 .* to 0"),
-        ({"repair": {"method": "bias"}}, "repair bias .* least_squares"),
+        ({"swaps": {"generations": 2}}, "swaps.generations 2 .* to 0"),
+        ({"repair": {"method": "bias"}}, "repair.method bias .* least_squares"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused_with_what_does_not(settings: dict[str, Any], message: str) -> None:
