@@ -38,6 +38,7 @@ from gqaprune.surgery.cut import apply_plan
 from gqaprune.training.accumulation import count_optimizer_steps
 from gqaprune.training.compilation import CompiledLayers
 from gqaprune.training.distillation import measure_distance, measure_divergence, measure_divergence_from_top
+from gqaprune.training.lightning_internals import HYPER_PARAMETERS, WEIGHTS, find_trainer
 from gqaprune.training.recovery import RecoveryConfig, add_adapters
 from gqaprune.training.resume import find_checkpoint
 from gqaprune.training.teacher import CachedTeacher, Predictions, cache_teacher
@@ -171,15 +172,16 @@ class CausalLMModule(LightningModule):
         if self.device_mesh is not None:
             for model in [self.model, *self._teacher]:
                 shard_model(model, self.device_mesh["data_parallel"])
-        elif self._trainer is not None and self._model is not None:
-            device = self._trainer.strategy.root_device
+        elif (trainer := find_trainer(self)) is not None and self._model is not None:
+            device = trainer.strategy.root_device
             self._matrices |= {name for name, parameter in self.named_parameters() if parameter.ndim > 1}  # FSDP1: flat
             self._model = wrap_model(self._model, device)
             self._teacher = [wrap_model(teacher, device) for teacher in self._teacher]
 
     @property
     def _trains(self) -> bool:
-        return self._trainer is not None and self._trainer.state.fn == "fit" and self._trainer.limit_train_batches != 0
+        trainer = find_trainer(self)
+        return trainer is not None and trainer.state.fn == "fit" and trainer.limit_train_batches != 0
 
     def prepare_recovery(self) -> None:
         """Add adapters and load the teacher, once; after a further cut forget what was compiled before it."""
@@ -361,7 +363,7 @@ class CausalLMModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the plan with the hyperparameters, so that a resumed run builds the pruned shapes."""
         if self.plan is not None:
-            checkpoint["hyper_parameters"]["plan"] = self.plan.to_dict()
+            checkpoint[HYPER_PARAMETERS]["plan"] = self.plan.to_dict()
         checkpoint["run"] = self.run
         checkpoint["recovery"] = asdict(self.recovery)
         checkpoint["rounds_done"] = self.rounds_done
@@ -370,7 +372,7 @@ class CausalLMModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on in the round that the checkpoint was written in, with adapters if it has some."""
         self.rounds_done = checkpoint.get("rounds_done", 0)
-        if not self._adapted and any(".lora_" in name for name in checkpoint.get("state_dict", ())):
+        if not self._adapted and any(".lora_" in name for name in checkpoint.get(WEIGHTS, ())):
             self.load()
             self._adapted.append(add_adapters(self.model, RecoveryConfig(**checkpoint["recovery"])))
 

@@ -15,6 +15,7 @@ from gqaprune.common.atomic_files import remove_lock, write_atomically
 from gqaprune.common.console import console
 from gqaprune.common.errors import first_line
 from gqaprune.common.stage_cache import describe_change
+from gqaprune.training.lightning_internals import HYPER_PARAMETERS, SHARDED, TRAINING_STATE, WEIGHTS
 
 UNFINISHED = Path("lightning_logs") / "unfinished"
 """Where, under a run's root folder, its note and its stages are until it ends."""
@@ -22,10 +23,6 @@ _NOTE = "run.json"
 _LOCK = "run.lock"
 _PATIENCE = 1.0
 """Seconds to wait for the lock of a run, which others hold for a moment to see whether it is held."""
-SHARDED = "meta.pt"
-"""What Lightning writes last into the folder of a sharded checkpoint."""
-_MORE_THAN_WEIGHTS = "callbacks"
-"""What checkpoints of weights alone lack, in one file or in shards."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ def read_plan(checkpoint: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: if it cannot be read.
     """
-    plan = _read(checkpoint).get("hyper_parameters", {}).get("plan")
+    plan = _read(checkpoint).get(HYPER_PARAMETERS, {}).get("plan")
     assert plan is None or isinstance(plan, dict)
     return plan
 
@@ -155,7 +152,7 @@ def is_whole(checkpoint: Path) -> bool:
     Raises:
         ValueError: if it cannot be read.
     """
-    return _MORE_THAN_WEIGHTS in _read(checkpoint)
+    return TRAINING_STATE in _read(checkpoint)
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:
@@ -192,6 +189,6 @@ def _can_go_on(path: Path, run: str) -> bool:
         content = _read(path)
     except (OSError, ValueError):
         return False
-    weights = {} if path.is_dir() else content.get("state_dict", {})
-    is_own = content.get("run") == run and _MORE_THAN_WEIGHTS in content
+    weights = {} if path.is_dir() else content.get(WEIGHTS, {})
+    is_own = content.get("run") == run and TRAINING_STATE in content
     return is_own and all(bool(torch.isfinite(weight).all()) for weight in weights.values())
