@@ -44,7 +44,16 @@ from gqaprune.common.renamed import GROUPS, describe_rename, find_renamed_settin
 from gqaprune.common.run_log import RunLog
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
-from gqaprune.training.resume import SHARDED, find_run, is_whole, read_plan, read_strategy
+from gqaprune.training.lightning_internals import (
+    SHARDED,
+    add_subcommand,
+    describe_subcommands,
+    get_parallel_sizes,
+    get_setting,
+    get_subcommand_parsers,
+    set_data_parallel_size,
+)
+from gqaprune.training.resume import find_run, is_whole, read_plan, read_strategy
 
 DESCRIPTIONS = {
     "fit": "Calibrate, prune, fine-tune, measure and save a model. Settings come from YAML files and the command line.",
@@ -141,17 +150,16 @@ class PruningCLI(LightningCLI):
         """Describe the commands as they are here, not as Lightning's own docstrings have them."""
         super().setup_parser(add_subcommands, *arguments)
         if add_subcommands:
-            search = self._subcommand_parsers["search"]
+            parsers = get_subcommand_parsers(self)
+            search = parsers["search"]
             assert search.groups is not None
             search.groups.pop("search")  # the method's own, empty, which would keep the settings from that name
             search.add_class_arguments(SearchSettings, "search")
-            for name, parser in self._subcommand_parsers.items():
+            for name, parser in parsers.items():
                 parser.description = DESCRIPTIONS[name]
-            assert self.parser._subcommands_action is not None
             for name, tool in TOOLS.items():
-                self.parser._subcommands_action.add_subcommand(name, _make_tool_parser(tool), help=DESCRIPTIONS[name])
-            for choice in self.parser._subcommands_action._choices_actions:
-                choice.help = DESCRIPTIONS[choice.dest]
+                add_subcommand(self, name, _make_tool_parser(tool), DESCRIPTIONS[name])
+            describe_subcommands(self, DESCRIPTIONS)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings in the order of the work, Lightning's own last; the tokenizer follows the model."""
@@ -195,7 +203,7 @@ class PruningCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard, without Lightning's placeholder metric: the summary logs the real one."""
-        settings = self._get(self.config_init, "trainer")
+        settings = get_setting(self, "trainer")
         if settings.logger in (None, True):
             root, version = settings.default_root_dir or ".", self._folder.name if self._folder else None
             kwargs["logger"] = TensorBoardLogger(root, version=version, default_hp_metric=False)
@@ -223,16 +231,14 @@ class PruningCLI(LightningCLI):
     def search(self, **kwargs: Any) -> None:
         """Search with the settings under `search`."""
         assert isinstance(self.trainer, PruningTrainer)
-        self.trainer.search(**kwargs, settings=self._get(self.config_init, "search"))
+        self.trainer.search(**kwargs, settings=get_setting(self, "search"))
 
 
 def split_over_all(trainer: Trainer) -> None:
     """Make `data_parallel_size: auto` without tensor parallelism all processes, for Lightning's is one a node."""
     strategy = trainer.strategy
-    if isinstance(strategy, ModelParallelStrategy):
-        sizes = strategy._data_parallel_size, strategy._tensor_parallel_size
-        if sizes == ("auto", 1):
-            strategy._data_parallel_size = trainer.num_devices * trainer.num_nodes
+    if isinstance(strategy, ModelParallelStrategy) and get_parallel_sizes(strategy) == ("auto", 1):
+        set_data_parallel_size(strategy, trainer.num_devices * trainer.num_nodes)
 
 
 def check_checkpoint(path: Path, trainer: Trainer) -> None:

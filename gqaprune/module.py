@@ -29,6 +29,7 @@ from gqaprune.plan import PruningPlan
 from gqaprune.surgery.cut_loading import load_cut_model
 from gqaprune.training.accumulation import count_round_steps
 from gqaprune.training.compilation import LayerCompiler
+from gqaprune.training.lightning_internals import HYPER_PARAMETERS, WEIGHTS, find_trainer
 from gqaprune.training.lora import Adapters
 from gqaprune.training.objective import Objective, check_loss
 from gqaprune.training.optimizers import OptimizerConfig, clip_gradients, name_matrices
@@ -138,8 +139,8 @@ class CausalLMModule(LightningModule):
     def configure_model(self) -> None:
         """Split the model, and its teacher, over devices where the strategy asks."""
         self.load()  # for `load_from_checkpoint`, which calls no other hook
-        if self._model is not None and self._trainer is not None:
-            device = self.trainer.strategy.root_device
+        if self._model is not None and (trainer := find_trainer(self)) is not None:
+            device = trainer.strategy.root_device
             self._matrix_names |= name_matrices(self.named_parameters())
             self._model = distribute_model(self._model, self._mesh, device)
             self._objective.distribute_teacher(self._mesh, device)
@@ -223,20 +224,21 @@ class CausalLMModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the plan with the hyperparameters, so that a resumed run builds the pruned shapes."""
         if self.plan is not None:
-            checkpoint["hyper_parameters"]["plan"] = self.plan.to_dict()
+            checkpoint[HYPER_PARAMETERS]["plan"] = self.plan.to_dict()
         checkpoint |= {"run": self.run_id, "recovery": asdict(self.recovery), "rounds_done": self.rounds_done}
         checkpoint["strategy"] = type(self.trainer.strategy).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resume in the round that the checkpoint was written in, with adapters if it has some."""
         self.rounds_done = checkpoint.get("rounds_done", 0)
-        if self.adapters.view is None and any(".lora_" in name for name in checkpoint.get("state_dict", ())):
+        if self.adapters.view is None and any(".lora_" in name for name in checkpoint.get(WEIGHTS, ())):
             self.load()
             self.adapters.add(self.model, RecoveryConfig(**checkpoint["recovery"]))
 
     @property
     def _trains(self) -> bool:
-        return self._trainer is not None and self._trainer.state.fn == "fit" and self._trainer.limit_train_batches != 0
+        trainer = find_trainer(self)
+        return trainer is not None and trainer.state.fn == "fit" and trainer.limit_train_batches != 0
 
     @property
     def _mesh(self) -> DeviceMesh | None:

@@ -34,6 +34,7 @@ from gqaprune.reporting.report import Report
 from gqaprune.scoring.criteria.base import Scores
 from gqaprune.scoring.sensitivity import Importance
 from gqaprune.training.accumulation import find_round_start, go_back_to_step, validate_between_steps
+from gqaprune.training.lightning_internals import read_epoch
 from gqaprune.training.resume import UNFINISHED
 
 
@@ -141,8 +142,7 @@ class TaylorPruning(GradientAccumulationScheduler):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on between optimizer steps."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.strategy.handles_gradient_accumulation:
-            epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-            go_back_to_step(checkpoint, self.get_accumulate_grad_batches(epoch))
+            go_back_to_step(checkpoint, self.get_accumulate_grad_batches(read_epoch(checkpoint)))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Prune on where a round of recovery has had its steps."""

@@ -25,7 +25,6 @@ from gqaprune.checkpoints.gguf_writer import TYPES, check_architecture, write_gg
 from gqaprune.checkpoints.padding import pad_checkpoint
 from gqaprune.common.atomic_files import check_can_be_folder, replace_folder
 from gqaprune.common.distributed import get_rank_and_world_size
-from gqaprune.common.processes import name_process
 from gqaprune.models.architecture import make_stock_config, read_geometry
 from gqaprune.models.loading import load_model, make_quantization_config
 from gqaprune.models.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
@@ -88,10 +87,8 @@ def save(
         attend_writing(model)
         return format
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{name_process()}.tmp")
     whole = model.state_dict() if state_dict is None else state_dict
-    try:
-        temporary.mkdir()
+    with replace_folder(folder) as temporary:
         if adapted is not None:
             save_adapters(adapted, whole, temporary / ADAPTER_FOLDER)
             whole = merge_adapters(adapted, whole)
@@ -101,9 +98,6 @@ def save(
         if plan is not None:
             plan.save(temporary / PLAN_FILE)
             write_card(temporary, plan, format, geometry, name=folder.name)
-        replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return format
 
 

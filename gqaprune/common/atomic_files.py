@@ -1,16 +1,26 @@
-"""Put a new file or folder in the place of an old one, so that a killed program leaves either; where none can be."""
+"""Put a new file or folder in the place of an old one, so that a killed program leaves either; where none can be.
+
+Work in progress has a temporary name beside the final one and a lock (`filelock`) that the system releases when its
+process ends, however it ends: what a killed program left is free for the next one to take.
+"""
 
 import ctypes
 import glob
 import os
 import shutil
 import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gqaprune.common.processes import is_gone, name_process
+from filelock import FileLock, Timeout
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_SCRATCH = ".scratch"
+_HELD = ".held"
+"""Lock in a scratch folder whose owner runs."""
 
 
 def check_can_be_folder(folder: Path) -> None:
@@ -24,58 +34,99 @@ def check_can_be_folder(folder: Path) -> None:
             raise ValueError(f"cannot write to {folder}: {place} is a file; choose another folder or move it away")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, then rename; what killed writes of it left there is removed."""
-    temporary = path.with_name(f".{path.name}.{name_process()}.tmp")
+@contextmanager
+def reserve_name(path: Path) -> Iterator[Path]:
+    """Let one process at a time write to `path`; yields the temporary name to write to, beside it."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock.acquire()
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        yield path.with_name(f".{path.name}.tmp")
     finally:
-        temporary.unlink(missing_ok=True)
-    for left in _list_left(path):
-        left.unlink(missing_ok=True)
+        remove_lock(lock)
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Give `new` the name `folder`; what had it is removed, and so is what killed replacements left beside it.
+def remove_lock(lock: FileLock) -> None:
+    """Release a lock that is held, and remove its file, which `filelock` leaves there on Unix.
 
-    On Linux the two names are exchanged in one step. Elsewhere the old folder is moved away first; a program killed
-    right then leaves it as `.<name>.<process>.old`.
+    The file goes first: processes that wait for it notice, and make a new one (since `filelock` 3.20.4).
     """
-    old = new
-    if not folder.exists():
-        new.rename(folder)
-    elif not _exchange(new, folder):
-        old = folder.with_name(f".{folder.name}.{name_process()}.old")
-        folder.rename(old)
+    with suppress(OSError):  # Windows cannot remove it yet, and does so by itself
+        Path(lock.lock_file).unlink()
+    lock.release()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary name beside `path`, then rename; what a killed write of it left there is overwritten."""
+    with reserve_name(path) as temporary:
         try:
-            new.rename(folder)
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new, empty folder to fill, which then takes the place of `folder`; after an error that stays.
+
+    `os.replace` refuses folders that are not empty. On Linux the two names are exchanged in one step instead. Where
+    that is not possible the old folder is moved away first; a program killed right then leaves it as `.<name>.old`.
+    """
+    with reserve_name(folder) as new:
+        shutil.rmtree(new, ignore_errors=True)  # left by a killed program
+        new.mkdir()
+        try:
+            yield new
+            _replace(new, folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)  # after an exchange the old one
+
+
+def _replace(new: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    if not folder.exists():
+        os.replace(new, folder)
+    elif not _exchange(new, folder):
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        try:
+            os.replace(new, folder)
         except OSError:
-            old.rename(folder)
+            os.replace(old, folder)
             raise
     shutil.rmtree(old, ignore_errors=True)
-    for left in _list_left(folder):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def make_temporary_folder(path: Path) -> Path:
-    """Make a folder under a temporary name beside `path`; those that killed programs left there are removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in _list_left(path):
-        shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(f".{name_process()}.tmp", f".{path.name}.", path.parent))
-
-
-def _list_left(path: Path) -> list[Path]:
-    """Temporary names of a path whose processes are gone."""
-    names = path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
-    return [name for name in names if is_gone(name.name.split(".")[-2])]
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once; whether this system and file system can."""
+    """Exchange two names at once; whether this system and file system can. Python has no function for it."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError, TypeError):
         return False
     return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
+
+
+class ScratchFolder:
+    """A folder of its own beside a path, removed with this object.
+
+    What killed programs left beside the same path is removed first.
+
+    Args:
+        path: what the folder's name begins with; its parent is made if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with reserve_name(path):  # nobody looks at the new folder before it is held
+            for left in path.parent.glob(f".{glob.escape(path.name)}.*{_SCRATCH}"):
+                with suppress(Timeout, OSError), FileLock(left / _HELD, blocking=False):
+                    shutil.rmtree(left, ignore_errors=True)
+            self.path = Path(tempfile.mkdtemp(_SCRATCH, f".{path.name}.", path.parent))
+            held = FileLock(self.path / _HELD, thread_local=False)  # any thread may be the last to need it
+            held.acquire()
+        weakref.finalize(self, _remove_scratch, self.path, held)
+
+
+def _remove_scratch(folder: Path, held: FileLock) -> None:
+    held.release()  # Windows removes no file that is open
+    shutil.rmtree(folder, ignore_errors=True)

@@ -4,9 +4,9 @@ import io
 import logging
 import time
 from collections.abc import Generator, Iterable, Sized
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable, RenderHook
 from rich.control import Control
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -19,21 +19,24 @@ logger = logging.getLogger("gqaprune")
 """Hears every line of the console, quiet or not; `run.log` listens to it."""
 
 
-class _HeardConsole(Console):
-    """Prints, and hands the same, line by line and without colors, to the logger."""
+class _LineLogger(RenderHook):
+    """Hands what a console prints to the logger, line by line and without colors."""
 
-    def print(self, *objects: Any, **options: Any) -> None:
-        """As rich's own."""
-        super().print(*objects, **options)
-        if logger.isEnabledFor(logging.INFO) and not all(isinstance(one, Control) for one in objects):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """Log them, and let them be printed as they are; a progress bar prints itself by controls alone."""
+        printed = [one for one in renderables if not isinstance(one, Control)]
+        if printed and logger.isEnabledFor(logging.INFO):
+            is_text = all(isinstance(one, Text) for one in printed)  # sentences are not wrapped
             text = io.StringIO()
-            Console(file=text, width=120, soft_wrap=True, highlight=False).print(*objects, **options)
+            Console(file=text, width=120, highlight=False).print(*printed, soft_wrap=is_text)
             for line in text.getvalue().splitlines():
                 logger.info("%s", line.rstrip())
+        return renderables
 
 
-console = _HeardConsole(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False)
 """Where the core prints; quiet it with `console.quiet = True`."""
+console.push_render_hook(_LineLogger())
 
 
 class _Rate(ProgressColumn):

@@ -1,23 +1,25 @@
 """`run.log`: all that a run's console shows, each line with its time; first the command and the versions.
 
-The console hands its lines to the logger `gqaprune` (see `progress.py`); Lightning, transformers and others have
-loggers of their own. Lines wait in memory until the run's folder is known.
+The console hands its lines to the logger `gqaprune` (see `console.py`); Lightning, transformers and others have
+loggers of their own, Python's warnings `py.warnings`. Lines wait in memory until the run's folder is known.
 """
 
 import logging
 import shlex
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+from rich.console import Console, ConsoleRenderable
 from rich.file_proxy import FileProxy
+from rich.logging import RichHandler
+from rich.text import Text
+from rich.traceback import Traceback
 
-from gqaprune.common.console import logger
+from gqaprune.common.console import console, logger
 from gqaprune.common.provenance import get_command, get_versions
 
 LOG_FILE = "run.log"
@@ -28,6 +30,8 @@ _UNTIL_KNOWN = 100_000
 
 class RunLog:
     """Listens from `with` on, to the console, warnings and every logger; writes once `open` has said where.
+
+    Warnings that no handler hears are shown on the console, where Python itself would have shown them.
 
     Example::
 
@@ -41,12 +45,15 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         """Begin to listen; note the command and the versions."""
+        if not logging.root.handlers:
+            self._add_handler(logging.root, _UnheardWarnings())
         self._listen_to_loggers()
         level, propagates = logger.level, logger.propagate
         logger.setLevel(logging.INFO)
         logger.propagate = False
         self._undo += [partial(logger.setLevel, level), partial(setattr, logger, "propagate", propagates)]
-        self._listen_to_warnings()
+        logging.captureWarnings(True)
+        self._undo.append(partial(logging.captureWarnings, False))
         if command := get_command():
             logger.info("command: %s", shlex.join(command))
         logger.info("versions: %s", ", ".join(f"{name} {version}" for name, version in get_versions().items()))
@@ -75,26 +82,37 @@ class RunLog:
         self._lines.flush()
 
     def _listen_to_loggers(self) -> None:
-        if (rest := logging.lastResort) is not None and not logging.root.handlers:
-            # Python shows what no handler hears; now that there is one, it has to be told to.
-            rest.addFilter(_is_unheard)
-            logging.root.addHandler(rest)
-            self._undo += [partial(logging.root.removeHandler, rest), partial(rest.removeFilter, _is_unheard)]
         for own in _list_loggers():
             if self._lines not in own.handlers:
-                own.addHandler(self._lines)
-                self._undo.append(partial(own.removeHandler, self._lines))
+                self._add_handler(own, self._lines)
 
-    def _listen_to_warnings(self) -> None:
-        show = warnings.showwarning
+    def _add_handler(self, own: logging.Logger, handler: logging.Handler) -> None:
+        own.addHandler(handler)
+        self._undo.append(partial(own.removeHandler, handler))
 
-        def show_and_note(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
-            show(message, category, *place, **more)
-            if not isinstance(sys.stderr, FileProxy):  # a progress bar's, which hands all to the console
-                logger.warning("%s: %s", category.__name__, message)
 
-        warnings.showwarning = show_and_note
-        self._undo.append(partial(setattr, warnings, "showwarning", show))
+class _UnheardWarnings(RichHandler):
+    """Shows messages of libraries that have no handler of their own on standard error: just the text, unwrapped."""
+
+    def __init__(self) -> None:
+        self._stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+        super().__init__(logging.WARNING, self._stderr, keywords=[])
+        self.addFilter(_is_unheard)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a message, above a progress bar where there is one: by its console, which would log it once more."""
+        self.console = console if isinstance(sys.stderr, FileProxy) else self._stderr
+        logger.disabled = True
+        try:
+            super().emit(record)
+        finally:
+            logger.disabled = False
+
+    def render(
+        self, *, record: logging.LogRecord, traceback: Traceback | None, message_renderable: ConsoleRenderable
+    ) -> ConsoleRenderable:
+        """Show the text alone: time and level are in `run.log`."""
+        return Text(self.format(record).rstrip("\n"))
 
 
 class _Lines(logging.Formatter):
@@ -107,7 +125,9 @@ class _Lines(logging.Formatter):
 
 
 def _is_unheard(record: logging.LogRecord) -> bool:
-    """Whether no logger but the root has a handler for it."""
+    """Whether no logger but the root has a handler for it; Python's own warnings have one that does nothing."""
+    if record.name == "py.warnings":
+        return True
     one: logging.Logger | None = logging.getLogger(record.name)
     while one is not None and one is not logging.root:
         if one.handlers:

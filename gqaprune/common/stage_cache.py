@@ -137,7 +137,7 @@ class Stages:
         """Remove all stages, once they are no longer needed."""
         if self.folder is None or get_rank_and_world_size()[0] != 0 or not self.folder.is_dir():
             return
-        for pattern in (f"*{_ENDING}", f".*{_ENDING}.*.tmp"):  # what a killed run was writing, too
+        for pattern in (f"*{_ENDING}", f".*{_ENDING}.*"):  # what a killed run was writing, too
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
         if not any(self.folder.iterdir()):

@@ -6,10 +6,12 @@ A corpus is written `name`, `name@split` or a path: `wikitext2`, `ptb@validation
 import glob
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from gqaprune.common.errors import first_line
@@ -137,7 +139,7 @@ def replace_halves(text: str) -> str:
 
 
 def _read_hub(corpus: Corpus) -> Iterable[str]:
-    from datasets import load_dataset
+    from datasets import load_dataset  # here and below: importing it takes a second, and most runs need none of it
 
     source = HUB[corpus.name]
     arguments: dict[str, Any] = {"name": source.config, "revision": source.revision, "split": corpus.split}
@@ -179,42 +181,75 @@ def _read_files(pattern: str) -> list[str]:
 def _read_text(path: Path) -> list[str]:
     try:
         return [path.read_text(encoding="utf-8")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); give txt, jsonl or parquet") from None
+    except UnicodeDecodeError:
+        raise _refuse_encoding(path) from None
+
+
+def _refuse_encoding(path: Path) -> ValueError:
+    return ValueError(f"{path} is not UTF-8 text; give txt, jsonl or parquet")
 
 
 def _read_jsonl(path: Path) -> list[str]:
+    """Read field `text` of every line.
+
+    Lines come from `datasets` as they are: its own reader of JSON takes dates for dates and halves of characters for
+    errors, and tells no lines.
+    """
     documents = []
-    (text,) = _read_text(path)
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error.msg})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ValueError(f"{path}, line {number} has no string field `text`")
-        documents.append(replace_halves(row["text"]))
+    try:
+        with _open_rows("text", path) as rows:
+            for number, row in enumerate(rows, start=1):
+                if row["text"].strip():
+                    documents.append(_parse_line(row["text"], f"{path}, line {number}"))
+    except UnicodeDecodeError:
+        raise _refuse_encoding(path) from None
     return documents
 
 
+def _parse_line(line: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON ({error.msg})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ValueError(f"{place} has no string field `text`")
+    return replace_halves(row["text"])
+
+
 def _read_parquet(path: Path) -> list[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from datasets import Value
 
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a parquet file ({error})") from None
-    if "text" not in table.column_names:
-        raise ValueError(f"{path} has no column `text`, it has {', '.join(table.column_names)}")
-    column = table.column("text")
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise ValueError(f"{path}: its column `text` holds {column.type}, not strings")
-    return [document for document in column.to_pylist() if document is not None]
+        with _open_rows("parquet", path, batch_size=_ROWS) as rows:
+            features = rows.features
+            if features.get("text") in (Value("string"), Value("large_string")):
+                return [row["text"] for row in rows.select_columns("text") if row["text"] is not None]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a parquet file ({first_line(error)})") from None
+    if "text" not in features:
+        raise ValueError(f"{path} has no column `text`, it has {', '.join(features)}")
+    raise ValueError(f"{path}: its column `text` holds {features['text']}, not strings")
 
 
+@contextmanager
+def _open_rows(kind: str, path: Path, **options: Any) -> Iterator[Any]:
+    """Open the rows of one local file, one at a time; what `datasets` notes on disk meanwhile goes afterwards."""
+    import datasets
+
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises, which is said in a sentence
+    try:
+        with TemporaryDirectory() as cache:
+            files = glob.escape(str(path))
+            yield datasets.load_dataset(
+                kind, data_files=files, split="train", streaming=True, cache_dir=cache, **options
+            )
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+
+
+_ROWS = 1000
+"""Rows of a parquet file in memory at a time; without a number `datasets` refuses files that have none."""
 _TABLES = {".json", ".csv", ".tsv"}
 """Endings of files whose text is among names, quotes and commas."""
 _READERS: Mapping[str, Callable[[Path], list[str]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}

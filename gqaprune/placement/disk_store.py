@@ -5,8 +5,6 @@ from the safetensors files they are in. A layer that was changed is written to a
 there later.
 """
 
-import shutil
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gqaprune.common.atomic_files import make_temporary_folder
+from gqaprune.common.atomic_files import ScratchFolder
 from gqaprune.models.architecture import get_layers
 from gqaprune.placement.layer_store import (
     LayerStore,
@@ -43,8 +41,7 @@ class DiskStore(LayerStore):
     def __init__(self, model: PreTrainedModel, files: Mapping[str, Path], folder: Path) -> None:
         super().__init__(model)
         self.files = dict(files)
-        self._folder = make_temporary_folder(folder)
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._folder = ScratchFolder(folder)
 
     @contextmanager
     def hold(self, index: int, changes: bool = False) -> Iterator[None]:
@@ -60,7 +57,7 @@ class DiskStore(LayerStore):
                 get_layers(model)[index].to("meta")
 
     def _write(self, index: int, parameters: Mapping[str, Tensor]) -> None:
-        path = self._folder / f"layer-{index}.safetensors"
+        path = self._folder.path / f"layer-{index}.safetensors"
         save_file(detach_parameters(parameters), path)
         self.files |= dict.fromkeys(parameters, path)
 

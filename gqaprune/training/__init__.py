@@ -1,4 +1,4 @@
 """Recover by fine-tuning: losses, distillation, adapters, optimizers, accumulation, resumed runs.
 
-May import placement and what stands below it. Only `accumulation.py` knows Lightning.
+May import placement and what stands below it. Only `accumulation.py` and `lightning_internals.py` know Lightning.
 """

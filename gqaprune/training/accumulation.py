@@ -10,6 +10,13 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from gqaprune.training.lightning_internals import (
+    count_batches_done,
+    count_loaded_batches,
+    go_back_by_batches,
+    set_validation_interval,
+)
+
 
 def count_optimizer_steps(trainer: Trainer) -> int:
     """Optimizer steps of the whole run, at least 1, whatever the accumulation factor of each epoch.
@@ -48,8 +55,7 @@ def _count_batches(trainer: Trainer) -> int:
     """
     data, limit = trainer.datamodule, trainer.limit_train_batches  # type: ignore[attr-defined]
     if data is None:
-        trainer.fit_loop.setup_data()
-        return int(trainer.num_training_batches)
+        return count_loaded_batches(trainer)
     batches = len(data.train_dataloader())
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
@@ -60,7 +66,7 @@ def validate_between_steps(trainer: Trainer) -> None:
     if isinstance(interval, (int, float)) and trainer.check_val_every_n_epoch is not None and math.isfinite(batches):
         every = interval if isinstance(interval, int) else max(1, int(batches * interval))
         whole = math.ceil(every / trainer.accumulate_grad_batches) * trainer.accumulate_grad_batches
-        trainer.val_check_batch = max(every, min(whole, int(batches)))
+        set_validation_interval(trainer, max(every, min(whole, int(batches))))
 
 
 def go_back_to_step(checkpoint: dict[str, Any], factor: int) -> None:
@@ -70,12 +76,5 @@ def go_back_to_step(checkpoint: dict[str, Any], factor: int) -> None:
         checkpoint: as Lightning has loaded it; its place in the epoch is changed.
         factor: micro-batches per optimizer step in that epoch.
     """
-    loops = checkpoint["loops"]["fit_loop"]
-    progress = loops["epoch_loop.batch_progress"]
-    surplus = 0 if progress["is_last_batch"] else progress["current"]["ready"] % factor
-    if surplus:
-        for span in ("current", "total"):
-            place = progress[span]["ready"] - surplus
-            progress[span] |= dict.fromkeys(("ready", "started", "processed", "completed"), place)
-        for loader in loops["state_dict"].get("combined_loader", ()):
-            loader["yielded"] -= surplus
+    if surplus := count_batches_done(checkpoint) % factor:
+        go_back_by_batches(checkpoint, surplus)

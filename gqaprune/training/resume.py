@@ -2,26 +2,27 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from gqaprune.common.atomic_files import write_atomically
+from gqaprune.common.atomic_files import remove_lock, write_atomically
 from gqaprune.common.console import console
 from gqaprune.common.errors import first_line
-from gqaprune.common.processes import is_running
 from gqaprune.common.stage_cache import describe_change
+from gqaprune.training.lightning_internals import HYPER_PARAMETERS, SHARDED, TRAINING_STATE, WEIGHTS
 
 UNFINISHED = Path("lightning_logs") / "unfinished"
 """Where, under a run's root folder, its note and its stages are until it ends."""
 _NOTE = "run.json"
-SHARDED = "meta.pt"
-"""What Lightning writes last into the folder of a sharded checkpoint."""
-_MORE_THAN_WEIGHTS = "callbacks"
-"""What checkpoints of weights alone lack, in one file or in shards."""
+_LOCK = "run.lock"
+_PATIENCE = 1.0
+"""Seconds to wait for the lock of a run, which others hold for a moment to see whether it is held."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,12 @@ class RunNote:
         folder: that it writes its logs to.
         checkpoints: folders that it writes checkpoints to.
         run: what its checkpoints know it by, for other runs may write to the same folders.
-        process: its name.
     """
 
     settings: Mapping[str, Any]
     folder: str
     checkpoints: tuple[str, ...]
     run: str
-    process: str
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the run still goes on, in this place."""
-        return is_running(self.process)
 
     def save(self, root: Path) -> None:
         """Leave the note under a root folder."""
@@ -58,17 +52,38 @@ class RunNote:
         """The note under a root folder, if there is a whole one."""
         try:
             data = json.loads((root / UNFINISHED / _NOTE).read_text(encoding="utf-8"))
-            return RunNote(**data | {"checkpoints": tuple(data["checkpoints"]), "process": str(data["process"])})
+            return RunNote(**data | {"checkpoints": tuple(data["checkpoints"])})
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     @staticmethod
-    def remove(root: Path) -> None:
-        """Remove the note, once the run has ended."""
+    def remove(root: Path, lock: FileLock) -> None:
+        """Remove the note of a run that has ended, and the lock on it."""
         folder = root / UNFINISHED
         (folder / _NOTE).unlink(missing_ok=True)
-        if folder.is_dir() and not any(folder.iterdir()):
+        remove_lock(lock)
+        with suppress(OSError):  # stages may still be there
             folder.rmdir()
+
+
+def lock_note(root: Path) -> FileLock | None:
+    """Lock the note under a root folder for a run; null where another one, still running, has it.
+
+    The system releases the lock when the run's process ends, however it ends.
+    """
+    lock = FileLock(root / UNFINISHED / _LOCK, timeout=_PATIENCE)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    return lock
+
+
+def _is_locked(root: Path) -> bool:
+    lock = lock_note(root)
+    if lock is not None:
+        remove_lock(lock)
+    return lock is None
 
 
 @dataclass(frozen=True)
@@ -98,7 +113,7 @@ def find_run(root: Path, settings: Mapping[str, Any], asked: str | None, is_firs
         is_first: whether this is rank 0, which alone can tell a run that goes on from its own, and says what is found.
     """
     note = RunNote.load(root)
-    if asked not in (None, "last") or note is None or (is_first and note.is_running):
+    if asked not in (None, "last") or note is None or (is_first and _is_locked(root)):
         return FoundRun(checkpoint=asked)
     change = describe_change(note.settings, settings)
     if change and asked is None:
@@ -121,7 +136,7 @@ def read_plan(checkpoint: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: if it cannot be read.
     """
-    plan = _read(checkpoint).get("hyper_parameters", {}).get("plan")
+    plan = _read(checkpoint).get(HYPER_PARAMETERS, {}).get("plan")
     assert plan is None or isinstance(plan, dict)
     return plan
 
@@ -137,7 +152,7 @@ def is_whole(checkpoint: Path) -> bool:
     Raises:
         ValueError: if it cannot be read.
     """
-    return _MORE_THAN_WEIGHTS in _read(checkpoint)
+    return TRAINING_STATE in _read(checkpoint)
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:
@@ -180,6 +195,6 @@ def _can_go_on(path: Path, run: str) -> bool:
         content = _read(path)
     except (OSError, ValueError):
         return False
-    weights = {} if path.is_dir() else content.get("state_dict", {})
-    is_own = content.get("run") == run and _MORE_THAN_WEIGHTS in content
+    weights = {} if path.is_dir() else content.get(WEIGHTS, {})
+    is_own = content.get("run") == run and TRAINING_STATE in content
     return is_own and all(bool(torch.isfinite(weight).all()) for weight in weights.values())

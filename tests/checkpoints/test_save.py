@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from gqaprune import PruningConfig, prune
 from gqaprune.checkpoints.save import save
 from gqaprune.commands.export import export
-from gqaprune.common.processes import name_process
 from gqaprune.models.architecture import find_blocks, read_geometry
 from gqaprune.models.loading import load_model
 from gqaprune.models.tokenizer import load_tokenizer
@@ -233,8 +232,10 @@ def test_what_cannot_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.
         save(make_model("llama"), None, "volume")
 
 
-def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path: Path) -> None:
-    (tmp_path / f".out.{name_process()}0.tmp").mkdir()  # which began at another time
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp/thesis.tex").touch()
+    (tmp_path / ".out.lock").touch()
     save(make_model("llama"), None, tmp_path / "out")
     assert read_names(tmp_path) == {"out"}
 

@@ -1,33 +1,49 @@
-"""A folder takes another's place in one step, whatever happens on the way."""
+"""Files and folders take another's place in one step, whatever happens on the way."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from gqaprune.common import atomic_files as replace
-from gqaprune.common.atomic_files import make_temporary_folder, replace_folder, write_atomically
-from gqaprune.common.processes import name_process
+from gqaprune.common import atomic_files
+from gqaprune.common.atomic_files import ScratchFolder, replace_folder, write_atomically
+
+SCRIPT = f"""
+import runpy, sys, time
+from pathlib import Path
+globals().update(runpy.run_path({atomic_files.__file__!r}))  # without the package, whose import takes long
+root = Path(sys.argv[1])
+"""
 
 
-def name_ended_process() -> str:
-    ended = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    name = name_process(ended.pid)
-    ended.communicate(b"\n")
-    return name
+@pytest.fixture
+def kill_at(tmp_path: Path) -> Callable[[str], None]:
+    """Run lines of Python with `root`, a folder, in a process that is killed once it has printed a line."""
+
+    def run(lines: str, wait: float = 0.0) -> None:
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT + lines, str(tmp_path)], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline()
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+    return run
 
 
-PARENT = name_process(os.getppid())
+def fill(folder: Path, content: str) -> None:
+    with replace_folder(folder) as new:
+        (new / "file").write_text(content)
 
 
-def make_folder(path: Path, content: str) -> Path:
-    path.mkdir()
-    (path / "file").write_text(content)
-    return path
+def read_names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("exchanges", [True, False], ids=["one step", "two renames"])
@@ -35,55 +51,66 @@ def test_the_new_folder_takes_the_name_and_nothing_else_is_left(
     tmp_path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchanges:
-        monkeypatch.setattr(replace, "_exchange", lambda *_: False)
+        monkeypatch.setattr(atomic_files, "_exchange", lambda *_: False)
+        (tmp_path / ".out.old").mkdir()  # left by a program that was killed between both renames
+        (tmp_path / ".out.old/file").touch()
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp/half").touch()  # left by one that was killed before them
     for content in ("first", "second"):
-        replace_folder(make_folder(tmp_path / ".out.1.tmp", content), tmp_path / "out")
+        fill(tmp_path / "out", content)
         assert (tmp_path / "out/file").read_text() == content
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert read_names(tmp_path) == {"out"} and read_names(tmp_path / "out") == {"file"}
+
+
+def test_an_error_leaves_the_old_folder_and_nothing_beside_it(tmp_path: Path) -> None:
+    fill(tmp_path / "out", "old")
+    with pytest.raises(KeyboardInterrupt), replace_folder(tmp_path / "out") as new:
+        (new / "file").write_text("half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "out/file").read_text() == "old" and read_names(tmp_path) == {"out"}
 
 
 def test_a_rename_that_fails_puts_the_older_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replace, "_exchange", lambda *_: False)
-    folder, new = make_folder(tmp_path / "out", "old"), make_folder(tmp_path / ".out.1.tmp", "new")
-    rename = Path.rename
+    monkeypatch.setattr(atomic_files, "_exchange", lambda *_: False)
+    fill(tmp_path / "out", "old")
+    rename = os.replace
 
-    def fail_for_new(path: Path, target: Path) -> Path:
-        if path == new:
+    def fail_for_new(source: Path, target: Path) -> None:
+        if source == tmp_path / ".out.tmp":
             raise OSError("disk on fire")
-        return rename(path, target)
+        rename(source, target)
 
-    monkeypatch.setattr(Path, "rename", fail_for_new)
+    monkeypatch.setattr(os, "replace", fail_for_new)
     with pytest.raises(OSError, match="disk on fire"):
-        replace_folder(new, folder)
-    assert (folder / "file").read_text() == "old"
+        fill(tmp_path / "out", "new")
+    assert (tmp_path / "out/file").read_text() == "old" and read_names(tmp_path) == {"out"}
 
 
-def test_what_killed_programs_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
-    ended = name_ended_process()
-    for process in (ended, PARENT):
-        make_folder(tmp_path / f".out.{process}.tmp", "half")
-    replace_folder(make_folder(tmp_path / f".out.{name_process()}.tmp", "whole"), tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"out", f".out.{PARENT}.tmp"}
-
-
-def test_a_killed_program_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
-    make_folder(tmp_path / "out", "start")
-    script = (
-        "import sys; from pathlib import Path; from gqaprune.common.atomic_files import replace_folder\n"
-        "root = Path(sys.argv[1])\n"
+def test_a_killed_program_leaves_the_old_folder_or_the_new_one(tmp_path: Path, kill_at: Callable[..., None]) -> None:
+    fill(tmp_path / "out", "0")
+    lines = (
         "for index in range(10**9):\n"
-        "    new = root / f'.out.{index}.tmp'; new.mkdir(); (new / 'file').write_text(str(index))\n"
-        "    replace_folder(new, root / 'out')\n"
+        "    with replace_folder(root / 'out') as new:\n"
+        "        (new / 'file').write_text(str(index))\n"
         "    print(index, flush=True)\n"
     )
     for wait in (0.01, 0.02, 0.05):
-        process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
-        assert process.stdout is not None and process.stdout.readline()
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        kill_at(lines, wait)
         assert (tmp_path / "out/file").read_text().isdigit()
+    fill(tmp_path / "out", "after")
+    assert read_names(tmp_path) == {"out"}
+
+
+def test_a_folder_is_written_by_one_process_after_the_other(tmp_path: Path) -> None:
+    lines = "with replace_folder(root / 'out') as new: (new / 'file').write_text('other')"
+    with replace_folder(tmp_path / "out") as new:
+        (new / "file").write_text("this")
+        other = subprocess.Popen([sys.executable, "-c", SCRIPT + lines, str(tmp_path)])
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(1.5)
+        assert read_names(new) == {"file"}
+    assert other.wait() == 0
+    assert (tmp_path / "out/file").read_text() == "other" and read_names(tmp_path) == {"out"}
 
 
 def test_failed_save_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -95,19 +122,46 @@ def test_failed_save_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: P
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_write_removes_what_killed_writes_of_the_same_name_left(tmp_path: Path) -> None:
-    ended = name_ended_process()
-    others = [f".[x].json.{PARENT}.tmp", f".y.json.{ended}.tmp"]
-    for name in (f".[x].json.{ended}.tmp", *others):
-        (tmp_path / name).write_text("half")
+def test_a_write_takes_over_what_a_killed_write_of_the_same_name_left(
+    tmp_path: Path, kill_at: Callable[..., None]
+) -> None:
+    kill_at("with reserve_name(root / '[x].json') as new: new.write_text('half'); print(flush=True); time.sleep(99)")
+    (tmp_path / ".y.json.tmp").touch()
+    assert read_names(tmp_path) == {".[x].json.tmp", ".[x].json.lock", ".y.json.tmp"}
     write_atomically(tmp_path / "[x].json", b"whole")
-    assert {path.name for path in tmp_path.iterdir()} == {"[x].json", *others}
+    assert read_names(tmp_path) == {"[x].json", ".y.json.tmp"}
+    assert (tmp_path / "[x].json").read_bytes() == b"whole"
 
 
-def test_a_temporary_folder_is_new_and_those_of_killed_programs_go(tmp_path: Path) -> None:
-    ended = name_ended_process()
-    make_folder(tmp_path / f".work.x.{ended}.tmp", "half")
-    make_folder(tmp_path / f".work.x.{PARENT}.tmp", "half")
-    first, second = make_temporary_folder(tmp_path / "work"), make_temporary_folder(tmp_path / "work")
-    assert first != second
-    assert set(tmp_path.iterdir()) == {first, second, tmp_path / f".work.x.{PARENT}.tmp"}
+def test_processes_that_write_the_same_file_end_with_one_whole_file(tmp_path: Path) -> None:
+    lines = "for _ in range(30): write_atomically(root / 'file', sys.argv[2].encode() * 100_000)"
+    writers = [subprocess.Popen([sys.executable, "-c", SCRIPT + lines, str(tmp_path), letter]) for letter in "abc"]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    content = (tmp_path / "file").read_bytes()
+    assert len(content) == 100_000 and len(set(content)) == 1 and read_names(tmp_path) == {"file"}
+
+
+def test_a_scratch_folder_is_new_and_goes_with_its_object(tmp_path: Path) -> None:
+    first, second = ScratchFolder(tmp_path / "work"), ScratchFolder(tmp_path / "work")
+    assert first.path != second.path and set(tmp_path.iterdir()) == {first.path, second.path}
+    (second.path / "file").touch()
+    del second
+    gc.collect()
+    assert set(tmp_path.iterdir()) == {first.path}
+
+
+def test_scratch_folders_of_killed_programs_are_removed_and_those_of_others_are_not(
+    tmp_path: Path, kill_at: Callable[..., None]
+) -> None:
+    kill_at("x = ScratchFolder(root / 'work'); (x.path / 'file').touch(); print(flush=True); time.sleep(99)")
+    kill_at("x = ScratchFolder(root / 'other'); print(flush=True); time.sleep(99)")
+    lines = "x = ScratchFolder(root / 'work'); print(x.path, flush=True); input()"
+    command = [sys.executable, "-c", SCRIPT + lines, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        theirs = Path(running.stdout.readline().strip())
+        mine = ScratchFolder(tmp_path / "work")
+        assert set(tmp_path.glob(".work.*")) == {theirs, mine.path}
+        assert len(list(tmp_path.glob(".other.*"))) == 1
+        running.communicate("\n")
+    assert set(tmp_path.glob(".work.*")) == {mine.path}

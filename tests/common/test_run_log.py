@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from rich.console import Group
 from rich.table import Table
 
 from gqaprune.common.console import console, track
@@ -52,25 +53,59 @@ def test_log_has_tables_and_finished_progress_line_by_line(tmp_path: Path) -> No
     assert sum(bool(re.fullmatch(r"scores: 3 batches in \d+\.\d s", text)) for text in texts) == 1
 
 
-def test_log_has_warnings_and_messages_of_other_libraries_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[str] = []
-    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+def test_log_has_warnings_and_messages_of_other_libraries_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
     silent = logging.getLogger("a.library.that.keeps.its.own")
-    with RunLog() as log:
+    with warnings.catch_warnings(), RunLog() as log:
+        warnings.simplefilter("always")
         silent.propagate = False  # made after the log began to listen
         log.open(tmp_path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.warn("mind the gap", stacklevel=1)
+        warnings.warn("mind the gap", stacklevel=1)
         logging.getLogger("some.library").warning("it is\nlate")
         silent.warning("quiet please")
-    assert shown == ["mind the gap"]  # still where warnings go
-    assert [line for line in read_log(tmp_path) if line[0] == "WARNING"] == [
-        ("WARNING", "UserWarning: mind the gap"),
-        ("WARNING", "it is"),
-        ("WARNING", "late"),
-        ("WARNING", "quiet please"),
-    ]
+    heard = [text for level, text in read_log(tmp_path) if level == "WARNING"]
+    assert re.fullmatch(r".*test_run_log\.py:\d+: UserWarning: mind the gap", heard[0])
+    assert heard[1:] == ['warnings.warn("mind the gap", stacklevel=1)', "it is", "late", "quiet please"]
+    shown = [line.strip() for line in capsys.readouterr().err.splitlines()]
+    assert shown == heard[:-1]  # the last one's logger keeps it from the console
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_warnings_beside_a_progress_bar_are_shown_and_logged_once(
+    is_terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_force_terminal", is_terminal)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    console.quiet = False
+    long = "look [here] " * 30 + "and 3 there"
+    with warnings.catch_warnings(), RunLog() as log:
+        warnings.simplefilter("always")
+        log.open(tmp_path)
+        for _ in track(range(1), "work", "steps"):
+            logging.getLogger("some.library").warning(long)
+            warnings.warn("mind the gap", stacklevel=1)
+            console.print("done")
+    texts = [text for _, text in read_log(tmp_path)]
+    out, err = capsys.readouterr()
+    assert (err == "") == is_terminal  # where a bar is drawn they are shown above it
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", out + err).splitlines()
+    for lines in (texts, shown):
+        assert [lines.count(one) for one in (long, "done")] == [1, 1]
+        assert sum("mind the gap" in line for line in lines) == 2  # and its line of code
+
+
+def test_log_wraps_no_sentence_and_fits_other_things_into_its_width(tmp_path: Path) -> None:
+    sentence = "word " * 50 + "end"
+    with RunLog() as log:
+        log.open(tmp_path)
+        console.print(sentence)
+        console.print(Group(sentence))
+    texts = [text for _, text in read_log(tmp_path)]
+    assert sentence in texts
+    lines = texts[texts.index(sentence) + 1 :]
+    assert len(lines) > 1 and "".join(lines).count("word") == 50
 
 
 def test_log_has_the_trace_of_an_error_that_nobody_expected(tmp_path: Path) -> None:

@@ -238,9 +238,50 @@ def test_parquet_whose_text_column_is_no_text_is_refused_by_name(tmp_path: Path)
         read(path)
 
 
-def test_file_that_is_not_parquet_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("column", [[["a"]], [{"a": 1}], [b"a"], [None]], ids=["lists", "structs", "bytes", "nulls"])
+def test_parquet_whose_text_column_holds_something_else_is_refused_with_that(tmp_path: Path, column: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"a\.parquet: its column `text` holds .*, not strings"):
+        read(write_parquet(tmp_path / "a.parquet", text=column))
+
+
+def test_parquet_without_rows_holds_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\.parquet' holds no text"):
+        read(write_parquet(tmp_path / "a.parquet", text=pa.array([], pa.string())))
+
+
+def test_file_that_is_not_parquet_is_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match=r"a\.parquet is not a parquet file"):
         read(write_text(tmp_path / "a.parquet", "just text, named wrongly"))
+    assert caplog.messages == []  # all is in the sentence
+
+
+@pytest.mark.parametrize("text", ["2024-05-01", "12", "true", "null", "a\u2028b\x85c"])
+def test_text_stays_text_whatever_it_looks_like(tmp_path: Path, text: str) -> None:
+    documents = [text, text]
+    line = json.dumps({"text": text, "type": "user", "message": {"id": 1}}, ensure_ascii=False) + "\n"
+    assert read(write_text(tmp_path / "a.jsonl", line * 2)) == documents
+    assert read(write_parquet(tmp_path / "a.parquet", text=documents)) == documents
+
+
+def test_lines_may_differ_in_their_other_fields(tmp_path: Path) -> None:
+    rows = [{"text": "one", "id": 1}, {"id": {"a": []}, "text": "two"}, {"more": None, "text": "three"}]
+    path = write_text(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert read(path) == ["one", "two", "three"]
+
+
+def test_reading_files_leaves_nothing_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    folder = tmp_path / ".hidden/[1]*"  # names that patterns would take for something else
+    folder.mkdir(parents=True)
+    assert read(write_jsonl(folder / "a.jsonl", ["one"])) + read(write_parquet(folder / "b.parquet", text=["two"])) == [
+        "one",
+        "two",
+    ]
+    assert not cache.exists() and list((tmp_path / "temporary").iterdir()) == []
+    assert {path.name for path in folder.iterdir()} == {"a.jsonl", "b.parquet"}
 
 
 def test_parquet_file_with_a_broken_footer_is_refused_by_name(tmp_path: Path) -> None:

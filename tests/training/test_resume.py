@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from gqaprune.cli import main
-from gqaprune.common.processes import name_process
-from gqaprune.training.resume import UNFINISHED
+from gqaprune.common.atomic_files import remove_lock
+from gqaprune.training.resume import UNFINISHED, lock_note
 
 from tiny import DATA, PLAIN
 
@@ -49,7 +49,7 @@ WHERE = {
     "calibration": ("gqaprune.scoring.criteria.gates", "compute_gate_gradients", 3),
     "plan": ("gqaprune.pipeline", "apply_plan_with_repair", 0),
     "repair": ("gqaprune.surgery.repair", "refine_mlp", 2),
-    "stage write": ("pathlib:Path", "replace", 5),
+    "stage write": ("os", "replace", 5),
     "first steps": ("gqaprune.module:CausalLMModule", "training_step", 2),
     "mid-epoch": ("gqaprune.module:CausalLMModule", "training_step", 5),
     "second epoch": ("gqaprune.module:CausalLMModule", "training_step", 13),
@@ -130,7 +130,7 @@ def read_output(folder: Path) -> str:
 
 def list_left(folder: Path) -> list[Path]:
     """What only a run that has not ended may leave."""
-    return [path for path in folder.rglob("*") if path.name.endswith(".tmp") or path == folder / UNFINISHED]
+    return [path for path in folder.rglob("*") if path.suffix in (".tmp", ".lock") or path == folder / UNFINISHED]
 
 
 @pytest.mark.parametrize("at", WHERE)
@@ -259,8 +259,14 @@ def test_a_run_beside_one_that_goes_on_is_a_run_of_its_own(
     run: Run, whole: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     assert run(tmp_path, at="mid-epoch") == -signal.SIGKILL
-    note = tmp_path / UNFINISHED / "run.json"
-    note.write_text(json.dumps(json.loads(note.read_text()) | {"process": name_process()}))
+    lock = lock_note(tmp_path)
+    assert lock is not None
     assert run(tmp_path) == 0, read_output(tmp_path)
     assert "going on" not in read_output(tmp_path)
     assert read_files(tmp_path) == whole()
+    assert "this one begins anew" in read_output(tmp_path)
+    assert (tmp_path / UNFINISHED / "run.json").exists()  # the other's
+    remove_lock(lock)
+    assert run(tmp_path) == 0, read_output(tmp_path)
+    assert ", from lightning_logs/version_0" in read_output(tmp_path)
+    assert list_left(tmp_path) == []
