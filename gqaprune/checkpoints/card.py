@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from gqaprune.checkpoints.formats import FORMATS
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.plan import Geometry, PruningPlan
 from gqaprune.reporting.report import Report
@@ -12,18 +13,6 @@ from gqaprune.reporting.report import Report
 CARD_FILE = "README.md"
 
 _BASES = {"decoder": "decoder-layer parameters", "all": "parameters"}
-_LOADING = {
-    "stock": 'AutoModelForCausalLM.from_pretrained("{folder}")',
-    "per-layer": 'AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)',
-    "padded": 'AutoModelForCausalLM.from_pretrained("{folder}")',
-    "gguf": 'AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="{file}")',
-}
-_ABOUT = {
-    "stock": "A stock checkpoint: plain transformers loads it.",
-    "per-layer": "Layers differ in shape, so that plain transformers needs the small modeling file beside the weights.",
-    "padded": "A stock checkpoint, in which zeros fill the layers up to equal shapes.",
-    "gguf": "A GGUF file for llama.cpp and what builds on it; layers are filled up with zeros to equal shapes.",
-}
 
 
 def write_card(
@@ -46,11 +35,11 @@ def write_card(
         command: that made it.
         name: that the folder is going to have, if another.
     """
-    dense, kind = Path(plan.model).name or "a model", format.split("-")[0] if format.startswith("gguf") else format
+    dense, entry = Path(plan.model).name or "a model", FORMATS[format]
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [gqaprune, pruned]"]
     if _is_hub_name(plan.model):
         front.insert(0, f"base_model: {json.dumps(plan.model)}")
-    file = next((path.name for path in folder.glob("*.gguf")), "")
+    file = next((path.name for path in folder.glob(entry.file)), "") if entry.file else ""
     asked = [f"{plan.rate:.1%} of its {_BASES[plan.rate_base]}"] if plan.rate else []
     asked += [f"{plan.kv_rate:.1%} of its KV heads"] if plan.kv_rate else []
     lines = [
@@ -63,13 +52,9 @@ def write_card(
         f"{dense}, asked to lose {' and '.join(asked) or 'nothing'}, by gqaprune: units chosen by `{plan.criterion}`, "
         f"allocation `{plan.allocation}`. {plan.describe_ratio()}.",
         "",
-        _ABOUT[kind],
+        entry.about,
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"model = {_LOADING[kind].format(folder=name or folder.name, file=file)}",
-        "```",
+        entry.loading.format(folder=name or folder.name, file=file),
         "",
         "## What each layer kept",
         "",

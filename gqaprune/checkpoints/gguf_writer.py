@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from gqaprune.checkpoints.padding import pad_checkpoint
+from gqaprune.checkpoints.base import Content
+from gqaprune.checkpoints.padding import find_padded_shapes, pad_checkpoint
 from gqaprune.common.console import track
 from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import read_geometry
@@ -52,6 +53,19 @@ class _Entry:
     kind: gguf.GGMLQuantizationType
 
 
+def write_gguf_checkpoint(content: Content, folder: Path, kind: str) -> None:
+    """Write a model into a folder, as one file of matrices of a kind.
+
+    Raises:
+        ValueError: as `write_gguf`, or if there is no tokenizer.
+    """
+    if content.tokenizer is None:
+        raise ValueError("a GGUF file holds the tokenizer too, got none; save with the model's tokenizer")
+    config = content.model.config
+    name = Path(str(config.name_or_path or "")).name
+    write_gguf(folder / f"model-{kind}.gguf", config, content.state_dict, content.tokenizer, kind, name)
+
+
 def write_gguf(
     file: Path,
     config: PretrainedConfig,
@@ -78,8 +92,7 @@ def write_gguf(
             weight does not fit float16.
     """
     architecture = check_architecture(config)
-    is_loadable = _divides_width if architecture == "llama" else _fills_width
-    config, weights = pad_checkpoint(config, state_dict, is_loadable, _BLOCK if kind == "q8_0" else 1)
+    config, weights = pad_checkpoint(config, state_dict, *_get_padding(architecture, kind))
     vocabulary = _read_vocabulary(tokenizer, config.vocab_size)
     entries = list(_list_entries(architecture, config, weights, TYPES[kind][0]))
     writer = gguf.GGUFWriter(file, architecture)
@@ -101,6 +114,20 @@ def write_gguf(
         writer.close()
     _check_tokenizer(file, tokenizer)
     return read_geometry(config)
+
+
+def find_gguf_shapes(config: PretrainedConfig, kind: str = "f16") -> Geometry:
+    """Find the shapes that `write_gguf` gives a model of a config.
+
+    Raises:
+        ValueError: if the format has no place for the architecture or for the shapes.
+    """
+    return find_padded_shapes(config, *_get_padding(check_architecture(config), kind))
+
+
+def _get_padding(architecture: str, kind: str) -> tuple[Callable[[Geometry], bool], int]:
+    """The shapes that transformers' reader accepts, and what widths of MLPs are multiples of."""
+    return _divides_width if architecture == "llama" else _fills_width, _BLOCK if kind == "q8_0" else 1
 
 
 def check_architecture(config: PretrainedConfig) -> str:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gqaprune import PruningConfig, PruningPlan, load_model, load_sharded_model, prune, save
-from gqaprune.checkpoints.save import check_written_by_layer
+from gqaprune.checkpoints.formats import check_written_by_layer
 from gqaprune.models.architecture import find_blocks, get_layers
 from gqaprune.models.sources import find_tensors
 from gqaprune.placement.fsdp import gather_state_dict, shard_model
