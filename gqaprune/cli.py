@@ -43,6 +43,7 @@ from gqaprune.common.cpu import avoid_illegal_instructions
 from gqaprune.common.run_log import RunLog
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
+from gqaprune.planning.allocation import describe_allocations
 from gqaprune.training.resume import SHARDED, find_run, is_whole, read_plan, read_strategy
 
 DESCRIPTIONS = {
@@ -65,7 +66,11 @@ VERBOSE: Mapping[str, Any] = {
 }
 """The setting of every command for what is hidden by default."""
 
-HELP: Mapping[str, Callable[[], str]] = {"export.format": describe_formats, "format": describe_formats}
+HELP: Mapping[str, Callable[[], str]] = {
+    "export.format": describe_formats,
+    "format": describe_formats,
+    "pruning.allocation": describe_allocations,
+}
 """Settings whose values a registry names: setting -> what writes its help."""
 
 TOOLS: Mapping[str, Callable[..., None]] = {"compare": compare, "export": export, "inspect": inspect}

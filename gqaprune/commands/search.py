@@ -26,7 +26,7 @@ from gqaprune.planning.allocation import BlockBudget, Budget, parse_split
 from gqaprune.planning.allocation.budget import UnreachableError
 from gqaprune.planning.config import FREE, PruningConfig
 from gqaprune.planning.counts import (
-    Allocation,
+    BoundAllocation,
     bind_allocation,
     check_reachable,
     check_text,
@@ -201,7 +201,7 @@ class _Choice(NamedTuple):
 
     scores: Scores
     budgets: list[BlockBudget]
-    allocate: Allocation
+    allocate: BoundAllocation
 
 
 class GatedSplits:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gqaprune.common.sentences import join_choices
 from gqaprune.common.stage_cache import Stage, Stages
 from gqaprune.models.architecture import Block, find_blocks
 from gqaprune.placement.layer_store import LayersApart
@@ -22,11 +23,11 @@ from gqaprune.scoring.damage import measure_damage, measure_damage_curves
 from gqaprune.scoring.scores import CRITERIA, Scores, parse_criterion
 from gqaprune.scoring.sensitivity import Importance, measure_sensitivity
 
-Allocation = Callable[[Sequence[BlockBudget], Budget], Removed]
+BoundAllocation = Callable[[Sequence[BlockBudget], Budget], Removed]
 """An allocation that has its options."""
 
 
-def bind_allocation(config: PruningConfig, options: AllocationOptions) -> Allocation:
+def bind_allocation(config: PruningConfig, options: AllocationOptions) -> BoundAllocation:
     """The config's allocation, as a function of blocks and budget alone."""
     return lambda blocks, budget: ALLOCATIONS[config.allocation](blocks, budget, options)
 
@@ -68,9 +69,10 @@ def check_goes_by_layer(config: PruningConfig, apart: LayersApart | type[LayersA
             f"criterion {config.criterion} needs the whole model in memory, which {apart.reason}: set criterion to "
             f"one of {', '.join(names)}, or two of them joined by +"
         )
+    by_layer = join_choices([name for name, allocation in ALLOCATIONS.items() if allocation.goes_by_layer])
     for name, is_used, way_out in (
         ("frozen_layers", config.frozen_layers > 0, "to 0"),
-        ("allocation", config.uses_importance, "to uniform, global or optimal"),
+        ("allocation", not ALLOCATIONS[config.allocation].goes_by_layer, f"to {by_layer}"),
         ("damage_levels", config.uses_damage_curves, "to 0"),
         ("swap_generations", config.swap_generations > 0, "to 0"),
         ("repair", config.repair == "bias", "to least_squares or none"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from gqaprune.common.sentences import join_choices
 from gqaprune.common.stage_cache import Stages
 from gqaprune.models.architecture import (
     Block,
@@ -20,7 +21,7 @@ from gqaprune.models.architecture import (
 )
 from gqaprune.models.families import get_family
 from gqaprune.plan import Geometry, KeptUnits, PruningPlan
-from gqaprune.planning.allocation import BlockBudget, Budget, Removed
+from gqaprune.planning.allocation import ALLOCATIONS, BlockBudget, Budget, Removed
 from gqaprune.planning.config import PruningConfig
 from gqaprune.scoring.outliers import Outliers, find_outliers, protect_units
 from gqaprune.scoring.scores import Scores, score_units
@@ -57,8 +58,9 @@ def check_equal_counts(model_config: PretrainedConfig, config: PruningConfig) ->
     if config.removes_something and not _keeps_equal_counts(model_config, config):
         layers = read_geometry(model_config).num_layers
         ranges = " and ".join(f"{kind}_layers: [0, {layers}]" for kind in _list_allowed_layers(model_config, config))
+        equal = join_choices([name for name, allocation in ALLOCATIONS.items() if allocation.gives_equal_counts])
         raise ValueError(
-            f"a stock checkpoint needs equal counts in every layer: set allocation: uniform, frozen_layers: 0, "
+            f"a stock checkpoint needs equal counts in every layer: set allocation: {equal}, frozen_layers: 0, "
             f"swap_generations: 0, {ranges}; or take the format per-layer, which keeps unequal ones, or padded"
         )
 
@@ -67,7 +69,9 @@ def _keeps_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -
     """Whether all layers of a model lose the same units, whatever the scores."""
     dense = read_geometry(model_config)
     whole = all(len(own) in (0, dense.num_layers) for own in _list_allowed_layers(model_config, config).values())
-    alike = config.allocation == "uniform" and not config.frozen_layers and not config.swap_generations
+    alike = (
+        ALLOCATIONS[config.allocation].gives_equal_counts and not config.frozen_layers and not config.swap_generations
+    )
     return dense.is_uniform and whole and alike
 
 

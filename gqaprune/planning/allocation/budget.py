@@ -4,7 +4,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from gqaprune.plan import BlockKey
 
@@ -207,13 +206,6 @@ class AllocationOptions:
 
 
 DEFAULT_OPTIONS = AllocationOptions()
-
-
-class Allocate(Protocol):
-    """An allocation."""
-
-    def __call__(self, blocks: Sequence[BlockBudget], budget: Budget, options: AllocationOptions = ..., /) -> Removed:
-        """How many units go from each block. Raises ValueError if the budget cannot be met."""
 
 
 def parse_split(split: str) -> float:
