@@ -16,7 +16,7 @@ from gqaprune.models.sources import load_config
 from gqaprune.module import CausalLMModule
 from gqaprune.placement.layer_store import are_layers_apart
 from gqaprune.plan import PruningPlan, find_plan
-from gqaprune.planning.selection import check_equal_counts
+from gqaprune.planning.preflight import check_equal_counts
 
 
 class CheckpointExport(Callback):

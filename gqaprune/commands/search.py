@@ -28,11 +28,10 @@ from gqaprune.planning.config import FREE, PruningConfig
 from gqaprune.planning.counts import (
     BoundAllocation,
     bind_allocation,
-    check_reachable,
-    check_text,
     measure_curves,
     measure_options,
 )
+from gqaprune.planning.preflight import check_reachable, check_text
 from gqaprune.planning.selection import budget_blocks, read_budget, score_blocks, select_blocks
 from gqaprune.scoring.damage import make_gates
 from gqaprune.scoring.scores import Scores, check_finite_weights
@@ -259,8 +258,6 @@ class GatedSplits:
         try:
             options = measure_options(
                 model,
-                self.blocks,
-                self.budget,
                 batches,
                 config,
                 source=source,
@@ -268,6 +265,8 @@ class GatedSplits:
                 corpora=corpora,
                 stages=Stages(),
             )
+            if config.uses_importance:
+                check_reachable(self.blocks, self.budget, config, options)
         except UnreachableError as error:
             raise ValueError(str(error)) from None  # whatever the split
         scores, _ = score_blocks(model, batches, config, accumulate, seed, Stages())

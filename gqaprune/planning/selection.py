@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from gqaprune.common.sentences import join_choices
 from gqaprune.common.stage_cache import Stages
 from gqaprune.models.architecture import (
     Block,
@@ -45,37 +44,21 @@ def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
             "leave split, kv_rate and granularity at their defaults to remove MLP channels"
         )
     blocks = find_blocks(model, config.granularity)
-    allowed = _list_allowed_layers(model.config, config)
+    allowed = list_allowed_layers(model.config, config)
     return [block for block in blocks if block.key.layer in allowed.get(block.key.kind, ())]
 
 
-def check_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -> None:
-    """Refuse settings that leave layers of unequal shapes, which a stock checkpoint cannot hold.
-
-    Raises:
-        ValueError: with what would give equal ones.
-    """
-    if config.removes_something and not _keeps_equal_counts(model_config, config):
-        layers = read_geometry(model_config).num_layers
-        ranges = " and ".join(f"{kind}_layers: [0, {layers}]" for kind in _list_allowed_layers(model_config, config))
-        equal = join_choices([name for name, allocation in ALLOCATIONS.items() if allocation.gives_equal_counts])
-        raise ValueError(
-            f"a stock checkpoint needs equal counts in every layer: set allocation: {equal}, frozen_layers: 0, "
-            f"swap_generations: 0, {ranges}; or take the format per-layer, which keeps unequal ones, or padded"
-        )
-
-
-def _keeps_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -> bool:
+def keeps_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -> bool:
     """Whether all layers of a model lose the same units, whatever the scores."""
     dense = read_geometry(model_config)
-    whole = all(len(own) in (0, dense.num_layers) for own in _list_allowed_layers(model_config, config).values())
+    whole = all(len(own) in (0, dense.num_layers) for own in list_allowed_layers(model_config, config).values())
     alike = (
         ALLOCATIONS[config.allocation].gives_equal_counts and not config.frozen_layers and not config.swap_generations
     )
     return dense.is_uniform and whole and alike
 
 
-def _list_allowed_layers(model_config: PretrainedConfig, config: PruningConfig) -> dict[str, range]:
+def list_allowed_layers(model_config: PretrainedConfig, config: PruningConfig) -> dict[str, range]:
     """Kind of block -> layers in which it may lose units; kinds that give nothing are left out.
 
     Raises:
@@ -198,7 +181,7 @@ def _list_counts_without_stock_class(model: PreTrainedModel, config: PruningConf
         model: the dense model.
         config: what is to go from it.
     """
-    if not _keeps_equal_counts(model.config, config):
+    if not keeps_equal_counts(model.config, config):
         return frozenset()
     dense = read_geometry(model.config)
     groups, ratio = dense.kv_heads[0], dense.ratios[0]

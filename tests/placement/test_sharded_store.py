@@ -18,7 +18,7 @@ from gqaprune.models.sources import find_tensors
 from gqaprune.placement.fsdp import gather_state_dict, shard_model
 from gqaprune.placement.layer_store import are_layers_apart, hold_layer, name_layer, named_parameters
 from gqaprune.placement.sharded_store import SplitLayers
-from gqaprune.planning.counts import check_goes_by_layer
+from gqaprune.planning.preflight import check_goes_by_layer
 from gqaprune.scoring.scores import CRITERIA, score_units
 from gqaprune.training.recovery import RecoveryConfig, add_adapters
 

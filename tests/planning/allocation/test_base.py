@@ -13,8 +13,7 @@ from gqaprune.cli import main
 from gqaprune.placement.disk_store import LayersOnDisk
 from gqaprune.planning.allocation import ALLOCATIONS, Allocation, AllocationOptions, BlockBudget, Budget, Removed
 from gqaprune.planning.allocation.budget import DEFAULT_OPTIONS
-from gqaprune.planning.counts import check_goes_by_layer
-from gqaprune.planning.selection import check_equal_counts
+from gqaprune.planning.preflight import check_equal_counts, check_goes_by_layer
 
 from command import Run
 from tiny import PLAIN, make_model, make_tokens
