@@ -29,10 +29,10 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, PreTrainedModel
 
 from gqaprune import PruningConfig, load_model, load_sharded_model, prune
-from gqaprune.commands.inspect import estimate_memory, read_sizes
 from gqaprune.common.console import console
 from gqaprune.models.architecture import find_blocks
 from gqaprune.module import CausalLMModule
+from gqaprune.planning.memory import estimate_memory, read_sizes
 from gqaprune.scoring.scores import score_units
 from gqaprune.training.recovery import RecoveryConfig
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from gqaprune.commands.reach import Reach
 from gqaprune.commands.risks import FEW_KV_HEADS
-from gqaprune.models.loading import DTYPES
+from gqaprune.models.dtypes import DTYPES
 from gqaprune.plan import Geometry
+from gqaprune.planning.selection import choose_middle_layers
 
 LARGE = 1_000_000_000
 """Parameters from which on micro-batches are small and widths round for a GPU."""
@@ -36,14 +37,14 @@ def write_advice(
     """
     of_kind = {own.kind: own for own in reach}
     layers, is_large = geometry.num_layers, parameters >= LARGE
-    first, end = layers // 7, layers - layers // 14
+    middle = choose_middle_layers(layers)
     corpus = "embedded" if model == EMBEDDED else "wikitext2"
     name = dtype if dtype in DTYPES and dtype != "float16" else "bfloat16"
     if "mlp" in of_kind:
         rate = int(100 * min(0.2 if is_large else 0.25, 0.9 * of_kind["mlp"].reachable)) / 100
     else:  # a whole number of groups, the same in every layer
         groups = min(max(1, min(geometry.kv_heads) // 4), min(geometry.kv_heads) - 1)
-        rate = groups * len(_find_middle(layers)) * of_kind["attention"].of_decoder
+        rate = groups * len(_list_inner_layers(layers)) * of_kind["attention"].of_decoder
     lines = [
         f"# {model}: {_count(geometry.query_heads)}Q:{_count(geometry.kv_heads)}KV, {layers} layers, MLP "
         f"{_count(geometry.channels)}; written by gqaprune inspect.",
@@ -73,7 +74,8 @@ def write_advice(
         own = of_kind["mlp"]
         lines += [
             '  split: "0:10" # channels alone cost least',
-            f"  mlp_layers: [{first}, {end}] # the ends cost most; up to {own.reachable:.0%} of the decoder can go so",
+            f"  mlp_layers: [{middle.start}, {middle.stop}] # the ends cost most; up to {own.reachable:.0%} of the "
+            "decoder can go so",
         ]
         if is_large:
             lines += ["  channel_multiple: 128 # widths that run fast on GPUs"]
@@ -88,7 +90,7 @@ def write_advice(
 def _list_attention(own: Reach, geometry: Geometry, is_second: bool, comment: str) -> list[str]:
     """Lines that let attention give as well, in the middle third of the layers."""
     layers, fewest = geometry.num_layers, min(geometry.kv_heads)
-    middle = f"[{_find_middle(layers).start}, {_find_middle(layers).stop}]"
+    inner = _list_inner_layers(layers)
     if fewest == 1:
         return [] if is_second else ["  granularity: query # one KV head: its group cannot go"]
     words = f"one of {fewest} KV heads is {own.of_block:.0%} of a layer's attention"
@@ -98,13 +100,13 @@ def _list_attention(own: Reach, geometry: Geometry, is_second: bool, comment: st
             "  # Second, if the first keeps enough: some attention too, far from both ends, instead of that split:"
         ]
         lines += ["  # split: free # as near to equal shares as whole groups allow"]
-    lines += [f"  {comment}attention_layers: {middle}"]
+    lines += [f"  {comment}attention_layers: [{inner.start}, {inner.stop}]"]
     if fewest <= FEW_KV_HEADS and geometry.ratios[0] > 2:
         lines += [f"  # granularity: query # {geometry.ratios[0]}:1 → {geometry.ratios[0] - 1}:1, every KV head stays"]
     return lines
 
 
-def _find_middle(layers: int) -> range:
+def _list_inner_layers(layers: int) -> range:
     """Layers far from both ends."""
     return range(layers // 3 + layers // 28, layers - layers // 7)
 

@@ -23,7 +23,7 @@ from gqaprune.models.gates import apply_gates
 from gqaprune.placement.model_hash import hash_model, hash_tensors
 from gqaprune.plan import BlockKey
 from gqaprune.planning.allocation import BlockBudget, Budget, parse_split
-from gqaprune.planning.allocation.budget import UnreachableError
+from gqaprune.planning.allocation.budget import UnreachableError, find_spared_kind
 from gqaprune.planning.config import FREE, PruningConfig
 from gqaprune.planning.counts import (
     BoundAllocation,
@@ -240,7 +240,7 @@ class GatedSplits:
         """
         scores, budgets, allocate = self._choice
         share = parse_split(split)
-        spared = {0.0: "attention", 1.0: "mlp"}.get(share)  # importance and frozen layers are of what may shrink
+        spared = find_spared_kind(share)  # importance and frozen layers are of what may shrink
         budgets = [block for block in budgets if block.key.kind != spared]
         removed = allocate(budgets, replace(self.budget, attention_share=share))
         counts = tuple((key, count) for key, count in removed.items() if count)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from gqaprune.common.console import track
-from gqaprune.models.architecture import get_layers
+from gqaprune.models.architecture import find_layer, get_layers
 from gqaprune.models.families import get_family
 from gqaprune.models.layerwise import embed_batches, replace_forward, run_layer
 
@@ -191,5 +191,4 @@ def name_layer(model: PreTrainedModel, index: int) -> dict[str, nn.Parameter]:
 
 def _find_layer(model: PreTrainedModel, name: str) -> int | None:
     """Index of the decoder layer that a parameter belongs to; None outside of them."""
-    path = f"{get_family(model.config).layers}."
-    return int(name.removeprefix(path).split(".")[0]) if name.startswith(path) else None
+    return find_layer(name, get_family(model.config).layers)

@@ -21,6 +21,7 @@ from gqaprune.models.architecture import (
 from gqaprune.models.families import get_family
 from gqaprune.plan import Geometry, KeptUnits, PruningPlan
 from gqaprune.planning.allocation import ALLOCATIONS, BlockBudget, Budget, Removed
+from gqaprune.planning.allocation.budget import find_spared_kind
 from gqaprune.planning.config import PruningConfig
 from gqaprune.scoring.outliers import Outliers, find_outliers, protect_units
 from gqaprune.scoring.scores import Scores, score_units
@@ -72,10 +73,14 @@ def list_allowed_layers(model_config: PretrainedConfig, config: PruningConfig) -
                 f"{kind}_layers must satisfy 0 <= first <= end <= {layers} on this model of {layers} layers, "
                 f"got {list(bounds)}; [0, {layers}] is the whole model"
             )
-    middle = (layers // 7, layers - layers // 14)  # the ends cost most: 4 and 2 layers of 28 to 34
-    allowed = {kind: range(*(bounds or middle)) for kind, bounds in ranges.items()}
-    spared = {0.0: "attention", 1.0: "mlp"}.get(-1.0 if config.attention_share is None else config.attention_share)
+    allowed = {kind: range(*bounds) if bounds else choose_middle_layers(layers) for kind, bounds in ranges.items()}
+    spared = find_spared_kind(config.attention_share)
     return {kind: own for kind, own in allowed.items() if kind not in (spared, *whole)}
+
+
+def choose_middle_layers(layers: int) -> range:
+    """Which of so many layers may lose units by default: the ends cost most, 4 and 2 layers of 28 to 34."""
+    return range(layers // 7, layers - layers // 14)
 
 
 def read_budget(model: PreTrainedModel, config: PruningConfig) -> Budget:

@@ -14,7 +14,7 @@ import memory
 from measuring import GEOMETRIES, make_model
 
 from gqaprune.cli import PruningCLI
-from gqaprune.commands.inspect import GIB, estimate_memory, read_sizes
+from gqaprune.planning.memory import GIB, estimate_memory, read_sizes
 
 SHAPE = argparse.Namespace(hidden=192, width=3072, layers=8, vocabulary=512, tokens=64, calibration_tokens=128)
 
