@@ -33,8 +33,6 @@ TYPES = {
 }
 """Name -> how matrices are stored; vectors are float32, and matrices whose rows are no whole blocks f16."""
 
-_BLOCK = 32
-"""Values that share a scale in q8_0: widths of MLPs are padded to a multiple of it."""
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -127,7 +125,12 @@ def find_gguf_shapes(config: PretrainedConfig, kind: str = "f16") -> Geometry:
 
 def _get_padding(architecture: str, kind: str) -> tuple[Callable[[Geometry], bool], int]:
     """The shapes that transformers' reader accepts, and what widths of MLPs are multiples of."""
-    return _divides_width if architecture == "llama" else _fills_width, _BLOCK if kind == "q8_0" else 1
+    return _divides_width if architecture == "llama" else _fills_width, _get_block_size(TYPES[kind][0])
+
+
+def _get_block_size(kind: gguf.GGMLQuantizationType) -> int:
+    """Values that share a scale."""
+    return gguf.GGML_QUANT_SIZES[kind][0]
 
 
 def check_architecture(config: PretrainedConfig) -> str:
@@ -204,7 +207,7 @@ def _list_entries(
         if not tensor.to(torch.float16).isfinite().all():
             raise ValueError(f"{source} holds values that float16 cannot, which GGUF files store; use padded")
         change = next((change for part, change in rearrange.items() if part in source), None)
-        fits = tensor.shape[-1] % _BLOCK == 0 or kind is gguf.GGMLQuantizationType.F16
+        fits = tensor.shape[-1] % _get_block_size(kind) == 0
         matrix = kind if fits else gguf.GGMLQuantizationType.F16
         yield _Entry(name, tensor if change is None else change(tensor), matrix if tensor.ndim > 1 else vector)
 
