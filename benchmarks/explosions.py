@@ -22,7 +22,7 @@ from gqaprune.data.windows import make_batches
 from gqaprune.evaluation.diagnosis import Diagnosis, build_diagnosis_table, diagnose
 from gqaprune.models.architecture import find_blocks, get_layers
 from gqaprune.plan import BlockKey, PruningPlan
-from gqaprune.planning.selection import keep_everything
+from gqaprune.planning.selection import choose_middle_layers, keep_everything
 from gqaprune.scoring.outliers import find_outliers, protect_units
 from gqaprune.scoring.scores import Scores, score_units
 from gqaprune.surgery.cut import apply_plan
@@ -44,7 +44,7 @@ class Lab:
     def __init__(self, model: PreTrainedModel, windows: Tensor, held_out: int) -> None:
         self.model = model
         layers = len(get_layers(model))
-        self.middle, self.early = range(layers // 7, layers - layers // 14), range(max(1, layers // 10))
+        self.middle, self.early = choose_middle_layers(layers), range(max(1, layers // 10))
         self.calibration = list(windows[:-held_out].split(2))
         self.held_out = make_batches(windows[-held_out:], windows[-held_out:], 1)
         self.scores = score_units(model, find_blocks(model), self.calibration, "fisher")

@@ -56,8 +56,8 @@ GROWTH: Mapping[str, Sequence[int]] = {
 }
 WINDOW = 128
 CRITERIA = ("fisher", "obs")
-REPAIRS = {"least squares": 0, "least squares and refinement": gqaprune.PruningConfig().repair_epochs}
-"""Name -> `repair_epochs`."""
+REPAIRS = {"least squares": 0, "least squares and refinement": gqaprune.PruningConfig().repair.epochs}
+"""Name -> `repair.epochs`."""
 Seconds = dict[str, float]
 """By part of the work."""
 Points = dict[str, list[tuple[int, Seconds]]]

@@ -29,10 +29,10 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, PreTrainedModel
 
 from gqaprune import PruningConfig, load_model, load_sharded_model, prune
-from gqaprune.commands.inspect import estimate_memory, read_sizes
 from gqaprune.common.console import console
 from gqaprune.models.architecture import find_blocks
 from gqaprune.module import CausalLMModule
+from gqaprune.planning.memory import estimate_memory, read_sizes
 from gqaprune.scoring.scores import score_units
 from gqaprune.training.recovery import RecoveryConfig
 
@@ -94,7 +94,11 @@ def do(work: str, place: str, folder: str, options: argparse.Namespace) -> None:
         model = load(folder, place)
         score_units(model, find_blocks(model), windows.split(1), "fisher+obs")
     elif work == "repair":
-        prune(load(folder, place), windows.split(1), PruningConfig(criterion="l2", scoring={"protect_outliers": False}))
+        prune(
+            load(folder, place),
+            windows.split(1),
+            PruningConfig(criterion="l2", scoring={"scoring": {"protect_outliers": False}}),
+        )
     else:
         mode: Any = work.split(", ")[1]
         strategy: Any = {"one device": "auto", "ddp": "ddp", "fsdp": ModelParallelStrategy(DEVICES, 1)}[place]

@@ -33,6 +33,7 @@ from gqaprune.callbacks import (
     TaylorPruning,
 )
 from gqaprune.callbacks.lookup import get_run_folder
+from gqaprune.checkpoints.formats import FORMATS, describe_formats
 from gqaprune.commands.compare import compare
 from gqaprune.commands.export import export
 from gqaprune.commands.inspect import inspect
@@ -44,6 +45,7 @@ from gqaprune.common.renamed import GROUPS, describe_rename, find_renamed_settin
 from gqaprune.common.run_log import RunLog
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
+from gqaprune.planning.allocation import describe_allocations
 from gqaprune.training.lightning_internals import (
     SHARDED,
     add_subcommand,
@@ -62,7 +64,7 @@ DESCRIPTIONS = {
     "predict": "Continue prompts with a pruned model and the dense one, side by side, and judge what it writes.",
     "prune": "Calibrate, prune and save a model, without training.",
     "compare": "Show models side by side, pruned or dense: what they hold, perplexity, speed, memory, tasks.",
-    "export": "Write a model, pruned or dense, in another format: stock, per-layer, padded, GGUF, in 8 bits.",
+    "export": f"Write a model, pruned or dense, in another format: {', '.join(FORMATS)}; or in 8 bits.",
     "inspect": "Print what a model holds and the memory that work on it needs, from its config.",
     "search": "Find the split of attention and MLP (pruning.split) that costs the least perplexity on validation text. "
     "Splits are tried by gates on the dense model, scored once: later steps, swaps, repair and training are not seen.",
@@ -74,6 +76,13 @@ VERBOSE: Mapping[str, Any] = {
     "help": "also show the messages of Lightning and transformers",
 }
 """The setting of every command for what is hidden by default."""
+
+HELP: Mapping[str, Callable[[], str]] = {
+    "export.format": describe_formats,
+    "format": describe_formats,
+    "pruning.allocation": describe_allocations,
+}
+"""Settings whose values a registry names: setting -> what writes its help."""
 
 TOOLS: Mapping[str, Callable[..., None]] = {"compare": compare, "export": export, "inspect": inspect}
 """Commands that need no trainer: name -> function, whose arguments are the command's."""
@@ -173,6 +182,7 @@ class PruningCLI(LightningCLI):
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
         parser.add_lightning_class_args(PruningTrainer, "trainer")
         parser.add_argument("--verbose", **VERBOSE)
+        _fill_help(parser)
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -318,7 +328,15 @@ def _make_tool_parser(tool: Callable[..., None], prog: str | None = None) -> Pru
         parser.add_argument(str(name), nargs="+", type=str, help="folders, .gguf files or hub names")
     parser.add_argument("--verbose", **VERBOSE)
     parser.add_function_arguments(tool, as_positional=len(required) == 1, skip=several)  # what a tool is about
+    _fill_help(parser)
     return parser
+
+
+def _fill_help(parser: LightningArgumentParser) -> None:
+    """Describe settings that registries know the values of, whatever their docstrings say."""
+    for action in parser._actions:
+        if action.dest in HELP:
+            action.help = HELP[action.dest]()
 
 
 def spell_out(arguments: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from gqaprune.common.renamed import ARGUMENTS, name_successors
 from gqaprune.common.stage_cache import Stage, Stages
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.evaluation.perplexity import Evaluation, measure_perplexity
-from gqaprune.models.architecture import check_biases, describe_experts
+from gqaprune.models.architecture import describe_experts
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.model_hash import hash_model, hash_tensors
 from gqaprune.plan import BlockKey, PruningPlan
@@ -21,14 +21,12 @@ from gqaprune.planning.allocation.steps import Spending, spend_share
 from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.counts import (
     bind_allocation,
-    check_goes_by_layer,
-    check_reachable,
-    check_text,
     list_values,
     measure_curves,
     measure_options,
     refine_counts,
 )
+from gqaprune.planning.preflight import check_goes_by_layer, check_reachable, check_repair, check_text
 from gqaprune.planning.selection import (
     budget_blocks,
     keep_everything,
@@ -122,9 +120,7 @@ class Pruner:
         if config.removes_something:
             check_reachable(self.dense_blocks, self.budget, config)
             check_text(calibration.batches, config)
-            if config.repair.fits_biases:
-                some = {block.key.kind for block in self.dense_blocks}
-                check_biases(model.config, ("attention", "mlp") if config.repair.refits_everywhere else sorted(some))
+            check_repair(model.config, self.dense_blocks, config)
         self.plan = replace(keep_everything(model), model=calibration.source)
         self.report = Report(calibration.source, asdict(config), note=describe_experts(model))
         self.share = 0.0
@@ -202,14 +198,15 @@ class Pruner:
     def _measure_options(self) -> AllocationOptions:
         """What the allocation looks at besides scores; measured once, on the dense model."""
         if self._options is None:
-            self._options = measure_options(
+            options = measure_options(
                 self.model,
-                self.dense_blocks,
-                self.budget,
                 self.calibration,
                 self.config,
                 self._stages_of_model(self.calibration.batches) if self.config.uses_importance else Stages(),
             )
+            if self.config.uses_importance:
+                check_reachable(self.dense_blocks, self.budget, self.config, options)
+            self._options = options
         return self._options
 
     def _cut(self, share: float) -> list[BlockRepair]:

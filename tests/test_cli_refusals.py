@@ -99,7 +99,11 @@ def test_bad_input_gets_one_sentence_and_exit_code_1_and_leaves_nothing(
         ("prune", [], "criterion fisher needs the whole model in memory"),
         ("fit", ["--pruning.criterion", "obs"], "recovery.mode full would train: take gqaprune prune, or set"),
         ("search", [], "search tries splits on the whole model in memory: set pruning.offload to false"),
-        ("prune", ["--data.calibration.sampled_windows", "4"], "data.sampled_windows 4 needs the whole model"),
+        (
+            "prune",
+            ["--data.calibration.sampled_windows", "4"],
+            "data.calibration.sampled_windows 4 needs the whole model",
+        ),
         ("prune", ["--export.format", "gguf-f16"], "format gguf-f16 needs the whole model in memory"),
     ],
 )

@@ -455,7 +455,7 @@ def test_compiled_layers_are_refused_where_the_model_is_sharded(config: Path, tm
         (
             FSDP2,
             ("--data.calibration.sampled_windows", "4"),
-            "data.sampled_windows 4 needs the whole model in memory, which sharded",
+            "data.calibration.sampled_windows 4 needs the whole model in memory, which sharded",
         ),
         (FSDP2, ("--export.format", "gguf-f16"), "format gguf-f16 needs the whole model in memory, which sharded"),
     ],

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gqaprune import PruningConfig, apply_plan, prune
-from gqaprune.checkpoints.save import choose_format
+from gqaprune.checkpoints.formats import choose_format
 from gqaprune.common.stage_cache import Stages
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.data.windows import make_batches

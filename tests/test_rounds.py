@@ -182,7 +182,7 @@ def test_a_plan_that_was_given_is_whole(tiny_folder: Path, tmp_path: Path) -> No
 
 
 def test_rounds_refuse_what_measures_whole_cuts(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="swap_generations measures cuts of the whole model, which several rounds"):
+    with pytest.raises(ValueError, match="swaps.generations measures cuts of the whole model, which several rounds"):
         recover(tiny_folder, tmp_path, RecoveryConfig(rounds=2), {**PRUNING, "swaps": {"generations": 1}})
 
 

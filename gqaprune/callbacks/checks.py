@@ -15,7 +15,7 @@ from gqaprune.models.sources import load_config
 from gqaprune.module import CausalLMModule
 from gqaprune.placement.layer_store import Placement
 from gqaprune.planning.config import PruningConfig
-from gqaprune.planning.counts import check_goes_by_layer
+from gqaprune.planning.preflight import check_goes_by_layer
 
 
 def check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfig) -> None:

@@ -8,14 +8,8 @@ from torch import Tensor
 
 from gqaprune.callbacks.lookup import get_parts, get_run_folder
 from gqaprune.callbacks.pruning import TaylorPruning
-from gqaprune.checkpoints.save import (
-    SHARD_SIZE,
-    check_output_folder,
-    check_shard_size,
-    check_written_by_layer,
-    choose_format,
-    save,
-)
+from gqaprune.checkpoints.formats import AUTO, check_written_by_layer, choose_format, needs_equal_counts
+from gqaprune.checkpoints.save import SHARD_SIZE, check_output_folder, check_shard_size, save
 from gqaprune.common.console import console
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.sources import load_config
@@ -24,7 +18,7 @@ from gqaprune.module import CausalLMModule
 from gqaprune.placement.fsdp import gather_state_dict
 from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import PruningPlan, find_plan
-from gqaprune.planning.selection import check_equal_counts
+from gqaprune.planning.preflight import check_equal_counts
 
 
 class CheckpointExport(Callback):
@@ -34,9 +28,7 @@ class CheckpointExport(Callback):
 
     Args:
         folder: where to; null means `checkpoint` in the run's folder.
-        format: `stock` (plain transformers loads it; needs equal counts in every layer), `per-layer` (unequal ones,
-            with a small modeling file), `padded` (a stock class, zeros for what some layers lack), `gguf-f16` or
-            `gguf-q8_0` (for llama.cpp); `auto` is `stock` where counts are equal, else `per-layer`.
+        format: one of `checkpoints.formats.FORMATS`, or `auto`: `stock` where counts are equal, else `per-layer`.
         max_shard_size: weights above it are split into several files; where `pruning.offload`
             or `pruning.sharded` keep layers out of memory, each has its own.
         quantization: `int8` stores the matrices of the decoder layers in 8 bits, through torchao; the model is then
@@ -46,7 +38,7 @@ class CheckpointExport(Callback):
     def __init__(
         self,
         folder: str | None = None,
-        format: str = "auto",
+        format: str = AUTO,
         max_shard_size: str = SHARD_SIZE,
         quantization: str | None = None,
     ) -> None:
@@ -71,7 +63,7 @@ class CheckpointExport(Callback):
         pruning = next((c for c in trainer.callbacks if isinstance(c, TaylorPruning)), None)  # type: ignore[attr-defined]
         if pruning is not None and trainer.limit_train_batches == 0:
             check_written_by_layer(self.format, self.quantization, pruning.placement)
-        if self.format == "stock" and pruning is not None and module.plan is None:
+        if needs_equal_counts(self.format) and pruning is not None and module.plan is None:
             check_equal_counts(config, pruning.config)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,7 +95,7 @@ class CheckpointExport(Callback):
         try:
             return save(*what, self.format, self.max_shard_size, self.quantization)
         except ValueError as error:
-            if self.format == "auto" and self.quantization is None:
+            if self.format == AUTO and self.quantization is None:
                 raise
             written = save(*what, max_shard_size=self.max_shard_size)  # the work is not lost for its wrapping
             console.print(f"{error}; saved in {written} format")

@@ -14,6 +14,7 @@ from gqaprune.common.console import console
 from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.diagnosis import Diagnosis, build_diagnosis_table, diagnose
 from gqaprune.evaluation.perplexity import measure_perplexity
+from gqaprune.models.dtypes import read_dtype
 from gqaprune.models.sources import load_config
 from gqaprune.models.wrapping import is_sharded
 from gqaprune.module import CausalLMModule
@@ -151,7 +152,7 @@ def _diagnose(module: CausalLMModule, data: TextDataModule, is_trained: bool) ->
     assert module.plan is not None
     with torch.inference_mode(False), torch.enable_grad():  # validation forbids gradients, which scores are made of
         dense = module.source.load().to(module.model.device)
-        made_for = getattr(load_config(module.source.pretrained, module.source.trust_remote_code), "dtype", None)
+        made_for = read_dtype(load_config(module.source.pretrained, module.source.trust_remote_code))
         return diagnose(dense, module.model, module.plan, data.held_out_batches(), made_for, is_trained)
 
 

@@ -52,8 +52,8 @@ class TaylorPruning(GradientAccumulationScheduler):
             `trainer.default_root_dir`. A run that ends removes them.
         offload: keep the model's decoder layers in its safetensors files and read them one at a time, so that a model
             larger than memory is pruned, to the same result; layers that change are kept beside `stages` meanwhile.
-            Nothing is trained then, and criterion and allocation have to go layer by layer: `obs`, `wanda`, `wifv`,
-            `l1`, `l2`, `random` and two of them joined; `uniform`, `global`, `optimal`.
+            Nothing is trained then, and the criterion has to go layer by layer: `obs`, `wanda`, `wifv`, `l1`, `l2`,
+            `random` and two of them joined. The allocation cannot be one that needs a sensitivity.
         sharded: shard the model's decoder layers over the devices of a `ModelParallelStrategy` from the start, and
             gather one at a time, so that a model larger than a device is pruned, to the same plan. Besides what
             `offload` can do, criteria may look at gates (`fisher`, `taylor`), and recovery may follow in the same run.

@@ -16,13 +16,14 @@ from gqaprune.callbacks.lookup import get_parts, get_run_folder, get_tensorboard
 from gqaprune.callbacks.page import write_page
 from gqaprune.callbacks.pruning import get_pruning
 from gqaprune.checkpoints.card import describe_padding, write_card
+from gqaprune.checkpoints.formats import FORMATS
 from gqaprune.checkpoints.save import measure_weights
 from gqaprune.common.console import console
 from gqaprune.common.provenance import get_command
 from gqaprune.common.run_log import LOG_FILE
-from gqaprune.models.architecture import read_geometry
 from gqaprune.models.loading import load_model
 from gqaprune.models.sources import load_config
+from gqaprune.models.wrapping import unwrap_model
 from gqaprune.plan import PLAN_FILE, PruningPlan
 from gqaprune.reporting.figures import draw_importance, draw_plan, save_figure
 from gqaprune.reporting.page import PAGE_FILE
@@ -155,7 +156,7 @@ class RunSummary(Callback):
         padding = ""
         if (export := _get_export(trainer)) is not None and export.written is not None:
             assert export.written_plan is not None
-            shapes = read_geometry(load_config(export.written, module.source.trust_remote_code))
+            shapes = FORMATS[export.written_format].read_shapes(unwrap_model(module.model).config)
             write_card(export.written, export.written_plan, export.written_format, shapes, report, get_command())
             padding = describe_padding(plan.pruned_geometry, shapes, export.written_plan.geometry)
         hparams = _flatten(report.settings | dict(pl_module.hparams))
@@ -200,7 +201,7 @@ def _print_paths(trainer: Trainer, folder: Path) -> None:
     if (folder / LOG_FILE).exists():
         written["log"] = _shorten(folder / LOG_FILE)
     if (export := _get_export(trainer)) is not None and export.written is not None:
-        needs = " (load with trust_remote_code=True)" if export.written_format == "per-layer" else ""
+        needs = " (load with trust_remote_code=True)" if FORMATS[export.written_format].needs_remote_code else ""
         written["checkpoint"] = f"{_shorten(export.written)}  {export.written_format} format{needs}"
     for what, path in written.items():
         console.print(f"{what:<14} {path}")

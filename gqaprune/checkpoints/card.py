@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from gqaprune.checkpoints.formats import FORMATS
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.plan import Geometry, PruningPlan
 from gqaprune.reporting.report import Report, Stage
@@ -17,18 +18,6 @@ from gqaprune.reporting.report import Report, Stage
 CARD_FILE = "README.md"
 
 _BASES = {"decoder": "decoder-layer parameters", "all": "parameters"}
-_LOADING = {
-    "stock": 'AutoModelForCausalLM.from_pretrained("{folder}")',
-    "per-layer": 'AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)',
-    "padded": 'AutoModelForCausalLM.from_pretrained("{folder}")',
-    "gguf": 'AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="{file}")',
-}
-_ABOUT = {
-    "stock": "A stock checkpoint: plain transformers loads it.",
-    "per-layer": "Layers differ in shape, so that plain transformers needs the small modeling file beside the weights.",
-    "padded": "A stock checkpoint, in which zeros fill the layers up to equal shapes.",
-    "gguf": "A GGUF file for llama.cpp and what builds on it; layers are filled up with zeros to equal shapes.",
-}
 
 
 def write_card(
@@ -51,8 +40,8 @@ def write_card(
         command: that made it.
         name: that the folder is going to have, if another.
     """
-    dense, kind = Path(plan.model).name or "a model", format.split("-")[0] if format.startswith("gguf") else format
-    file = next((path.name for path in folder.glob("*.gguf")), "")
+    dense, entry = Path(plan.model).name or "a model", FORMATS[format]
+    file = next((path.name for path in folder.glob(entry.file)), "") if entry.file else ""
     asked = [f"{plan.rate:.1%} of its {_BASES[plan.rate_base]}"] if plan.rate else []
     asked += [f"{plan.kv_rate:.1%} of its KV heads"] if plan.kv_rate else []
     data = ModelCardData(
@@ -68,8 +57,8 @@ def write_card(
         dense=dense,
         asked=" and ".join(asked) or "nothing",
         plan=plan,
-        about=_ABOUT[kind],
-        loading=_LOADING[kind].format(folder=name or folder.name, file=file),
+        about=entry.about,
+        loading=entry.loading.format(folder=name or folder.name, file=file),
         layers=_list_layers(plan),
         padding=describe_padding(plan.pruned_geometry, written, plan.geometry),
         stages=[stage.name for stage in stages],

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from gqaprune.checkpoints.padding import pad_checkpoint
+from gqaprune.checkpoints.base import Content
+from gqaprune.checkpoints.padding import find_padded_shapes, pad_checkpoint
 from gqaprune.common.console import track
 from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import read_geometry
@@ -32,8 +33,6 @@ TYPES = {
 }
 """Name -> how matrices are stored; vectors are float32, and matrices whose rows are no whole blocks f16."""
 
-_BLOCK = 32
-"""Values that share a scale in q8_0: widths of MLPs are padded to a multiple of it."""
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,6 +49,19 @@ class _Entry:
     name: str
     tensor: Tensor
     kind: gguf.GGMLQuantizationType
+
+
+def write_gguf_checkpoint(content: Content, folder: Path, kind: str) -> None:
+    """Write a model into a folder, as one file of matrices of a kind.
+
+    Raises:
+        ValueError: as `write_gguf`, or if there is no tokenizer.
+    """
+    if content.tokenizer is None:
+        raise ValueError("a GGUF file holds the tokenizer too, got none; save with the model's tokenizer")
+    config = content.model.config
+    name = Path(str(config.name_or_path or "")).name
+    write_gguf(folder / f"model-{kind}.gguf", config, content.state_dict, content.tokenizer, kind, name)
 
 
 def write_gguf(
@@ -78,8 +90,7 @@ def write_gguf(
             weight does not fit float16.
     """
     architecture = check_architecture(config)
-    is_loadable = _divides_width if architecture == "llama" else _fills_width
-    config, weights = pad_checkpoint(config, state_dict, is_loadable, _BLOCK if kind == "q8_0" else 1)
+    config, weights = pad_checkpoint(config, state_dict, *_get_padding(architecture, kind))
     vocabulary = _read_vocabulary(tokenizer, config.vocab_size)
     entries = list(_list_entries(architecture, config, weights, TYPES[kind][0]))
     writer = gguf.GGUFWriter(file, architecture)
@@ -101,6 +112,25 @@ def write_gguf(
         writer.close()
     _check_tokenizer(file, tokenizer)
     return read_geometry(config)
+
+
+def find_gguf_shapes(config: PretrainedConfig, kind: str = "f16") -> Geometry:
+    """Find the shapes that `write_gguf` gives a model of a config.
+
+    Raises:
+        ValueError: if the format has no place for the architecture or for the shapes.
+    """
+    return find_padded_shapes(config, *_get_padding(check_architecture(config), kind))
+
+
+def _get_padding(architecture: str, kind: str) -> tuple[Callable[[Geometry], bool], int]:
+    """The shapes that transformers' reader accepts, and what widths of MLPs are multiples of."""
+    return _divides_width if architecture == "llama" else _fills_width, _get_block_size(TYPES[kind][0])
+
+
+def _get_block_size(kind: gguf.GGMLQuantizationType) -> int:
+    """Values that share a scale."""
+    return gguf.GGML_QUANT_SIZES[kind][0]
 
 
 def check_architecture(config: PretrainedConfig) -> str:
@@ -177,7 +207,7 @@ def _list_entries(
         if not tensor.to(torch.float16).isfinite().all():
             raise ValueError(f"{source} holds values that float16 cannot, which GGUF files store; use padded")
         change = next((change for part, change in rearrange.items() if part in source), None)
-        fits = tensor.shape[-1] % _BLOCK == 0 or kind is gguf.GGMLQuantizationType.F16
+        fits = tensor.shape[-1] % _get_block_size(kind) == 0
         matrix = kind if fits else gguf.GGMLQuantizationType.F16
         yield _Entry(name, tensor if change is None else change(tensor), matrix if tensor.ndim > 1 else vector)
 

@@ -46,6 +46,17 @@ def pad_checkpoint(
     return stock, pad_state_dict(state_dict, config, geometry, padded)
 
 
+def find_padded_shapes(
+    config: PretrainedConfig, is_loadable: Callable[[Geometry], bool] = lambda _: True, channel_multiple: int = 1
+) -> Geometry:
+    """Find the shapes that `pad_checkpoint` gives a model of a config.
+
+    Raises:
+        ValueError: if no stock class can hold the shapes.
+    """
+    return _find_shapes(config, read_geometry(config), is_loadable, channel_multiple)[0]
+
+
 def pad_state_dict(
     state_dict: Mapping[str, Tensor], config: PretrainedConfig, old: Geometry, new: Geometry
 ) -> dict[str, Tensor]:

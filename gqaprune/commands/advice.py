@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from gqaprune.commands.reach import Reach
 from gqaprune.commands.risks import FEW_KV_HEADS
-from gqaprune.models.loading import DTYPES
+from gqaprune.models.dtypes import DTYPES
 from gqaprune.plan import Geometry
+from gqaprune.planning.selection import choose_middle_layers
 
 LARGE = 1_000_000_000
 """Parameters from which on micro-batches are small and widths round for a GPU."""
@@ -36,14 +37,14 @@ def write_advice(
     """
     of_kind = {own.kind: own for own in reach}
     layers, is_large = geometry.num_layers, parameters >= LARGE
-    first, end = layers // 7, layers - layers // 14
+    middle = choose_middle_layers(layers)
     corpus = "embedded" if model == EMBEDDED else "wikitext2"
     name = dtype if dtype in DTYPES and dtype != "float16" else "bfloat16"
     if "mlp" in of_kind:
         rate = int(100 * min(0.2 if is_large else 0.25, 0.9 * of_kind["mlp"].reachable)) / 100
     else:  # a whole number of groups, the same in every layer
         groups = min(max(1, min(geometry.kv_heads) // 4), min(geometry.kv_heads) - 1)
-        rate = groups * len(_find_middle(layers)) * of_kind["attention"].of_decoder
+        rate = groups * len(_list_inner_layers(layers)) * of_kind["attention"].of_decoder
     lines = [
         f"# {model}: {_count(geometry.query_heads)}Q:{_count(geometry.kv_heads)}KV, {layers} layers, MLP "
         f"{_count(geometry.channels)}; written by gqaprune inspect.",
@@ -71,7 +72,8 @@ def write_advice(
     if "mlp" in of_kind:
         own = of_kind["mlp"]
         lines += ['  split: "0:10" # channels alone cost least']
-        limits += [f"mlp_layers: [{first}, {end}] # the ends cost most; {own.reachable:.0%} of the decoder can go so"]
+        ends = f"[{middle.start}, {middle.stop}]"
+        limits += [f"mlp_layers: {ends} # the ends cost most; {own.reachable:.0%} of the decoder can go so"]
         limits += ["channel_multiple: 128 # widths that run fast on GPUs"] if is_large else []
     else:
         lines += ["  split: free # its MLPs stay whole"]
@@ -79,8 +81,8 @@ def write_advice(
         is_second = "mlp" in of_kind
         lines += _list_attention(of_kind["attention"], geometry, is_second)
         if min(geometry.kv_heads) > 1:
-            middle = _find_middle(geometry.num_layers)
-            limits += [f"{'# ' if is_second else ''}attention_layers: [{middle.start}, {middle.stop}]"]
+            inner = _list_inner_layers(geometry.num_layers)
+            limits += [f"{'# ' if is_second else ''}attention_layers: [{inner.start}, {inner.stop}]"]
     if limits:
         lines += ["  limits:", *(f"    {line}" for line in limits)]
     lines += ["trainer:", "  max_epochs: 1"]
@@ -105,7 +107,7 @@ def _list_attention(own: Reach, geometry: Geometry, is_second: bool) -> list[str
     return lines
 
 
-def _find_middle(layers: int) -> range:
+def _list_inner_layers(layers: int) -> range:
     """Layers far from both ends."""
     return range(layers // 3 + layers // 28, layers - layers // 7)
 

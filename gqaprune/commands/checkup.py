@@ -9,9 +9,9 @@ from safetensors import safe_open
 from transformers import PretrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from gqaprune.models.architecture import read_geometry
+from gqaprune.models.architecture import find_layer, read_geometry
 from gqaprune.models.families import get_family
-from gqaprune.models.loading import build_without_weights
+from gqaprune.models.loading import build_without_weights, find_other_storage
 from gqaprune.models.sources import find_weights
 from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
 
@@ -109,15 +109,15 @@ def find_wrong_tensors(
     for name, tensor in promised.items():
         if (shape := found.get(name, list(tensor.shape))) != list(tensor.shape):
             sentence = f"{name} is {shape}, its config promises {list(tensor.shape)}"
-            wrong.setdefault(_find_layer(name, family.layers), []).append(sentence)
-    if family.has_experts or hasattr(config, "quantization_config"):
+            wrong.setdefault(find_layer(name, family.layers), []).append(sentence)
+    if find_other_storage(config):
         return wrong
     parameters = dict(model.named_parameters(remove_duplicate=False))
     held = {id(parameters[name]) for name in found.keys() & parameters.keys()}  # a tied one has several names
     missing: dict[int | None, list[str]] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) not in held:
-            missing.setdefault(_find_layer(name, family.layers), []).append(name)
+            missing.setdefault(find_layer(name, family.layers), []).append(name)
     for layer, names in missing.items():
         wrong.setdefault(layer, []).append(f"no file holds {names[0]} ({len(names)} in all)")
     return wrong
@@ -138,11 +138,6 @@ def build_layers_table(checks: list[LayerCheck], base: str) -> Table:
             "❌ " + "; ".join(check.wrong_tensors) if check.wrong_tensors else "✅",
         )
     return table
-
-
-def _find_layer(name: str, layers: str) -> int | None:
-    """Index of the layer that a tensor is of; None outside of the layers."""
-    return int(name.removeprefix(f"{layers}.").split(".")[0]) if name.startswith(f"{layers}.") else None
 
 
 def _describe(geometry: Geometry, layer: int) -> str:

@@ -10,7 +10,7 @@ from gqaprune.commands.comparison import build_comparison_table, draw_comparison
 from gqaprune.commands.measure import Measuring, measure_models
 from gqaprune.commands.tasks import Tasks
 from gqaprune.common.console import console
-from gqaprune.models.loading import DTYPES
+from gqaprune.models.dtypes import check_dtype
 from gqaprune.reporting.figures import save_figure
 
 
@@ -79,8 +79,7 @@ def compare(
 def _check_settings(models: Sequence[str], dtype: str, png: str | None, **counts: int | None) -> None:
     if len(models) < 2:
         raise ValueError(f"compare needs two models or more, got {len(models)}: gqaprune inspect shows a single one")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_dtype(dtype)
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")

@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.table import Table
 
-from gqaprune.commands.inspect import find_range, show_range
+from gqaprune.commands.inspect import show_range
 from gqaprune.commands.tasks import Score
 from gqaprune.plan import Geometry
+from gqaprune.planning.memory import find_range
 from gqaprune.reporting.report import Stage, show_change
 
 OTHER_TOKENIZER = (

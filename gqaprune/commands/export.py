@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from gqaprune.checkpoints.card import describe_padding
-from gqaprune.checkpoints.save import SHARD_SIZE, choose_format, measure_weights, save
+from gqaprune.checkpoints.formats import AUTO, FORMATS, choose_format
+from gqaprune.checkpoints.save import SHARD_SIZE, measure_weights, save
 from gqaprune.common.console import console
 from gqaprune.models.architecture import find_blocks, read_geometry
 from gqaprune.models.loading import load_model
-from gqaprune.models.sources import load_config
 from gqaprune.models.tokenizer import load_tokenizer
 from gqaprune.plan import find_plan
 
@@ -15,7 +15,7 @@ from gqaprune.plan import find_plan
 def export(
     model: str,
     folder: str,
-    format: str = "auto",
+    format: str = AUTO,
     max_shard_size: str = SHARD_SIZE,
     quantization: str | None = None,
     dtype: str = "auto",
@@ -26,9 +26,7 @@ def export(
     Args:
         model: what to write: a folder, a `.gguf` file, a hub name, or `smollm2-135m`.
         folder: where to, a new or empty folder.
-        format: `stock` (plain transformers loads it; needs equal counts in every layer), `per-layer` (unequal ones,
-            with a small modeling file), `padded` (a stock class, zeros for what some layers lack), `gguf-f16` or
-            `gguf-q8_0` (for llama.cpp); `auto` is `stock` where counts are equal, else `per-layer`.
+        format: one of `checkpoints.formats.FORMATS`, or `auto`: `stock` where counts are equal, else `per-layer`.
         max_shard_size: weights above it are split into several files.
         quantization: `int8` stores the matrices of the decoder layers in 8 bits, through torchao.
         dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
@@ -38,8 +36,9 @@ def export(
         ValueError: if there is no such model, or the format cannot hold it.
     """
     loaded = load_model(model, dtype, trust_remote_code=trust_remote_code)
-    if choose_format(loaded.config, format, quantization) != "stock":
-        find_blocks(loaded)  # refuses quantised weights, which go nowhere else
+    entry = FORMATS[choose_format(loaded.config, format, quantization)]
+    if not entry.holds_quantized:
+        find_blocks(loaded)  # refuses quantised weights
     plan = find_plan(model, read_geometry(loaded.config))
     written = save(
         loaded,
@@ -53,6 +52,5 @@ def export(
     size = measure_weights(Path(folder))
     console.print(f"{folder}  {written} format, {size / 1e6:,.1f} MB of weights", markup=False)
     dense = None if plan is None else plan.geometry
-    shapes = read_geometry(load_config(folder, trust_remote_code))
-    if padding := describe_padding(read_geometry(loaded.config), shapes, dense):
+    if padding := describe_padding(read_geometry(loaded.config), entry.read_shapes(loaded.config), dense):
         console.print(padding)

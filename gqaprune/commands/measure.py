@@ -20,6 +20,7 @@ from gqaprune.data.corpora import Corpus, parse_corpus
 from gqaprune.data.windows import cut_windows, describe_protocol, make_batches, tokenize_corpus
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import read_geometry
+from gqaprune.models.dtypes import name_dtype
 from gqaprune.models.loading import build_without_weights, load_model
 from gqaprune.models.sources import find_weights, load_config
 from gqaprune.models.tokenizer import check_tokenizer, load_tokenizer
@@ -186,7 +187,7 @@ def _measure(candidate: _Candidate, ids_by_corpus: Mapping[str, Tensor], measuri
     perplexity = measure_perplexity(model, evaluation, candidate.name)
     return Subject(
         model=candidate.model,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=name_dtype(model.dtype),
         geometry=read_geometry(model.config),
         stage=describe_model(candidate.name, model, perplexity, candidate.disk_bytes),
         speed=None if measuring.lengths is None else _measure_speed(model, *measuring.lengths),

@@ -3,6 +3,7 @@
 import torch
 from transformers import PretrainedConfig
 
+from gqaprune.models.dtypes import name_dtype, read_dtype
 from gqaprune.models.families import get_family
 from gqaprune.plan import Geometry
 from gqaprune.scoring.outliers import OUTLIER_RATIO, Outliers
@@ -24,9 +25,9 @@ def list_risks(
         outliers: units that carry massive activations; None where they were not looked for.
     """
     risks = []
-    made_for = getattr(config, "dtype", None)
+    made_for = read_dtype(config)
     if dtype == "float16" and made_for != torch.float16:
-        name = "float32" if made_for is None else str(made_for).removeprefix("torch.")
+        name = "float32" if made_for is None else name_dtype(made_for)
         risks.append(
             f"float16 is asked for and the model was made for {name}: activations above 65,504 overflow, and scores "
             "made of them are arbitrary; set model.dtype to bfloat16"

@@ -24,17 +24,16 @@ from gqaprune.models.gates import apply_gates
 from gqaprune.placement.model_hash import hash_model, hash_tensors
 from gqaprune.plan import BlockKey
 from gqaprune.planning.allocation import BlockBudget, Budget, parse_split
-from gqaprune.planning.allocation.budget import UnreachableError
+from gqaprune.planning.allocation.budget import UnreachableError, find_spared_kind
 from gqaprune.planning.config import FREE, PruningConfig
 from gqaprune.planning.counts import (
-    Allocation,
+    BoundAllocation,
     bind_allocation,
-    check_reachable,
-    check_text,
     measure_curves,
     measure_options,
 )
 from gqaprune.planning.groups import SwapsConfig
+from gqaprune.planning.preflight import check_reachable, check_text
 from gqaprune.planning.selection import budget_blocks, read_budget, score_blocks, select_blocks
 from gqaprune.scoring.damage import make_gates
 from gqaprune.scoring.scores import Scores, check_finite_weights
@@ -185,7 +184,7 @@ class _Choice(NamedTuple):
 
     scores: Scores
     budgets: list[BlockBudget]
-    allocate: Allocation
+    allocate: BoundAllocation
 
 
 class GatedSplits:
@@ -225,7 +224,7 @@ class GatedSplits:
         """
         scores, budgets, allocate = self._choice
         share = parse_split(split)
-        spared = {0.0: "attention", 1.0: "mlp"}.get(share)  # importance and frozen layers are of what may shrink
+        spared = find_spared_kind(share)  # importance and frozen layers are of what may shrink
         budgets = [block for block in budgets if block.key.kind != spared]
         removed = allocate(budgets, replace(self.budget, attention_share=share))
         counts = tuple((key, count) for key, count in removed.items() if count)
@@ -241,7 +240,9 @@ class GatedSplits:
     def _choice(self) -> _Choice:
         model, config, calibration = self.model, self.config, self.calibration
         try:
-            options = measure_options(model, self.blocks, self.budget, calibration, config, Stages())
+            options = measure_options(model, calibration, config, Stages())
+            if config.uses_importance:
+                check_reachable(self.blocks, self.budget, config, options)
         except UnreachableError as error:
             raise ValueError(str(error)) from None  # whatever the split
         scores, _ = score_blocks(model, calibration, config, Stages())

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.evaluation.gated_plan import GatedPlan, measure_perplexity_or_infinity
 from gqaprune.models.architecture import get_layers, name_parameter_place
+from gqaprune.models.dtypes import name_dtype
 from gqaprune.models.gates import Gates, freeze_parameters
 from gqaprune.models.layerwise import embed_batches, run_layer
 from gqaprune.plan import PruningPlan
@@ -108,7 +109,7 @@ def diagnose(
     )
     add = diagnosis.findings.append
     if dense.dtype == torch.float16 and made_for not in (None, torch.float16):
-        name = str(made_for).removeprefix("torch.")
+        name = name_dtype(made_for)
         add(Finding("dtype", f"the model was made for {name} and runs in float16", f"set model.dtype to {name}"))
     if found:
         setting = "load the model again; if the dense one is sound, lower the learning rate"

@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -258,13 +257,21 @@ def _count_without_adapters(module: nn.Module) -> int:
     return sum(parameter.numel() for name, parameter in module.named_parameters() if ".lora_" not in name)
 
 
+def find_layer(name: str, layers: str = "layers") -> int | None:
+    """Index of the decoder layer that a parameter belongs to, by its full name; None outside of them.
+
+    Args:
+        name: such as `model.layers.12.mlp.up_proj.weight`, with or without what wrappers put before it.
+        layers: path of the decoder layers in the model, as a family has it, or its end.
+    """
+    index = f".{name}".partition(f".{layers}.")[2].partition(".")[0]
+    return int(index) if index.isdigit() else None
+
+
 def name_parameter_place(name: str) -> str:
     """`model.layers.12.mlp.up_proj.weight` -> `layer 12 (model.layers.12.mlp.up_proj.weight)`, for error messages."""
-    pieces = name.split(".")
-    for before, index in pairwise(pieces):
-        if before == "layers" and index.isdigit():
-            return f"layer {index} ({name})"
-    return name
+    layer = find_layer(name)
+    return name if layer is None else f"layer {layer} ({name})"
 
 
 def _find_block(

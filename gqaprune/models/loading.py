@@ -18,6 +18,7 @@ from transformers import (
 
 from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import read_geometry
+from gqaprune.models.dtypes import DTYPES, check_dtype
 from gqaprune.models.families import get_family
 from gqaprune.models.per_layer import get_per_layer_class
 from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error
@@ -25,8 +26,6 @@ from gqaprune.models.tokenizer import check_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import TorchAoConfig
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
 QUANTIZATIONS = ("int8",)
 """What weights can be stored in besides their type."""
@@ -101,16 +100,6 @@ def load_model(
     return model
 
 
-def check_dtype(dtype: str) -> None:
-    """Refuse a type of weights by a name that is none of `DTYPES`.
-
-    Raises:
-        ValueError: with the names.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-
-
 def check_keys(found: Mapping[str, Collection[Any]], layers: str) -> None:
     """Refuse weights that are not those of the config: transformers would make up what is missing.
 
@@ -128,6 +117,13 @@ def check_keys(found: Mapping[str, Collection[Any]], layers: str) -> None:
     places = [name for name in strange if name.endswith((".weight", ".bias"))]  # buffers of old versions do no harm
     if places:
         raise ValueError(f"its files hold {min(places)} ({len(places)} in all), which its config has no place for")
+
+
+def find_other_storage(config: PretrainedConfig) -> str:
+    """What files hold under other names or in other shapes than the model computes with, in words; empty if nothing."""
+    if get_family(config).has_experts:
+        return "experts"
+    return "quantised weights" if hasattr(config, "quantization_config") else ""
 
 
 def build_model(

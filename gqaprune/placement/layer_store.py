@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gqaprune.common.console import track
-from gqaprune.models.architecture import get_layers
+from gqaprune.models.architecture import find_layer, get_layers
 from gqaprune.models.families import get_family
 from gqaprune.models.layerwise import embed_batches, replace_forward, run_layer
 
@@ -179,5 +179,4 @@ def get_layer_parameters(model: PreTrainedModel, index: int) -> dict[str, nn.Par
 
 def _find_layer(model: PreTrainedModel, name: str) -> int | None:
     """Index of the decoder layer that a parameter belongs to; None outside of them."""
-    path = f"{get_family(model.config).layers}."
-    return int(name.removeprefix(path).split(".")[0]) if name.startswith(path) else None
+    return find_layer(name, get_family(model.config).layers)

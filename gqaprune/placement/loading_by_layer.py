@@ -11,8 +11,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import read_geometry
+from gqaprune.models.dtypes import DTYPES, check_dtype
 from gqaprune.models.families import get_family
-from gqaprune.models.loading import DTYPES, build_model, check_dtype, check_keys
+from gqaprune.models.loading import build_model, check_keys, find_other_storage
 from gqaprune.models.sources import LOADING_ERRORS, fetch, find_tensors, load_config, locate, make_loading_error
 from gqaprune.placement.disk_store import offload_layers
 from gqaprune.placement.layer_store import find_store
@@ -95,12 +96,9 @@ def _find_obstacle(source: str | Path, trust_remote_code: bool) -> str | None:
             f"layers are read from safetensors files, {source} is a GGUF file: write it as such first, with "
             "gqaprune export --format stock"
         )
-    config = load_config(source, trust_remote_code)
-    has_experts = get_family(config).has_experts
-    if has_experts or hasattr(config, "quantization_config"):
-        kind = "experts are" if has_experts else "quantised weights are"
+    if stored_otherwise := find_other_storage(load_config(source, trust_remote_code)):
         return (
-            f"{kind} not stored as they are computed with, so {source} cannot be read layer by layer: "
+            f"{stored_otherwise} are not stored as they are computed with, so {source} cannot be read layer by layer: "
             "prune it in memory, unquantised"
         )
     return None

@@ -79,12 +79,12 @@ class PruningConfig:
     @property
     def uses_importance(self) -> bool:
         """Whether the choice depends on the importance of layers."""
-        return self.allocation in ("inverse", "proportional") or self.limits.frozen_layers > 0
+        return ALLOCATIONS[self.allocation].uses_importance or self.limits.frozen_layers > 0
 
     @property
     def uses_damage_curves(self) -> bool:
         """Whether the choice depends on measured damage of each block."""
-        return self.allocation == "optimal" and self.damage_levels > 0
+        return ALLOCATIONS[self.allocation].uses_damage_curves and self.damage_levels > 0
 
     @property
     def needs_text(self) -> bool:

@@ -2,17 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.common.stage_cache import Stage, Stages
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, find_blocks
-from gqaprune.placement.layer_store import Placement
 from gqaprune.placement.model_hash import hash_tensors
 from gqaprune.plan import BlockKey
 from gqaprune.planning.allocation import ALLOCATIONS, AllocationOptions, BlockBudget, Budget, Removed, refine_by_swaps
@@ -21,95 +18,20 @@ from gqaprune.planning.allocation.optimal import thin_counts
 from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.selection import budget_blocks
 from gqaprune.scoring.damage import measure_damage, measure_damage_curves
-from gqaprune.scoring.scores import CRITERIA, Scores, parse_criterion
+from gqaprune.scoring.scores import Scores
 from gqaprune.scoring.sensitivity import Importance, measure_sensitivity
 
-Allocation = Callable[[Sequence[BlockBudget], Budget], Removed]
+BoundAllocation = Callable[[Sequence[BlockBudget], Budget], Removed]
 """An allocation that has its options."""
 
 
-def bind_allocation(config: PruningConfig, options: AllocationOptions) -> Allocation:
+def bind_allocation(config: PruningConfig, options: AllocationOptions) -> BoundAllocation:
     """The config's allocation, as a function of blocks and budget alone."""
     return lambda blocks, budget: ALLOCATIONS[config.allocation](blocks, budget, options)
 
 
-def check_text(batches: Sequence[Tensor], config: PruningConfig) -> None:
-    """Refuse to measure on no text.
-
-    Raises:
-        ValueError: if the config needs calibration text and there is none.
-    """
-    if config.needs_text and not batches:
-        free = ", ".join(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
-        raise ValueError(
-            f"criterion {config.criterion} with allocation {config.allocation} and repair.method "
-            f"{config.repair.method} needs at least one calibration batch, got none; only {free} need no text, with "
-            "repair.method none and where nothing else is measured either"
-        )
-
-
-def check_goes_by_layer(config: PruningConfig, placement: Placement) -> None:
-    """Refuse settings that need the whole model in memory, where its decoder layers are not.
-
-    Args:
-        config: what to remove.
-        placement: where the decoder layers are.
-
-    Raises:
-        ValueError: with what goes layer by layer instead.
-    """
-    if not config.removes_something or placement is Placement.MEMORY:
-        return
-    # Gates need every layer twice for each micro-batch: devices gather it fast enough, disks do not read it so.
-    names = [
-        name
-        for name, criterion in CRITERIA.items()
-        if criterion.goes_by_layer or (criterion.runs_held and placement is Placement.DEVICES)
-    ]
-    if not set(parse_criterion(config.criterion)) <= set(names):
-        raise ValueError(
-            f"criterion {config.criterion} needs the whole model in memory, which {placement.value} avoids: set "
-            f"criterion to one of {', '.join(names)}, or two of them joined by +"
-        )
-    for name, is_used, way_out in (
-        ("limits.frozen_layers", config.limits.frozen_layers > 0, "to 0"),
-        ("allocation", config.uses_importance, "to uniform, global or optimal"),
-        ("damage_levels", config.uses_damage_curves, "to 0"),
-        ("swaps.generations", config.swaps.generations > 0, "to 0"),
-        ("repair.method", config.repair.method == "bias", "to least_squares or none"),
-        ("repair.bias", config.repair.bias, "to false"),
-    ):
-        if is_used:
-            raise ValueError(
-                f"{name} {attrgetter(name)(config)} needs the whole model in memory, which {placement.value} avoids: "
-                f"set {name} {way_out}"
-            )
-
-
-def check_reachable(
-    dense_blocks: Sequence[Block], budget: Budget, config: PruningConfig, importance: Importance | None = None
-) -> None:
-    """Refuse a budget that no scores can meet, before the long work.
-
-    With `limits.frozen_layers` the blocks that may shrink follow from importance: until it is known, nothing more is
-    refused.
-
-    Raises:
-        ValueError: with the nearest reachable rate.
-    """
-    if not dense_blocks:
-        raise budget.unreachable("limits.attention_layers and limits.mlp_layers leave no block to prune")
-    if config.limits.frozen_layers and importance is None:
-        return
-    scores = {block.key: torch.linspace(0, block.unit_parameters, block.units) for block in dense_blocks}
-    options = _make_options(config, importance or dict.fromkeys(scores, 0.0))
-    bind_allocation(config, options)(budget_blocks(dense_blocks, scores, config), budget)
-
-
 def measure_options(
     model: PreTrainedModel,
-    dense_blocks: Sequence[Block],
-    budget: Budget,
     calibration: CalibrationSet,
     config: PruningConfig,
     stages: Stages,
@@ -119,10 +41,10 @@ def measure_options(
     Importance is of all blocks of the dense model, so that a saved one fits whatever layers a later run prunes.
 
     Raises:
-        ValueError: if a saved sensitivity does not fit; if the budget cannot be met with the layers that are then free.
+        ValueError: if a saved sensitivity does not fit.
     """
     if not config.uses_importance:
-        return _make_options(config, None)
+        return make_options(config, None)
     blocks, path = find_blocks(model), config.sensitivity.path
 
     def measure() -> Stage:
@@ -132,8 +54,7 @@ def measure_options(
     # A path is a place of the user's own to keep it in, and to read it from.
     stage = measure() if path else stages.recall("sensitivity", {"sensitivity": config.sensitivity.method}, measure)
     importance = {BlockKey(layer, kind): value for layer, kind, value in stage.facts}
-    check_reachable(dense_blocks, budget, config, importance)
-    return _make_options(config, importance)
+    return make_options(config, importance)
 
 
 def measure_curves(
@@ -190,5 +111,6 @@ def list_values(values: Mapping[BlockKey, Any]) -> list[list[Any]]:
     return [[*key, value] for key, value in values.items()]
 
 
-def _make_options(config: PruningConfig, importance: Importance | None) -> AllocationOptions:
+def make_options(config: PruningConfig, importance: Importance | None) -> AllocationOptions:
+    """What the config and importance, where there is any, let the allocation look at; damage curves come later."""
     return AllocationOptions(importance, config.sensitivity.alpha, config.sensitivity.log, config.limits.frozen_layers)

@@ -21,7 +21,8 @@ from gqaprune.models.architecture import (
 )
 from gqaprune.models.families import get_family
 from gqaprune.plan import Geometry, KeptUnits, PruningPlan
-from gqaprune.planning.allocation import BlockBudget, Budget, Removed
+from gqaprune.planning.allocation import ALLOCATIONS, BlockBudget, Budget, Removed
+from gqaprune.planning.allocation.budget import find_spared_kind
 from gqaprune.planning.config import PruningConfig
 from gqaprune.scoring.outliers import Outliers, find_outliers, protect_units
 from gqaprune.scoring.scores import Scores, score_units
@@ -45,36 +46,23 @@ def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
             "leave split, kv_rate and granularity at their defaults to remove MLP channels"
         )
     blocks = find_blocks(model, config.granularity)
-    allowed = _list_allowed_layers(model.config, config)
+    allowed = list_allowed_layers(model.config, config)
     return [block for block in blocks if block.key.layer in allowed.get(block.key.kind, ())]
 
 
-def check_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -> None:
-    """Refuse settings that leave layers of unequal shapes, which a stock checkpoint cannot hold.
-
-    Raises:
-        ValueError: with what would give equal ones.
-    """
-    if config.removes_something and not _keeps_equal_counts(model_config, config):
-        layers = read_geometry(model_config).num_layers
-        ranges = " and ".join(
-            f"limits.{kind}_layers: [0, {layers}]" for kind in _list_allowed_layers(model_config, config)
-        )
-        raise ValueError(
-            f"a stock checkpoint needs equal counts in every layer: set allocation: uniform, limits.frozen_layers: 0, "
-            f"swaps.generations: 0, {ranges}; or take the format per-layer, which keeps unequal ones, or padded"
-        )
-
-
-def _keeps_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -> bool:
+def keeps_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -> bool:
     """Whether all layers of a model lose the same units, whatever the scores."""
     dense = read_geometry(model_config)
-    whole = all(len(own) in (0, dense.num_layers) for own in _list_allowed_layers(model_config, config).values())
-    alike = config.allocation == "uniform" and not config.limits.frozen_layers and not config.swaps.generations
+    whole = all(len(own) in (0, dense.num_layers) for own in list_allowed_layers(model_config, config).values())
+    alike = (
+        ALLOCATIONS[config.allocation].gives_equal_counts
+        and not config.limits.frozen_layers
+        and not config.swaps.generations
+    )
     return dense.is_uniform and whole and alike
 
 
-def _list_allowed_layers(model_config: PretrainedConfig, config: PruningConfig) -> dict[str, range]:
+def list_allowed_layers(model_config: PretrainedConfig, config: PruningConfig) -> dict[str, range]:
     """Kind of block -> layers in which it may lose units; kinds that give nothing are left out.
 
     Raises:
@@ -88,10 +76,14 @@ def _list_allowed_layers(model_config: PretrainedConfig, config: PruningConfig) 
                 f"limits.{kind}_layers must satisfy 0 <= first <= end <= {layers} on this model of {layers} layers, "
                 f"got {list(bounds)}; [0, {layers}] is the whole model"
             )
-    middle = (layers // 7, layers - layers // 14)  # the ends cost most: 4 and 2 layers of 28 to 34
-    allowed = {kind: range(*(bounds or middle)) for kind, bounds in ranges.items()}
-    spared = {0.0: "attention", 1.0: "mlp"}.get(-1.0 if config.attention_share is None else config.attention_share)
+    allowed = {kind: range(*bounds) if bounds else choose_middle_layers(layers) for kind, bounds in ranges.items()}
+    spared = find_spared_kind(config.attention_share)
     return {kind: own for kind, own in allowed.items() if kind not in (spared, *whole)}
+
+
+def choose_middle_layers(layers: int) -> range:
+    """Which of so many layers may lose units by default: the ends cost most, 4 and 2 layers of 28 to 34."""
+    return range(layers // 7, layers - layers // 14)
 
 
 def read_budget(model: PreTrainedModel, config: PruningConfig) -> Budget:
@@ -193,7 +185,7 @@ def _list_counts_without_stock_class(model: PreTrainedModel, config: PruningConf
         model: the dense model.
         config: what is to go from it.
     """
-    if not _keeps_equal_counts(model.config, config):
+    if not keeps_equal_counts(model.config, config):
         return frozenset()
     dense = read_geometry(model.config)
     groups, ratio = dense.kv_heads[0], dense.ratios[0]

@@ -14,7 +14,7 @@ import memory
 from measuring import GEOMETRIES, make_model
 
 from gqaprune.cli import PruningCLI
-from gqaprune.commands.inspect import GIB, estimate_memory, read_sizes
+from gqaprune.planning.memory import GIB, estimate_memory, read_sizes
 
 SHAPE = argparse.Namespace(hidden=192, width=3072, layers=8, vocabulary=512, tokens=64, calibration_tokens=128)
 
@@ -53,8 +53,8 @@ def test_models_of_7b_and_8b_are_pruned_and_recovered_on_a_gpu_of_24_gib(
     files = [argument for name in names for argument in ("--config", str(ROOT / "configs" / name))]
     config = PruningCLI(run=False, args=[*files, "--trainer.accelerator", "cpu"]).config
     data, model, shape = config.data, config.model, GEOMETRIES[geometry]
-    tokens = (data.calibration_windows + data.sampled_windows) * data.calibration_window
-    micro = max(data.calibration_batch_size * data.calibration_window, data.batch_size * data.train_window)
+    tokens = (data.calibration.windows + data.calibration.sampled_windows) * data.calibration.window
+    micro = max(data.calibration.batch_size * data.calibration.window, data.training.batch_size * data.training.window)
     needed = estimate_memory(read_sizes(shape), 2, 1, micro, tokens, model.gradient_checkpointing)
     most = {work: needed[work]["one device"] or 0 for work in ("scoring", "repair", f"recovery, {model.recovery.mode}")}
     assert model.recovery.mode == "lora" and most["repair"] > 0.9 * 24 * GIB

@@ -234,3 +234,11 @@ def test_model_that_cannot_be_pruned_is_refused_before_any_split(tmp_path: Path)
 def test_search_without_a_choice_is_refused(change: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         search(tmp_path, **change)
+
+
+def test_budget_that_frozen_layers_leave_no_room_for_is_refused_before_units_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqaprune.commands.search.score_blocks", lambda *_: pytest.fail("scored"))
+    with pytest.raises(ValueError, match=r"^cannot remove 50\.00% .* nearest reachable rate is 0"):
+        search(tmp_path, rate=0.5, frozen_layers=2, allocation="global")

@@ -9,7 +9,9 @@ from gqaprune.models.architecture import (
     count_layer_parameters,
     count_parameters,
     find_blocks,
+    find_layer,
     make_stock_config,
+    name_parameter_place,
     read_geometry,
     write_geometry,
 )
@@ -129,3 +131,20 @@ def test_query_heads_of_a_fused_projection_go_without_its_keys_and_values() -> N
 
 def test_expanded_units_are_consecutive() -> None:
     assert expand_units(torch.tensor([0, 2]), 3).tolist() == [0, 1, 2, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.layers.12.mlp.up_proj.weight", 12),
+        ("base_model.model.model.layers.3.mlp.up_proj.lora_A.weight", 3),
+        ("model.embed_tokens.weight", None),
+        ("model.layers_norm.3.weight", None),
+        ("model.layers.norm.3.weight", None),
+        ("lm_head.weight", None),
+    ],
+)
+def test_layer_of_a_parameter_is_in_its_name(name: str, layer: int | None) -> None:
+    assert find_layer(name, "model.layers") == find_layer(name) == layer
+    assert find_layer(name, "transformer.layers") is None
+    assert name_parameter_place(name) == (name if layer is None else f"layer {layer} ({name})")

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gqaprune import PruningConfig, load_model, load_offloaded_model
-from gqaprune.checkpoints.save import check_written_by_layer
+from gqaprune.checkpoints.formats import check_written_by_layer
 from gqaprune.models.architecture import get_layers
 from gqaprune.placement.disk_store import DiskStore
 from gqaprune.placement.layer_store import (
@@ -20,7 +20,7 @@ from gqaprune.placement.layer_store import (
     get_layer_parameters,
     remove_store,
 )
-from gqaprune.planning.counts import check_goes_by_layer
+from gqaprune.planning.preflight import check_goes_by_layer
 
 from tiny import make_model, make_tokens
 

@@ -12,14 +12,14 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gqaprune import PruningConfig, PruningPlan, load_model, load_sharded_model, prune, save
-from gqaprune.checkpoints.save import check_written_by_layer
+from gqaprune.checkpoints.formats import check_written_by_layer
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import find_blocks, get_layers
 from gqaprune.models.sources import find_tensors
 from gqaprune.placement.fsdp import gather_state_dict, shard_model
 from gqaprune.placement.layer_store import Placement, find_store, get_layer_parameters
 from gqaprune.placement.sharded_store import ShardedStore
-from gqaprune.planning.counts import check_goes_by_layer
+from gqaprune.planning.preflight import check_goes_by_layer
 from gqaprune.scoring.scores import CRITERIA, score_units
 from gqaprune.training.lora import add_adapters
 from gqaprune.training.recovery import RecoveryConfig

@@ -5,7 +5,7 @@ import torch
 
 from gqaprune import PruningConfig
 from gqaprune.models.architecture import find_blocks
-from gqaprune.planning.selection import budget_blocks, select_blocks
+from gqaprune.planning.selection import budget_blocks, choose_middle_layers, select_blocks
 
 from tiny import make_model, make_plain
 
@@ -33,6 +33,11 @@ def test_without_ranges_the_ends_of_the_model_stay_whole() -> None:
     assert layers == set(range(2, 13))
     whole = {"limits": {"attention_layers": (0, 14), "mlp_layers": (0, 14)}}
     assert len(select_blocks(model, PruningConfig(**whole, split="free"))) == 28
+
+
+@pytest.mark.parametrize(("layers", "middle"), [(1, (0, 1)), (6, (0, 6)), (14, (2, 13)), (30, (4, 28)), (34, (4, 32))])
+def test_middle_is_all_but_the_first_seventh_and_the_last_fourteenth(layers: int, middle: tuple[int, int]) -> None:
+    assert choose_middle_layers(layers) == range(*middle)
 
 
 @pytest.mark.parametrize(("split", "kinds"), [(None, {"mlp"}), ("0:10", {"mlp"}), ("10:0", {"attention"})])

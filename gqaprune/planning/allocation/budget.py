@@ -4,9 +4,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
-from gqaprune.plan import BlockKey
+from gqaprune.plan import BlockKey, BlockKind
 
 Removed = dict[BlockKey, int]
 """Units to remove from each block."""
@@ -210,13 +209,6 @@ class AllocationOptions:
 DEFAULT_OPTIONS = AllocationOptions()
 
 
-class Allocate(Protocol):
-    """An allocation."""
-
-    def __call__(self, blocks: Sequence[BlockBudget], budget: Budget, options: AllocationOptions = ..., /) -> Removed:
-        """How many units go from each block. Raises ValueError if the budget cannot be met."""
-
-
 def parse_split(split: str) -> float:
     """The share of attention in a split `attention:MLP` of the removed parameters: `2:8` is 0.2, `0:10` is 0.
 
@@ -234,6 +226,13 @@ def parse_split(split: str) -> float:
     return attention / (attention + mlp)
 
 
+def find_spared_kind(attention_share: float | None) -> BlockKind | None:
+    """The kind of block that loses nothing when attention gives this share of the removed parameters, if one does."""
+    if attention_share == 0:
+        return "attention"
+    return "mlp" if attention_share == 1 else None
+
+
 def find_free_blocks(blocks: Sequence[BlockBudget], budget: Budget, options: AllocationOptions) -> list[BlockBudget]:
     """The blocks that may lose units: of a kind that the split asks of, in all but the most important layers.
 
@@ -242,8 +241,8 @@ def find_free_blocks(blocks: Sequence[BlockBudget], budget: Budget, options: All
     Raises:
         ValueError: if importance is missing or no layer is left.
     """
-    excluded = {0.0: "attention", 1.0: "mlp"}.get(-1.0 if budget.attention_share is None else budget.attention_share)
-    allowed = [block for block in blocks if block.key.kind != excluded]
+    spared = find_spared_kind(budget.attention_share)
+    allowed = [block for block in blocks if block.key.kind != spared]
     if not allowed:
         raise budget.unreachable(f"attention_share {budget.attention_share} leaves no block to prune")
     if not options.frozen_layers:

@@ -1,0 +1,83 @@
+"""What an export format is: the function that writes it, what it can hold, and what reads it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gqaprune.models.architecture import read_geometry
+from gqaprune.plan import Geometry
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a format writes.
+
+    Args:
+        model: the pruned (or dense) model, whose config has the shapes.
+        state_dict: its whole weights.
+        tokenizer: of the model, if there is one.
+        max_shard_size: weights above it are split into several files, such as `5GB`.
+    """
+
+    model: PreTrainedModel
+    state_dict: dict[str, Tensor]
+    tokenizer: PreTrainedTokenizerBase | None
+    max_shard_size: str
+
+
+def show_loading(arguments: str = "") -> str:
+    """The code block of a model card that loads a checkpoint with plain transformers.
+
+    Args:
+        arguments: further ones of `from_pretrained`, from their comma on.
+    """
+    return (
+        "```python\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{{folder}}"{arguments})\n'
+        "```"
+    )
+
+
+def accept_any(config: PretrainedConfig) -> None:
+    """Refuse nothing."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """An export format; `formats.FORMATS` names every one.
+
+    Args:
+        write: writes content into a new folder.
+        summary: what it is, in a few words, for help texts.
+        about: the same in a sentence, for the model card.
+        loading: code block of the model card that loads it; `{folder}` and `{file}` stand for the names.
+        check: raises a ValueError that names what can hold a model, if this format cannot hold one of this config.
+        read_shapes: shapes that the files have of a model of this config, larger than its own where zeros fill it up.
+        file: pattern of the one file that holds config, weights and tokenizer; empty for a folder of several files.
+        is_automatic: whether `auto` may choose it: `auto` is the first such format that can hold the model.
+        only_unequal: whether it is for models whose layers differ alone; others are written as `stock`.
+        needs_equal_counts: whether every layer has to keep as many units as all others.
+        needs_remote_code: whether plain transformers loads it with `trust_remote_code=True` alone.
+        goes_by_layer: whether it can be written where one decoder layer is in memory at a time.
+        takes_quantization: whether the matrices of its decoder layers can be stored in 8 bits.
+        holds_quantized: whether it can hold a model whose weights are quantised already.
+    """
+
+    write: Callable[[Content, Path], None]
+    summary: str
+    about: str
+    loading: str = show_loading()
+    check: Callable[[PretrainedConfig], object] = accept_any
+    read_shapes: Callable[[PretrainedConfig], Geometry] = read_geometry
+    file: str = ""
+    is_automatic: bool = False
+    only_unequal: bool = False
+    needs_equal_counts: bool = False
+    needs_remote_code: bool = False
+    goes_by_layer: bool = False
+    takes_quantization: bool = True
+    holds_quantized: bool = False

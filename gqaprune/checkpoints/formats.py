@@ -1,0 +1,129 @@
+"""The export formats, by name, and which of them a model is written in."""
+
+from collections.abc import Mapping
+from functools import partial
+
+from transformers import PretrainedConfig
+
+from gqaprune.checkpoints.base import Format, show_loading
+from gqaprune.checkpoints.gguf_writer import TYPES, check_architecture, find_gguf_shapes, write_gguf_checkpoint
+from gqaprune.checkpoints.padding import find_padded_shapes
+from gqaprune.checkpoints.safetensors_writer import (
+    check_class,
+    check_stock_config,
+    write_padded,
+    write_per_layer,
+    write_stock,
+)
+from gqaprune.common.sentences import describe_choices, join_choices
+from gqaprune.models.loading import make_quantization_config
+from gqaprune.placement.layer_store import Placement
+
+AUTO = "auto"
+"""The name that stands for the first automatic format that can hold the model."""
+
+FORMATS: Mapping[str, Format] = {
+    "stock": Format(
+        write_stock,
+        summary="plain transformers loads it; needs equal counts in every layer",
+        about="A stock checkpoint: plain transformers loads it.",
+        check=check_stock_config,
+        is_automatic=True,
+        needs_equal_counts=True,
+        goes_by_layer=True,
+        holds_quantized=True,
+    ),
+    "per-layer": Format(
+        write_per_layer,
+        summary="unequal ones, with a small modeling file",
+        about="Layers differ in shape, so that plain transformers needs the small modeling file beside the weights.",
+        loading=show_loading(", trust_remote_code=True"),
+        check=check_class,
+        is_automatic=True,
+        only_unequal=True,
+        needs_remote_code=True,
+        goes_by_layer=True,
+    ),
+    "padded": Format(
+        write_padded,
+        summary="a stock class, zeros for what some layers lack",
+        about="A stock checkpoint, in which zeros fill the layers up to equal shapes.",
+        read_shapes=find_padded_shapes,
+        is_automatic=True,
+    ),
+    **{
+        f"gguf-{kind}": Format(
+            partial(write_gguf_checkpoint, kind=kind),
+            summary=f"a file for llama.cpp, in {kind}, zeros likewise",
+            about="A GGUF file for llama.cpp and what builds on it; layers are filled up with zeros to equal shapes.",
+            loading=show_loading(', gguf_file="{file}"'),
+            check=check_architecture,
+            read_shapes=partial(find_gguf_shapes, kind=kind),
+            file="*.gguf",
+            takes_quantization=False,
+        )
+        for kind in TYPES
+    },
+}
+"""Name -> format."""
+
+
+def describe_formats() -> str:
+    """What the setting `format` takes, for help texts."""
+    automatic = join_choices([f"`{name}`" for name, entry in FORMATS.items() if entry.is_automatic])
+    choices = describe_choices({name: entry.summary for name, entry in FORMATS.items()})
+    return f"{choices}; `{AUTO}` is {automatic}, the first that can hold the model."
+
+
+def choose_format(config: PretrainedConfig, format: str, quantization: str | None = None) -> str:
+    """Resolve the name of a format to the one that a model of this config is written in.
+
+    Raises:
+        ValueError: if there is no such format, it cannot hold the model, or not with this quantisation.
+    """
+    if quantization is not None:
+        make_quantization_config(quantization)
+    if format == AUTO:
+        return next(name for name, entry in FORMATS.items() if entry.is_automatic and _can_hold(entry, config))
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join((AUTO, *FORMATS))}, got {format!r}")
+    entry = FORMATS[format]
+    if quantization is not None and not entry.takes_quantization:
+        raise ValueError(f"{format} and quantization {quantization} both say how weights are stored: set one of them")
+    if entry.only_unequal and not config.is_heterogeneous:
+        return "stock"  # which is what that would be, without a file of its own
+    entry.check(config)
+    return format
+
+
+def _can_hold(entry: Format, config: PretrainedConfig) -> bool:
+    try:
+        entry.check(config)
+    except ValueError:
+        return False
+    return True
+
+
+def needs_equal_counts(format: str) -> bool:
+    """Whether a format, by its name, needs equal counts in every layer; `auto` does not."""
+    return format != AUTO and FORMATS[format].needs_equal_counts
+
+
+def check_written_by_layer(format: str, quantization: str | None, placement: Placement) -> None:
+    """Refuse what cannot be written layer by layer, where a model's decoder layers are not all in memory.
+
+    Raises:
+        ValueError: with what can, and how to get there from it.
+    """
+    if placement is Placement.MEMORY:
+        return
+    by_layer = [AUTO, *(name for name, entry in FORMATS.items() if entry.goes_by_layer)]
+    for name, value, way_out in (
+        ("format", None if format in by_layer else format, join_choices(by_layer)),
+        ("quantization", quantization, "null"),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"{name} {value} needs the whole model in memory, which {placement.value} avoids: set it to {way_out}, "
+                f"and where there is memory for it, gqaprune export --{name} {value}"
+            )

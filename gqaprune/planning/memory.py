@@ -1,0 +1,196 @@
+"""Memory that work on a model needs, on one device or over several, by formulas: nothing is loaded or run."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from gqaprune.models.architecture import count_layer_parameters, count_parameters, get_layers, read_geometry
+from gqaprune.models.families import get_family
+from gqaprune.models.loading import build_without_weights
+from gqaprune.models.losses import PIECE_LOGITS
+from gqaprune.surgery.gram import WORKSPACE
+from gqaprune.surgery.refinement import TRAINING_BYTES
+from gqaprune.training.lora import list_projections
+from gqaprune.training.recovery import RecoveryConfig
+
+GIB = 2**30
+PLACES = ("one device", "ddp", "fsdp", "sharded", "offload")
+"""Where work is done: all on one device; whole on each; recovery split over all; pruning too; only what is in use on
+the device."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a model holds.
+
+    Args:
+        family: Hugging Face `model_type`.
+        parameters: all of them, tied ones once.
+        decoder_parameters: of the decoder layers.
+        layers: decoder layers.
+        hidden_size: width of the residual stream.
+        vocabulary: rows of the embedding.
+        head_dim: features per attention head.
+        query_heads: query heads, of all layers.
+        kv_heads: KV heads, of all layers.
+        channels: MLP channels, of all layers.
+        query_head_range: fewest and most query heads of a layer.
+        kv_head_range: fewest and most KV heads of a layer.
+        channel_range: fewest and most channels of a layer.
+        ratio_range: fewest and most query heads on one KV head.
+        layer_parameters: of the largest layer.
+        mlp_parameters: projections of the largest MLP.
+        adapter_parameters: of LoRA adapters of the default rank on all projections.
+    """
+
+    family: str
+    parameters: int
+    decoder_parameters: int
+    layers: int
+    hidden_size: int
+    vocabulary: int
+    head_dim: int
+    query_heads: int
+    kv_heads: int
+    channels: int
+    query_head_range: tuple[int, int]
+    kv_head_range: tuple[int, int]
+    channel_range: tuple[int, int]
+    ratio_range: tuple[int, int]
+    layer_parameters: int
+    mlp_parameters: int
+    adapter_parameters: int
+
+
+def read_sizes(config: PretrainedConfig, trust_remote_code: bool = False) -> ModelSizes:
+    """Count what a model of a config holds, on a model without weights.
+
+    Raises:
+        ValueError: if the family is not supported.
+    """
+    family, geometry = get_family(config), read_geometry(config)
+    model = build_without_weights(config, trust_remote_code)
+    linears = [(name, module) for name, module in get_layers(model).named_modules() if isinstance(module, nn.Linear)]
+    projections = [module for name, module in linears if name.split(".")[-1] in list_projections(model)]
+    adapters = sum(linear.in_features + linear.out_features for linear in projections) * RecoveryConfig.lora_rank
+    return ModelSizes(
+        family=config.model_type,
+        parameters=count_parameters(model),
+        decoder_parameters=sum(count_layer_parameters(model)),
+        layers=geometry.num_layers,
+        hidden_size=geometry.hidden_size,
+        vocabulary=config.vocab_size,
+        head_dim=geometry.head_dim,
+        query_heads=sum(geometry.query_heads),
+        kv_heads=sum(geometry.kv_heads),
+        channels=sum(geometry.channels),
+        query_head_range=find_range(geometry.query_heads),
+        kv_head_range=find_range(geometry.kv_heads),
+        channel_range=find_range(geometry.channels),
+        ratio_range=find_range(geometry.ratios),
+        layer_parameters=max(count_layer_parameters(model)),
+        mlp_parameters=3 * geometry.hidden_size * max(geometry.channels) if family.mlp else 0,
+        adapter_parameters=adapters,
+    )
+
+
+def estimate_memory(
+    sizes: ModelSizes,
+    itemsize: int,
+    devices: int,
+    tokens: int,
+    calibration_tokens: int,
+    gradient_checkpointing: bool = False,
+) -> dict[str, dict[str, float | None]]:
+    """Bytes per device that each work needs in each place of `PLACES`; None where it is not done.
+
+    With `P` parameters of `b` bytes, `D` those of the largest layer, `E` those outside the decoder, `M` and `C` the
+    projections and channels of the largest MLP, `A` those of the adapters, `H` the hidden size, `V` the vocabulary, `t`
+    tokens of a micro-batch, `c` of calibration, over `N` devices:
+
+    - activations `a = t · Σ over layers of (b · (4H + 2·query + 2·KV width + 4·channels) + 8H)`: what one backward pass
+      keeps; of recovery's logits `l = 2b · V · t + 8V · min(t, 2²⁴ / V)`, with their gradient, and a piece in float32
+    - scoring `b·P + max(s + 8V · min(t, 2²⁴ / V), b · H · c/n + s / layers + min(W, 24 · C²))`. Backward passes keep
+      `s`, which is `a` without the inputs of projections, whose weights have no gradient, `b · 4H` a layer and token:
+      of 1,024 tokens or one window at most, less where a micro-batch is several windows. Forward passes keep the
+      hidden states of all windows; `n` is `N`, or 1 on one device; `W` bytes, `WORKSPACE`, are the most that Gram
+      matrices and the work on them take on the device
+    - repair `b · (P + D) + 4 · b · H · c/n + max(18 · M, b · Q · c/n) + min(W, 40 · C · (C + H))`: two streams of
+      hidden states, inputs and targets of one MLP, its float32 copies and optimizer or, before, what attention gave,
+      `Q` wide, and second moments with their factor. Inputs and targets, half of the second term, lie in the host's
+      memory where a GPU has less room
+    - recovery: full `4b·P + a + l` (weights, gradients, two moments of AdamW), LoRA `b·P + 16·A + a + l`,
+      distillation full, `b·P` of the teacher and `t · V · b` of its logits
+    - DDP adds a copy of the gradients, `b·P` or `4·A`
+    - FSDP divides all but activations and logits by `N` and gathers `b · (3D + 2E)` at a time, twice with a teacher;
+      scoring and repair come before it and need what they need under DDP
+    - gradient checkpointing keeps the hidden states between layers and one layer's activations, `b · H · t · layers +
+      a / layers`, instead of `a`, and alike for `s`
+    - sharded pruning keeps `b · ((P − E)/N + 2D + E)` instead of `b·P`, and what gradient checkpointing keeps; recovery
+      is FSDP's
+    - offload keeps two layers and what lies outside the decoder, `b · (2D + E)`, instead of `b·P`, and makes no
+      backward passes; no recovery
+    """
+    b, t, h = itemsize, tokens, sizes.hidden_size
+    weights, layer = b * sizes.parameters, b * sizes.layer_parameters
+    outside = weights - b * sizes.decoder_parameters
+    heads = sizes.head_dim * (sizes.query_heads + sizes.kv_heads)
+    scored = t * (b * (2 * heads + 4 * sizes.channels) + sizes.layers * 8 * h)
+    trained = scored + t * sizes.layers * b * 4 * h
+    recomputed = [b * h * t * sizes.layers + activations / sizes.layers for activations in (scored, trained)]
+    scoring_keeps, recovery_keeps = recomputed if gradient_checkpointing else (scored, trained)
+    piece = 8 * min(t * sizes.vocabulary, PIECE_LOGITS)
+    recovery_keeps += 2 * b * t * sizes.vocabulary + piece
+    channels = sizes.channel_range[1]
+    gram = min(WORKSPACE, 24 * channels**2)
+
+    def repair(share: float) -> float:
+        own = calibration_tokens * share
+        moments = min(WORKSPACE, 40 * channels * (channels + h))
+        attended = own * b * sizes.head_dim * max(sizes.query_head_range)
+        return layer + 4 * own * b * h + max(TRAINING_BYTES * sizes.mlp_parameters, attended) + moments
+
+    def score(share: float, kept: float | None = scoring_keeps) -> float:
+        forward = b * h * calibration_tokens * share + scored / sizes.layers + gram
+        return forward if kept is None else max(kept + piece, forward)
+
+    resident = 2 * layer + outside
+    split = resident + (weights - outside) / devices
+    needed: dict[str, dict[str, float | None]] = {
+        "scoring": {
+            "one device": weights + score(1),
+            "ddp": weights + score(1 / devices),
+            "fsdp": weights + score(1 / devices),
+            "sharded": split + score(1 / devices, kept=recomputed[0]),
+            "offload": resident + score(1, kept=None),
+        },
+        "repair": {
+            "one device": weights + repair(1),
+            "ddp": weights + repair(1 / devices),
+            "fsdp": weights + repair(1 / devices),
+            "sharded": split + repair(1 / devices),
+            "offload": resident + repair(1),
+        },
+    }
+    # State that stays, gradients that DDP copies, how many models are gathered, what else a micro-batch needs.
+    recoveries = {
+        "full": (4 * weights, weights, 1, 0),
+        "lora": (weights + 16 * sizes.adapter_parameters, 4 * sizes.adapter_parameters, 1, 0),
+        "distill": (5 * weights, weights, 2, t * sizes.vocabulary * b),
+    }
+    for mode, (state, copied, models, taught) in recoveries.items():
+        fsdp = state / devices + models * (3 * layer + 2 * outside) + recovery_keeps + taught
+        needed[f"recovery, {mode}"] = {
+            "one device": state + recovery_keeps + taught,
+            "ddp": state + copied + recovery_keeps + taught,
+            "fsdp": fsdp,
+            "sharded": fsdp,
+            "offload": None,
+        }
+    return needed
+
+
+def find_range(counts: tuple[int, ...]) -> tuple[int, int]:
+    """Smallest and largest."""
+    return min(counts), max(counts)
