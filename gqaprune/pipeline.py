@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.common.distributed import check_same_on_all_ranks, get_rank_and_world_size
 from gqaprune.common.renamed import ARGUMENTS, name_successors
-from gqaprune.common.stage_cache import Stage, Stages
+from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.evaluation.perplexity import Evaluation, measure_perplexity
 from gqaprune.models.architecture import describe_experts
@@ -52,7 +52,7 @@ def prune(
     config: PruningConfig,
     *,
     evaluation: Evaluation | None = None,
-    stages: Stages | None = None,
+    stages: StageCache | None = None,
 ) -> tuple[PruningPlan, Report]:
     """Prune a dense model in place, in one step or several: score, allocate, plan, cut, repair; measure it.
 
@@ -61,7 +61,7 @@ def prune(
         calibration: the calibration text, or its batches of token ids alone, each `[batch, tokens]`.
         config: what to remove.
         evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on, never calibration text.
-        stages: where finished stages are kept, for a call that goes on if this one is killed.
+        stages: where finished stages are kept, so that a killed call can be resumed.
 
     Returns:
         The plan from the dense to the pruned model, and the report of both.
@@ -86,14 +86,14 @@ class Pruner:
         config: what to remove.
         evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on.
         held_out: likewise, calibration text that is not calibrated on, for each stage's own judgement.
-        stages: where finished stages are kept, for a run that goes on if this one is killed.
+        stages: where finished stages are kept, so that a killed run can be resumed.
 
     Attributes:
         plan: from the dense model to what it is now.
         report: stages as measured, and what the last repair did.
         share: of the budget that is spent.
         spending: units that each block has lost.
-        scores: of the units that the last cut chose among, but for outliers; empty before it.
+        scores: of the units that the last cut chose among, outliers left out; empty before it.
 
     Raises:
         ValueError: if the model, the batches or the budget do not allow it.
@@ -107,16 +107,16 @@ class Pruner:
         *,
         evaluation: Evaluation | None = None,
         held_out: Sequence[Mapping[str, Tensor]] = (),
-        stages: Stages | None = None,
+        stages: StageCache | None = None,
     ) -> None:
         check_goes_by_layer(config, find_store(model).placement)
         check_compatibility(model)
         self.dense_blocks, self.budget = select_blocks(model, config), read_budget(model, config)
-        check_finite_weights(model)  # of what is quantised it could not say
+        check_finite_weights(model)  # not before the blocks, which refuse quantised weights
         self.model, self.calibration, self.config = model, calibration, config
         self.evaluation = evaluation or {}
         self.held_out = {_HELD_OUT: held_out} if held_out else {}
-        self.stages = stages or Stages()
+        self.stages = stages or StageCache()
         if config.removes_something:
             check_reachable(self.dense_blocks, self.budget, config)
             check_text(calibration.batches, config)
@@ -139,7 +139,7 @@ class Pruner:
         measured = self._stages_of_model().recall(
             f"perplexity, {stage}",
             {"test text": {name: _hash_batches(batches) for name, batches in texts.items()}},
-            lambda: Stage(measure_perplexity(self.model, texts, stage)),
+            lambda: StageResult(measure_perplexity(self.model, texts, stage)),
         )
         perplexity = dict(measured.facts)
         held_out = perplexity.pop(_HELD_OUT, None)
@@ -179,7 +179,7 @@ class Pruner:
         self.measure(stage)
 
     def resume(self, model: PreTrainedModel, plan: PruningPlan, share: float, spending: Spending) -> None:
-        """Go on with a model that was cut before; the dense one, which its plan was made for, is let go.
+        """Resume with a model that was cut before, and release the dense one that its plan was made for.
 
         Args:
             model: as cut and trained since.
@@ -196,13 +196,13 @@ class Pruner:
         self.model, self.plan, self.share, self.spending = model, plan, share, spending
 
     def _measure_options(self) -> AllocationOptions:
-        """What the allocation looks at besides scores; measured once, on the dense model."""
+        """Measure what the allocation looks at besides scores, once, on the dense model."""
         if self._options is None:
             options = measure_options(
                 self.model,
                 self.calibration,
                 self.config,
-                self._stages_of_model(self.calibration.batches) if self.config.uses_importance else Stages(),
+                self._stages_of_model(self.calibration.batches) if self.config.uses_importance else StageCache(),
             )
             if self.config.uses_importance:
                 check_reachable(self.dense_blocks, self.budget, self.config, options)
@@ -210,6 +210,7 @@ class Pruner:
         return self._options
 
     def _cut(self, share: float) -> list[BlockRepair]:
+        """Choose, cut and repair until `share` of the budget is spent."""
         options = self._measure_options()
         stages = self._stages_of_model(self.calibration.batches, "" if share == 1 else f"{share:.4g} of the budget,")
         choice = {name: value for name, value in asdict(self.config).items() if name != "repair"}
@@ -226,14 +227,16 @@ class Pruner:
         check_same_on_all_ranks("the pruning plans", json.dumps(facts), self.model.device)
         plan, spending = PruningPlan.from_dict(facts["plan"]), Spending.from_dict(facts["spending"])
         if self.spending is None:  # later cuts number the units that are left
-            self.report.outliers = [Outlier(BlockKey(*key), *unit) for *key, own in facts["outliers"] for unit in own]
+            self.report.outliers = [
+                Outlier(BlockKey(*key), *unit) for *key, units in facts["outliers"] for unit in units
+            ]
         self.spending = spending
         self.scores = {BlockKey.parse(name): score_U for name, score_U in chosen.tensors.items()}
         self.plan = self.plan.then(plan)
         return apply_plan_with_repair(self.model, plan, self.calibration.batches, self.config.repair, stages)
 
-    def _choose(self, share: float, options: AllocationOptions, stages: Stages) -> Stage:
-        """The plan from the model as it is to what it is when a share of the budget is spent."""
+    def _choose(self, share: float, options: AllocationOptions, stages: StageCache) -> StageResult:
+        """Return the plan that spends `share` of the budget on the model in its current state."""
         model, dense_blocks, config, batches = self.model, self.dense_blocks, self.config, self.calibration.batches
         scores, outliers = score_blocks(model, self.calibration, config, stages)
         options = measure_curves(model, dense_blocks, scores, batches, config, options, stages)
@@ -243,12 +246,16 @@ class Pruner:
             model, dense_blocks, scores, batches, config, options, self.budget, spending.so_far, self.calibration.seed
         )
         plan = make_plan(model, dense_blocks, scores, removed, config)
-        found = list_values({key: list(units.items()) for key, units in outliers.items()})
-        others = {str(key): _leave_out(score_U, outliers.get(key, ())) for key, score_U in scores.items()}
-        return Stage({"plan": plan.to_dict(), "spending": spending.to_dict(), "outliers": found}, others)
+        facts = {
+            "plan": plan.to_dict(),
+            "spending": spending.to_dict(),
+            "outliers": list_values({key: list(units.items()) for key, units in outliers.items()}),
+        }
+        ordinary = {str(key): _leave_out(score_U, outliers.get(key, ())) for key, score_U in scores.items()}
+        return StageResult(facts, ordinary)
 
-    def _stages_of_model(self, batches: Sequence[Tensor] = (), part: str = "") -> Stages:
-        """Stages that depend on the model as it is now, and on calibration batches."""
+    def _stages_of_model(self, batches: Sequence[Tensor] = (), part: str = "") -> StageCache:
+        """Open the stages that depend on the model as it is now, and on calibration batches."""
         if not self.stages.are_kept:
             return self.stages
         inputs = {

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from gqaprune import PruningConfig, apply_plan, prune
 from gqaprune.checkpoints.formats import choose_format
-from gqaprune.common.stage_cache import Stages
+from gqaprune.common.stage_cache import StageCache
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.data.windows import make_batches
 from gqaprune.models.architecture import count_layer_parameters, count_parameters, find_blocks, read_geometry
@@ -348,7 +348,7 @@ def test_scores_of_the_last_cut_stay_with_the_pruner_and_are_read_back_with_its_
 ) -> None:
     def cut() -> Pruner:
         pruner = Pruner(
-            make_model("llama"), CalibrationSet([make_tokens()]), make_plain(rate=0.2), stages=Stages(tmp_path)
+            make_model("llama"), CalibrationSet([make_tokens()]), make_plain(rate=0.2), stages=StageCache(tmp_path)
         )
         pruner.measure("dense")
         pruner.spend()

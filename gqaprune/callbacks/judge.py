@@ -14,7 +14,7 @@ from gqaprune.common.console import console, track
 from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.generation import continue_greedily, measure_text_perplexity, split_continuation
 from gqaprune.evaluation.judgement import MeasuredText, measure_text
-from gqaprune.evaluation.predictions import Comparison, Predictions, render_predictions
+from gqaprune.evaluation.predictions import Predictions, TextPair, render_predictions
 from gqaprune.models.sources import load_config
 from gqaprune.models.tokenizer import check_tokenizer
 from gqaprune.models.wrapping import is_sharded
@@ -77,7 +77,7 @@ class PredictionJudge(Callback):
                 module.model.to(trainer.strategy.root_device)
         texts = [_describe(data, *added, value) for added, value in zip(pruned, perplexities, strict=True)]
         prompts = [prompt.text for prompt, _ in data.encode_prompts()]
-        comparisons = [Comparison(*parts) for parts in zip(prompts, texts, dense_texts, strict=True)]
+        comparisons = [TextPair(*parts) for parts in zip(prompts, texts, dense_texts, strict=True)]
         self.predictions = Predictions(module.source.pretrained, self._dense, self._note, comparisons)
         path = get_run_folder(trainer) / PREDICTIONS_FILE
         self.predictions.save(path)

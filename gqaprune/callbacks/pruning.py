@@ -21,7 +21,7 @@ from gqaprune.callbacks.checks import (
 from gqaprune.callbacks.lookup import get_parts
 from gqaprune.common.console import console
 from gqaprune.common.renamed import name_successors
-from gqaprune.common.stage_cache import Stages
+from gqaprune.common.stage_cache import StageCache
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.tokenizer import check_tokenizer
@@ -227,8 +227,8 @@ class TaylorPruning(GradientAccumulationScheduler):
     def _get_folder(self, trainer: Trainer) -> Path:
         return Path(self.stages) if self.stages else Path(trainer.default_root_dir) / UNFINISHED
 
-    def _open_stages(self, trainer: Trainer) -> Stages:
-        return Stages(self._get_folder(trainer), trainer.strategy.root_device)
+    def _open_stages(self, trainer: Trainer) -> StageCache:
+        return StageCache(self._get_folder(trainer), trainer.strategy.root_device)
 
     def read_calibration_set(
         self, module: CausalLMModule, data: TextDataModule, dense: PreTrainedModel, config: PruningConfig
@@ -242,7 +242,9 @@ class TaylorPruning(GradientAccumulationScheduler):
             source=module.source.pretrained,
         )
 
-    def _start(self, module: CausalLMModule, data: TextDataModule, dense: PreTrainedModel, stages: Stages) -> Pruner:
+    def _start(
+        self, module: CausalLMModule, data: TextDataModule, dense: PreTrainedModel, stages: StageCache
+    ) -> Pruner:
         pruner = Pruner(
             dense,
             self.read_calibration_set(module, data, dense, self.config),
@@ -254,7 +256,7 @@ class TaylorPruning(GradientAccumulationScheduler):
         pruner.report.protocol = data.protocol
         return pruner
 
-    def _resume(self, module: CausalLMModule, data: TextDataModule, share: float, stages: Stages) -> Pruner:
+    def _resume(self, module: CausalLMModule, data: TextDataModule, share: float, stages: StageCache) -> Pruner:
         """Go on from what the checkpoint carries."""
         assert module.plan is not None and self._spending is not None and self.report is not None
         pruner = self._start(module, data, module.source.load().to(module.device), stages)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.commands.trials import Trial, Trials
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere
-from gqaprune.common.stage_cache import Stages
+from gqaprune.common.stage_cache import StageCache
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import Block, read_geometry
@@ -240,13 +240,13 @@ class GatedSplits:
     def _choice(self) -> _Choice:
         model, config, calibration = self.model, self.config, self.calibration
         try:
-            options = measure_options(model, calibration, config, Stages())
+            options = measure_options(model, calibration, config, StageCache())
             if config.uses_importance:
                 check_reachable(self.blocks, self.budget, config, options)
         except UnreachableError as error:
             raise ValueError(str(error)) from None  # whatever the split
-        scores, _ = score_blocks(model, calibration, config, Stages())
-        options = measure_curves(model, self.blocks, scores, calibration.batches, config, options, Stages())
+        scores, _ = score_blocks(model, calibration, config, StageCache())
+        options = measure_curves(model, self.blocks, scores, calibration.batches, config, options, StageCache())
         return _Choice(scores, budget_blocks(self.blocks, scores, config), bind_allocation(config, options))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from importlib.abc import MetaPathFinder
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -151,6 +151,65 @@ MODULES: Mapping[str, str] = {
 """Module below `gqaprune` -> where its content is now."""
 
 
+NAMES: Mapping[str, str] = {
+    "architecture.BlockKey": "plan.BlockKey",
+    "checkpoint.FORMATS": "checkpoints.formats.FORMATS",
+    "checkpoint.choose_format": "checkpoints.formats.choose_format",
+    "compilation.CompiledLayers": "training.compilation.LayerCompiler",
+    "counts.check_goes_by_layer": "planning.preflight.check_goes_by_layer",
+    "counts.check_reachable": "planning.preflight.check_reachable",
+    "counts.check_text": "planning.preflight.check_text",
+    "criteria.base.Calibration": "scoring.criteria.base.ScoringRun",
+    "criteria.base.ScoringOptions": "scoring.criteria.base.ScoringConfig",
+    "families.BlockKind": "plan.BlockKind",
+    "gram.split_rows": "surgery.gram.chunk_rows",
+    "holding.LayersApart": "placement.layer_store.LayerStore",
+    "holding.are_layers_apart": "placement.layer_store.LayerStore.is_in_memory",
+    "holding.get_layers_apart": "placement.layer_store.find_store",
+    "holding.hold_each": "placement.layer_store.LayerStore.hold_each",
+    "holding.hold_layer": "placement.layer_store.LayerStore.hold",
+    "holding.hold_layers_that_run": "placement.layer_store.LayerStore.hold_running_layers",
+    "holding.move_model": "placement.layer_store.LayerStore.move_to",
+    "holding.name_layer": "placement.layer_store.get_layer_parameters",
+    "holding.named_parameters": "placement.layer_store.LayerStore.named_parameters",
+    "holding.write_weights": "placement.writing_by_layer.write_weights",
+    "importance.ScoringOptions": "scoring.criteria.base.ScoringConfig",
+    "likeness.check_likeness": "surgery.compatibility.check_compatibility",
+    "loading.DTYPES": "models.dtypes.DTYPES",
+    "loading.check_dtype": "models.dtypes.check_dtype",
+    "offload.LayersOnDisk": "placement.disk_store.DiskStore",
+    "predictions.Comparison": "evaluation.predictions.TextPair",
+    "reconstruction.RepairOptions": "surgery.repair_config.RepairConfig",
+    "recovery.add_adapters": "training.lora.add_adapters",
+    "recovery.list_projections": "training.lora.list_projections",
+    "recovery.merge_adapters": "checkpoints.adapters.merge_adapters",
+    "refinement.RefinementOptions": "surgery.repair_config.RepairConfig",
+    "report.describe_protocol": "data.windows.describe_protocol",
+    "selection.check_equal_counts": "planning.preflight.check_equal_counts",
+    "sharding.is_split": "models.wrapping.is_sharded",
+    "sharding.unwrap_model": "models.wrapping.unwrap_model",
+    "sharding.unwrap_name": "models.wrapping.unwrap_name",
+    "splitting.SplitLayers": "placement.sharded_store.ShardedStore",
+    "splitting.make_layers_whole": "placement.sharded_store.gather_layers",
+    "splitting.split_layers": "placement.sharded_store.shard_layers",
+    "stages.Stage": "common.stage_cache.StageResult",
+    "stages.Stages": "common.stage_cache.StageCache",
+    "stages.hash_model": "placement.model_hash.hash_model",
+    "stages.hash_tensors": "placement.model_hash.hash_tensors",
+    "surgery.apply_plan": "surgery.cut.apply_plan",
+    "surgery.check_plan": "surgery.cut.check_plan",
+    "surgery.cut_block": "surgery.cut.cut_block",
+    "surgery.expand_units": "surgery.cut.expand_units",
+    "surgery.keep_units": "surgery.cut.keep_units",
+    "surgery.list_kept_columns": "surgery.cut.list_kept_columns",
+    "surgery.write_shapes": "surgery.cut.write_shapes",
+    "tools.inspect.estimate_memory": "planning.memory.estimate_memory",
+    "walk.Passage": "surgery.streams.BlockActivations",
+    "walk.Walk": "surgery.streams.Streams",
+}
+"""Name in a module that has moved -> its place and name today, where they are not those of the module."""
+
+
 def describe_rename(old: str) -> str | None:
     """Say in a sentence what a setting is called now; None where its name has not changed."""
     new = SETTINGS.get(old)
@@ -209,13 +268,38 @@ def build_group(name: str, group: type[G], value: G | Mapping[str, Any]) -> G:
     return group(**value)
 
 
+def describe_move(module: str) -> str | None:
+    """Say where the content of a module is today; None where it has not moved.
+
+    Args:
+        module: its name below `gqaprune`.
+    """
+    if (new := MODULES.get(module)) is None:
+        return None
+    moved = {old.removeprefix(f"{module}."): now for old, now in NAMES.items() if old.startswith(f"{module}.")}
+    parts = (f"{old} is gqaprune.{now}" for old, now in moved.items())
+    return f"gqaprune.{module} is now gqaprune.{new}" + (f"; its {', its '.join(parts)}" if moved else "")
+
+
+def refuse_moved_name(module: str, name: str) -> NoReturn:
+    """Refuse a name that a package of today no longer has.
+
+    Raises:
+        ImportError: with the name's place today, if it has moved.
+        AttributeError: if there never was such a name.
+    """
+    if (new := NAMES.get(f"{module}.{name}")) is not None:
+        raise ImportError(f"gqaprune.{module}.{name} is now gqaprune.{new}", name=name)
+    raise AttributeError(f"module 'gqaprune.{module}' has no attribute {name!r}")
+
+
 class _OldModules(MetaPathFinder):
     """Answers the import of a module that has moved with its new place; asked last, when no other finder has it."""
 
     def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> None:
         package, _, module = name.partition(".")
-        if package == "gqaprune" and (new := MODULES.get(module)) is not None:
-            raise ModuleNotFoundError(f"gqaprune.{module} is now gqaprune.{new}", name=name)
+        if package == "gqaprune" and (sentence := describe_move(module)) is not None:
+            raise ModuleNotFoundError(sentence, name=name)
 
 
 def name_moved_modules() -> None:

@@ -1,4 +1,4 @@
-"""Stages of a run on disk, each with what it depends on, so that a run that was killed goes on where it was.
+"""Keep finished stages of a run on disk, each with what it depends on, so that a killed run resumes where it was.
 
 A stage is one file of a folder. What a killed run has finished is read back if it depends on the same things; else what
 changed is said, it is done again, and the file is replaced. A run that ends clears the folder.
@@ -32,7 +32,7 @@ _SHOWN = 30
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageResult:
     """What a stage gave.
 
     Args:
@@ -44,7 +44,7 @@ class Stage:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Stages:
+class StageCache:
     """The stages of a run in a folder, which every rank may read and rank 0 writes; nothing is kept without one.
 
     In a process group every rank has to make the same calls; a stage is there if every rank sees it.
@@ -70,13 +70,13 @@ class Stages:
         """Whether there is a folder."""
         return self.folder is not None
 
-    def of(self, part: str, inputs: Inputs) -> "Stages":
+    def of(self, part: str, inputs: Inputs) -> "StageCache":
         """The stages of one part of the run, all of which depend on some inputs."""
-        return Stages(
+        return StageCache(
             self.folder, self.device, f"{self._part}{part} " if part else self._part, {**self._inputs, **inputs}
         )
 
-    def recall(self, name: str, inputs: Inputs, do: Callable[[], Stage]) -> Stage:
+    def recall(self, name: str, inputs: Inputs, do: Callable[[], StageResult]) -> StageResult:
         """Read a stage back, or do and keep it.
 
         Args:
@@ -114,14 +114,14 @@ class Stages:
                 console.print(f"{self._part}{group}: done again, for {describe_change(others[0], wanted)}")
         return found
 
-    def read(self, name: str) -> Stage:
+    def read(self, name: str) -> StageResult:
         """A stage that `find` has found."""
         path = self._locate(name)
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
-        return Stage(facts, load_file(path))
+        return StageResult(facts, load_file(path))
 
-    def write(self, name: str, inputs: Inputs, stage: Stage) -> None:
+    def write(self, name: str, inputs: Inputs, stage: StageResult) -> None:
         """Keep a stage, whole or not at all; a folder that cannot be written is said, and no error."""
         if self.folder is None or get_rank_and_world_size()[0] != 0:
             return

@@ -20,7 +20,7 @@ MARKS: dict[Level, tuple[str, str]] = {"fine": ("âœ…", "green"), "degraded": ("ð
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TextPair:
     """What the models made of one prompt.
 
     Args:
@@ -53,7 +53,7 @@ class Predictions:
     model: str
     dense: str
     note: str
-    comparisons: Sequence[Comparison]
+    comparisons: Sequence[TextPair]
 
     @property
     def verdict(self) -> Verdict:
@@ -97,7 +97,7 @@ def render_predictions(predictions: Predictions) -> RenderableType:
     return Group(*parts)
 
 
-def _build_table(comparison: Comparison) -> Table:
+def _build_table(comparison: TextPair) -> Table:
     texts = {"dense": comparison.dense, "pruned": comparison.pruned}
     shown = {name: text for name, text in texts.items() if text is not None}
     table = Table(box=None, expand=True, padding=(0, 2, 0, 0))

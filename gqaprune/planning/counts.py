@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gqaprune.common.stage_cache import Stage, Stages
+from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, find_blocks
 from gqaprune.placement.model_hash import hash_tensors
@@ -34,7 +34,7 @@ def measure_options(
     model: PreTrainedModel,
     calibration: CalibrationSet,
     config: PruningConfig,
-    stages: Stages,
+    stages: StageCache,
 ) -> AllocationOptions:
     """What the allocation looks at besides scores: importance, where something depends on it.
 
@@ -47,9 +47,9 @@ def measure_options(
         return make_options(config, None)
     blocks, path = find_blocks(model), config.sensitivity.path
 
-    def measure() -> Stage:
+    def measure() -> StageResult:
         sensitivity = measure_sensitivity(model, blocks, calibration, config.sensitivity.method, path)
-        return Stage(list_values(sensitivity.importance))
+        return StageResult(list_values(sensitivity.importance))
 
     # A path is a place of the user's own to keep it in, and to read it from.
     stage = measure() if path else stages.recall("sensitivity", {"sensitivity": config.sensitivity.method}, measure)
@@ -64,7 +64,7 @@ def measure_curves(
     batches: Sequence[Tensor],
     config: PruningConfig,
     options: AllocationOptions,
-    stages: Stages,
+    stages: StageCache,
 ) -> AllocationOptions:
     """Add measured damage of each block to the options, where the config asks for it."""
     if not config.uses_damage_curves:
@@ -75,7 +75,7 @@ def measure_curves(
     stage = stages.recall(
         "damage curves",
         inputs,
-        lambda: Stage(list_values(measure_damage_curves(model, dense_blocks, scores, levels, batches))),
+        lambda: StageResult(list_values(measure_damage_curves(model, dense_blocks, scores, levels, batches))),
     )
     curves = {BlockKey(layer, kind): [tuple(point) for point in points] for layer, kind, points in stage.facts}
     return replace(options, curves=curves)

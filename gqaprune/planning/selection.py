@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from gqaprune.common.stage_cache import Stages
+from gqaprune.common.stage_cache import StageCache
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import (
     Block,
@@ -106,7 +106,7 @@ def score_blocks(
     model: PreTrainedModel,
     calibration: CalibrationSet,
     config: PruningConfig,
-    stages: Stages,
+    stages: StageCache,
 ) -> tuple[Scores, Outliers]:
     """Score the units that may go, and find the outliers among them, which are scored to go last if the config says so.
 

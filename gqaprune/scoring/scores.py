@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gqaprune.common.stage_cache import Stage, Stages
+from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, name_parameter_place
 from gqaprune.placement.layer_store import find_store
@@ -56,7 +56,7 @@ def score_units(
     calibration: CalibrationSet | Sequence[Tensor],
     criterion: str,
     scoring: ScoringConfig | None = None,
-    stages: Stages | None = None,
+    stages: StageCache | None = None,
 ) -> Scores:
     """Score the units of blocks on calibration batches.
 
@@ -76,7 +76,7 @@ def score_units(
             infinite, with its place.
     """
     calibration = CalibrationSet.wrap(calibration)
-    scoring, stages = scoring or ScoringConfig(), stages or Stages()
+    scoring, stages = scoring or ScoringConfig(), stages or StageCache()
     scored = []
     for name in parse_criterion(criterion):
         if CRITERIA[name].needs_data and not calibration.batches:
@@ -92,10 +92,10 @@ def score_units(
     return scored[0] if len(scored) == 1 else combine_scores(*scored)
 
 
-def _score(criterion: Criterion) -> Stage:
+def _score(criterion: Criterion) -> StageResult:
     scores = criterion.score()
     check_finite_scores(scores)
-    return Stage(tensors={str(key): score_U for key, score_U in scores.items()})
+    return StageResult(tensors={str(key): score_U for key, score_U in scores.items()})
 
 
 def parse_criterion(text: str) -> list[str]:

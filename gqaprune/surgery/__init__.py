@@ -2,3 +2,12 @@
 
 May import placement and what stands below it. `cut.py` changes shapes, `repair.py` refits, `refinement.py` trains.
 """
+
+from typing import NoReturn
+
+from gqaprune.common.renamed import refuse_moved_name
+
+
+def __getattr__(name: str) -> NoReturn:
+    """Name the place of what once was in a module of this name."""
+    refuse_moved_name("surgery", name)

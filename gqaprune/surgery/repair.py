@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.common.console import track
 from gqaprune.common.distributed import get_rank_and_world_size
-from gqaprune.common.stage_cache import Stage, Stages
+from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.models.architecture import Block, add_biases, find_blocks, get_layers, get_module
 from gqaprune.models.families import get_family
 from gqaprune.models.gates import freeze_parameters
@@ -70,7 +70,7 @@ def apply_plan_with_repair(
     plan: PruningPlan,
     batches: Sequence[Tensor],
     config: RepairConfig | None = None,
-    stages: Stages | None = None,
+    stages: StageCache | None = None,
 ) -> list[BlockRepair]:
     """Cut a dense model to a plan, in place, as `apply_plan` does, and repair every block that loses units.
 
@@ -94,7 +94,7 @@ def apply_plan_with_repair(
             bias, the model being untouched then; or if a block's activations are not finite, with its place, the model
             being cut up to there.
     """
-    config, stages = config or RepairConfig(), stages or Stages()
+    config, stages = config or RepairConfig(), stages or StageCache()
     family = get_family(model.config)
     if family.output_norms or family.scaled:
         config = replace(config, pull=0.0)
@@ -142,7 +142,9 @@ def apply_plan_with_repair(
                         is_mlp_left = BlockKey(layer, "mlp") in left
                         repair = _repair_block(model, plan, block, heads, layer_streams, config, is_mlp_left)
                         repairs.append(repair)
-                        stages.write(name, inputs, Stage(repair.to_dict(), get_module(model, block.key).state_dict()))
+                        stages.write(
+                            name, inputs, StageResult(repair.to_dict(), get_module(model, block.key).state_dict())
+                        )
     write_shapes(model, plan)
     return repairs
 

@@ -1,6 +1,7 @@
 """Every old name of a setting, an argument or a module is refused with its new one, wherever it is used."""
 
 import importlib
+import pydoc
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import yaml
 
 from gqaprune import PruningConfig, prune
 from gqaprune.callbacks import TaylorPruning
-from gqaprune.common.renamed import ARGUMENTS, GROUPS, MODULES, SETTINGS
+from gqaprune.common.renamed import ARGUMENTS, GROUPS, MODULES, NAMES, SETTINGS
 from gqaprune.datamodules import TextDataModule
 from gqaprune.planning.groups import LimitsConfig
 
@@ -88,6 +89,16 @@ def test_old_module_names_its_new_place(old: str) -> None:
     importlib.import_module(f"gqaprune.{MODULES[old]}")
     with pytest.raises(ModuleNotFoundError, match=f"gqaprune.{old} is now gqaprune.{MODULES[old]}"):
         importlib.import_module(f"gqaprune.{old}")
+
+
+@pytest.mark.parametrize("old", NAMES)
+def test_old_name_in_a_module_names_its_new_place(old: str) -> None:
+    module, new = old.rpartition(".")[0], f"gqaprune.{NAMES[old]}"
+    assert pydoc.locate(new) is not None
+    with pytest.raises(ImportError, match=rf"gqaprune\.{module.split('.')[0]}.* is now gqaprune\.") as error:
+        exec(f"from gqaprune.{module} import {old.rpartition('.')[2]}")
+    if module in MODULES or module == "surgery":
+        assert new in str(error.value)
 
 
 def test_unknown_module_is_missed_as_ever() -> None:

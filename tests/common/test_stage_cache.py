@@ -14,7 +14,7 @@ import gqaprune.planning.counts
 import gqaprune.surgery.repair
 from gqaprune import PruningConfig
 from gqaprune.common.console import console
-from gqaprune.common.stage_cache import Stage, Stages
+from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.pipeline import prune
 from gqaprune.placement.model_hash import hash_model
 from gqaprune.reporting.report import Report
@@ -80,7 +80,7 @@ def watch(stop: str = "", after: int = 0) -> Iterator[list[str]]:
 def run(folder: Path | None, batches: Any = BATCHES, seed: int = 0, **settings: Any) -> tuple[dict[str, Any], Report]:
     model = make_model(kv_heads=4, seed=seed)
     config = PruningConfig(**{**CONFIG, **settings})
-    plan, report = prune(model, batches, config, evaluation=TEXT, stages=Stages(folder))
+    plan, report = prune(model, batches, config, evaluation=TEXT, stages=StageCache(folder))
     return {**model.state_dict(), "plan": plan}, report
 
 
@@ -178,9 +178,9 @@ def test_a_folder_that_cannot_be_written_is_said_and_costs_nothing(
 ) -> None:
     monkeypatch.setattr(console, "quiet", False)
     (tmp_path / "file").write_text("in the way")
-    stages = Stages(tmp_path / "file")
+    stages = StageCache(tmp_path / "file")
     with console.capture() as capture:
-        assert stages.recall("work", {}, lambda: Stage(1)).facts == 1
+        assert stages.recall("work", {}, lambda: StageResult(1)).facts == 1
     assert "work is not kept for a resumed run" in " ".join(capture.get().split())
 
 
@@ -188,20 +188,20 @@ def test_clearing_leaves_what_is_not_of_a_run(tmp_path: Path) -> None:
     others = {"model.safetensors", ".model.tmp", ".other.host.12.tmp"}
     for name in others:
         (tmp_path / name).write_bytes(b"weights")
-    stages = Stages(tmp_path)
-    stages.write("work", {}, Stage(1))
+    stages = StageCache(tmp_path)
+    stages.write("work", {}, StageResult(1))
     (tmp_path / ".work.stage.host.12.tmp").write_bytes(b"what a killed run was writing")
     stages.clear()
     assert {path.name for path in tmp_path.iterdir()} == others
 
 
 def test_inputs_and_facts_come_back_as_they_went(tmp_path: Path) -> None:
-    stages = Stages(tmp_path).of("part", {"model": "a"})
+    stages = StageCache(tmp_path).of("part", {"model": "a"})
     facts, tensors = {"b": [1, 0.1, None]}, {"x": torch.tensor([0.1, 1e-300], dtype=torch.float64)}
-    stages.write("some work", {"tuple": (1, 2)}, Stage(facts, tensors))
+    stages.write("some work", {"tuple": (1, 2)}, StageResult(facts, tensors))
     assert stages.find(["some work", "other work"], {"tuple": [1, 2]}, "work") == ["some work"]
     assert stages.find(["some work"], {"tuple": [1, 3]}, "work") == []
-    assert Stages(tmp_path).of("part", {"model": "b"}).find(["some work"], {"tuple": [1, 2]}, "work") == []
+    assert StageCache(tmp_path).of("part", {"model": "b"}).find(["some work"], {"tuple": [1, 2]}, "work") == []
     read = stages.read("some work")
     assert json.dumps(read.facts) == json.dumps(facts) and torch.equal(read.tensors["x"], tensors["x"])
     stages.clear()

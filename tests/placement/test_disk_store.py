@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import gqaprune.models.loading
 import gqaprune.placement.disk_store
 from gqaprune import PruningConfig, PruningPlan, apply_plan, load_model, load_offloaded_model, save
-from gqaprune.common.stage_cache import Stages
+from gqaprune.common.stage_cache import StageCache
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import get_layers
 from gqaprune.models.sources import find_tensors, load_config
@@ -252,7 +252,7 @@ def test_a_stopped_run_in_memory_goes_on_layer_by_layer(tmp_path: Path, monkeypa
     assert hash_model(model) == hash_model(offloaded)
     names = [name for name, _ in find_store(offloaded).named_parameters()]
     assert names == list(dict(model.named_parameters()))
-    config, stages = PruningConfig(**CONFIG), Stages(tmp_path / "stages")
+    config, stages = PruningConfig(**CONFIG), StageCache(tmp_path / "stages")
     expected = prune(model, BATCHES, config, evaluation=TEXT, stages=stages)
     monkeypatch.setattr("gqaprune.surgery.repair.refit_block", None)  # nothing is left to refit
     offloaded = open_dense(tmp_path)

@@ -9,7 +9,7 @@ import torch
 from test_repair import BATCHES, measure_divergence, plan_cut, plan_one
 from torch import Tensor, nn
 
-from gqaprune.common.stage_cache import Stages
+from gqaprune.common.stage_cache import StageCache
 from gqaprune.surgery.cut import apply_plan
 from gqaprune.surgery.refinement import TokenPairs, _count_free_bytes, refine_mlp, reserve_pairs
 from gqaprune.surgery.repair import apply_plan_with_repair
@@ -221,7 +221,7 @@ def test_layers_after_refined_mlps_get_what_these_give(variant: str, tmp_path: P
     """The last block alone, after blocks that are there already, whose layers run as a whole: the same bits."""
     dtype = torch.float32 if variant == "qwen2_moe" else torch.bfloat16  # experts that small do not run in bfloat16
     whole, resumed = (make_model(variant).to(dtype) for _ in range(2))
-    plan, stages = plan_cut(whole), Stages(tmp_path)
+    plan, stages = plan_cut(whole), StageCache(tmp_path)
     options = make_repair(pull=0.5, everywhere=True, epochs=2)
     repairs = apply_plan_with_repair(whole, plan, BATCHES, options, stages)
     assert {repair.key for repair in repairs if repair.refinement} >= {(0, "mlp"), (1, "mlp")}
