@@ -22,7 +22,7 @@ def _no_arguments_and_an_empty_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("path", MODEL_CONFIGS, ids=lambda path: path.stem)
 def test_every_model_config_parses_and_instantiates(path: Path) -> None:
     cli = PruningCLI(run=False, args=["--config", str(path), "--trainer.accelerator", "cpu"])
-    assert cli.model.pretrained and cli.datamodule.tokenizer_source == cli.model.pretrained
+    assert cli.model.source.pretrained and cli.datamodule.tokenizer_source == cli.model.source.pretrained
 
 
 @pytest.mark.parametrize("path", STRATEGY_CONFIGS, ids=lambda path: path.stem)
@@ -30,7 +30,7 @@ def test_every_strategy_config_composes_with_a_model_config(path: Path) -> None:
     base = next(config for config in MODEL_CONFIGS if config.stem == "llama3_8b")
     arguments = ["--config", str(base), "--config", str(path), "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
     cli = PruningCLI(run=False, args=arguments)
-    assert cli.model.pretrained == "meta-llama/Meta-Llama-3-8B"
+    assert cli.model.source.pretrained == "meta-llama/Meta-Llama-3-8B"
     expected = {"fsdp2": "ModelParallelStrategy"}.get(path.stem, "DDPStrategy")
     assert type(cli.trainer.strategy).__name__ == expected
     if path.stem == "fsdp2":
