@@ -1,4 +1,4 @@
-"""The whole path from a dense model to a pruned one, without Lightning. Reads top to bottom like the method itself."""
+"""START HERE: the whole path from a dense model to a pruned one, without Lightning, in the order of the method."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence

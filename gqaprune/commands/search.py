@@ -48,9 +48,9 @@ class SearchSettings:
     """How to search for the best split of attention and MLP.
 
     Args:
-        coarse_step: tenths between the splits of the first walk: 1 tries 0:10, 1:9, 2:8 and so on.
+        coarse_step: tenths between the splits of the first pass: 1 tries 0:10, 1:9, 2:8 and so on.
         fine_step: tenths between the splits tried on both sides of the best of them: 0.1 tries 1.9:8.1, 2.1:7.9 …
-        patience: a walk ends after so many rises of perplexity in a row.
+        patience: a pass ends after so many rises of perplexity in a row.
         folder: where `search.json` and `search.png` go; a search that finds its own trials there goes on.
 
     Raises:
@@ -73,7 +73,7 @@ class SearchSettings:
 
 
 def search_split(evaluate: Callable[[str], float], trials: Trials, settings: SearchSettings) -> Trial:
-    """Walk from 0:10 upwards in coarse steps, then from the best split to both sides in fine ones.
+    """Try splits from 0:10 upwards in coarse steps, then from the best split to both sides in fine ones.
 
     Args:
         evaluate: perplexity of a split; UnreachableError where the budget cannot be met with it.
@@ -100,7 +100,7 @@ def search_split(evaluate: Callable[[str], float], trials: Trials, settings: Sea
         count = math.floor(abs(end - start) / abs(step) + 1e-9)
         return [round(start + i * step, 6) for i in range(count + 1)]
 
-    coarse = _walk(attempt, list_positions(0, settings.coarse_step, 10), settings.patience)
+    coarse = _try_positions(attempt, list_positions(0, settings.coarse_step, 10), settings.patience)
     reached = [trial for trial in coarse if trial.perplexity is not None]
     if not reached:
         raise ValueError(f"no split meets the budget; of the last one tried, {coarse[-1].split}: {coarse[-1].reason}")
@@ -108,7 +108,7 @@ def search_split(evaluate: Callable[[str], float], trials: Trials, settings: Sea
     for sign in (-1, 1):
         # Up to the next coarse split, which is known.
         end = min(max(centre + sign * (settings.coarse_step - settings.fine_step / 2), 0), 10)
-        _walk(attempt, list_positions(centre, sign * settings.fine_step, end), settings.patience)
+        _try_positions(attempt, list_positions(centre, sign * settings.fine_step, end), settings.patience)
     assert trials.best is not None
     return trials.best
 
@@ -256,7 +256,7 @@ def _list_windows(corpus: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
     return [window for pair in pairs for window in pair]
 
 
-def _walk(attempt: Callable[[float], Trial], positions: Iterable[float], patience: int) -> list[Trial]:
+def _try_positions(attempt: Callable[[float], Trial], positions: Iterable[float], patience: int) -> list[Trial]:
     """Trials in order, up to where perplexity has risen `patience` times in a row; unreachable ones do not count."""
     trials: list[Trial] = []
     previous: float | None = None
