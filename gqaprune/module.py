@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from gqaprune.checkpoints.origin import find_teacher
+from gqaprune.common.renamed import RenamedAttributes
 from gqaprune.common.unregistered import Unregistered
 from gqaprune.data.windows import Batch
 from gqaprune.evaluation.generation import continue_greedily
@@ -38,7 +39,7 @@ from gqaprune.training.resume import list_checkpoint_folders
 from gqaprune.training.seeding import seed_by_place
 
 
-class CausalLMModule(LightningModule):
+class CausalLMModule(RenamedAttributes, LightningModule):
     """A causal LM to prune, fine-tune, measure and prompt.
 
     Args:

@@ -20,7 +20,7 @@ from gqaprune.callbacks.checks import (
 )
 from gqaprune.callbacks.lookup import get_parts
 from gqaprune.common.console import console
-from gqaprune.common.renamed import name_successors
+from gqaprune.common.renamed import RenamedAttributes, name_successors
 from gqaprune.common.stage_cache import StageCache
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.datamodules import TextDataModule
@@ -38,7 +38,7 @@ from gqaprune.training.lightning_internals import read_epoch
 from gqaprune.training.resume import UNFINISHED
 
 
-class TaylorPruning(GradientAccumulationScheduler):
+class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
     """Scores units on calibration micro-batches and cuts the model in `setup`; then schedules gradient accumulation.
 
     In calibration, gate gradients are accumulated over as many micro-batches as training accumulates in its

@@ -151,6 +151,29 @@ MODULES: Mapping[str, str] = {
 """Module below `gqaprune` -> where its content is now."""
 
 
+ATTRIBUTES: Mapping[str, str] = {
+    "CausalLMModule.adapted": "adapters.view",
+    "CausalLMModule.attn_implementation": "source.attn_implementation",
+    "CausalLMModule.compile_layers": "layer_compiler.is_on",
+    "CausalLMModule.dtype_name": "source.dtype",
+    "CausalLMModule.goes_on": "plan_is_from_checkpoint",
+    "CausalLMModule.load_dense": "source.load",
+    "CausalLMModule.optimizer_factory": "optimizer_config.factory",
+    "CausalLMModule.pretrained": "source.pretrained",
+    "CausalLMModule.run": "run_id",
+    "CausalLMModule.schedule": "optimizer_config.schedule",
+    "CausalLMModule.trust_remote_code": "source.trust_remote_code",
+    "CausalLMModule.warmup_steps": "optimizer_config.warmup_steps",
+    "TaylorPruning.layers_apart": "placement",
+    **{
+        f"{owner}.{old.removeprefix(group)}": new.removeprefix(group)
+        for owner, group in (("PruningConfig", "pruning."), ("TextDataModule", "data."))
+        for old, new in SETTINGS.items()
+        if old.startswith(group) and old not in GROUPS
+    },
+}
+"""Class and attribute -> what it is called now, in the same object."""
+
 NAMES: Mapping[str, str] = {
     "architecture.BlockKey": "plan.BlockKey",
     "checkpoint.FORMATS": "checkpoints.formats.FORMATS",
@@ -165,19 +188,25 @@ NAMES: Mapping[str, str] = {
     "gram.split_rows": "surgery.gram.chunk_rows",
     "holding.LayersApart": "placement.layer_store.LayerStore",
     "holding.are_layers_apart": "placement.layer_store.LayerStore.is_in_memory",
+    "holding.attend_writing": "placement.writing_by_layer.attend_writing",
+    "holding.detach_parameters": "placement.writing_by_layer.detach_parameters",
     "holding.get_layers_apart": "placement.layer_store.find_store",
     "holding.hold_each": "placement.layer_store.LayerStore.hold_each",
     "holding.hold_layer": "placement.layer_store.LayerStore.hold",
     "holding.hold_layers_that_run": "placement.layer_store.LayerStore.hold_running_layers",
+    "holding.keep_apart": "placement.layer_store.set_store",
     "holding.move_model": "placement.layer_store.LayerStore.move_to",
     "holding.name_layer": "placement.layer_store.get_layer_parameters",
+    "holding.name_outside": "placement.layer_store.get_outside_parameters",
     "holding.named_parameters": "placement.layer_store.LayerStore.named_parameters",
+    "holding.run_decoder_by_layer": "placement.layer_store.LayerStore.run_decoder",
     "holding.write_weights": "placement.writing_by_layer.write_weights",
     "importance.ScoringOptions": "scoring.criteria.base.ScoringConfig",
     "likeness.check_likeness": "surgery.compatibility.check_compatibility",
     "loading.DTYPES": "models.dtypes.DTYPES",
     "loading.check_dtype": "models.dtypes.check_dtype",
     "offload.LayersOnDisk": "placement.disk_store.DiskStore",
+    "offload.fill_outside": "placement.disk_store.read_outside_parameters",
     "predictions.Comparison": "evaluation.predictions.TextPair",
     "reconstruction.RepairOptions": "surgery.repair_config.RepairConfig",
     "recovery.add_adapters": "training.lora.add_adapters",
@@ -204,6 +233,7 @@ NAMES: Mapping[str, str] = {
     "surgery.list_kept_columns": "surgery.cut.list_kept_columns",
     "surgery.write_shapes": "surgery.cut.write_shapes",
     "tools.inspect.estimate_memory": "planning.memory.estimate_memory",
+    "undoing.measure_even_broken": "evaluation.gated_plan.measure_perplexity_or_infinity",
     "walk.Passage": "surgery.streams.BlockActivations",
     "walk.Walk": "surgery.streams.Streams",
 }
@@ -291,6 +321,20 @@ def refuse_moved_name(module: str, name: str) -> NoReturn:
     if (new := NAMES.get(f"{module}.{name}")) is not None:
         raise ImportError(f"gqaprune.{module}.{name} is now gqaprune.{new}", name=name)
     raise AttributeError(f"module 'gqaprune.{module}' has no attribute {name!r}")
+
+
+class RenamedAttributes:
+    """Mix into a class so that an attribute's old name is refused with its new one."""
+
+    if not TYPE_CHECKING:  # type checkers know the attributes that there are
+
+        def __getattr__(self, name: str) -> Any:
+            for owner in type(self).__mro__:
+                if (new := ATTRIBUTES.get(f"{owner.__name__}.{name}")) is not None:
+                    raise AttributeError(f"{owner.__name__}.{name} is now {owner.__name__}.{new}")
+            if (inherited := getattr(super(), "__getattr__", None)) is not None:
+                return inherited(name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 class _OldModules(MetaPathFinder):

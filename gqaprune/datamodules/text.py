@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gqaprune.common.renamed import build_group, name_successors
+from gqaprune.common.renamed import RenamedAttributes, build_group, name_successors
 from gqaprune.data.corpora import HUB, Corpus, parse_corpus, read_corpus
 from gqaprune.data.prompts import Prompt, encode_prompt, read_prompts
 from gqaprune.data.sampling import sample_from_model
@@ -29,7 +29,7 @@ from gqaprune.models.tokenizer import load_tokenizer
 _DEFAULT_SPLITS = {"calibration": "train", "train": "train", "val": "validation", "test": "test"}
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(RenamedAttributes, LightningDataModule):
     """Text streams for pruning, fine-tuning and perplexity.
 
     A corpus is `wikitext2`, `ptb` or `c4` (from the hub), `embedded` (needs no hub), or a path or glob of txt, jsonl

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from gqaprune.common.renamed import build_group, name_successors
+from gqaprune.common.renamed import RenamedAttributes, build_group, name_successors
 from gqaprune.models.architecture import GRANULARITIES
 from gqaprune.planning.allocation import ALLOCATIONS, parse_split
 from gqaprune.planning.groups import LimitsConfig, SensitivityConfig, SwapsConfig
@@ -14,7 +14,7 @@ FREE = "free"
 
 
 @dataclass(frozen=True)
-class PruningConfig:
+class PruningConfig(RenamedAttributes):
     """What to remove and how to choose it.
 
     Args:

@@ -1,17 +1,21 @@
 """Every old name of a setting, an argument or a module is refused with its new one, wherever it is used."""
 
+import copy
 import importlib
 import pydoc
 import re
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from gqaprune import PruningConfig, prune
 from gqaprune.callbacks import TaylorPruning
-from gqaprune.common.renamed import ARGUMENTS, GROUPS, MODULES, NAMES, SETTINGS
+from gqaprune.common.renamed import ARGUMENTS, ATTRIBUTES, GROUPS, MODULES, NAMES, SETTINGS
 from gqaprune.datamodules import TextDataModule
+from gqaprune.module import CausalLMModule
 from gqaprune.planning.groups import LimitsConfig
 
 from command import Run
@@ -99,6 +103,24 @@ def test_old_name_in_a_module_names_its_new_place(old: str) -> None:
         exec(f"from gqaprune.{module} import {old.rpartition('.')[2]}")
     if module in MODULES or module == "surgery":
         assert new in str(error.value)
+
+
+@pytest.mark.parametrize("old", ATTRIBUTES)
+def test_old_attribute_names_the_new_one(old: str) -> None:
+    owner, name = old.split(".")
+    makers: dict[str, Any] = {
+        "CausalLMModule": lambda: CausalLMModule("tiny"),
+        "PruningConfig": PruningConfig,
+        "TaylorPruning": TaylorPruning,
+        "TextDataModule": lambda: TextDataModule("tiny"),
+    }
+    made = makers[owner]()
+    attrgetter(ATTRIBUTES[old])(made)
+    with pytest.raises(AttributeError, match=re.escape(f"{old} is now {owner}.{ATTRIBUTES[old]}")):
+        getattr(made, name)
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        made.nothing_like_it  # noqa: B018
+    assert copy.deepcopy(PruningConfig()) == PruningConfig()
 
 
 def test_unknown_module_is_missed_as_ever() -> None:
