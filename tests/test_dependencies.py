@@ -10,7 +10,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOT_IMPORTED = {
-    "jsonargparse": "Lightning's CLI needs it",
     "tensorboard": "Lightning's logger needs it",
 }
 OPTIONAL = {

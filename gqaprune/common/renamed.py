@@ -12,11 +12,8 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 F = TypeVar("F", bound=Callable[..., Any])
-G = TypeVar("G", bound="DataclassInstance")
+G = TypeVar("G")
 
 SETTINGS: Mapping[str, str] = {
     "pruning.reduction": "pruning.scoring.reduction",
@@ -289,7 +286,7 @@ def build_group(name: str, group: type[G], value: G | Mapping[str, Any]) -> G:
     """
     if isinstance(value, group):
         return value
-    names = [setting.name for setting in fields(group)]
+    names = [setting.name for setting in fields(group)]  # type: ignore[arg-type]  # a dataclass
     if not isinstance(value, Mapping):
         renamed = f": {describe_rename(name)}" if name in SETTINGS else ""
         raise ValueError(f"{name} is a group of settings ({', '.join(names)}), got {value!r}{renamed}")

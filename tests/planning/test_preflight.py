@@ -17,7 +17,7 @@ def test_text_is_asked_for_only_where_something_is_measured() -> None:
     check_text([], make_plain(criterion="l1+random"))
     check_text([], make_plain(rate=0.0))
     check_text([make_tokens()], make_plain())
-    with pytest.raises(ValueError, match="only l1, l2, random need no text, with repair none and where nothing else"):
+    with pytest.raises(ValueError, match="only l1, l2, random need no text, with repair.method none and where nothing"):
         check_text([], make_plain())
 
 
@@ -27,7 +27,7 @@ def test_budget_is_refused_with_the_nearest_rate_that_can_be_met(rate: float) ->
     blocks, budget = find_blocks(model), read_budget(model, config)
     if rate == 0.1:
         check_reachable(blocks, budget, config)
-        with pytest.raises(ValueError, match="attention_layers and mlp_layers leave no block to prune"):
+        with pytest.raises(ValueError, match="limits.attention_layers and limits.mlp_layers leave no block to prune"):
             check_reachable([], budget, config)
     else:
         with pytest.raises(ValueError, match="the nearest reachable rate is 0."):
@@ -63,8 +63,8 @@ def test_settings_that_leave_layers_of_unequal_shapes_are_refused(settings: dict
     check_equal_counts(config, make_plain())
     check_equal_counts(config, make_plain(rate=0.0, **settings))
     way_out = (
-        r"set allocation: uniform, frozen_layers: 0, swap_generations: 0, attention_layers: \[0, 3\] and mlp_layers: "
-        r"\[0, 3\]; or take the format per-layer"
+        r"set allocation: uniform, limits.frozen_layers: 0, swaps.generations: 0, limits.attention_layers: \[0, 3\] "
+        r"and limits.mlp_layers: \[0, 3\]; or take the format per-layer"
     )
     with pytest.raises(ValueError, match=way_out):
         check_equal_counts(config, make_plain(**settings))
