@@ -68,9 +68,9 @@ def cut(model: PreTrainedModel, settings: Mapping[str, Any]) -> gqaprune.Pruning
     common = {
         "criterion": "l2",
         "repair": {"method": "none"},
-        "limits": {"attention_layers": whole, "mlp_layers": whole},
+        "limits": {"attention_layers": whole, "mlp_layers": whole, **settings.get("limits", {})},
     }
-    return gqaprune.prune(model, [], gqaprune.PruningConfig(**{**common, **settings}))[0]
+    return gqaprune.prune(model, [], gqaprune.PruningConfig(**{**settings, **common}))[0]
 
 
 def count_work(model: PreTrainedModel, case: Case) -> dict[str, int]:

@@ -118,7 +118,7 @@ LINES: Mapping[str, Line] = {
     "score: obs": make_scoring("obs"),
     "element-wise Taylor, gradients kept": keep_gradients,
     "outliers": run_outliers,
-    "cut alone": make_pruning(**BY_SIZE, repair="none"),
+    "cut alone": make_pruning(**BY_SIZE, repair={"method": "none"}),
     "cut and least squares": make_pruning(**BY_SIZE, repair={"epochs": 0}),
     "cut and repair": make_pruning(**BY_SIZE),
     "prune, without refinement": make_pruning(repair={"epochs": 0}),

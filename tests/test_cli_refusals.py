@@ -122,7 +122,10 @@ def test_what_layers_on_disk_exclude_is_said_before_any_work(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("prune", "over all 1 processes of a ModelParallelStrategy, got SingleDeviceStrategy: set trainer.strategy as"),
+        (
+            "prune",
+            "needs all 1 processes of a ModelParallelStrategy, got SingleDeviceStrategy: set trainer.strategy",
+        ),
         ("search", "search tries splits on the whole model in memory: set pruning.sharded to false"),
     ],
 )

@@ -205,8 +205,8 @@ def test_the_written_configuration_of_qwen_takes_mlps_first_and_is_accepted(
     text = (tmp_path / "qwen.yaml").read_text()
     settings = yaml.safe_load(text)
     assert settings["model"]["dtype"] == "bfloat16"
-    assert settings["pruning"]["split"] == "0:10" and settings["pruning"]["mlp_layers"] == [4, 26]
-    assert "attention_layers" not in settings["pruning"] and "# attention_layers: [10, 24]" in text
+    assert settings["pruning"]["split"] == "0:10" and settings["pruning"]["limits"]["mlp_layers"] == [4, 26]
+    assert "attention_layers" not in settings["pruning"]["limits"] and "# attention_layers: [10, 24]" in text
     assert text.index("split:") < text.index("# attention_layers") and "one of 4 KV heads is 25%" in text
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["gqaprune", "fit", "--config", str(tmp_path / "qwen.yaml"), "--print_config"])

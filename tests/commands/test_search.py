@@ -241,4 +241,4 @@ def test_budget_that_frozen_layers_leave_no_room_for_is_refused_before_units_are
 ) -> None:
     monkeypatch.setattr("gqaprune.commands.search.score_blocks", lambda *_: pytest.fail("scored"))
     with pytest.raises(ValueError, match=r"^cannot remove 50\.00% .* nearest reachable rate is 0"):
-        search(tmp_path, rate=0.5, frozen_layers=2, allocation="global")
+        search(tmp_path, rate=0.5, limits={"frozen_layers": 2}, allocation="global")

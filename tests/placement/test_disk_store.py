@@ -211,7 +211,7 @@ def test_the_dense_files_stay_and_layers_that_changed_go_with_the_model(tmp_path
     file = write_dense(tmp_path) / "model.safetensors"
     before = file.read_bytes()
     model = open_dense(tmp_path)
-    run(model, mlp_layers=(1, 3), attention_layers=(1, 3))
+    run(model, limits={"mlp_layers": (1, 3), "attention_layers": (1, 3)})
     (folder,) = tmp_path.glob(".work.*")
     assert {path.name for path in folder.glob("layer-*")} == {"layer-1.safetensors", "layer-2.safetensors"}
     assert file.read_bytes() == before

@@ -17,7 +17,7 @@ from gqaprune.cli import main
 from gqaprune.common.atomic_files import remove_lock
 from gqaprune.training.resume import UNFINISHED, lock_note
 
-from tiny import DATA, PLAIN
+from tiny import DATA, PLAIN, merge_settings
 
 
 def start(folder: Path, arguments: list[str], place: str, name: str, calls: int, number: int) -> None:
@@ -80,7 +80,7 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("runs")
     config = {
         "model": {"pretrained": str(tiny_folder), "dtype": "float32"},
-        "data": {**DATA, "batch_size": 4},
+        "data": merge_settings(DATA, {"training": {"batch_size": 4}}),
         "pruning": {**PLAIN, "rate": 0.3, "allocation": "global", "repair": {"method": "least_squares", "epochs": 2}},
         "trainer": {"accelerator": "cpu", "max_epochs": 2, "val_check_interval": 3, "enable_progress_bar": False},
     }
