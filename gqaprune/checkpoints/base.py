@@ -55,8 +55,8 @@ class Format:
         summary: what it is, in a few words, for help texts.
         about: the same in a sentence, for the model card.
         loading: code block of the model card that loads it; `{folder}` and `{file}` stand for the names.
-        check: raises a ValueError that names what can hold a model, if this format cannot hold one of this config.
-        read_shapes: shapes that the files have of a model of this config, larger than its own where zeros fill it up.
+        check: refuses a model of this config that the format cannot hold, by a ValueError that names what can.
+        read_shapes: finds the shapes in the files of a model of this config; padding makes them larger than its own.
         file: pattern of the one file that holds config, weights and tokenizer; empty for a folder of several files.
         is_automatic: whether `auto` may choose it: `auto` is the first such format that can hold the model.
         only_unequal: whether it is for models whose layers differ alone; others are written as `stock`.

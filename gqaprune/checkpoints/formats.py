@@ -35,7 +35,7 @@ FORMATS: Mapping[str, Format] = {
     ),
     "per-layer": Format(
         write_per_layer,
-        summary="unequal ones, with a small modeling file",
+        summary="unequal counts, with a small modeling file",
         about="Layers differ in shape, so that plain transformers needs the small modeling file beside the weights.",
         loading=show_loading(", trust_remote_code=True"),
         check=check_class,
@@ -54,7 +54,7 @@ FORMATS: Mapping[str, Format] = {
     **{
         f"gguf-{kind}": Format(
             partial(write_gguf_checkpoint, kind=kind),
-            summary=f"a file for llama.cpp, in {kind}, zeros likewise",
+            summary=f"a file for llama.cpp, matrices in {kind}, layers padded",
             about="A GGUF file for llama.cpp and what builds on it; layers are filled up with zeros to equal shapes.",
             loading=show_loading(', gguf_file="{file}"'),
             check=check_architecture,
