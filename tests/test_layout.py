@@ -1,5 +1,6 @@
 """The wings keep their order, and the owner's folders at the root are the package's own, seen once."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -30,6 +31,13 @@ def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     command = [str(BIN / "lint-imports"), "--no-cache"]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("wing", sorted(path.parent.name for path in (ROOT / "gqaprune").glob("*/__init__.py")))
+def test_wing_says_what_it_is_for_and_what_it_may_import(wing: str) -> None:
+    documentation = importlib.import_module(f"gqaprune.{wing}").__doc__ or ""
+    assert len(documentation.splitlines()[0]) > 40 and "\n\n" in documentation
+    assert "May import" in documentation
 
 
 @pytest.mark.parametrize("link", LINKS)
