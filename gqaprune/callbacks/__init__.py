@@ -1,7 +1,7 @@
 """Lightning callbacks: pruning before fit, guard, split search, export, samples, predictions, the run's summary.
 
-May import everything but the command line. A callback only wires: its work belongs into a wing without Lightning. To add
-one, write a file named after its class, and export it here.
+May import everything but the command line. A callback only wires: its work belongs into a wing without Lightning. To
+add one, write a file named after its class, and export it here.
 """
 
 from gqaprune.callbacks.export import CheckpointExport
