@@ -33,7 +33,7 @@ class KeepRunNote(Callback):
             self._lock = lock_note(self.root)
             if self._lock is None:
                 console.print(
-                    f"another run is using {self.root / UNFINISHED}: if this one is stopped, the same command begins anew"
+                    f"another run uses {self.root / UNFINISHED}: if this one is stopped, the same command begins anew"
                 )
         module = get_parts(trainer, pl_module)[0]
         module.run_id = trainer.strategy.broadcast(self.run or module.run_id)

@@ -264,7 +264,7 @@ def test_a_run_beside_one_that_goes_on_is_a_run_of_its_own(
     assert run(tmp_path) == 0, read_output(tmp_path)
     assert "going on" not in read_output(tmp_path)
     assert read_files(tmp_path) == whole()
-    assert "this one begins anew" in read_output(tmp_path)
+    assert "if this one is stopped, the same command begins anew" in read_output(tmp_path)
     assert (tmp_path / UNFINISHED / "run.json").exists()  # the other's
     remove_lock(lock)
     assert run(tmp_path) == 0, read_output(tmp_path)
