@@ -197,7 +197,7 @@ def test_every_round_compiles_the_layers_that_it_trains(
 
     compile_by = torch.compile
     monkeypatch.setattr("torch.compile", lambda call: compile_by(call, backend=count))
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 3)  # as many as there are layers, which differ
+    limit = torch._dynamo.config.patch(recompile_limit=3)  # as many as there are layers, which differ
     monkeypatch.setattr("gqaprune.training.compilation.max", lambda *_: 3, raising=False)
     compiled = []
     for rounds in (1, 2):
@@ -207,6 +207,7 @@ def test_every_round_compiles_the_layers_that_it_trains(
             str(tiny_folder), compile=True, recovery=RecoveryConfig(rounds=rounds), optimizer=fast_optimizer
         )
         trainer = make_trainer(tmp_path, TaylorPruning(**{**PRUNING, "allocation": "global"}))
-        trainer.fit(module, datamodule=make_data(tiny_folder, training={"batch_size": 2}))
+        with limit:  # which monkeypatch would delete instead of putting it back
+            trainer.fit(module, datamodule=make_data(tiny_folder, training={"batch_size": 2}))
         compiled.append(len(graphs))
     assert compiled[1] == 2 * compiled[0]
