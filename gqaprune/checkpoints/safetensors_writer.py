@@ -56,7 +56,7 @@ def write_per_layer(content: Content, folder: Path) -> None:
     base = MODEL_FOR_CAUSAL_LM_MAPPING[type(content.model.config)]
     config = copy.deepcopy(content.model.config)
     point_to_modeling_file(config, base)
-    (folder / MODELING_FILE).write_text(write_modeling_source(base), encoding="utf-8")
+    (folder / MODELING_FILE).write_text(write_modeling_source(config, base), encoding="utf-8")
     _write(content, folder, config, content.state_dict)
 
 

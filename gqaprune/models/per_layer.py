@@ -2,13 +2,14 @@
 
 transformers keeps per-layer shapes in a config (`per_layer_config`) but its models build every layer from the global
 values. `PerLayerShapes` builds each layer from its own values; checkpoints carry its source, so that plain
-transformers loads them with `trust_remote_code=True` where gqaprune is not installed.
+transformers, and vLLM on top of it, load them with `trust_remote_code=True` where gqaprune is not installed.
 """
 
 import inspect
+import sys
 from typing import Any, cast
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PretrainedConfig, PreTrainedModel
 
 MODELING_FILE = "modeling_pruned.py"
 
@@ -26,47 +27,75 @@ class LayerConfig:
 
 
 class PerLayerShapes:
-    """Rebuilds every decoder layer from its own entry of `config.per_layer_config`."""
+    """Builds every decoder layer from its own entry of `config.per_layer_config`."""
+
+    layer_class: type
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        decoder = cast(Any, self).model
-        for index, layer in enumerate(decoder.layers):
-            own = config.per_layer_config[index]
-            rebuilt = type(layer)(own, index)
-            for module in rebuilt.modules():
-                if hasattr(module, "config"):
-                    module.config = LayerConfig(
-                        config, {name: getattr(own, name) for name in config.per_layer_attributes}
-                    )
-            decoder.layers[index] = rebuilt
+        count = config.num_hidden_layers
+        config.num_hidden_layers = 0  # which keeps the stock class from building layers of the global values
+        try:
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        finally:
+            config.num_hidden_layers = count
+        layers = cast(Any, self).base_model.layers
+        for index in range(count):
+            shapes = config.per_layer_config[index]
+            own = {name: getattr(shapes, name) for name in config.per_layer_attributes}
+            layers.append(self.layer_class(LayerConfig(config, own), index))
         cast(Any, self).post_init()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Not to transformers: weights, those of experts too, are stored as the stock class stores them."""
+        return False
 
 
 def get_per_layer_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class that loads a per-layer checkpoint of a stock class, without remote code."""
-    return type(_class_name(base), (PerLayerShapes, base), {"__module__": base.__module__})
+    members = {"__module__": base.__module__, "layer_class": getattr(sys.modules[base.__module__], _name_layer(base))}
+    return type(_name_class(base), (PerLayerShapes, base), members)
 
 
-def write_modeling_source(base: type[PreTrainedModel]) -> str:
-    """Source of the modeling file: `LayerConfig`, `PerLayerShapes` and the class of a family, on plain transformers."""
-    name = _class_name(base)
+def write_modeling_source(config: PretrainedConfig, base: type[PreTrainedModel]) -> str:
+    """Source of the modeling file: `PerLayerShapes` and the classes of a family, on plain transformers.
+
+    Args:
+        config: of the model.
+        base: its stock class.
+    """
+    layer, classes = _name_layer(base), (MODEL_MAPPING[type(config)], base)
+    bases = ", ".join(sorted((layer, *(each.__name__ for each in classes))))
     return (
         f'"""{base.__name__} with its own shapes in every layer. Written by gqaprune."""\n\n'
         "from typing import Any, cast\n\n"
-        f"from transformers import {base.__name__}\n\n\n"
+        f"from {base.__module__} import {bases}\n\n\n"
         f"{inspect.getsource(LayerConfig)}\n\n"
-        f"{inspect.getsource(PerLayerShapes)}\n\n"
-        f"class {name}(PerLayerShapes, {base.__name__}):\n"
-        f'    """{base.__name__} built layer by layer from `config.per_layer_config`."""\n'
+        f"{inspect.getsource(PerLayerShapes)}"
+    ) + "".join(
+        f"\n\nclass {_name_class(each)}(PerLayerShapes, {each.__name__}):\n"
+        f'    """{each.__name__} built layer by layer from `config.per_layer_config`."""\n\n'
+        f"    layer_class = {layer}\n"
+        for each in classes
     )
 
 
 def point_to_modeling_file(config: PretrainedConfig, base: type[PreTrainedModel]) -> None:
-    """Make `AutoModelForCausalLM` find the modeling file."""
-    config.architectures = [_class_name(base)]
-    config.auto_map = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.{_class_name(base)}"}
+    """Make `AutoModelForCausalLM` find the modeling file, and `AutoModel`, which vLLM builds models by."""
+    # A name that vLLM has a class of its own for would make it build every layer from the global values.
+    config.architectures = [_name_class(base)]
+    places = {"AutoModel": MODEL_MAPPING[type(config)], "AutoModelForCausalLM": base}
+    module = MODELING_FILE.removesuffix(".py")
+    config.auto_map = {auto: f"{module}.{_name_class(each)}" for auto, each in places.items()}
+    if scaling := getattr(config, "logits_scaling", None):
+        config.logit_scale = 1 / scaling  # which vLLM multiplies logits by, whatever the family calls it
 
 
-def _class_name(base: type[PreTrainedModel]) -> str:
+def _name_class(base: type[PreTrainedModel]) -> str:
     return f"PerLayer{base.__name__}"
+
+
+def _name_layer(base: type[PreTrainedModel]) -> str:
+    """Name of the class of decoder layers, in the module of a model's class."""
+    name, *_ = cast(Any, base)._no_split_modules
+    return str(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gqaprune import PruningConfig, prune
 from gqaprune.checkpoints.save import save
@@ -35,6 +35,10 @@ def test_uneven_counts_load_in_gqaprune_and_in_plain_transformers(variant: str, 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert torch.equal(get_logits(plain), get_logits(model))
     assert read_geometry(plain.config) == read_geometry(model.config)
+    base = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)  # as vLLM builds it
+    with torch.no_grad():
+        expected = model.model(make_tokens()).last_hidden_state
+        assert torch.equal(base.eval()(make_tokens()).last_hidden_state, expected)
 
 
 def test_even_counts_give_a_stock_checkpoint(variant: str, tmp_path: Path) -> None:
