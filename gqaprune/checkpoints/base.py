@@ -55,6 +55,8 @@ class Format:
         summary: what it is, in a few words, for help texts.
         about: the same in a sentence, for the model card.
         loading: code block of the model card that loads it; `{folder}` and `{file}` stand for the names.
+        serving: command of the model card that serves it by vLLM, `{folder}` standing for the name; empty where it
+            cannot.
         check: refuses a model of this config that the format cannot hold, by a ValueError that names what can.
         read_shapes: finds the shapes in the files of a model of this config; padding makes them larger than its own.
         file: pattern of the one file that holds config, weights and tokenizer; empty for a folder of several files.
@@ -71,6 +73,7 @@ class Format:
     summary: str
     about: str
     loading: str = show_loading()
+    serving: str = ""
     check: Callable[[PretrainedConfig], object] = accept_any
     read_shapes: Callable[[PretrainedConfig], Geometry] = read_geometry
     file: str = ""

@@ -17,6 +17,8 @@ from gqaprune.reporting.report import Report, Stage
 
 CARD_FILE = "README.md"
 
+_VLLM_IGNORES_HEAD_DIM = ("qwen2", "qwen2_moe")
+"""Families whose class in vLLM divides the width by the query heads for a head_dim, whatever the config says."""
 _BASES = {"decoder": "decoder-layer parameters", "all": "parameters"}
 
 
@@ -59,6 +61,7 @@ def write_card(
         plan=plan,
         about=entry.about,
         loading=entry.loading.format(folder=name or folder.name, file=file),
+        serving=_choose_class(entry.serving.format(folder=shlex.quote(name or folder.name)), written),
         layers=_list_layers(plan),
         padding=describe_padding(plan.pruned_geometry, written, plan.geometry),
         stages=[stage.name for stage in stages],
@@ -67,6 +70,13 @@ def write_card(
         command=shlex.join(command),
     )
     write_atomically(folder / CARD_FILE, f"{card}\n".encode())
+
+
+def _choose_class(command: str, written: Geometry) -> str:
+    """Have vLLM build the model by transformers where its own class would get the shapes wrong."""
+    fills = all(heads * written.head_dim == written.hidden_size for heads in written.query_heads)
+    is_wrong = written.family in _VLLM_IGNORES_HEAD_DIM and not fills and "--trust-remote-code" not in command
+    return f"{command} --model-impl transformers" if command and is_wrong else command
 
 
 def _is_hub_name(model: str) -> bool:

@@ -22,11 +22,14 @@ from gqaprune.placement.layer_store import Placement
 AUTO = "auto"
 """The name that stands for the first automatic format that can hold the model."""
 
+_SERVING = "vllm serve {folder}"
+
 FORMATS: Mapping[str, Format] = {
     "stock": Format(
         write_stock,
         summary="plain transformers loads it; needs equal counts in every layer",
         about="A stock checkpoint: plain transformers loads it.",
+        serving=_SERVING,
         check=check_stock_config,
         is_automatic=True,
         needs_equal_counts=True,
@@ -38,6 +41,7 @@ FORMATS: Mapping[str, Format] = {
         summary="unequal counts, with a small modeling file",
         about="Layers differ in shape, so that plain transformers needs the small modeling file beside the weights.",
         loading=show_loading(", trust_remote_code=True"),
+        serving=f"{_SERVING} --trust-remote-code",
         check=check_class,
         is_automatic=True,
         only_unequal=True,
@@ -48,6 +52,7 @@ FORMATS: Mapping[str, Format] = {
         write_padded,
         summary="a stock class, zeros for what some layers lack",
         about="A stock checkpoint, in which zeros fill the layers up to equal shapes.",
+        serving=_SERVING,
         read_shapes=find_padded_shapes,
         is_automatic=True,
     ),

@@ -103,6 +103,20 @@ def test_card_names_the_folder_that_its_own_is_going_to_be(tmp_path: Path) -> No
     assert 'from_pretrained("pruned", trust' in read_card(tmp_path, name="pruned")[1]
 
 
+def test_card_says_how_vllm_serves_it(tmp_path: Path) -> None:
+    own = replace(PLAN.pruned_geometry, family="llama")
+    wide = replace(PLAN.geometry, query_heads=(3,) * 3, kv_heads=(1,) * 3)  # 3 heads of 8 on a width of 24
+    for format, written, name, command in (
+        ("per-layer", PLAN.pruned_geometry, "pruned", "vllm serve pruned --trust-remote-code"),
+        ("padded", wide, "two words", "vllm serve 'two words'"),
+        ("padded", PLAN.geometry, "pruned", "vllm serve pruned --model-impl transformers"),
+        ("stock", own, "pruned", "vllm serve pruned"),
+        ("gguf-f16", wide, "pruned", ""),
+    ):
+        body = read_card(tmp_path, format=format, written=written, name=name)[1]
+        assert re.findall("^vllm.*$", body, re.MULTILINE) == ([command] if command else [])
+
+
 @pytest.mark.parametrize(("format", "file"), [("padded", ""), ("gguf-q8_0", "model-q8_0.gguf")])
 def test_card_says_how_much_padding_gave_back(format: str, file: str, tmp_path: Path) -> None:
     if file:
