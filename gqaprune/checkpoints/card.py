@@ -3,6 +3,7 @@
 The text is `templates/card.md`; it is Markdown, so nothing in it is escaped as HTML.
 """
 
+import json
 import shlex
 from collections.abc import Sequence
 from importlib.resources import files
@@ -61,7 +62,7 @@ def write_card(
         plan=plan,
         about=entry.about,
         loading=entry.loading.format(folder=name or folder.name, file=file),
-        serving=_choose_class(entry.serving.format(folder=shlex.quote(name or folder.name)), written),
+        serving=_describe_serving(entry.serving, folder, name or folder.name, written),
         layers=_list_layers(plan),
         padding=describe_padding(plan.pruned_geometry, written, plan.geometry),
         stages=[stage.name for stage in stages],
@@ -72,11 +73,14 @@ def write_card(
     write_atomically(folder / CARD_FILE, f"{card}\n".encode())
 
 
-def _choose_class(command: str, written: Geometry) -> str:
-    """Have vLLM build the model by transformers where its own class would get the shapes wrong."""
+def _describe_serving(command: str, folder: Path, name: str, written: Geometry) -> str:
+    """The command that serves a checkpoint by vLLM; empty where it cannot."""
+    config = folder / "config.json"
+    if not command or (config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8"))):
+        return ""
     fills = all(heads * written.head_dim == written.hidden_size for heads in written.query_heads)
-    is_wrong = written.family in _VLLM_IGNORES_HEAD_DIM and not fills and "--trust-remote-code" not in command
-    return f"{command} --model-impl transformers" if command and is_wrong else command
+    is_right = fills or "--trust-remote-code" in command or written.family not in _VLLM_IGNORES_HEAD_DIM
+    return command.format(folder=shlex.quote(name)) + ("" if is_right else " --model-impl transformers")
 
 
 def _is_hub_name(model: str) -> bool:

@@ -115,6 +115,8 @@ def test_card_says_how_vllm_serves_it(tmp_path: Path) -> None:
     ):
         body = read_card(tmp_path, format=format, written=written, name=name)[1]
         assert re.findall("^vllm.*$", body, re.MULTILINE) == ([command] if command else [])
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "torchao"}}')
+    assert "vllm serve" not in read_card(tmp_path)[1]  # which reads no weights in 8 bits by torchao
 
 
 @pytest.mark.parametrize(("format", "file"), [("padded", ""), ("gguf-q8_0", "model-q8_0.gguf")])
