@@ -4,7 +4,7 @@
     python benchmarks/formats.py --model benchmarks/work/default@0.2 --python OTHER_ENVIRONMENT/bin/python
 
 The model is written in every format, then the other Python loads each folder with plain transformers and measures how
-far its logits are from those of the model in memory. GGUF files of unequal layers, which transformers does not read, are
+far its logits are from those of the model in memory. GGUF files that are not padded are
 loaded by gqaprune. llama.cpp reads the GGUF files, and the text, by itself.
 """
 
@@ -74,6 +74,8 @@ LLAMA_CPP = """
 import json, sys, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = sys.argv[1], 512, 1, 0
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # so that the file alone differs
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # which rounds to float16
 server, answers = xllamacpp.Server(params), []
 for prompt in json.loads(sys.argv[2]):
     answers.append(server.handle_completions({"prompt": prompt, **json.loads(sys.argv[3])}))

@@ -20,7 +20,7 @@ from gqaprune.models.loading import load_model
 from gqaprune.surgery.cut import apply_plan
 
 from cuts import EVEN, get_logits, make_plan
-from tiny import make_model, make_tokenizer
+from tiny import make_model, make_tokenizer, round_weights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -66,7 +66,7 @@ class Case:
         model.resize_token_embeddings(len(TOKENIZER))
         model.config.sliding_window = None
         apply_plan(model, make_plan(model, *self.kept))
-        return model.half().float()
+        return round_weights(model)
 
 
 CASES = {
