@@ -69,7 +69,7 @@ def test_entered_format_refuses_what_its_flags_say(tmp_path: Path) -> None:
         save(make_model("llama"), None, tmp_path / "out", format="names", quantization="int8")
     with pytest.raises(ValueError, match="format names needs the whole model .* set it to auto, stock or per-layer, "):
         check_written_by_layer("names", None, Placement.DISK)
-    with pytest.raises(ValueError, match="one of auto, stock, per-layer, padded, gguf-f16, gguf-q8_0, names, got 'x'"):
+    with pytest.raises(ValueError, match="one of auto, stock, .*, gguf-q6_k, names, got 'x'"):
         choose_format(make_model("llama").config, "x")
     assert not list(tmp_path.iterdir())
 
