@@ -106,9 +106,14 @@ def describe_padding(pruned: Geometry, written: Geometry, dense: Geometry | None
     zeros = written.projection_weights - pruned.projection_weights
     if not zeros:
         return ""
-    heads = f"{written.query_heads[0]} query heads on {written.kv_heads[0]} KV heads"
     removed = 0 if dense is None else dense.projection_weights - pruned.projection_weights
     share = f", {zeros / removed:.0%} of what pruning removed" if removed else ""
+    if not written.is_uniform:
+        return (
+            "In the files zeros round the MLP channels of each layer up to whole blocks: "
+            f"{zeros / 1e6:,.2f} M parameters{share}."
+        )
+    heads = f"{written.query_heads[0]} query heads on {written.kv_heads[0]} KV heads"
     return (
         f"In the files every layer has {heads} and {written.channels[0]:,} channels, those it lacks as zeros: "
         f"{zeros / 1e6:,.2f} M parameters{share}."

@@ -13,7 +13,7 @@ from gqaprune.checkpoints.gguf_quantizer import (
     find_quantized_shapes,
     write_quantized_checkpoint,
 )
-from gqaprune.checkpoints.gguf_writer import TYPES, check_architecture, find_gguf_shapes, write_gguf_checkpoint
+from gqaprune.checkpoints.gguf_writer import TYPES, choose_architecture, find_gguf_shapes, write_gguf_checkpoint
 from gqaprune.checkpoints.padding import find_padded_shapes
 from gqaprune.checkpoints.safetensors_writer import (
     check_class,
@@ -28,6 +28,18 @@ from gqaprune.placement.layer_store import Placement
 
 AUTO = "auto"
 """The name that stands for the first automatic format that can hold the model."""
+
+_GGUF_LOADING = """\
+```bash
+llama-cli -m {folder}/{file}
+llama-server -m {folder}/{file}
+```
+
+```python
+import gqaprune
+
+model, tokenizer = gqaprune.load("{folder}")
+```"""
 
 FORMATS: Mapping[str, Format] = {
     "stock": Format(
@@ -61,11 +73,24 @@ FORMATS: Mapping[str, Format] = {
     **{
         f"gguf-{kind}": Format(
             partial(write_gguf_checkpoint, kind=kind),
-            summary=f"a file for llama.cpp, matrices in {kind}, layers padded",
-            about="A GGUF file for llama.cpp and what builds on it; layers are filled up with zeros to equal shapes.",
-            loading=show_loading(', gguf_file="{file}"'),
-            check=check_architecture,
+            summary=f"a file for llama.cpp, matrices in {kind}, each layer at its own size",
+            about="A GGUF file for llama.cpp and what builds on it. transformers' own reader takes no unequal layers.",
+            loading=_GGUF_LOADING,
+            check=choose_architecture,
             read_shapes=partial(find_gguf_shapes, kind=kind),
+            file="*.gguf",
+            takes_quantization=False,
+        )
+        for kind in TYPES
+    },
+    **{
+        f"gguf-{kind}-padded": Format(
+            partial(write_gguf_checkpoint, kind=kind, is_padded=True),
+            summary=f"the same with layers padded, which plain transformers loads, matrices in {kind}",
+            about="A GGUF file for llama.cpp, and for transformers: zeros fill the layers up to equal shapes.",
+            loading=show_loading(', gguf_file="{file}"'),
+            check=partial(choose_architecture, is_padded=True),
+            read_shapes=partial(find_gguf_shapes, kind=kind, is_padded=True),
             file="*.gguf",
             takes_quantization=False,
         )
@@ -76,7 +101,7 @@ FORMATS: Mapping[str, Format] = {
             partial(write_quantized_checkpoint, kind=kind),
             summary=f"the same in {bits} bits, by llama.cpp's quantiser",
             about=f"A GGUF file of {bits} bits a weight, quantised by llama.cpp, for it and what builds on it.",
-            loading=show_loading(', gguf_file="{file}"'),
+            loading=_GGUF_LOADING,
             check=check_quantizable,
             read_shapes=find_quantized_shapes,
             describe=describe_fallbacks,

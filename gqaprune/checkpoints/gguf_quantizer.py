@@ -7,14 +7,12 @@ Source of the mixtures: github.com/ggml-org/llama.cpp/blob/master/src/llama-quan
 models of 80 layers.
 """
 
-import copy
 import ctypes
 import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -24,14 +22,13 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
-from gguf import ReaderField, ReaderTensor
+from gguf import ReaderTensor
 from transformers import PretrainedConfig
 
 from gqaprune.checkpoints.base import Content
-from gqaprune.checkpoints.gguf_writer import check_architecture, find_gguf_shapes, write_gguf_checkpoint
-from gqaprune.checkpoints.padding import pad_state_dict
+from gqaprune.checkpoints.gguf_writer import choose_architecture, find_gguf_shapes, write_gguf_checkpoint
 from gqaprune.common.console import track
-from gqaprune.models.architecture import read_geometry, write_geometry
+from gqaprune.models.gguf_file import read_header, read_tensor
 from gqaprune.plan import Geometry
 
 MIXTURES = {
@@ -44,8 +41,10 @@ MIXTURES = {
 _FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 """What matrices are stored in whose rows are no whole blocks of 256."""
 _WIDTH = 32
-"""Widths of MLPs become multiples of it, which is the block of every fallback."""
-_FILE_TYPE = "general.file_type"
+"""Widths of MLPs in the file are multiples of it, which is the block of every fallback."""
+_ROUNDING = 0.25
+"""Above what 4 bits change a matrix by, relative to its norm: 0.07 where values are normal."""
+_ARCHITECTURE, _FILE_TYPE = "general.architecture", "general.file_type"
 
 Quantizer = Callable[[Path, Path, str], None]
 """Quantises one file into another, in the mixture of a name."""
@@ -58,10 +57,7 @@ def write_quantized_checkpoint(content: Content, folder: Path, kind: str) -> Non
         ValueError: as `write_gguf_checkpoint` and `find_quantizer`, or if the quantiser fails.
     """
     quantize = find_quantizer()
-    model, old = copy.copy(content.model), read_geometry(content.model.config)
-    model.config = _widen(model.config)
-    weights = pad_state_dict(content.state_dict, content.model.config, old, read_geometry(model.config))
-    write_gguf_checkpoint(replace(content, model=model, state_dict=weights), folder, "f16")
+    write_gguf_checkpoint(content, folder, "f16", channel_multiple=_WIDTH)
     source, target = folder / "model-f16.gguf", folder / f"model-{kind}.gguf"
     try:
         quantize(source, target, kind)
@@ -76,16 +72,16 @@ def find_quantized_shapes(config: PretrainedConfig) -> Geometry:
     Raises:
         ValueError: as `find_gguf_shapes`.
     """
-    return find_gguf_shapes(_widen(config))
+    return find_gguf_shapes(config, channel_multiple=_WIDTH)
 
 
 def check_quantizable(config: PretrainedConfig) -> None:
     """Refuse a model that the format has no place for, or any where there is no quantiser.
 
     Raises:
-        ValueError: as `check_architecture` and `find_quantizer`.
+        ValueError: as `choose_architecture` and `find_quantizer`.
     """
-    check_architecture(config)
+    choose_architecture(config)
     find_quantizer()
 
 
@@ -107,30 +103,21 @@ def find_quantizer() -> Quantizer:
 
 def describe_fallbacks(folder: Path) -> str:
     """What the file in a folder stores in other types than asked for, and why, in a sentence; empty if nothing."""
-    reader = gguf.GGUFReader(next(folder.glob("*.gguf")))
-    matrices = [tensor for tensor in reader.tensors if len(tensor.shape) > 1]
-    fallen = [tensor for tensor in matrices if tensor.tensor_type not in _FALLBACKS]
-    if not fallen:
+    header = read_header(next(folder.glob("*.gguf")))
+    matrices = [tensor for tensor in header.tensors.values() if len(tensor.shape) > 1]
+    counts = Counter(tensor.kind.name.lower() for tensor in matrices if tensor.kind not in _FALLBACKS)
+    if not counts:
         return ""
-    counts = Counter(tensor.tensor_type.name.lower() for tensor in fallen)
     types = ", ".join(f"{count} in {name}" for name, count in counts.most_common())
-    hidden = _read(reader, f"{_read(reader, 'general.architecture')}.embedding_length")
+    hidden = header.metadata[f"{header.metadata[_ARCHITECTURE]}.embedding_length"]
     if hidden % gguf.QK_K:
-        reason = f"as most of them have {hidden} values in a row, which this model's hidden size sets"
+        reason = f"most of them have {hidden} values in a row, which is this model's hidden size"
     else:
-        reason = "set pruning.limits.channel_multiple to 256 to avoid it in MLPs"
+        reason = f"set pruning.limits.channel_multiple to {gguf.QK_K} to avoid it in MLPs"
     return (
-        f"{len(fallen)} of {len(matrices)} matrices have rows that are not multiples of {gguf.QK_K} values, and are "
+        f"{counts.total()} of {len(matrices)} matrices have rows that are not multiples of {gguf.QK_K} values, and are "
         f"stored in larger types ({types}): {reason}."
     )
-
-
-def _widen(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of a model whose MLPs are padded, each by itself, to whole blocks."""
-    widened, geometry = copy.deepcopy(config), read_geometry(config)
-    channels = tuple(ceil(width / _WIDTH) * _WIDTH for width in geometry.channels)
-    write_geometry(widened, replace(geometry, channels=channels))
-    return widened
 
 
 def _quantize_by_program(program: str, source: Path, target: Path, kind: str) -> None:
@@ -154,14 +141,15 @@ def _load_rounding() -> Callable[..., int] | None:
 
 
 def _quantize_by_wheel(rounding: Callable[..., int], source: Path, target: Path, kind: str) -> None:
-    reader = gguf.GGUFReader(source)
-    architecture = _read(reader, "general.architecture")
-    layers = _read(reader, f"{architecture}.block_count")
-    is_tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
+    reader, header = gguf.GGUFReader(source), read_header(source)
+    architecture, is_tied = header.metadata[_ARCHITECTURE], "output.weight" not in header.tensors
+    layers = header.metadata[f"{architecture}.block_count"]
     types = {tensor.name: _choose_type(tensor, kind, layers, is_tied) for tensor in reader.tensors}
     writer = gguf.GGUFWriter(target, architecture)
     try:
-        for name, field in _list_fields(reader).items():
+        for name, field in reader.fields.items():
+            if name.startswith("GGUF.") or name == _ARCHITECTURE:  # which the writer sets
+                continue
             value = MIXTURES[kind][1] if name == _FILE_TYPE else field.contents()
             writer.add_key_value(name, value, field.types[0], field.types[-1])
         for tensor in reader.tensors:
@@ -220,30 +208,18 @@ def _round(rounding: Callable[..., int], matrix: np.ndarray[Any, Any], kind: Typ
 
 
 def _check_copy(source: Path, target: Path) -> None:
-    """Check that a quantised file has the tokenizer, the settings and the shapes of the file it was made from.
+    """Check that a quantised file holds the model and the tokenizer of the file it was made from.
 
     Raises:
         ValueError: naming what differs.
     """
-    before, after = (gguf.GGUFReader(file) for file in (source, target))
-    fields = _list_fields(after)
-    for name, field in _list_fields(before).items():
-        if name != _FILE_TYPE and (name not in fields or fields[name].contents() != field.contents()):
+    before, after = read_header(source), read_header(target)
+    for name, value in before.metadata.items():
+        if name != _FILE_TYPE and after.metadata.get(name) != value:
             raise ValueError(f"llama.cpp's quantiser changed {name} in the file; use gguf-q8_0")
-    shapes = [{tensor.name: tuple(tensor.shape) for tensor in each.tensors} for each in (before, after)]
-    if shapes[0] != shapes[1]:
-        changed = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0][0]
-        raise ValueError(f"llama.cpp's quantiser changed the shape of {changed}; use gguf-q8_0")
-
-
-def _list_fields(reader: gguf.GGUFReader) -> dict[str, ReaderField]:
-    """The settings of a file that a writer is given, by name."""
-    own = "general.architecture"
-    return {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.") and name != own}
-
-
-def _read(reader: gguf.GGUFReader, name: str) -> Any:
-    """The value of a setting that every file has."""
-    field = reader.get_field(name)
-    assert field is not None, name
-    return field.contents()
+    for name, stored in before.tensors.items():
+        if name not in after.tensors or after.tensors[name].shape != stored.shape:
+            raise ValueError(f"llama.cpp's quantiser changed the shape of {name}; use gguf-q8_0")
+        expected = read_tensor(before, name)
+        if not (read_tensor(after, name) - expected).norm() <= _ROUNDING * expected.norm():
+            raise ValueError(f"llama.cpp's quantiser changed {name} by more than it rounds; use gguf-q8_0")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -20,8 +21,11 @@ from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import read_geometry
 from gqaprune.models.dtypes import DTYPES, check_dtype
 from gqaprune.models.families import get_family
+from gqaprune.models.gguf_file import GgufHeader
+from gqaprune.models.gguf_layout import HEAD
+from gqaprune.models.gguf_reader import read_weights
 from gqaprune.models.per_layer import get_per_layer_class
-from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error
+from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error, read_own_header
 from gqaprune.models.tokenizer import check_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -75,24 +79,30 @@ def load_model(
     place, gguf = locate(source)
     config = load_config(source, trust_remote_code)
     family = get_family(config)
-    arguments = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **gguf}
+    arguments = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
     if quantization is not None:
         arguments["quantization_config"] = make_quantization_config(quantization)
-    elif gguf:
-        arguments["quantization_config"] = GgufConfig(dequantize=True)  # packed weights can be neither cut nor trained
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     try:
         read_geometry(config)
-        model_class = AutoModelForCausalLM
-        if config.is_heterogeneous:
-            model_class = get_per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        header, model_class = read_own_header(source), AutoModelForCausalLM
+        if header or config.is_heterogeneous:
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             del arguments["trust_remote_code"]
-        if not gguf:
+        if config.is_heterogeneous:
+            model_class = get_per_layer_class(model_class)
+        if header:
+            own_dtype = DTYPES["float32" if dtype == "auto" else dtype]  # as transformers reads other files
+            weights = _read_own_weights(header, config, own_dtype)
+            arguments |= {"config": config, "state_dict": weights, "dtype": own_dtype}
+        elif gguf:  # packed weights can be neither cut nor trained
+            arguments = {"quantization_config": GgufConfig(dequantize=True), **arguments, **gguf}
+        else:
             arguments |= {"config": config, "use_safetensors": True}
         # What has another shape is refused below, by its name; transformers refuses it without.
         model, found = model_class.from_pretrained(
-            place, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+            None if header else place, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
         check_keys(found, family.layers)
     except LOADING_ERRORS as error:
@@ -117,6 +127,22 @@ def check_keys(found: Mapping[str, Collection[Any]], layers: str) -> None:
     places = [name for name in strange if name.endswith((".weight", ".bias"))]  # buffers of old versions do no harm
     if places:
         raise ValueError(f"its files hold {min(places)} ({len(places)} in all), which its config has no place for")
+
+
+def _read_own_weights(header: GgufHeader, config: PretrainedConfig, dtype: Any) -> dict[str, Tensor]:
+    """The weights in a file that gqaprune wrote, if they are those of the config, which is not believed before."""
+    promised = build_without_weights(config).state_dict()
+    if config.tie_word_embeddings:
+        del promised[HEAD]
+    weights = dict(read_weights(header, config, dtype))
+    shapes = [(name, weights[name].shape, promised[name].shape) for name in weights.keys() & promised.keys()]
+    found = {
+        "mismatched_keys": [(name, own, expected) for name, own, expected in shapes if own != expected],
+        "missing_keys": promised.keys() - weights.keys(),
+        "unexpected_keys": weights.keys() - promised.keys(),
+    }
+    check_keys(found, get_family(config).layers)
+    return weights
 
 
 def find_other_storage(config: PretrainedConfig) -> str:

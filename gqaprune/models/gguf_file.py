@@ -1,0 +1,150 @@
+"""A GGUF file's header and tensors, read from the file as it lies, within its bounds.
+
+Source: the format, github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+_VERSIONS = (2, 3)
+_MOST_DIMENSIONS = 4
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""The format's types of numbers -> what `struct` calls them."""
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is in its file.
+
+    Args:
+        shape: as of the tensor in memory.
+        kind: how its values are stored.
+        start: its first byte in the file.
+    """
+
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    start: int
+
+    @property
+    def bytes_shape(self) -> tuple[int, ...]:
+        """Its shape as bytes: rows are whole blocks of values."""
+        return gguf.quant_shape_to_byte_shape(self.shape, self.kind)
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF file says of itself.
+
+    Args:
+        path: of the file.
+        metadata: key -> number, string or list of them.
+        tensors: name -> where it is.
+    """
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read a file's header; every tensor is then known to lie within the file.
+
+    Raises:
+        ValueError: if the file is broken, cut off or forged.
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path.name} does not begin as a GGUF file does")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _parse(path, _Cursor(data))
+            except (struct.error, IndexError, OverflowError, UnicodeDecodeError):
+                raise ValueError(f"the header of {path.name} is broken or cut off: fetch or write it again") from None
+
+
+def read_tensor(header: GgufHeader, name: str) -> Tensor:
+    """Read one tensor, in float32 however it is stored.
+
+    Raises:
+        NotImplementedError: if nothing reads how it is stored.
+    """
+    stored = header.tensors[name]
+    shape = stored.bytes_shape
+    data = np.memmap(header.path, np.uint8, "r", offset=stored.start, shape=(prod(shape),)).reshape(shape)
+    return torch.from_numpy(np.array(gguf.quants.dequantize(data, stored.kind), dtype=np.float32))
+
+
+class _Cursor:
+    """Reads values one after another; `struct` refuses those beyond the end."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at, self.end = data, 4, len(data)
+
+    def read(self, types: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(f"<{types}", self.data, self.at)
+        self.at += struct.calcsize(f"<{types}")
+        return values
+
+    def read_string(self) -> str:
+        (length,) = self.read("Q")
+        (text,) = self.read(f"{length}s")
+        return bytes(text).decode("utf-8")
+
+    def read_value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.read_string()
+        if kind != _ARRAY:
+            return self.read(_name_scalar(kind))[0]
+        kind, count = self.read("IQ")
+        if kind == _STRING:
+            return [self.read_string() for _ in range(count)]
+        return list(self.read(f"{count}{_name_scalar(kind)}"))
+
+
+def _name_scalar(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise ValueError(f"its metadata holds a value of the unknown type {kind}")
+    return _SCALARS[kind]
+
+
+def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
+    version, tensor_count, value_count = cursor.read("IQQ")
+    if version not in _VERSIONS:
+        raise ValueError(f"{path.name} is of version {version} of the format, only {_VERSIONS} can be read")
+    metadata = {}
+    for _ in range(value_count):
+        key = cursor.read_string()
+        metadata[key] = cursor.read_value(*cursor.read("I"))
+    places: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    for _ in range(tensor_count):
+        name = cursor.read_string()
+        (dimensions,) = cursor.read("I")
+        if not 1 <= dimensions <= _MOST_DIMENSIONS or name in places:
+            raise ValueError(f"{name} is there twice or has {dimensions} dimensions: fetch or write {path.name} again")
+        shape = cursor.read(f"{dimensions}Q")[::-1]
+        places[name] = (shape, *cursor.read("IQ"))
+    alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    begin = -(-cursor.at // alignment) * alignment
+    tensors = {
+        name: StoredTensor(shape, gguf.GGMLQuantizationType(kind), begin + offset)
+        for name, (shape, kind, offset) in places.items()
+    }
+    sizes = {name: prod(stored.bytes_shape) for name, stored in tensors.items()}
+    if any(stored.start + sizes[name] > cursor.end for name, stored in tensors.items()):
+        raise ValueError(f"{path.name} ends before its tensors do: fetch or write it again")
+    if sum(sizes.values()) > cursor.end:
+        raise ValueError(f"tensors of {path.name} lie over each other: fetch or write it again")
+    return GgufHeader(path, metadata, tensors)

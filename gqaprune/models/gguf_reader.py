@@ -1,0 +1,67 @@
+"""Read the GGUF files that gqaprune wrote, quantised by llama.cpp since or not: config, weights, tokenizer.
+
+transformers reads no layers of unequal sizes from GGUF; all other files are left to it.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+
+import torch
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerFast
+from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+
+from gqaprune.models.architecture import find_layer, read_geometry
+from gqaprune.models.gguf_file import GgufHeader, read_tensor
+from gqaprune.models.gguf_layout import CONFIG_KEY, FAMILIES, unpack_tensor
+
+_NOT_OF_FIELDS = {"allow_global_per_layer_attribute_access", "head_dim", "per_layer_config"}
+"""What a config has that its class has no field for."""
+
+
+def is_own(header: GgufHeader) -> bool:
+    """Whether gqaprune wrote a file."""
+    return CONFIG_KEY in header.metadata
+
+
+def read_config(header: GgufHeader) -> PretrainedConfig:
+    """Rebuild the config of a model that gqaprune wrote; settings that name code are left out.
+
+    Raises:
+        ValueError: if it is broken, or its layers are not those of the file.
+    """
+    settings = json.loads(header.metadata[CONFIG_KEY])
+    family = settings.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"its model type must be one of {', '.join(FAMILIES)}, got {family!r}")
+    layers = {find_layer(name, "blk") for name in header.tensors} - {None}
+    if layers != set(range(len(layers))) or settings.get("num_hidden_layers") != len(layers):
+        raise ValueError(f"its config promises {settings.get('num_hidden_layers')} layers, it holds {len(layers)}")
+    config_class = CONFIG_MAPPING[family]
+    known = {field.name for field in dataclasses.fields(config_class)} - {"dtype"} | _NOT_OF_FIELDS
+    return config_class(**{name: value for name, value in settings.items() if name in known})
+
+
+def read_weights(header: GgufHeader, config: PretrainedConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of all weights of a model that gqaprune wrote, one tensor of the file in memory at a time.
+
+    Raises:
+        ValueError: if rows of heads are not those of the config.
+        NotImplementedError: if nothing reads how a tensor is stored.
+    """
+    geometry, architecture = read_geometry(config), header.metadata["general.architecture"]
+    for name in header.tensors:
+        unpacked = unpack_tensor(name, read_tensor(header, name), geometry, architecture)
+        yield from ((own_name, tensor.to(dtype)) for own_name, tensor in unpacked.items())
+
+
+def read_tokenizer(header: GgufHeader) -> PreTrainedTokenizerFast:
+    """Rebuild the tokenizer of a file, of whatever architecture that is."""
+    architecture, parts, settings = get_gguf_tokenizer(str(header.path))
+    backend, _ = convert_gguf_tokenizer(architecture, parts)
+    if parts.get("pre_tokenizer_type") == "smollm":  # which transformers takes for plain bytes
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
