@@ -4,7 +4,8 @@
     python benchmarks/formats.py --model benchmarks/work/default@0.2 --python OTHER_ENVIRONMENT/bin/python
 
 The model is written in every format, then the other Python loads each folder with plain transformers and measures how
-far its logits are from those of the model in memory. llama.cpp reads the GGUF files, and the text, by itself.
+far its logits are from those of the model in memory. GGUF files that are not padded are
+loaded by gqaprune. llama.cpp reads the GGUF files, and the text, by itself.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from quality_report import format_table, splice
@@ -33,13 +35,17 @@ WRITTEN = {
     "padded, int8": ("padded", "int8"),
     "gguf-f16": ("gguf-f16", None),
     "gguf-q8_0": ("gguf-q8_0", None),
+    "gguf-f16-padded": ("gguf-f16-padded", None),
+    "gguf-q8_0-padded": ("gguf-q8_0-padded", None),
 }
 """Row -> format and quantisation. A model of equal counts is `stock` where the first says `per-layer`."""
+READ_BY_GQAPRUNE = ("gguf-f16", "gguf-q8_0")
 
 LOADER = """
 import json, sys, time
 from pathlib import Path
-sys.modules["gqaprune"] = None  # any import of it fails
+if is_plain := sys.argv[3] == "plain":
+    sys.modules["gqaprune"] = None  # any import of it fails
 import torch, transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -47,7 +53,11 @@ folder, expected = Path(sys.argv[1]), load_file(sys.argv[2])
 gguf = [file.name for file in folder.glob("*.gguf")]
 remote = (folder / "modeling_pruned.py").exists()
 extra = {"gguf_file": gguf[0]} if gguf else {"trust_remote_code": remote}
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **extra).eval()
+if is_plain:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **extra).eval()
+else:
+    from gqaprune import load
+    model = load(folder, dtype="float32")[0].eval()
 ids, logits = expected["ids"], expected["logits"]
 with torch.no_grad():
     error = float((model(ids).logits - logits).norm() / logits.norm())
@@ -64,12 +74,11 @@ LLAMA_CPP = """
 import json, sys, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = sys.argv[1], 512, 1, 0
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # so that the file alone differs
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # which rounds to float16
 server, answers = xllamacpp.Server(params), []
-settings = {"max_tokens": 1, "logprobs": 20, "logit_bias": [["a", 1000]]}  # half a character is no answer
 for prompt in json.loads(sys.argv[2]):
-    answer = server.handle_completions({"prompt": prompt, **settings})
-    likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    answers.append([answer["usage"]["prompt_tokens"], [(each["id"], each["logprob"]) for each in likeliest]])
+    answers.append(server.handle_completions({"prompt": prompt, **json.loads(sys.argv[3])}))
 print(json.dumps(answers))
 """
 PROMPT_TOKENS = (5, 8, 12, 16, 24, 32, 48, 64)
@@ -83,11 +92,31 @@ def ask_llama_cpp(file: Path, prompts: Sequence[str]) -> list[tuple[int, list[tu
     Raises:
         RuntimeError: if llama.cpp cannot read the file, with what it said last.
     """
-    command = [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(list(prompts))]
+    settings = {"max_tokens": 1, "logprobs": 20, "logit_bias": [["a", 1000]]}  # half a character is no answer
+    answers = _complete(file, prompts, settings)
+    likeliest = [answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] for answer in answers]
+    return [
+        (answer["usage"]["prompt_tokens"], [(each["id"], each["logprob"]) for each in tokens])
+        for answer, tokens in zip(answers, likeliest, strict=True)
+    ]
+
+
+def continue_with_llama_cpp(file: Path, prompts: Sequence[str], tokens: int, banned: Sequence[int]) -> list[str]:
+    """What llama.cpp writes after each prompt, always the likeliest token that is not banned.
+
+    Raises:
+        RuntimeError: as `ask_llama_cpp`.
+    """
+    settings = {"max_tokens": tokens, "temperature": 0, "logit_bias": [[token, -1000] for token in banned]}
+    return [answer["choices"][0]["text"] for answer in _complete(file, prompts, settings)]
+
+
+def _complete(file: Path, prompts: Sequence[str], settings: dict[str, Any]) -> Any:
+    command = [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(list(prompts)), json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{file.name}: {done.stderr[-2000:]}")
-    return [(count, [(token, found) for token, found in answer]) for count, answer in json.loads(done.stdout)]
+    return json.loads(done.stdout)
 
 
 def measure_llama_cpp(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> list[str]:
@@ -119,8 +148,9 @@ def measure(options: argparse.Namespace) -> tuple[list[list[str]], list[list[str
             source = gqaprune.load(options.model, dtype="bfloat16")[0] if quantization else model
             written = save(source, tokenizer, folder, format=format, quantization=quantization)
             size = measure_weights(folder)
+            python, way = (sys.executable, "gqaprune") if format in READ_BY_GQAPRUNE else (options.python, "plain")
             done = subprocess.run(
-                [options.python, "-c", LOADER, str(folder), str(root / "expected.safetensors")],
+                [python, "-c", LOADER, str(folder), str(root / "expected.safetensors"), way],
                 capture_output=True,
                 text=True,
                 cwd=root,

@@ -158,6 +158,14 @@ def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+def round_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Round a model's weights to what float16 holds; they stay float32."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
+    return model
+
+
 def make_tokens(batch: int = 2, length: int = 16, seed: int = 0) -> torch.Tensor:
     """Random token ids `[batch, length]`."""
     return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -157,13 +157,10 @@ def choose_architecture(config: PretrainedConfig, is_padded: bool = False) -> st
     families = [family for family in FAMILIES if not (is_padded and family == "qwen3")]  # whose heads it cannot read
     if config.model_type not in families:
         raise ValueError(f"GGUF export knows {', '.join(families)} models, got {config.model_type!r}; use padded")
-    architecture = _EQUAL[config.model_type]
-    if not is_padded and not read_geometry(config).is_uniform:
-        if architecture != "qwen3":
-            architecture = "deci"
-        elif config.tie_word_embeddings:
-            architecture = "openelm"
     rope = config.rope_parameters.get("rope_type", "default")
+    architecture = _EQUAL[config.model_type]
+    if not is_padded and not _takes(architecture, read_geometry(config), rope):
+        architecture = "deci" if architecture != "qwen3" else "openelm" if config.tie_word_embeddings else "qwen3"
     window = getattr(config, "sliding_window", None)
     for is_odd, what in (
         (window is not None and window < config.max_position_embeddings, "sliding windows"),
@@ -174,6 +171,11 @@ def choose_architecture(config: PretrainedConfig, is_padded: bool = False) -> st
         if is_odd:
             raise ValueError(f"a GGUF file of a {config.model_type} model has no place for {what}; use padded")
     return architecture
+
+
+def _takes(architecture: str, geometry: Geometry, rope: str) -> bool:
+    """Whether an architecture of equal layers computes a model: llama.cpp's `qwen2` takes no other width of heads."""
+    return geometry.is_uniform and (architecture != "qwen2" or (_fills_width(geometry) and rope == "default"))
 
 
 def _needs_padding(architecture: str, geometry: Geometry, is_padded: bool) -> bool:
