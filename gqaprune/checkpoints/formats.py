@@ -100,7 +100,7 @@ FORMATS: Mapping[str, Format] = {
         f"gguf-{kind}": Format(
             partial(write_quantized_checkpoint, kind=kind),
             summary=f"the same in {bits} bits, by llama.cpp's quantiser",
-            about=f"A GGUF file of {bits} bits a weight, quantised by llama.cpp, for it and what builds on it.",
+            about=f"A GGUF file in the mixture {kind.upper()} of llama.cpp's quantiser, for it and what builds on it.",
             loading=_GGUF_LOADING,
             check=check_quantizable,
             read_shapes=find_quantized_shapes,

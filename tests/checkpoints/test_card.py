@@ -103,13 +103,27 @@ def test_card_names_the_folder_that_its_own_is_going_to_be(tmp_path: Path) -> No
     assert 'from_pretrained("pruned", trust' in read_card(tmp_path, name="pruned")[1]
 
 
-@pytest.mark.parametrize(("format", "file"), [("padded", ""), ("gguf-q8_0", "model-q8_0.gguf")])
+@pytest.mark.parametrize(("format", "file"), [("padded", ""), ("gguf-q8_0-padded", "model-q8_0.gguf")])
 def test_card_says_how_much_padding_gave_back(format: str, file: str, tmp_path: Path) -> None:
     if file:
         (tmp_path / file).touch()
     _, body = read_card(tmp_path, format=format, written=PLAN.geometry)
     assert "zeros: 0.00 M parameters, 100% of what pruning removed." in body
     assert "trust_remote_code" not in body and (f'gguf_file="{file}"' in body) == bool(file)
+
+
+def test_card_of_a_gguf_file_says_how_llama_cpp_and_gqaprune_load_it(tmp_path: Path) -> None:
+    (tmp_path / "model-f16.gguf").touch()
+    _, body = read_card(tmp_path, format="gguf-f16", name="pruned")
+    for command in ("llama-cli", "llama-server"):
+        assert f"\n{command} -m pruned/model-f16.gguf\n" in body
+    assert 'model, tokenizer = gqaprune.load("pruned")' in body and "from_pretrained" not in body
+
+
+def test_card_says_where_widths_are_rounded(tmp_path: Path) -> None:
+    rounded = replace(PLAN.pruned_geometry, channels=(32, 64, *PLAN.pruned_geometry.channels[2:]))
+    _, body = read_card(tmp_path, format="gguf-q8_0", written=rounded)
+    assert "zeros round the MLP channels of each layer up to whole blocks: 0.0" in body
 
 
 def test_card_counts_in_what_the_rate_is_a_share_of(tmp_path: Path) -> None:

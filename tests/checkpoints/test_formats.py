@@ -1,5 +1,6 @@
 """Formats are entries: one more is all that a new one needs, wherever a format is chosen, written, told or refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from gqaprune.checkpoints.save import measure_weights
 from gqaprune.cli import main
 from gqaprune.common.console import console
 from gqaprune.models.architecture import read_geometry
+from gqaprune.models.gguf_file import read_header
 from gqaprune.models.loading import load_model
 from gqaprune.placement.layer_store import Placement
+from gqaprune.plan import Geometry
 from gqaprune.planning.selection import keep_everything
 
 from command import Run
@@ -69,7 +72,7 @@ def test_entered_format_refuses_what_its_flags_say(tmp_path: Path) -> None:
         save(make_model("llama"), None, tmp_path / "out", format="names", quantization="int8")
     with pytest.raises(ValueError, match="format names needs the whole model .* set it to auto, stock or per-layer, "):
         check_written_by_layer("names", None, Placement.DISK)
-    with pytest.raises(ValueError, match="one of auto, stock, .*, gguf-q6_k, names, got 'x'"):
+    with pytest.raises(ValueError, match="one of auto, stock, per-layer, padded, gguf-f16, .*, names, got 'x'"):
         choose_format(make_model("llama").config, "x")
     assert not list(tmp_path.iterdir())
 
@@ -124,10 +127,24 @@ def test_auto_is_the_first_automatic_format_that_can_hold_the_model(monkeypatch:
 def test_shapes_are_those_of_the_files(format: str, tmp_path: Path) -> None:
     model = make_model("llama") if FORMATS[format].needs_equal_counts else make_pruned("llama", UNEVEN)
     save(model, make_tokenizer([("e", "d"), ("r", "u")]), tmp_path / "out", format=format)
-    written = read_geometry(load_model(tmp_path / "out").config)
+    written = read_written_shapes(tmp_path / "out")
     assert FORMATS[format].read_shapes(model.config) == written
-    assert (written == read_geometry(model.config)) == (format in ("stock", "per-layer"))
-    assert (written == find_padded_shapes(model.config)) == (format in ("stock", "padded", "gguf-f16"))
+    assert (written == read_geometry(model.config)) == (format in ("stock", "per-layer", "gguf-f16"))
+    assert (written == find_padded_shapes(model.config)) == (format in ("stock", "padded", "gguf-f16-padded"))
+
+
+def read_written_shapes(folder: Path) -> Geometry:
+    """The shapes of the tensors in a GGUF file; of a config's where that is all there is to say."""
+    geometry = read_geometry(load_model(folder).config)
+    for file in folder.glob("*.gguf"):
+        shapes = {name: stored.shape for name, stored in read_header(file).tensors.items()}
+        columns = {
+            part: [shapes[f"blk.{layer}.{part}.weight"][1] for layer in range(geometry.num_layers)]
+            for part in ("attn_output", "ffn_down")
+        }
+        heads = tuple(width // geometry.head_dim for width in columns["attn_output"])
+        geometry = replace(geometry, query_heads=heads, channels=tuple(columns["ffn_down"]))
+    return geometry
 
 
 def test_every_format_has_its_row_in_the_documentation() -> None:

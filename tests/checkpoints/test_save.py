@@ -304,7 +304,7 @@ def test_formats_that_cannot_hold_a_model_are_refused_before_anything_is_written
             "stock",
             "no stock llama has 12 query heads on a hidden size of 64; per-layer keeps",
         ),
-        (uneven, "pickle", "format must be one of auto, stock, per-layer, .*, got 'pickle'"),
+        (uneven, "pickle", "format must be one of auto, stock, per-layer, padded, gguf-f16, .*, got 'pickle'"),
     ):
         with pytest.raises(ValueError, match=reason):
             save(model, make_tokenizer(), tmp_path / "out", format=format)
