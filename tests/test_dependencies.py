@@ -16,6 +16,7 @@ OPTIONAL = {
     "deepspeed": "its strategy has loaded it where it is looked at",
     "lm_eval": "extra `eval`",
     "torchao": "extra `int8`",
+    "xllamacpp": "extra `llama-cpp`",
 }
 """Modules that the package works without; their distributions need not be installed where this runs."""
 

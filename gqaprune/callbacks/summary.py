@@ -153,12 +153,14 @@ class RunSummary(Callback):
             return
         folder = get_run_folder(trainer)
         report.save(folder / REPORT_FILE)
-        padding = ""
+        remarks: list[str] = []
         if (export := _get_export(trainer)) is not None and export.written is not None:
             assert export.written_plan is not None
-            shapes = FORMATS[export.written_format].read_shapes(unwrap_model(module.model).config)
+            entry = FORMATS[export.written_format]
+            shapes = entry.read_shapes(unwrap_model(module.model).config)
             write_card(export.written, export.written_plan, export.written_format, shapes, report, get_command())
             padding = describe_padding(plan.pruned_geometry, shapes, export.written_plan.geometry)
+            remarks = [remark for remark in (padding, entry.describe(export.written)) if remark]
         hparams = _flatten(report.settings | dict(pl_module.hparams))
         for logger in get_tensorboards(trainer):
             if report.stages[-1].perplexity:
@@ -169,8 +171,8 @@ class RunSummary(Callback):
         self._write_page(trainer, pl_module, "finished")
         console.print(build_table(report))
         console.print(plan.describe_ratio())
-        if padding:
-            console.print(padding)
+        for remark in remarks:
+            console.print(remark)
         _print_paths(trainer, folder)
 
 

@@ -46,6 +46,11 @@ def accept_any(config: PretrainedConfig) -> None:
     """Refuse nothing."""
 
 
+def say_nothing(folder: Path) -> str:
+    """Remark on nothing."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Format:
     """An export format; `formats.FORMATS` names every one.
@@ -59,6 +64,7 @@ class Format:
             cannot.
         check: refuses a model of this config that the format cannot hold, by a ValueError that names what can.
         read_shapes: finds the shapes in the files of a model of this config; padding makes them larger than its own.
+        describe: what is worth a remark in the files of a folder, in a sentence; empty if nothing.
         file: pattern of the one file that holds config, weights and tokenizer; empty for a folder of several files.
         is_automatic: whether `auto` may choose it: `auto` is the first such format that can hold the model.
         only_unequal: whether it is for models whose layers differ alone; others are written as `stock`.
@@ -76,6 +82,7 @@ class Format:
     serving: str = ""
     check: Callable[[PretrainedConfig], object] = accept_any
     read_shapes: Callable[[PretrainedConfig], Geometry] = read_geometry
+    describe: Callable[[Path], str] = say_nothing
     file: str = ""
     is_automatic: bool = False
     only_unequal: bool = False

@@ -65,6 +65,7 @@ def write_card(
         serving=_describe_serving(entry.serving, folder, name or folder.name, written),
         layers=_list_layers(plan),
         padding=describe_padding(plan.pruned_geometry, written, plan.geometry),
+        remark=entry.describe(folder),
         stages=[stage.name for stage in stages],
         perplexities=_list_perplexities(stages),
         protocol="" if report is None else report.protocol.rstrip("."),

@@ -6,6 +6,13 @@ from functools import partial
 from transformers import PretrainedConfig
 
 from gqaprune.checkpoints.base import Format, show_loading
+from gqaprune.checkpoints.gguf_quantizer import (
+    MIXTURES,
+    check_quantizable,
+    describe_fallbacks,
+    find_quantized_shapes,
+    write_quantized_checkpoint,
+)
 from gqaprune.checkpoints.gguf_writer import TYPES, choose_architecture, find_gguf_shapes, write_gguf_checkpoint
 from gqaprune.checkpoints.padding import find_padded_shapes
 from gqaprune.checkpoints.safetensors_writer import (
@@ -93,6 +100,20 @@ FORMATS: Mapping[str, Format] = {
             takes_quantization=False,
         )
         for kind in TYPES
+    },
+    **{
+        f"gguf-{kind}": Format(
+            partial(write_quantized_checkpoint, kind=kind),
+            summary=f"the same in {bits} bits, by llama.cpp's quantiser",
+            about=f"A GGUF file in the mixture {kind.upper()} of llama.cpp's quantiser, for it and what builds on it.",
+            loading=_GGUF_LOADING,
+            check=check_quantizable,
+            read_shapes=find_quantized_shapes,
+            describe=describe_fallbacks,
+            file="*.gguf",
+            takes_quantization=False,
+        )
+        for kind, bits in zip(MIXTURES, (4, 5, 6), strict=True)
     },
 }
 """Name -> format."""

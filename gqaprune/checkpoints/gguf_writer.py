@@ -52,7 +52,9 @@ class _Entry:
     kind: gguf.GGMLQuantizationType
 
 
-def write_gguf_checkpoint(content: Content, folder: Path, kind: str, is_padded: bool = False) -> None:
+def write_gguf_checkpoint(
+    content: Content, folder: Path, kind: str, is_padded: bool = False, channel_multiple: int = 1
+) -> None:
     """Write a model into a folder, as one file of matrices of a kind.
 
     Raises:
@@ -62,7 +64,8 @@ def write_gguf_checkpoint(content: Content, folder: Path, kind: str, is_padded: 
         raise ValueError("a GGUF file holds the tokenizer too, got none; save with the model's tokenizer")
     config = content.model.config
     name = Path(str(config.name_or_path or "")).name
-    write_gguf(folder / f"model-{kind}.gguf", config, content.state_dict, content.tokenizer, kind, name, is_padded)
+    file, weights = folder / f"model-{kind}.gguf", content.state_dict
+    write_gguf(file, config, weights, content.tokenizer, kind, name, is_padded, channel_multiple)
 
 
 def write_gguf(
@@ -73,6 +76,7 @@ def write_gguf(
     kind: str = "f16",
     name: str = "",
     is_padded: bool = False,
+    channel_multiple: int = 1,
 ) -> Geometry:
     """Write config, weights and tokenizer into one file, and read them back.
 
@@ -84,6 +88,7 @@ def write_gguf(
         kind: one of `TYPES`.
         name: of the model.
         is_padded: give every layer the sizes that transformers' own reader accepts.
+        channel_multiple: widths of MLPs in the file become multiples of it, and of the kind's blocks.
 
     Returns:
         The shapes in the file.
@@ -96,9 +101,13 @@ def write_gguf(
     config.tie_word_embeddings = HEAD not in weights or torch.equal(weights[HEAD], weights[EMBEDDING])
     if config.tie_word_embeddings:
         weights.pop(HEAD, None)
-    architecture, shapes = choose_architecture(config, is_padded), find_gguf_shapes(config, kind, is_padded)
+    architecture, shapes = (
+        choose_architecture(config, is_padded),
+        find_gguf_shapes(config, kind, is_padded, channel_multiple),
+    )
     if _needs_padding(architecture, read_geometry(config), is_padded):
-        config, weights = pad_checkpoint(config, weights, *_get_padding(architecture, kind, is_padded))
+        padding = _get_padding(architecture, kind, is_padded, channel_multiple)
+        config, weights = pad_checkpoint(config, weights, *padding)
     vocabulary = read_vocabulary(tokenizer, config.vocab_size)
     rounded = pad_state_dict(weights, config, read_geometry(config), shapes)
     entries = list(_list_entries(architecture, config, rounded, TYPES[kind][0]))
@@ -124,14 +133,16 @@ def write_gguf(
     return shapes
 
 
-def find_gguf_shapes(config: PretrainedConfig, kind: str = "f16", is_padded: bool = False) -> Geometry:
+def find_gguf_shapes(
+    config: PretrainedConfig, kind: str = "f16", is_padded: bool = False, channel_multiple: int = 1
+) -> Geometry:
     """Find the shapes that `write_gguf` gives a model of a config.
 
     Raises:
         ValueError: if the format has no place for the architecture or for the shapes.
     """
     architecture, geometry = choose_architecture(config, is_padded), read_geometry(config)
-    condition, block = _get_padding(architecture, kind, is_padded)
+    condition, block = _get_padding(architecture, kind, is_padded, channel_multiple)
     if _needs_padding(architecture, geometry, is_padded):
         return find_padded_shapes(config, condition, block)
     return replace(geometry, channels=tuple(-(-width // block) * block for width in geometry.channels))
@@ -172,10 +183,12 @@ def _needs_padding(architecture: str, geometry: Geometry, is_padded: bool) -> bo
     return is_padded or not (geometry.is_uniform or architecture in UNEQUAL)
 
 
-def _get_padding(architecture: str, kind: str, is_padded: bool) -> tuple[Callable[[Geometry], bool], int]:
+def _get_padding(
+    architecture: str, kind: str, is_padded: bool, channel_multiple: int
+) -> tuple[Callable[[Geometry], bool], int]:
     """Whether a reader accepts equal shapes, transformers' where they are for it; what widths are multiples of."""
     accepts = (_divides_width if architecture == "llama" else _fills_width) if is_padded else lambda _: True
-    return accepts, _get_block_size(TYPES[kind][0])
+    return accepts, math.lcm(channel_multiple, _get_block_size(TYPES[kind][0]))
 
 
 def _divides_width(geometry: Geometry) -> bool:

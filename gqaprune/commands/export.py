@@ -54,3 +54,5 @@ def export(
     dense = None if plan is None else plan.geometry
     if padding := describe_padding(read_geometry(loaded.config), entry.read_shapes(loaded.config), dense):
         console.print(padding)
+    if remark := entry.describe(Path(folder)):
+        console.print(remark, markup=False)
