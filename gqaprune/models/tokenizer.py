@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gqaprune.common.errors import first_line
-from gqaprune.models.sources import LOADING_ERRORS, locate, make_loading_error
+from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error
 
 _VOCABULARY_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken*.json")
 """What a folder without a tokenizer has none of."""
@@ -25,7 +25,8 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
     """
     place, gguf = locate(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
+        known = gguf or {"config": load_config(source, trust_remote_code)}
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **known)
         if _is_empty(tokenizer):
             raise ValueError("it has no tokens but special ones")
         if gguf:

@@ -112,6 +112,13 @@ def test_card_says_how_much_padding_gave_back(format: str, file: str, tmp_path: 
     assert "trust_remote_code" not in body and (f'gguf_file="{file}"' in body) == bool(file)
 
 
+def test_card_of_layers_padded_each_to_its_own_size_names_no_size(tmp_path: Path) -> None:
+    written = replace(PLAN.pruned_geometry, channels=(11, 20, 20))
+    _, body = read_card(tmp_path, format="nemotron-nas", written=written)
+    assert "layers are filled up with zeros to sizes that the format has: 0.00 M parameters, 4% of what" in body
+    assert f"vllm serve {tmp_path.name} --trust-remote-code" in body and f'`gqaprune.load("{tmp_path.name}")`' in body
+
+
 def test_card_counts_in_what_the_rate_is_a_share_of(tmp_path: Path) -> None:
     _, body = read_card(tmp_path, plan=replace(PLAN, rate_base="all", kv_rate=0.5))
     assert "asked to lose 25.0% of its parameters and 50.0% of its KV heads, by" in body

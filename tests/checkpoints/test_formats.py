@@ -17,7 +17,7 @@ from gqaprune.placement.layer_store import Placement
 from gqaprune.planning.selection import keep_everything
 
 from command import Run
-from cuts import UNEVEN, make_pruned, read_names
+from cuts import UNEVEN, make_pruned, narrow, read_names
 from tiny import make_model, make_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -65,11 +65,11 @@ def test_entered_format_refuses_what_its_flags_say(tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     with pytest.raises(ValueError, match="names of Qwen2 are secret; use padded"):
         save(make_model("qwen2"), None, tmp_path / "out", format="names")
-    with pytest.raises(ValueError, match="names and quantization int8 both say how weights are stored"):
+    with pytest.raises(ValueError, match="names does not go with quantization int8"):
         save(make_model("llama"), None, tmp_path / "out", format="names", quantization="int8")
     with pytest.raises(ValueError, match="format names needs the whole model .* set it to auto, stock or per-layer, "):
         check_written_by_layer("names", None, Placement.DISK)
-    with pytest.raises(ValueError, match="one of auto, stock, per-layer, padded, gguf-f16, gguf-q8_0, names, got 'x'"):
+    with pytest.raises(ValueError, match="one of auto, stock, per-layer, .*, names, got 'x'"):
         choose_format(make_model("llama").config, "x")
     assert not list(tmp_path.iterdir())
 
@@ -122,7 +122,8 @@ def test_auto_is_the_first_automatic_format_that_can_hold_the_model(monkeypatch:
 
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_shapes_are_those_of_the_files(format: str, tmp_path: Path) -> None:
-    model = make_model("llama") if FORMATS[format].needs_equal_counts else make_pruned("llama", UNEVEN)
+    models = {"stock": make_model("llama"), "nemotron-nas": narrow(make_model("llama", head_dim=None, channels=600))}
+    model = models.get(format) or make_pruned("llama", UNEVEN)
     save(model, make_tokenizer([("e", "d"), ("r", "u")]), tmp_path / "out", format=format)
     written = read_geometry(load_model(tmp_path / "out").config)
     assert FORMATS[format].read_shapes(model.config) == written
