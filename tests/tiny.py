@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from gqaprune import PruningConfig
+from gqaprune.models.loading import build_model
 
 VOCABULARY = 260
 CONFIGS: dict[str, type[Any]] = {
@@ -147,6 +148,18 @@ def make_model(
             if "norm" in name and not variant.startswith("gemma"):  # which adds the 1 itself
                 parameter.add_(1.0)
     return model
+
+
+def rebuild(model: PreTrainedModel, std: float = 0.2, **settings: Any) -> PreTrainedModel:
+    """A model with other settings and random weights, biases and norms among them."""
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    torch.manual_seed(0)
+    rebuilt = build_model(model.config, torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in rebuilt.named_parameters():
+            parameter.normal_(std=std).add_(1.0 if "norm" in name else 0.0)
+    return rebuilt
 
 
 def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:

@@ -21,7 +21,7 @@ from gqaprune.models.nemotron_nas import describe_as_nemotron_nas, read_nemotron
 from gqaprune.placement.loading_by_layer import load_offloaded_model
 
 from cuts import UNEVEN, get_logits, make_pruned, narrow, read_names
-from tiny import make_model, make_tokenizer
+from tiny import make_model, make_tokenizer, rebuild
 
 LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
@@ -39,18 +39,6 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: make_model("qwen2", head_dim=None, channels=600, ratio=7),
     "qwen2-tied": lambda: make_model("qwen2-tied", head_dim=None, channels=600),
 }
-
-
-def rebuild(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
-    """A model with other settings and random weights, biases among them."""
-    for name, value in settings.items():
-        setattr(model.config, name, value)
-    torch.manual_seed(0)
-    rebuilt = build_model(model.config, torch.float32).eval()
-    with torch.no_grad():
-        for parameter in rebuilt.parameters():
-            parameter.normal_(std=0.2)
-    return rebuilt
 
 
 def compute_width(ffn_mult: float, hidden_size: int) -> int:
