@@ -75,6 +75,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
 }
 """Families and their variations: biases, q/k norms, norms of outputs, tied embeddings, sliding windows, fused rows."""
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 5e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""Rotary frequencies scaled as those of Llama 3.1."""
 WHOLE_ATTENTION: dict[str, dict[str, Any]] = {"olmo2": {}, "olmo3": {"sliding_window": 5}}
 """Families that lose MLP channels only."""
 WHOLE_MLP: dict[str, dict[str, Any]] = {

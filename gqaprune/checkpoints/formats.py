@@ -7,6 +7,7 @@ from transformers import PretrainedConfig
 
 from gqaprune.checkpoints.base import Format, show_loading
 from gqaprune.checkpoints.gguf_writer import TYPES, check_architecture, find_gguf_shapes, write_gguf_checkpoint
+from gqaprune.checkpoints.mlx_writer import check_can_be_mlx, write_mlx
 from gqaprune.checkpoints.padding import find_padded_shapes
 from gqaprune.checkpoints.safetensors_writer import (
     check_class,
@@ -67,6 +68,20 @@ FORMATS: Mapping[str, Format] = {
         ),
         check=check_can_be_nemotron_nas,
         read_shapes=find_nemotron_nas_shapes,
+        takes_quantization=False,
+    ),
+    "mlx": Format(
+        write_mlx,
+        summary="any counts, with a modeling file for mlx-lm",
+        about="A checkpoint for mlx-lm, which builds each layer at its own size by the small modeling file beside it.",
+        loading=(
+            "```bash\n"
+            'mlx_lm.generate --model {folder} --trust-remote-code --prompt "Once upon a time"\n'
+            "```\n\n"
+            "transformers loads it, too, with `trust_remote_code=True`."
+        ),
+        check=check_can_be_mlx,
+        needs_remote_code=True,
         takes_quantization=False,
     ),
     **{

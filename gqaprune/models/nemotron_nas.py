@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig
 
-from gqaprune.models.architecture import read_geometry, write_geometry
+from gqaprune.models.architecture import find_oddity, read_geometry, write_geometry
 from gqaprune.plan import Geometry
 
 MODEL_TYPE = "nemotron-nas"
@@ -23,7 +23,6 @@ CONFIGURATION_FILE = "configuration_decilm.py"
 
 _WIDTH_MULTIPLE = 256
 _FAMILIES = ("llama", "mistral", "qwen2")
-_ROPE_TYPES = ("default", "linear", "llama3")
 _ACTIVE = {"no_op": False, "replace_with_linear": False}
 
 
@@ -71,16 +70,8 @@ def check_can_be_nemotron_nas(config: PretrainedConfig) -> None:
             f"nemotron-nas holds {', '.join(_FAMILIES)} models, got {config.model_type!r}; use per-layer or padded"
         )
     geometry = read_geometry(config)
-    window = getattr(config, "sliding_window", None)
-    rope = config.rope_parameters.get("rope_type", "default")
-    for is_odd, what in (
-        (window is not None and window < config.max_position_embeddings, "sliding windows"),
-        (getattr(config, "mlp_bias", False), "biases of MLPs"),
-        (rope not in _ROPE_TYPES, f"rope of type {rope!r}"),
-        (config.hidden_act != "silu", f"the activation {config.hidden_act!r}"),
-    ):
-        if is_odd:
-            raise ValueError(f"nemotron-nas has no place for {what}; use per-layer or padded")
+    if oddity := find_oddity(config) or ("biases of MLPs" if getattr(config, "mlp_bias", False) else ""):
+        raise ValueError(f"nemotron-nas has no place for {oddity}; use per-layer or padded")
     width = geometry.hidden_size
     for layer, heads in enumerate(geometry.query_heads):
         if heads * geometry.head_dim != width:

@@ -86,9 +86,11 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
         values = {} if gguf else PretrainedConfig.get_config_dict(place)[0]
         if values.get("model_type") == MODEL_TYPE:
             return read_nemotron_nas(values | {"name_or_path": str(place)})
-        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
+    config.__dict__.pop("model_file", None)  # names a file for mlx-lm, which other folders do not have
+    return config
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:

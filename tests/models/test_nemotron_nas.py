@@ -21,16 +21,8 @@ from gqaprune.models.nemotron_nas import describe_as_nemotron_nas, read_nemotron
 from gqaprune.placement.loading_by_layer import load_offloaded_model
 
 from cuts import UNEVEN, get_logits, make_pruned, narrow, read_names
-from tiny import make_model, make_tokenizer, rebuild
+from tiny import LLAMA3, make_model, make_tokenizer, rebuild
 
-LLAMA3: dict[str, Any] = {
-    "rope_type": "llama3",
-    "rope_theta": 5e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: make_model("llama", head_dim=None, channels=600),
     "llama-rope": lambda: rebuild(make_model("llama", head_dim=None, channels=600), rope_parameters=LLAMA3),
