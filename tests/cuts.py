@@ -65,6 +65,14 @@ def make_pruned(variant: str, kept: tuple[list[list[int]], list[list[int]]], rat
     return model
 
 
+def narrow(model: PreTrainedModel) -> PreTrainedModel:
+    """Cut a model of 3 layers and 600 channels to unequal widths, attention left whole."""
+    groups = list(range(model.config.num_key_value_heads))
+    widths = [list(range(256)), list(range(3, 600, 2)), list(range(87, 600))]
+    apply_plan(model, make_plan(model, [groups] * 3, widths))
+    return model
+
+
 def get_logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(make_tokens()).logits

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from gqaprune import PruningConfig
+from gqaprune.models.loading import build_model
 
 VOCABULARY = 260
 CONFIGS: dict[str, type[Any]] = {
@@ -74,6 +75,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
 }
 """Families and their variations: biases, q/k norms, norms of outputs, tied embeddings, sliding windows, fused rows."""
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 5e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""Rotary frequencies scaled as those of Llama 3.1."""
 WHOLE_ATTENTION: dict[str, dict[str, Any]] = {"olmo2": {}, "olmo3": {"sliding_window": 5}}
 """Families that lose MLP channels only."""
 WHOLE_MLP: dict[str, dict[str, Any]] = {
@@ -147,6 +157,18 @@ def make_model(
             if "norm" in name and not variant.startswith("gemma"):  # which adds the 1 itself
                 parameter.add_(1.0)
     return model
+
+
+def rebuild(model: PreTrainedModel, std: float = 0.2, **settings: Any) -> PreTrainedModel:
+    """A model with other settings and random weights, biases and norms among them."""
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    torch.manual_seed(0)
+    rebuilt = build_model(model.config, torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in rebuilt.named_parameters():
+            parameter.normal_(std=std).add_(1.0 if "norm" in name else 0.0)
+    return rebuilt
 
 
 def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:

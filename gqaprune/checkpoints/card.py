@@ -120,18 +120,13 @@ def describe_padding(pruned: Geometry, written: Geometry, dense: Geometry | None
     zeros = written.projection_weights - pruned.projection_weights
     if not zeros:
         return ""
+    what = "layers are filled up with zeros to sizes that the format has"
+    if written.is_uniform:
+        heads = f"{written.query_heads[0]} query heads on {written.kv_heads[0]} KV heads"
+        what = f"every layer has {heads} and {written.channels[0]:,} channels, those it lacks as zeros"
     removed = 0 if dense is None else dense.projection_weights - pruned.projection_weights
     share = f", {zeros / removed:.0%} of what pruning removed" if removed else ""
-    if not written.is_uniform:
-        return (
-            "In the files zeros round the MLP channels of each layer up to whole blocks: "
-            f"{zeros / 1e6:,.2f} M parameters{share}."
-        )
-    heads = f"{written.query_heads[0]} query heads on {written.kv_heads[0]} KV heads"
-    return (
-        f"In the files every layer has {heads} and {written.channels[0]:,} channels, those it lacks as zeros: "
-        f"{zeros / 1e6:,.2f} M parameters{share}."
-    )
+    return f"In the files {what}: {zeros / 1e6:,.2f} M parameters{share}."
 
 
 def _list_perplexities(stages: Sequence[Stage]) -> list[list[str]]:

@@ -14,16 +14,19 @@ from gqaprune.checkpoints.gguf_quantizer import (
     write_quantized_checkpoint,
 )
 from gqaprune.checkpoints.gguf_writer import TYPES, choose_architecture, find_gguf_shapes, write_gguf_checkpoint
+from gqaprune.checkpoints.mlx_writer import check_can_be_mlx, write_mlx
 from gqaprune.checkpoints.padding import find_padded_shapes
 from gqaprune.checkpoints.safetensors_writer import (
     check_class,
     check_stock_config,
+    write_nemotron_nas,
     write_padded,
     write_per_layer,
     write_stock,
 )
 from gqaprune.common.sentences import describe_choices, join_choices
 from gqaprune.models.loading import make_quantization_config
+from gqaprune.models.nemotron_nas import check_can_be_nemotron_nas, find_nemotron_nas_shapes
 from gqaprune.placement.layer_store import Placement
 
 AUTO = "auto"
@@ -74,6 +77,36 @@ FORMATS: Mapping[str, Format] = {
         serving=_SERVING,
         read_shapes=find_padded_shapes,
         is_automatic=True,
+    ),
+    "nemotron-nas": Format(
+        write_nemotron_nas,
+        summary="for vLLM, SGLang and mlx-lm, each MLP padded to a multiple of 256 channels; attention whole",
+        about="A Nemotron-NAS (DeciLM) checkpoint: engines that know this architecture give each layer its own width.",
+        loading=(
+            "```bash\n"
+            "vllm serve {folder} --trust-remote-code\n"
+            'mlx_lm.generate --model {folder} --trust-remote-code --prompt "Once upon a time"\n'
+            "```\n\n"
+            "Both have the model built in; the remote code is the class of its config alone. transformers has no class "
+            'for the model, `gqaprune.load("{folder}")` reads it as a Llama.'
+        ),
+        check=check_can_be_nemotron_nas,
+        read_shapes=find_nemotron_nas_shapes,
+        takes_quantization=False,
+    ),
+    "mlx": Format(
+        write_mlx,
+        summary="any counts, with a modeling file for mlx-lm",
+        about="A checkpoint for mlx-lm, which builds each layer at its own size by the small modeling file beside it.",
+        loading=(
+            "```bash\n"
+            'mlx_lm.generate --model {folder} --trust-remote-code --prompt "Once upon a time"\n'
+            "```\n\n"
+            "transformers loads it, too, with `trust_remote_code=True`."
+        ),
+        check=check_can_be_mlx,
+        needs_remote_code=True,
+        takes_quantization=False,
     ),
     **{
         f"gguf-{kind}": Format(
@@ -140,7 +173,7 @@ def choose_format(config: PretrainedConfig, format: str, quantization: str | Non
         raise ValueError(f"format must be one of {', '.join((AUTO, *FORMATS))}, got {format!r}")
     entry = FORMATS[format]
     if quantization is not None and not entry.takes_quantization:
-        raise ValueError(f"{format} and quantization {quantization} both say how weights are stored: set one of them")
+        raise ValueError(f"{format} does not go with quantization {quantization}: set one of them")
     if entry.only_unequal and not config.is_heterogeneous:
         return "stock"  # which is what that would be, without a file of its own
     entry.check(config)

@@ -1,21 +1,32 @@
-"""Write a model as a folder that transformers loads: config, tokenizer and safetensors files.
+"""Write a model as a folder: config, tokenizer and safetensors files.
 
 `stock` has equal counts in every layer; `per-layer` unequal ones, in `per_layer_config`, with a small modeling file
-beside the weights; `padded` is a stock class with zeros for what some layers lack.
+beside the weights; `padded` is a stock class with zeros for what some layers lack; `nemotron-nas` is for engines that
+have this architecture, and gives each layer a width of its own. transformers does not have it.
 """
 
 import copy
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from gqaprune.checkpoints.base import Content
-from gqaprune.checkpoints.padding import pad_checkpoint
+from gqaprune.checkpoints.padding import pad_checkpoint, pad_state_dict
 from gqaprune.models.architecture import make_stock_config, read_geometry
 from gqaprune.models.loading import load_model
+from gqaprune.models.nemotron_nas import (
+    CONFIGURATION_FILE,
+    describe_as_nemotron_nas,
+    find_nemotron_nas_shapes,
+    has_attention_bias,
+    write_configuration_source,
+)
 from gqaprune.models.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
 from gqaprune.models.sources import load_config
 from gqaprune.placement.layer_store import find_store
@@ -71,6 +82,19 @@ def check_class(config: PretrainedConfig) -> None:
             f"per-layer writes a modeling file for classes of transformers, {type(config).__name__} comes with code of "
             "its own; padded adds zeros"
         )
+
+
+def write_nemotron_nas(content: Content, folder: Path) -> None:
+    """Write a checkpoint of Nemotron-NAS, each layer padded to a width that it has, with the class of its config."""
+    config = content.model.config
+    weights = pad_state_dict(content.state_dict, config, read_geometry(config), find_nemotron_nas_shapes(config))
+    if has_attention_bias(config):
+        for layer in range(config.num_hidden_layers):
+            name = f"model.layers.{layer}.self_attn.o_proj."
+            weights.setdefault(f"{name}bias", torch.zeros_like(weights[f"{name}weight"][:, 0]))
+    _write(content, folder, config, weights)
+    (folder / CONFIG_NAME).write_text(json.dumps(describe_as_nemotron_nas(config), indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIGURATION_FILE).write_text(write_configuration_source(), encoding="utf-8")
 
 
 def has_own_code(config: PretrainedConfig) -> bool:

