@@ -21,8 +21,10 @@ from gqaprune.checkpoints.origin import find_teacher
 from gqaprune.common.renamed import RenamedAttributes
 from gqaprune.common.unregistered import Unregistered
 from gqaprune.data.windows import Batch
+from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.generation import continue_greedily
 from gqaprune.evaluation.perplexity import CorpusPerplexities
+from gqaprune.models.sources import load_config
 from gqaprune.placement.fsdp import distribute_model
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.model_source import ModelSource
@@ -119,6 +121,9 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         """
         if self._untrained_model is not None or self._model is not None:
             return
+        data = getattr(find_trainer(self), "datamodule", None)
+        if isinstance(data, TextDataModule):
+            data.check_context(load_config(self.source.pretrained, self.source.trust_remote_code))
         mesh = self._mesh if sharded else None
         assert mesh is not None or not sharded, "only ModelParallelStrategy has a mesh"
         model = load_cut_model(self.source, self.plan, offload, mesh, self.gradient_checkpointing)
@@ -198,7 +203,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Continue a prompt greedily; returns prompt and continuation as token ids `[1, tokens]`."""
-        return continue_greedily(self.model, batch, self.max_new_tokens)
+        return continue_greedily(self.model, batch["input_ids"], self.max_new_tokens)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule on the live parameters, after pruning."""

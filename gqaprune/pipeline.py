@@ -119,7 +119,7 @@ class Pruner:
         self.stages = stages or StageCache()
         if config.removes_something:
             check_reachable(self.dense_blocks, self.budget, config)
-            check_text(calibration.batches, config)
+            check_text(model.config, calibration.batches, config)
             check_repair(model.config, self.dense_blocks, config)
         self.plan = replace(keep_everything(model), model=calibration.source)
         self.report = Report(calibration.source, asdict(config), note=describe_experts(model))
