@@ -1,5 +1,7 @@
 """Commands that stop: a sentence for what the user can mend, and nothing half-written, on a tiny model."""
 
+import json
+import shutil
 import signal
 from contextlib import nullcontext
 from dataclasses import replace
@@ -232,3 +234,19 @@ def test_training_goes_on_under_what_can_read_the_checkpoint(
     trainer: Any = SimpleNamespace(strategy=reader.__new__(reader))
     with nullcontext() if sentence is None else pytest.raises(ValueError, match=sentence):
         check_checkpoint(path, trainer)
+
+
+def test_a_config_that_transformers_does_not_save_is_refused_before_any_work(
+    run: Run, tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_folder, "model")
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps(config | {"output_attentions": True}))
+    with monkeypatch.context() as patch:
+        patch.setattr("gqaprune.placement.model_source.load_model", lambda *_: pytest.fail("a model was loaded"))
+        for command in ("fit", "prune"):
+            assert run(command, "--model.pretrained", "model") == 1
+            assert "refuses to save the model: " in (error := capsys.readouterr().err) and "to 'eager'" in error
+    arguments = ["--model.pretrained", "model", "--model.attn_implementation", "eager", "--export.folder", "out"]
+    assert run("prune", *arguments) == 0
+    assert json.loads(Path("out/config.json").read_text())["output_attentions"]

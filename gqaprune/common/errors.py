@@ -3,5 +3,5 @@
 
 def first_line(error: Exception) -> str:
     """What an error says in its first line, and in the next where that only announces it; else its type's name."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
+    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])
