@@ -104,8 +104,10 @@ def choose_dense(module: CausalLMModule) -> tuple[str, str]:
         return module.source.pretrained, ""
     alone = "no dense model to compare with, so that only what repeats itself is seen, not what makes no sense"
     way_out = "name it by --model.recovery.teacher"
-    name, reason = find_dense(module.source.pretrained, module.source.trust_remote_code)
-    return name, f"{alone}: {reason}; {way_out}" if reason else ""
+    try:
+        return find_dense(module.source.pretrained, module.source.trust_remote_code), ""
+    except ValueError as error:
+        return "", f"{alone}: {error}; {way_out}"
 
 
 def _measure(dense: PreTrainedModel, ids_1T: Tensor, prompt_tokens: int) -> float:
