@@ -1,6 +1,9 @@
 """Tiny random models of every supported family, and a byte tokenizer."""
 
+import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,6 +150,14 @@ def make_model(
             if "norm" in name and not variant.startswith("gemma"):  # which adds the 1 itself
                 parameter.add_(1.0)
     return model
+
+
+def copy_with_context(source: Path, folder: Path, tokens: int = 4096) -> Path:
+    """A copy of a checkpoint that stands for a real model: it reads windows of the default sizes."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": tokens}))
+    return folder
 
 
 def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
