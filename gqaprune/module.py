@@ -1,6 +1,6 @@
 """The LightningModule around a causal LM: fine-tuning, perplexity, generation."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -21,8 +21,11 @@ from gqaprune.checkpoints.origin import find_teacher
 from gqaprune.common.renamed import RenamedAttributes
 from gqaprune.common.unregistered import Unregistered
 from gqaprune.data.windows import Batch
+from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.generation import continue_greedily
 from gqaprune.evaluation.perplexity import CorpusPerplexities
+from gqaprune.models.fingerprint import find_fingerprint
+from gqaprune.models.sources import load_config, make_absolute
 from gqaprune.placement.fsdp import distribute_model
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.model_source import ModelSource
@@ -77,6 +80,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         plan: str | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        pretrained = make_absolute(pretrained)  # checkpoints, plan and report name it
         self.save_hyperparameters(ignore=["optimizer", "plan", "recovery"])
         self.source = ModelSource(pretrained, dtype, attn_implementation, trust_remote_code)
         self.recovery = recovery
@@ -119,9 +123,13 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         """
         if self._untrained_model is not None or self._model is not None:
             return
+        data = getattr(find_trainer(self), "datamodule", None)
+        if isinstance(data, TextDataModule):
+            data.check_context(load_config(self.source.pretrained, self.source.trust_remote_code))
         mesh = self._mesh if sharded else None
         assert mesh is not None or not sharded, "only ModelParallelStrategy has a mesh"
         model = load_cut_model(self.source, self.plan, offload, mesh, self.gradient_checkpointing)
+        self._name_model_of_plan()
         if not find_store(model).is_in_memory and not self._trains:
             self._untrained_model = Unregistered(model)
         else:
@@ -198,7 +206,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Continue a prompt greedily; returns prompt and continuation as token ids `[1, tokens]`."""
-        return continue_greedily(self.model, batch, self.max_new_tokens)
+        return continue_greedily(self.model, batch["input_ids"], self.max_new_tokens)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule on the live parameters, after pruning."""
@@ -235,6 +243,23 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         if self.adapters.view is None and any(".lora_" in name for name in checkpoint.get(WEIGHTS, ())):
             self.load()
             self.adapters.add(self.model, RecoveryConfig(**checkpoint["recovery"]))
+
+    def _name_model_of_plan(self) -> None:
+        """Let a plan that was given name the model that it cuts here; a run that resumes has to have the same one.
+
+        Raises:
+            ValueError: if a checkpoint's plan was made for other weights, which training would go back to.
+        """
+        if self.plan is None:
+            return
+        name = self.source.pretrained
+        fingerprint = find_fingerprint(name)
+        if self.plan_is_from_checkpoint and self._trains and fingerprint:
+            try:
+                self.plan.check_weights(name, fingerprint)
+            except ValueError as error:
+                raise ValueError(f"{error}; set model.pretrained to that model to resume") from None
+        self.plan = replace(self.plan, model=name, fingerprint=fingerprint)
 
     @property
     def _trains(self) -> bool:

@@ -13,6 +13,7 @@ from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.evaluation.perplexity import Evaluation, measure_perplexity
 from gqaprune.models.architecture import describe_experts
+from gqaprune.models.fingerprint import find_fingerprint
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.model_hash import hash_model, hash_tensors
 from gqaprune.plan import BlockKey, PruningPlan
@@ -119,10 +120,11 @@ class Pruner:
         self.stages = stages or StageCache()
         if config.removes_something:
             check_reachable(self.dense_blocks, self.budget, config)
-            check_text(calibration.batches, config)
+            check_text(model.config, calibration.batches, config)
             check_repair(model.config, self.dense_blocks, config)
-        self.plan = replace(keep_everything(model), model=calibration.source)
-        self.report = Report(calibration.source, asdict(config), note=describe_experts(model))
+        source = calibration.source
+        self.plan = replace(keep_everything(model), model=source, fingerprint=find_fingerprint(source))
+        self.report = Report(source, asdict(config), note=describe_experts(model))
         self.share = 0.0
         self.spending: Spending | None = None
         self.scores: Scores = {}

@@ -157,7 +157,8 @@ class PruningPlan:
     Args:
         geometry: shapes of the model that the plan was made for.
         layers: kept units of each layer.
-        model: name or folder of that model.
+        model: absolute path or name of that model.
+        fingerprint: of that model's weights, by which another one under the name is told; empty where it is not known.
         criterion: criterion that scored the units.
         allocation: allocation that chose the counts.
         rate: share of parameters asked to be removed, 0 to 1.
@@ -180,6 +181,7 @@ class PruningPlan:
     kv_rate: float = 0.0
     seed: int = 0
     corpora: tuple[str, ...] = field(default=())
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         if len(self.layers) != self.geometry.num_layers:
@@ -235,6 +237,22 @@ class PruningPlan:
                 f"{difference}; apply it to the dense model it names, or calibrate a new plan"
             )
 
+    def check_weights(self, model: str, fingerprint: str) -> None:
+        """Refuse weights other than those of the model that the plan was made for, if the plan knows them.
+
+        Args:
+            model: name of the weights' model.
+            fingerprint: of the weights.
+
+        Raises:
+            ValueError: with both fingerprints.
+        """
+        if self.fingerprint and fingerprint != self.fingerprint:
+            raise ValueError(
+                f"{model} is not the model that the plan was made for ({self.model}): its weights have the fingerprint "
+                f"{fingerprint}, expected {self.fingerprint}"
+            )
+
     def then(self, later: "PruningPlan") -> "PruningPlan":
         """The plan that does to the dense model what this plan and then a later one do.
 
@@ -261,6 +279,7 @@ class PruningPlan:
             geometry=self.geometry,
             layers=tuple(layers),
             model=self.model,
+            fingerprint=self.fingerprint,
             rate=1 - (1 - self.rate) * (1 - later.rate),
             kv_rate=1 - (1 - self.kv_rate) * (1 - later.kv_rate),
         )
@@ -322,9 +341,10 @@ class PruningPlan:
                 allocation=str(data["allocation"]),
                 rate=float(data["rate"]),
                 rate_base=str(data["rate_base"]),
-                kv_rate=float(data.get("kv_rate", 0.0)),  # plans before it had none
+                kv_rate=float(data.get("kv_rate", 0.0)),  # old plans have neither it nor a fingerprint
                 seed=int(data["seed"]),
                 corpora=tuple(str(name) for name in data["corpora"]),
+                fingerprint=str(data.get("fingerprint", "")),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"the pruning plan is incomplete or of the wrong type ({error})") from None

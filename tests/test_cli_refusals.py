@@ -1,5 +1,7 @@
 """Commands that stop: a sentence for what the user can mend, and nothing half-written, on a tiny model."""
 
+import json
+import shutil
 import signal
 from contextlib import nullcontext
 from dataclasses import replace
@@ -37,6 +39,9 @@ BAD_INPUT = {
     "missing training corpus": (["--data.training.corpora", "[nowhere.txt]"], "no corpus or file 'nowhere.txt'"),
     "short corpus": (["--data.calibration.corpora", "[short.txt]"], "5 tokens do not fill one window of 32"),
     "short test corpus": (["--data.evaluation.test", "[short.txt]"], "5 tokens do not fill one window of 32"),
+    "training beyond the context": (["--data.training.window", "257"], "data.training.window is 257 tokens, the mode"),
+    "evaluation beyond it": (["--data.evaluation.window", "257"], "data.evaluation.window is 257 tokens, the model's"),
+    "calibration beyond it": (["--data.calibration.window", "257"], "data.calibration.window is 257 tokens, the mode"),
     "evaluated text": (["--data.calibration.corpora", "[embedded@test]"], "overlaps with data.evaluation.test"),
     "missing model": (["--model.pretrained", "/no/such/model"], "no model at /no/such/model"),
     "folder without a model": (["--model.pretrained", "."], "it has no config.json"),
@@ -229,3 +234,19 @@ def test_training_goes_on_under_what_can_read_the_checkpoint(
     trainer: Any = SimpleNamespace(strategy=reader.__new__(reader))
     with nullcontext() if sentence is None else pytest.raises(ValueError, match=sentence):
         check_checkpoint(path, trainer)
+
+
+def test_a_config_that_transformers_does_not_save_is_refused_before_any_work(
+    run: Run, tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_folder, "model")
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps(config | {"output_attentions": True}))
+    with monkeypatch.context() as patch:
+        patch.setattr("gqaprune.placement.model_source.load_model", lambda *_: pytest.fail("a model was loaded"))
+        for command in ("fit", "prune"):
+            assert run(command, "--model.pretrained", "model") == 1
+            assert "refuses to save the model: " in (error := capsys.readouterr().err) and "to 'eager'" in error
+    arguments = ["--model.pretrained", "model", "--model.attn_implementation", "eager", "--export.folder", "out"]
+    assert run("prune", *arguments) == 0
+    assert json.loads(Path("out/config.json").read_text())["output_attentions"]

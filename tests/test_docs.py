@@ -17,7 +17,7 @@ from gqaprune.cli import TOOLS, PruningCLI, _make_tool_parser, main, spell_out
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.planning.config import PruningConfig
 
-from tiny import DATA, make_tokenizer
+from tiny import DATA, copy_with_context, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
@@ -126,7 +126,7 @@ def place(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the documents' names stand for something."""
     folder = tmp_path_factory.mktemp("docs")
     dense = folder / "path/to/model"
-    shutil.copytree(tiny_folder, dense)
+    copy_with_context(tiny_folder, dense)
     make_tokenizer([("e", "d"), ("r", "u")]).save_pretrained(dense)  # with merges, which GGUF asks for
     model, tokenizer = gqaprune.load(str(dense))
     config = PruningConfig(0.2, criterion="l2", repair={"method": "none"}, limits={"mlp_layers": (1, 3)})

@@ -1,6 +1,6 @@
 """The module in Lightning's loop: pruned before the optimizer, accumulated, scheduled, resumed."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +13,14 @@ from lightning.pytorch.callbacks import LambdaCallback
 
 import gqaprune
 from gqaprune.callbacks import TaylorPruning
+from gqaprune.checkpoints.save import save
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import count_parameters
+from gqaprune.models.fingerprint import fingerprint_weights
 from gqaprune.module import CausalLMModule
+from gqaprune.planning.selection import keep_everything
 from gqaprune.training.recovery import RecoveryConfig
 
 from tiny import PLAIN, make_model, make_plain, make_tokenizer, merge_settings
@@ -264,3 +267,40 @@ def test_the_loss_and_its_gradients_are_those_of_transformers(
     trainer = make_trainer(tmp_path, watch, max_steps=1)
     trainer.fit(CausalLMModule(str(tmp_path)), datamodule=make_data(tmp_path))
     assert trainer.global_step == 1 and expected
+
+
+def test_models_are_remembered_by_absolute_paths(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_folder.parent)
+    module = CausalLMModule(tiny_folder.name)
+    pruning = TaylorPruning(scheduling={0: 2}, rate=0.3, allocation="global", **PLAIN)
+    trainer = make_trainer(tmp_path, pruning)
+    trainer.fit(module, datamodule=make_data(tiny_folder))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    plan, report = module.plan, pruning.report
+    assert plan is not None and report is not None
+    assert plan.model == report.model == module.hparams["pretrained"] == str(tiny_folder)
+    assert plan.fingerprint == fingerprint_weights(tiny_folder)
+    monkeypatch.chdir(tmp_path)
+    again = CausalLMModule.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+    assert all(torch.equal(p, module.get_parameter(name)) for name, p in again.named_parameters())
+
+
+def test_a_plan_that_is_given_names_the_model_that_it_cuts_here(tiny_folder: Path, tmp_path: Path) -> None:
+    other = replace(keep_everything(make_model(channels=32)), model="/another/one", fingerprint="ab")
+    other.save(tmp_path / "plan.json")
+    module = CausalLMModule(str(tiny_folder), plan=str(tmp_path / "plan.json"))
+    module.load()
+    assert module.plan == replace(other, model=str(tiny_folder), fingerprint=fingerprint_weights(tiny_folder))
+
+
+def test_a_run_does_not_resume_on_another_model(tiny_folder: Path, tmp_path: Path) -> None:
+    save(make_model(channels=32, seed=1), make_tokenizer(), tmp_path / "other")
+    data, name = keep_everything(make_model(channels=32)), str(tiny_folder)
+    plan = replace(data, model=name, fingerprint=fingerprint_weights(tiny_folder)).to_dict()
+    make_trainer(tmp_path).fit(CausalLMModule(name, plan=plan), datamodule=make_data(tiny_folder))
+    with pytest.raises(ValueError, match=f"other is not the model .* for \\({name}\\).*; set model.pretrained to that"):
+        make_trainer(tmp_path).fit(
+            CausalLMModule(str(tmp_path / "other"), plan=plan), datamodule=make_data(tiny_folder)
+        )

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tiny import copy_with_context
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -19,7 +21,9 @@ def test_library_in_five_lines_prunes_and_saves(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code = read_code("The library in five lines")[0].replace("smollm2-135m", str(tiny_folder))
+    code = read_code("The library in five lines")[0].replace(
+        "smollm2-135m", str(copy_with_context(tiny_folder, tmp_path / "dense"))
+    )
     names: dict[str, object] = {}
     exec(code, names)
     assert names["report"].rate_reached == pytest.approx(0.2, abs=0.01)  # type: ignore[attr-defined]
@@ -30,7 +34,9 @@ def test_lightning_example_prunes_recovers_and_exports(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code = read_code("The library in five lines")[1].replace("smollm2-135m", str(tiny_folder))
+    code = read_code("The library in five lines")[1].replace(
+        "smollm2-135m", str(copy_with_context(tiny_folder, tmp_path / "dense"))
+    )
     code = code.replace("Trainer(", "Trainer(accelerator='cpu', limit_train_batches=4, limit_val_batches=2, ")
     exec(code.replace('{"window": 512}', '{"window": 128, "tokens": 512}, calibration={"windows": 4}'), {})
     AutoModelForCausalLM.from_pretrained(tmp_path / "lightning_logs/version_0/checkpoint", trust_remote_code=True)

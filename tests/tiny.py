@@ -1,6 +1,9 @@
 """Tiny random models of every supported family, and a byte tokenizer."""
 
+import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,6 +172,14 @@ def rebuild(model: PreTrainedModel, std: float = 0.2, **settings: Any) -> PreTra
         for name, parameter in rebuilt.named_parameters():
             parameter.normal_(std=std).add_(1.0 if "norm" in name else 0.0)
     return rebuilt
+
+
+def copy_with_context(source: Path, folder: Path, tokens: int = 4096) -> Path:
+    """A copy of a checkpoint that stands for a real model: it reads windows of the default sizes."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": tokens}))
+    return folder
 
 
 def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:

@@ -9,8 +9,10 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
+from gqaprune.callbacks.lookup import get_parts
 from gqaprune.checkpoints.origin import find_teacher
 from gqaprune.datamodules import TextDataModule
+from gqaprune.models.architecture import check_context
 from gqaprune.models.sources import load_config
 from gqaprune.module import CausalLMModule
 from gqaprune.placement.layer_store import Placement
@@ -67,6 +69,7 @@ def check_teacher(trainer: Trainer, module: CausalLMModule, config: PruningConfi
         own, other = getattr(student, name), getattr(teacher, name)
         if own != other:
             raise ValueError(f"{source} has {name} {other}, {own_source} has {own}: take a teacher with the same")
+    check_context(teacher, get_parts(trainer, module)[1].training.window, f"data.training.window for {source}")
     layers = min(student.num_hidden_layers, teacher.num_hidden_layers)
     if settings.hidden_weight and max(settings.hidden_layers or [0]) >= layers:
         raise ValueError(f"recovery.hidden_layers has to be of 0 to {layers - 1}, got {settings.hidden_layers}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from gqaprune.callbacks.lookup import get_parts, get_run_folder
 from gqaprune.callbacks.pruning import TaylorPruning
 from gqaprune.checkpoints.formats import AUTO, check_written_by_layer, choose_format, needs_equal_counts
-from gqaprune.checkpoints.save import SHARD_SIZE, check_output_folder, check_shard_size, save
+from gqaprune.checkpoints.save import SHARD_SIZE, check_can_be_saved, check_output_folder, check_shard_size, save
 from gqaprune.common.console import console
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.sources import load_config
@@ -56,9 +56,10 @@ class CheckpointExport(Callback):
         if stage != "fit":
             return
         check_output_folder(self._get_folder(trainer))
-        module = get_parts(trainer, pl_module)[0]
+        module, data = get_parts(trainer, pl_module)
         config = load_config(module.source.pretrained, module.source.trust_remote_code)
-        choose_format(config, self.format, self.quantization)
+        format = choose_format(config, self.format, self.quantization)
+        check_can_be_saved(module.source.build_without_weights(), data.tokenizer, format)
         check_shard_size(self.max_shard_size)
         pruning = next((c for c in trainer.callbacks if isinstance(c, TaylorPruning)), None)  # type: ignore[attr-defined]
         if pruning is not None and trainer.limit_train_batches == 0:

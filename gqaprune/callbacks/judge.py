@@ -56,8 +56,8 @@ class PredictionJudge(Callback):
         if not trainer.is_global_zero:
             return
         module, data = get_parts(trainer, pl_module)
-        batches = [batch for _, batch in data.encode_prompts()]
-        sizes = [batch["input_ids"].shape[1] for batch in batches]
+        ids = [batch["input_ids"] for _, batch in data.encode_prompts()]
+        sizes = [ids_1T.shape[1] for ids_1T in ids]
         pruned = [split_continuation(module.model, *pair) for pair in zip(self._written, sizes, strict=True)]
         perplexities: list[float | None] = [None] * len(pruned)
         dense_texts: list[MeasuredText | None] = [None] * len(pruned)
@@ -67,9 +67,8 @@ class PredictionJudge(Callback):
             elif not is_sharded(module.model):
                 module.model.to("cpu")
             dense = self._load_dense(module, data).to(trainer.strategy.root_device)
-            for index, batch in enumerate(track(batches, "the dense model", "prompts")):
-                ids = {name: tensor.to(dense.device) for name, tensor in batch.items()}
-                own = continue_greedily(dense, ids, module.max_new_tokens)
+            for index, ids_1T in enumerate(track(ids, "the dense model", "prompts")):
+                own = continue_greedily(dense, ids_1T.to(dense.device), module.max_new_tokens)
                 perplexities[index] = _measure(dense, self._written[index].to(dense.device), sizes[index])
                 added = split_continuation(dense, own, sizes[index])
                 dense_texts[index] = _describe(data, *added, _measure(dense, own, sizes[index]))
@@ -105,8 +104,10 @@ def choose_dense(module: CausalLMModule) -> tuple[str, str]:
         return module.source.pretrained, ""
     alone = "no dense model to compare with, so that only what repeats itself is seen, not what makes no sense"
     way_out = "name it by --model.recovery.teacher"
-    name, reason = find_dense(module.source.pretrained, module.source.trust_remote_code)
-    return name, f"{alone}: {reason}; {way_out}" if reason else ""
+    try:
+        return find_dense(module.source.pretrained, module.source.trust_remote_code), ""
+    except ValueError as error:
+        return "", f"{alone}: {error}; {way_out}"
 
 
 def _measure(dense: PreTrainedModel, ids_1T: Tensor, prompt_tokens: int) -> float:

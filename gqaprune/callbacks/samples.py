@@ -1,18 +1,22 @@
 """Show in TensorBoard what the model makes of a few prompts, while it is trained."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from gqaprune.callbacks.lookup import get_parts, get_tensorboards
 from gqaprune.common.console import console
+from gqaprune.common.errors import first_line
+from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.generation import continue_greedily, split_continuation
 from gqaprune.models.wrapping import is_sharded
+from gqaprune.module import CausalLMModule
 
 
 class SampleGenerations(Callback):
     """Logs greedy continuations of `data.prompts` as text: before the first step, and at each validation.
 
     Rank 0 writes them by itself. A model that a strategy has sharded cannot be run so: nothing is logged then, and that
-    is said.
+    is said. A prompt that cannot be continued is left out, with a warning: it never ends a run.
 
     Args:
         prompts: so many of `data.prompts`, the first ones; 0 logs none.
@@ -62,16 +66,22 @@ class SampleGenerations(Callback):
         module.model.eval()
         try:
             for number, (prompt, batch) in enumerate(data.encode_prompts()[: self.prompts], 1):
-                ids = {name: tensor.to(module.device) for name, tensor in batch.items()}
-                with trainer.precision_plugin.forward_context():
-                    output = continue_greedily(module.model, ids, self.max_new_tokens)
-                tokens, _ = split_continuation(module.model, output, batch["input_ids"].shape[1])
-                answer = data.tokenizer.decode(tokens, skip_special_tokens=True)
+                try:
+                    answer = self._continue(trainer, module, data, batch["input_ids"])
+                except Exception as error:  # whatever it is, the run is worth more than a sample
+                    console.print(f"sample {number} is left out: {first_line(error)}", markup=False)
+                    continue
                 self.written.setdefault(number, (prompt.text, {}))[1][trainer.global_step] = answer
                 for logger in get_tensorboards(trainer):
                     logger.experiment.add_text(f"samples/{number}", _format(prompt.text, answer), trainer.global_step)
         finally:
             module.model.train(was_training)
+
+    def _continue(self, trainer: Trainer, module: CausalLMModule, data: TextDataModule, ids_1T: Tensor) -> str:
+        with trainer.precision_plugin.forward_context():
+            output = continue_greedily(module.model, ids_1T.to(module.device), self.max_new_tokens)
+        tokens, _ = split_continuation(module.model, output, ids_1T.shape[1])
+        return str(data.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def _format(prompt: str, answer: str) -> str:

@@ -3,31 +3,42 @@
 from dataclasses import replace
 from pathlib import Path
 
+from gqaprune.models.architecture import read_geometry
+from gqaprune.models.fingerprint import fingerprint_weights
 from gqaprune.models.sources import load_config
 from gqaprune.placement.model_source import ModelSource
 from gqaprune.plan import PLAN_FILE, PruningPlan
 from gqaprune.training.recovery import RecoveryConfig
 
 
-def find_dense(pretrained: str, trust_remote_code: bool = False) -> tuple[str, str]:
-    """Where the model comes from that the plan beside a checkpoint cuts; or an empty string, and why there is none.
+def find_dense(pretrained: str, trust_remote_code: bool = False) -> str:
+    """Where the model comes from that the plan beside a checkpoint cuts.
 
     Args:
         pretrained: the checkpoint, a folder or a file.
         trust_remote_code: run code that comes with the dense model's config.
+
+    Raises:
+        ValueError: if no plan names it, it is not there, or another model has its name.
     """
-    place = Path(pretrained)
-    try:
-        name = PruningPlan.load((place if place.is_dir() else place.parent) / PLAN_FILE).model
-    except ValueError:
-        return "", f"{pretrained} has no plan that tells it"
+    file = _find_plan_file(pretrained)
+    if file is None:
+        raise ValueError(f"{pretrained} has no plan that tells it")
+    plan = PruningPlan.load(file)
+    name, place = plan.model, Path(pretrained)
+    if not name:
+        raise ValueError(f"the plan of {pretrained} does not name it")
     if Path(name).resolve() == place.resolve():
-        return "", f"the plan of {pretrained} names itself"
+        raise ValueError(f"the plan of {pretrained} names itself")
     try:
-        load_config(name, trust_remote_code)
+        config = load_config(name, trust_remote_code)
+        if difference := plan.geometry.difference(read_geometry(config)):
+            raise ValueError(f"another model has this name: {difference}")
+        if plan.fingerprint:
+            plan.check_weights(name, fingerprint_weights(name))
     except ValueError as error:
-        return "", str(error)
-    return name, ""
+        raise ValueError(f"the plan of {pretrained} names {name}: {error}") from None
+    return name
 
 
 def find_teacher(student: ModelSource, recovery: RecoveryConfig) -> ModelSource:
@@ -36,6 +47,20 @@ def find_teacher(student: ModelSource, recovery: RecoveryConfig) -> ModelSource:
     Args:
         student: the model to train, dense or pruned.
         recovery: the teacher's name, if it is another model than the dense one, and its type.
+
+    Raises:
+        ValueError: if the student is a pruned checkpoint whose dense model is not found.
     """
-    name = recovery.teacher or find_dense(student.pretrained, student.trust_remote_code)[0] or student.pretrained
+    name = recovery.teacher or student.pretrained
+    if recovery.teacher is None and _find_plan_file(student.pretrained) is not None:
+        try:
+            name = find_dense(student.pretrained, student.trust_remote_code)
+        except ValueError as error:
+            raise ValueError(f"no teacher to learn from: {error}; name one by model.recovery.teacher") from None
     return replace(student, pretrained=name, dtype=recovery.teacher_dtype)
+
+
+def _find_plan_file(pretrained: str) -> Path | None:
+    place = Path(pretrained)
+    file = (place if place.is_dir() else place.parent) / PLAN_FILE
+    return file if place.exists() and file.is_file() else None

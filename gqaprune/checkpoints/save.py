@@ -3,12 +3,15 @@
 `formats.py` has the formats. Weights are safetensors or GGUF; nothing is pickled.
 """
 
+import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from gqaprune.checkpoints.adapters import ADAPTER_FOLDER, merge_adapters, save_adapters
 from gqaprune.checkpoints.base import Content
@@ -17,6 +20,8 @@ from gqaprune.checkpoints.formats import AUTO, FORMATS, check_written_by_layer, 
 from gqaprune.checkpoints.safetensors_writer import has_own_code, quantize_checkpoint
 from gqaprune.common.atomic_files import check_can_be_folder, replace_folder
 from gqaprune.common.distributed import get_rank_and_world_size
+from gqaprune.common.errors import first_line
+from gqaprune.models.sources import LOADING_ERRORS
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.writing_by_layer import attend_writing
 from gqaprune.plan import PLAN_FILE, PruningPlan
@@ -59,8 +64,8 @@ def save(
         The format written, one of `FORMATS`.
 
     Raises:
-        ValueError: if `folder` is a file, or holds something else than a pruned checkpoint; or if the format cannot
-            hold the model, with those that can.
+        ValueError: if `folder` is a file, or holds something else than a pruned checkpoint; if the format cannot hold
+            the model, with those that can; or if transformers refuses to save its config or its tokenizer.
     """
     check_output_folder(Path(folder))
     folder = Path(folder).resolve()  # of a link what it points to
@@ -68,6 +73,7 @@ def save(
     store = find_store(model)
     check_written_by_layer(format, quantization, store.placement)
     format = choose_format(model.config, format, quantization)
+    check_can_be_saved(model, tokenizer, format)
     if not store.is_in_memory and get_rank_and_world_size()[0] != 0:
         attend_writing(model)
         return format
@@ -85,6 +91,32 @@ def save(
             shapes = FORMATS[format].read_shapes(model.config)
             write_card(temporary, plan, format, shapes, name=folder.name)
     return format
+
+
+def check_can_be_saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, format: str) -> None:
+    """Refuse what transformers loads and computes with but does not save, such as `output_attentions` under sdpa.
+
+    Args:
+        model: whose weights are not looked at.
+        tokenizer: that is to be saved beside it.
+        format: one of `FORMATS`; single files are not written by transformers.
+
+    Raises:
+        ValueError: with the file to correct.
+    """
+    parts = (
+        (copy.deepcopy(model.config), CONFIG_NAME),
+        (getattr(model, "generation_config", None), GENERATION_CONFIG_NAME),
+        (tokenizer, "tokenizer files"),
+    )
+    with TemporaryDirectory() as folder:
+        for part, file in parts if not FORMATS[format].file else ():
+            try:
+                if part is not None:
+                    part.save_pretrained(folder)
+            except LOADING_ERRORS as error:
+                reason = first_line(error).rstrip(".")
+                raise ValueError(f"transformers refuses to save the model: {reason}; correct its {file}") from None
 
 
 def measure_weights(folder: Path) -> int:

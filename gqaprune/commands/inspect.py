@@ -16,7 +16,7 @@ from gqaprune.commands.reach import NAMES, Reach, measure_reach
 from gqaprune.commands.risks import list_risks
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.data.windows import read_windows
-from gqaprune.models.architecture import find_blocks, read_geometry
+from gqaprune.models.architecture import find_blocks, read_context, read_geometry
 from gqaprune.models.dtypes import DTYPES, check_dtype, name_dtype, read_dtype
 from gqaprune.models.loading import build_without_weights, load
 from gqaprune.models.sources import load_config
@@ -76,9 +76,8 @@ def inspect(
     wrong = find_wrong_tensors(Path(model), config, trust_remote_code) if Path(model).is_dir() else {}
     checks = check_layers(config, plan, wrong) if Path(model).is_dir() else []
     if write_config is not None:
-        window = getattr(config, "max_position_embeddings", None) or 2048
         own = name_dtype(read_dtype(config) or "bfloat16")
-        advice = write_advice(model, geometry, sizes.parameters, own, window, reach, risks)
+        advice = write_advice(model, geometry, sizes.parameters, own, read_context(config), reach, risks)
         write_atomically(Path(write_config), advice.encode())
     if json:
         memory = {work: {place: n and n / GIB for place, n in row.items()} for work, row in bytes_needed.items()}
@@ -111,7 +110,7 @@ def inspect(
 def look_for_outliers(model: str, trust_remote_code: bool = False) -> Outliers:
     """Load a model and find the units that carry massive activations on the embedded text."""
     loaded, tokenizer = load(model, trust_remote_code=trust_remote_code)
-    windows = read_windows(tokenizer, ["embedded"], window=512, count=16)
+    windows = read_windows(tokenizer, ["embedded"], window=min(512, read_context(loaded.config)), count=16)
     return find_outliers(loaded, find_blocks(loaded), list(windows.split(2)))
 
 

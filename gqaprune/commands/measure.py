@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.commands.comparison import Comparison, Speed, Subject
 from gqaprune.commands.speed import has_peak, read_peak, run, start_peak
@@ -19,7 +19,7 @@ from gqaprune.common.console import console
 from gqaprune.data.corpora import Corpus, parse_corpus
 from gqaprune.data.windows import cut_windows, describe_protocol, make_batches, tokenize_corpus
 from gqaprune.evaluation.perplexity import measure_perplexity
-from gqaprune.models.architecture import read_geometry
+from gqaprune.models.architecture import check_context, read_geometry
 from gqaprune.models.dtypes import name_dtype
 from gqaprune.models.loading import build_without_weights, load_model
 from gqaprune.models.sources import find_weights, load_config
@@ -80,6 +80,7 @@ class _Candidate:
 
     model: str
     name: str
+    config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     disk_bytes: int
 
@@ -144,7 +145,7 @@ def _find_candidate(model: str, name: str, trust_remote_code: bool) -> _Candidat
         read_geometry(config)
         check_tokenizer(tokenizer, build_without_weights(config, trust_remote_code))
         disk_bytes = sum(file.stat().st_size for file in find_weights(model))
-    return _Candidate(model, name, tokenizer, disk_bytes)
+    return _Candidate(model, name, config, tokenizer, disk_bytes)
 
 
 def _read_text(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, limit: int | None) -> _Text:
@@ -157,7 +158,7 @@ def _tokenize(candidate: _Candidate, texts: Sequence[_Text], measuring: Measurin
     """A model's own tokens of each text, `[tokens]`; the very tensors of the first model where they are the same.
 
     Raises:
-        ValueError: if a text does not fill one window.
+        ValueError: if a text does not fill one window, or a window is longer than the model's context.
     """
     read = {}
     for text in texts:
@@ -167,6 +168,8 @@ def _tokenize(candidate: _Candidate, texts: Sequence[_Text], measuring: Measurin
             cut_windows(read[text.corpus], measuring.eval_window, measuring.eval_stride)
         except ValueError as error:
             raise ValueError(f"corpus {text.corpus}, tokens of {candidate.model}: {error} (eval_window)") from None
+        with _naming(candidate.model):
+            check_context(candidate.config, measuring.eval_window, "eval_window")
     return read
 
 

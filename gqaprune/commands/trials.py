@@ -65,7 +65,8 @@ class Trials:
             raise ValueError(f"cannot read a search from {self.path} ({error.strerror})") from None
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path} is not a search of format {FORMAT!r} ({error})") from None
-        if difference := _find_difference(origin, self.origin):
+        same_name = {"model": self.origin.get("model")}  # whatever it is: the weights are compared
+        if difference := _find_difference(origin | same_name, self.origin | same_name):
             raise ValueError(
                 f"{self.path} is of another search (saved against this one): {difference}; set what it was made with, "
                 "or another search.folder"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gqaprune.common.distributed import get_rank_and_world_size
+from gqaprune.models.sources import make_absolute
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class CalibrationSet:
         accumulation: micro-batches whose gate gradients are summed before they are squared or their size is taken.
         seed: seed that chose the windows; of `random` scores and of swaps, too.
         corpora: names of the corpora.
-        source: name or folder of the model.
+        source: name or folder of the model; of a folder the absolute path is kept.
 
     Raises:
         ValueError: if the accumulation is below 1.
@@ -37,6 +38,7 @@ class CalibrationSet:
     def __post_init__(self) -> None:
         if self.accumulation < 1:
             raise ValueError(f"accumulation must be at least 1 micro-batch, got {self.accumulation}")
+        object.__setattr__(self, "source", make_absolute(self.source))
 
     @classmethod
     def wrap(cls, batches: "CalibrationSet | Sequence[Tensor]") -> "CalibrationSet":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -94,7 +95,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool
         chat: plain text becomes the user's turn in the tokenizer's chat template; None means: if it has one.
 
     Returns:
-        `input_ids` and `attention_mask`, each `[1, tokens]`.
+        `input_ids`, `[1, tokens]`; they end in no end-of-text token but one of the template's or of the text's own.
 
     Raises:
         ValueError: if a template is needed and missing, or refuses the chat, or the prompt has no tokens.
@@ -113,8 +114,23 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool
             raise ValueError(
                 f"the chat template refuses the prompt {prompt.text!r}: {first_line(error)}; set data.chat to false"
             ) from None
+        ids_1T = encoded["input_ids"]
     else:
-        encoded = tokenizer(prompt.text, return_tensors="pt")
-    if not encoded["input_ids"].numel():
+        ids_1T = torch.tensor([encode_beginning(tokenizer, prompt.text)], dtype=torch.long)
+    if not ids_1T.numel():
         raise ValueError(f"the prompt {prompt.text!r} has no tokens: give at least one character")
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    return {"input_ids": ids_1T}
+
+
+def encode_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of text that is to be continued: special tokens may come before it, none after it.
+
+    Args:
+        tokenizer: which may append an end-of-text token to whole texts.
+        text: the beginning.
+    """
+    ids: list[int] = tokenizer(text)["input_ids"]
+    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+    places = range(len(ids) - len(bare) + 1)
+    ends = [place + len(bare) for place in places if ids[place : place + len(bare)] == bare]
+    return ids[: max(ends[0], 1)] if ends else ids

@@ -21,6 +21,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.common.console import console, track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
+from gqaprune.data.prompts import encode_beginning
+from gqaprune.models.architecture import check_context
 from gqaprune.models.gates import freeze_parameters
 from gqaprune.placement.model_hash import hash_model
 
@@ -82,6 +84,7 @@ def sample_from_model(
     document = min(document, window)
     if document < 2:
         raise ValueError(f"sampling needs document >= 2, got {document}; 256 does")
+    check_context(model.config, document, "document")
     starts = _tokenize_prompts(tokenizer, prompts, document)
     documents_NT = torch.zeros(math.ceil(count * window / document), document, dtype=torch.long)
     own_starts = [starts[index % len(starts)] for index in range(len(documents_NT))]
@@ -158,7 +161,7 @@ def _tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
         if first is None:
             raise ValueError("the tokenizer has no beginning-of-text token: give prompts to sample from the model")
         return [[first]]
-    starts = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    starts = [encode_beginning(tokenizer, prompt) for prompt in prompts]
     for prompt, start in zip(prompts, starts, strict=True):
         if not 0 < len(start) < length:
             raise ValueError(

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.common.renamed import RenamedAttributes, build_group, name_successors
 from gqaprune.data.corpora import HUB, Corpus, parse_corpus, read_corpus
@@ -24,6 +24,8 @@ from gqaprune.data.windows import (
 )
 from gqaprune.datamodules.config import CalibrationConfig, EvaluationConfig, SamplingConfig, TrainingConfig
 from gqaprune.datamodules.loaders import TrainLoader, Windows, fill_up
+from gqaprune.evaluation.generation import check_prompt
+from gqaprune.models.architecture import check_context, read_context
 from gqaprune.models.tokenizer import load_tokenizer
 
 _DEFAULT_SPLITS = {"calibration": "train", "train": "train", "val": "validation", "test": "test"}
@@ -126,6 +128,23 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
             elif stream in ("val", "test"):
                 self._evaluation_windows(stream)
 
+    def check_context(self, config: PretrainedConfig) -> None:
+        """Refuse text of the command that is longer than a model's context: windows, and prompts to continue.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        assert self.trainer is not None and self.trainer.state.fn is not None
+        command = self.trainer.state.fn.value
+        windows = {"train": ("training", self.training.window)}
+        windows |= dict.fromkeys(("val", "test"), ("evaluation", self.evaluation.window))
+        for stream in self._get_streams(command):
+            if stream in windows and (self.corpora[stream] or stream == "train"):
+                group, window = windows[stream]
+                check_context(config, window, f"data.{group}.window")
+        for _, batch in self.encode_prompts() if command == "predict" else ():
+            check_prompt(batch["input_ids"], read_context(config))
+
     def get_labels(self, stream: str) -> list[str]:
         """Names of a stream's corpora in logs, in the order of its dataloaders."""
         labels = [corpus.label for corpus in self.corpora[stream]]
@@ -166,8 +185,11 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
             model: the dense causal LM, which writes the sampled windows, if any are wanted.
 
         Raises:
-            ValueError: if there is no text to calibrate on, or no model to write it.
+            ValueError: if there is no text to calibrate on, no model to write it, or the windows are longer than the
+                model's context.
         """
+        if model is not None:
+            check_context(model.config, self.calibration.window, "data.calibration.window")
         windows = self.read_calibration_windows()
         if count := self.calibration.sampled_windows:
             if model is None:
@@ -228,7 +250,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         return DataLoader([ids for _, ids in self.encode_prompts()], batch_size=None)  # type: ignore[arg-type]
 
     def encode_prompts(self) -> list[tuple[Prompt, dict[str, Tensor]]]:
-        """Every prompt and what the model reads of it, `input_ids` and `attention_mask`, each `[1, tokens]`.
+        """Every prompt and what the model reads of it, `input_ids`, `[1, tokens]`.
 
         Raises:
             ValueError: if the prompts cannot be read, or not be put as they are wanted.

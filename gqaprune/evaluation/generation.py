@@ -1,33 +1,63 @@
 """Continue prompts greedily, and how likely a model finds a text; one prompt at a time, without sampling."""
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from gqaprune.models.architecture import read_context
 from gqaprune.models.losses import IGNORED, measure_losses
 
 
 @torch.inference_mode()
-def continue_greedily(model: PreTrainedModel, prompt: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
+def continue_greedily(model: PreTrainedModel, ids_1T: Tensor, max_new_tokens: int) -> Tensor:
     """Prompt and continuation as token ids `[1, tokens]`, the end-of-text token included where one came.
+
+    The likeliest token follows, whatever the model's generation config asks of `generate`: beams, penalties, words to
+    stop at. It only says which tokens end a text.
 
     Args:
         model: the causal LM, whole on one device.
-        prompt: `input_ids` and `attention_mask`, each `[1, tokens]`.
-        max_new_tokens: tokens to add at most.
+        ids_1T: the prompt.
+        max_new_tokens: tokens to add at most; fewer where the model's context is full.
+
+    Raises:
+        ValueError: if the prompt alone fills the context.
     """
-    output = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)
-    assert isinstance(output, Tensor)
-    return output
+    context, ends = read_context(model.config), list_ends(model)
+    check_prompt(ids_1T, context)
+    cache, new_1T = DynamicCache(config=model.config), ids_1T
+    for _ in range(min(max_new_tokens, context - ids_1T.shape[1])):
+        logits_1V = model(input_ids=new_1T, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        new_1T = logits_1V.argmax(-1, keepdim=True)
+        ids_1T = torch.cat([ids_1T, new_1T], dim=1)
+        if int(new_1T) in ends:
+            break
+    return ids_1T
+
+
+def check_prompt(ids_1T: Tensor, context: int) -> None:
+    """Refuse a prompt that leaves no place for a continuation.
+
+    Raises:
+        ValueError: with its tokens and the context.
+    """
+    if (tokens := ids_1T.shape[1]) >= context:
+        raise ValueError(f"a prompt has {tokens:,} tokens and the model's context {context:,}: give a shorter prompt")
+
+
+def list_ends(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a text: those of the generation config, else of the config."""
+    configs = (model.generation_config, model.config)
+    ends: list[Any] = [config.eos_token_id for config in configs if getattr(config, "eos_token_id", None) is not None]
+    return ends[0] if ends and isinstance(ends[0], list) else ends[:1]
 
 
 def split_continuation(model: PreTrainedModel, ids_1T: Tensor, prompt_tokens: int) -> tuple[list[int], bool]:
     """What a model added to a prompt, without the end-of-text token, and whether it ended by one."""
     added = ids_1T[0, prompt_tokens:].tolist()
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    is_ended = bool(added) and added[-1] in (ends if isinstance(ends, list) else [ends])
+    is_ended = bool(added) and added[-1] in list_ends(model)
     return added[: len(added) - is_ended], is_ended
 
 

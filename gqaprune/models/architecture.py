@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -92,6 +93,30 @@ def read_geometry(config: PretrainedConfig) -> Geometry:
         kv_heads=tuple(layer.num_key_value_heads for layer in layers),
         channels=tuple(getattr(layer, family.width) if family.mlp else 0 for layer in layers),
     )
+
+
+def read_context(config: PretrainedConfig) -> int:
+    """Tokens that a model can read at once: its config's positions, or those that a scaled rope stretches them to."""
+    positions = int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [rope, *(one for one in rope.values() if isinstance(one, dict))]  # some families have one per kind of layer
+    stretched = [(one.get("factor") or 1) * one.get("original_max_position_embeddings", positions) for one in ropes]
+    return max(positions, *map(int, stretched))
+
+
+def check_context(config: PretrainedConfig, tokens: int, name: str) -> None:
+    """Refuse text that is longer than a model's context, where its predictions mean nothing.
+
+    Args:
+        config: of the model.
+        tokens: that the model is to read at once.
+        name: of the setting or argument that says so.
+
+    Raises:
+        ValueError: with the context.
+    """
+    if tokens > (context := read_context(config)):
+        raise ValueError(f"{name} is {tokens:,} tokens, the model's context {context:,}: set it to {context} or less")
 
 
 def write_geometry(config: PretrainedConfig, geometry: Geometry) -> None:

@@ -179,10 +179,12 @@ def build_model(
     return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **arguments)
 
 
-def build_without_weights(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_without_weights(
+    config: PretrainedConfig, trust_remote_code: bool = False, attn_implementation: str | None = None
+) -> PreTrainedModel:
     """The same on the meta device: parameters have shapes alone."""
     with torch.device("meta"):
-        return build_model(config, torch.float32, trust_remote_code=trust_remote_code)
+        return build_model(config, torch.float32, attn_implementation, trust_remote_code)
 
 
 def make_quantization_config(quantization: str) -> "TorchAoConfig":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -71,6 +72,12 @@ def locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
     if path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2:
         raise ValueError(f"no model at {source}: the folder does not exist")
     return str(source), {}
+
+
+def make_absolute(source: str) -> str:
+    """Name a model on this machine so that every folder finds the same one; names on the hub stay as they are."""
+    is_path = source not in ("", EMBEDDED_MODEL) and os.path.exists(source)
+    return os.path.abspath(source) if is_path else source
 
 
 def load_config(source: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -147,11 +154,12 @@ def _read_index(index: Path) -> list[Path]:
     return sorted(index.parent / name for name in names)
 
 
-def find_weights(source: str | Path) -> list[Path]:
+def find_weights(source: str | Path, local_files_only: bool = False) -> list[Path]:
     """The files that hold a model's weights; those of a model on the hub are fetched.
 
     Args:
         source: as for `load_model`.
+        local_files_only: fetch nothing, and find what was fetched before.
 
     Raises:
         ValueError: if there are none, or their headers are broken.
@@ -160,14 +168,16 @@ def find_weights(source: str | Path) -> list[Path]:
     if gguf:
         return [Path(place) / gguf["gguf_file"]]
     try:
-        return sorted(set(find_tensors(fetch(place)).values()))
+        return sorted(set(find_tensors(fetch(place, local_files_only)).values()))
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
 
 
-def fetch(place: Path | str) -> Path:
+def fetch(place: Path | str, local_files_only: bool = False) -> Path:
     """The folder of a checkpoint with safetensors files, which comes from the hub if `place` is a name there."""
-    return place if isinstance(place, Path) else Path(snapshot_download(place, allow_patterns=_CHECKPOINT_FILES))
+    if isinstance(place, Path):
+        return place
+    return Path(snapshot_download(place, allow_patterns=_CHECKPOINT_FILES, local_files_only=local_files_only))
 
 
 def make_loading_error(what: str, source: str | Path, reason: str) -> ValueError:

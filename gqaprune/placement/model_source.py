@@ -6,7 +6,8 @@ from pathlib import Path
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from gqaprune.models.loading import load_model
+from gqaprune.models.loading import build_without_weights, load_model
+from gqaprune.models.sources import load_config
 from gqaprune.placement.loading_by_layer import can_read_by_layer, load_offloaded_model, load_sharded_model
 
 
@@ -25,6 +26,15 @@ class ModelSource:
     dtype: str = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+
+    def build_without_weights(self) -> PreTrainedModel:
+        """Build the model as it would be loaded, its parameters shapes alone.
+
+        Raises:
+            ValueError: as `load_config`.
+        """
+        config = load_config(self.pretrained, self.trust_remote_code)
+        return build_without_weights(config, self.trust_remote_code, self.attn_implementation)
 
     def load(self) -> PreTrainedModel:
         """Load the whole model into memory.

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from gqaprune.common.sentences import join_choices
-from gqaprune.models.architecture import Block, check_biases, read_geometry
+from gqaprune.models.architecture import Block, check_biases, check_context, read_geometry
 from gqaprune.placement.layer_store import Placement
 from gqaprune.planning.allocation import ALLOCATIONS, AllocationOptions, Budget
 from gqaprune.planning.config import PruningConfig
@@ -17,12 +17,13 @@ from gqaprune.planning.selection import budget_blocks, keeps_equal_counts, list_
 from gqaprune.scoring.scores import CRITERIA, parse_criterion
 
 
-def check_text(batches: Sequence[Tensor], config: PruningConfig) -> None:
-    """Refuse to measure on no text.
+def check_text(model_config: PretrainedConfig, batches: Sequence[Tensor], config: PruningConfig) -> None:
+    """Refuse to measure on no text, or on text that the model cannot read.
 
     Raises:
-        ValueError: if the config needs calibration text and there is none.
+        ValueError: if the config needs calibration text and there is none, or a window is longer than the context.
     """
+    check_context(model_config, max((batch.shape[1] for batch in batches), default=0), "a calibration window")
     if config.needs_text and not batches:
         free = ", ".join(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
         raise ValueError(

@@ -49,7 +49,9 @@ def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     asked = [f"{plan.rate:.0%}"] if plan.rate or not plan.kv_rate else []
     asked += [f"{plan.kv_rate:.0%} of KV heads"] if plan.kv_rate else []
-    title = f"{plan.model}: {' and '.join(asked)} asked, {plan.criterion} scores, {plan.allocation} allocation"
+    title = (
+        f"{Path(plan.model).name}: {' and '.join(asked)} asked, {plan.criterion} scores, {plan.allocation} allocation"
+    )
     figure.suptitle(make_readable(title), fontsize=12, parse_math=False)
     return figure
 

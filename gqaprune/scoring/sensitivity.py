@@ -63,10 +63,12 @@ class Origin:
     text: str
 
     def difference(self, other: "Origin") -> str | None:
-        """Say in words where two origins differ first; None where they are equal."""
+        """Say in words where two origins differ first, whatever their model's name; None where they do not."""
         if self.method == other.method and (difference := self.geometry.difference(other.geometry)):
             return difference
         for field in fields(self):
+            if field.name == "model":
+                continue  # its weights are compared
             value, other_value = getattr(self, field.name), getattr(other, field.name)
             if value != other_value:
                 return f"{field.name} {value!r} against {other_value!r}"

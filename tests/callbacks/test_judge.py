@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from gqaprune.cli import main
 from gqaprune.common.console import console
 from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.repetition import measure_distinct, measure_repetition
+from gqaprune.models.fingerprint import fingerprint_weights
 from gqaprune.module import CausalLMModule
 from gqaprune.plan import PruningPlan
 from gqaprune.planning.selection import keep_everything
@@ -186,3 +188,31 @@ def test_an_answer_that_ends_at_once_is_empty_and_its_end_has_a_perplexity(predi
     assert row["verdict"] == {"level": "broken", "reason": "empty"}
     assert (row["pruned"]["tokens"], row["pruned"]["ended"], row["pruned"]["distinct"]) == (0, True, [None] * 3)
     assert row["pruned"]["perplexity"] == pytest.approx(measure_by_hand(models / "dense", "AB", [257]), rel=1e-4)
+
+
+def test_a_model_that_took_the_dense_ones_name_is_not_compared_with(predict: Predict, models: Path) -> None:
+    plan = PruningPlan.load(models / "good/plan.json")
+    replace(plan, fingerprint=fingerprint_weights(models / "dense")).save(models / "good/plan.json")
+    assert predict("good", "--data.prompts", "[AB]")["dense"] == str(models / "dense")
+    shutil.rmtree(models / "dense")
+    gqaprune.save(make_counting_model(2), make_tokenizer(), models / "dense")
+    found = predict("good", "--data.prompts", "[AB]")
+    assert found["dense"] is None and "dense is not the model that the plan was made for" in found["note"]
+    assert found["note"].endswith("; name it by --model.recovery.teacher")
+
+
+def test_a_prompt_that_fills_the_context_is_refused_and_text_ends_with_it(
+    predict: Predict, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row,) = predict("good", "--data.prompts", f"[{'A' * 250}]")["prompts"]
+    assert row["pruned"]["text"] == "BCDEFG" and row["pruned"] == row["dense"]
+    predict("good", "--data.prompts", f"[{'A' * 256}]", code=1)
+    assert "a prompt has 256 tokens and the model's context 256: give a shorter prompt" in capsys.readouterr().err
+
+
+def test_predictions_do_not_follow_the_generation_config(predict: Predict, models: Path) -> None:
+    wishes = {"return_dict_in_generate": True, "num_beams": 2, "max_time": 1e-9, "suppress_tokens": [66, 67]}
+    for name in ("dense", "good"):
+        (models / name / "generation_config.json").write_text(json.dumps(wishes))
+    (row,) = predict("good", "--data.prompts", "[AB]")["prompts"]
+    assert row["pruned"]["text"] == row["dense"]["text"] == "".join(chr(67 + place) for place in range(SIZE))

@@ -1,5 +1,7 @@
 """Sample generations in TensorBoard: what the model writes at each validation, and that writing it changes nothing."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +109,34 @@ def test_numbers_out_of_bounds_are_refused() -> None:
         SampleGenerations(prompts=-1)
     with pytest.raises(ValueError, match="got 3 and 0"):
         SampleGenerations(max_new_tokens=0)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory\nand so on"), ValueError("too long"), IndexError()])
+def test_a_sample_that_fails_is_said_and_the_run_goes_on(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    console.quiet = False
+    monkeypatch.setattr("gqaprune.callbacks.samples.continue_greedily", fail)
+    module = train(tiny_folder, tmp_path, samples := SampleGenerations(prompts=1))
+    assert module.trainer.global_step == 4 and module.model.training and not samples.written
+    reason = str(error).split("\n")[0] or "IndexError"
+    assert capsys.readouterr().out.count(f"sample 1 is left out: {reason}\n") == 3
+
+
+def test_samples_are_greedy_whatever_the_generation_config_asks(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    wishes = {"return_dict_in_generate": True, "num_beams": 3, "stop_strings": ["e"], "eos_token_id": 257}
+    (folder / "generation_config.json").write_text(json.dumps(wishes))
+    texts = []
+    for name, source in (("plain", tiny_folder), ("own", folder)):
+        train(source, tmp_path / name, SampleGenerations())
+        texts.append(read_texts(tmp_path / name))
+    assert texts[0] == texts[1] and texts[0]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -369,3 +370,44 @@ def test_quantisation_without_its_package_is_refused_at_once(tmp_path: Path, mon
     with pytest.raises(ValueError, match="quantization must be one of int8, got 'int3'"):
         save(make_pruned("llama", EVEN), None, tmp_path / "out", quantization="int3")
     assert not list(tmp_path.iterdir())
+
+
+UNSAVABLE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "attentions under sdpa": ("config", {"_output_attentions": True}, "set it to 'eager' instead; correct its config"),
+    "layer types": ("config", {"layer_types": ["none"] * 3}, "entries must be in .*; correct its config.json"),
+    "rope": ("config", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor.*; correct its config"),
+    "an object": ("config", {"own": object()}, "object is not JSON serializable; correct its config.json"),
+    "beams": ("config", {"num_beams": 4}, "generation parameters are set in the model config.*; correct its config"),
+    "sampling": ("generation_config", {"temperature": 0.5}, "temperature.*; correct its generation_config.json"),
+    "bad length": ("generation_config", {"max_new_tokens": -1}, "greater than 0.*; correct its generation_config.json"),
+}
+
+
+@pytest.mark.parametrize("name", list(UNSAVABLE))
+def test_what_transformers_refuses_to_save_is_said_before_weights_are_written(name: str, tmp_path: Path) -> None:
+    part, values, sentence = UNSAVABLE[name]
+    model = make_model()
+    for key, value in values.items():
+        setattr(getattr(model, part), key, value)
+    with pytest.raises(ValueError, match=f"transformers refuses to save the model: .*{sentence}"):
+        save(model, make_tokenizer(), tmp_path / "out", PLAN)
+    assert not list(tmp_path.iterdir())
+
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "wishes": {"return_dict_in_generate": True, "num_beams": 4, "stop_strings": ["x"], "repetition_penalty": 1.5},
+    "what transformers finds invalid": {"temperature": 0.6, "top_p": 0.9, "do_sample": False},
+    "a cache": {"cache_implementation": "static", "max_time": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", list(GENERATION))
+@pytest.mark.parametrize("kept", [EVEN, UNEVEN], ids=["stock", "per-layer"])
+def test_a_sources_generation_config_is_saved_as_it_is(name: str, kept: Any, tmp_path: Path) -> None:
+    save(make_model("llama", kv_heads=3, ratio=2), None, tmp_path / "dense")
+    (tmp_path / "dense/generation_config.json").write_text(json.dumps(GENERATION[name]))
+    model = load_model(tmp_path / "dense")
+    apply_plan(model, make_plan(model, *kept))
+    save(model, None, tmp_path / "out")
+    saved = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert GENERATION[name].items() <= saved.items()

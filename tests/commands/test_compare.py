@@ -347,3 +347,11 @@ def test_weights_that_do_not_load_are_named(
     gqaprune.save(model, make_tokenizer(), tmp_path / "nan")
     with pytest.raises(ValueError, match=rf"model {tmp_path}/nan: the loss on embedded@test, batch 0 is not finite"):
         compare([folders["dense"], str(tmp_path / "nan")], **SMALL)
+
+
+def test_windows_longer_than_a_models_context_are_refused_before_one_is_measured(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="eval_window is 257 tokens, the model's context 256: set it to 256 or less"):
+        compare([folders["dense"], folders["pruned"]], **{**SMALL, "eval_window": 257})

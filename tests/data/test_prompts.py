@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from gqaprune.data.prompts import Prompt, encode_prompt, read_prompts
@@ -79,10 +80,7 @@ def test_a_chat_template_is_used_where_there_is_one_unless_said_otherwise(
 ) -> None:
     def read(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, chat: bool | None = None) -> str:
         encoded = encode_prompt(tokenizer, prompt, chat)
-        assert encoded["input_ids"].shape == encoded["attention_mask"].shape and set(encoded) == {
-            "input_ids",
-            "attention_mask",
-        }
+        assert set(encoded) == {"input_ids"}
         return str(tokenizer.decode(encoded["input_ids"][0]))
 
     assert read(tokenizer, Prompt("Hi")) == "Hi"
@@ -106,3 +104,39 @@ def test_what_a_tokenizer_cannot_wrap_is_refused(
         encode_prompt(chatty, Prompt("Hi"))
     with pytest.raises(ValueError, match="the prompt '' has no tokens: give at least one character"):
         encode_prompt(tokenizer, Prompt(""))
+
+
+FRAMES = {
+    "nothing": ("$A", []),
+    "an end": ("$A </s>", []),
+    "both": ("<s> $A </s>", [256]),
+    "a beginning": ("<s> $A", [256]),
+    "two ends": ("$A </s> </s>", []),
+}
+"""What a tokenizer puts around a text, and the ids before it."""
+
+
+@pytest.mark.parametrize("frame", list(FRAMES))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_ends_in_its_own_text_whatever_the_tokenizer_appends(frame: str, side: str) -> None:
+    template, before = FRAMES[frame]
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side, tokenizer.pad_token = side, "</s>"
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 256), ("</s>", 257)])
+    backend.enable_padding(direction=side, pad_id=257, pad_token="</s>", length=20)
+    bare = make_tokenizer()
+    for text in ("Hi", "ends in </s>", "Hi Hi"):
+        expected = [*before, *bare(text)["input_ids"]]
+        assert encode_prompt(tokenizer, Prompt(text))["input_ids"].tolist() == [expected]
+    tokenizer.chat_template = "<s>" + CHAT_TEMPLATE
+    encoded = encode_prompt(tokenizer, Prompt("Hi"))["input_ids"][0].tolist()
+    assert encoded == [256, *bare("user: Hi\nassistant: ")["input_ids"]]
+
+
+def test_an_empty_prompt_is_the_beginning_of_text_where_there_is_one() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    assert encode_prompt(tokenizer, Prompt(""))["input_ids"].tolist() == [[256]]

@@ -158,3 +158,9 @@ def test_overflow_stops_with_its_place() -> None:
         model.model.norm.weight.mul_(float("inf"))
     with pytest.raises(ValueError, match="not finite at token 0.*bfloat16 or float32"):
         sample_from_model(model, make_tokenizer(), 1, 4, cache=None)
+
+
+def test_documents_longer_than_the_context_are_refused() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="document is 300 tokens, the model's context 256: set it to 256 or less"):
+        sample_from_model(model, make_tokenizer(), 1, 512, document=300, cache=None)

@@ -334,7 +334,7 @@ def test_prompts_come_one_by_one_without_padding(make_data: Any) -> None:
     batches = list(data.predict_dataloader())
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(1, len(text.encode())) for text in prompts]
     assert [data.tokenizer.decode(batch["input_ids"][0]) for batch in batches] == prompts
-    assert all(set(batch) == {"input_ids", "attention_mask"} for batch in batches)
+    assert all(set(batch) == {"input_ids"} for batch in batches)
 
 
 @pytest.mark.parametrize(

@@ -161,3 +161,10 @@ def test_perplexities_of_a_loop_are_those_of_corpora_measured_at_once() -> None:
     values = {name: float(value) for name, value in perplexities.compute().items()}
     assert values == pytest.approx(measure_perplexity(model, corpora), rel=1e-6)
     assert values["a"] != pytest.approx(values["b"], rel=1e-3)
+
+
+def test_windows_longer_than_the_context_are_refused() -> None:
+    model = make_model()
+    model.config.max_position_embeddings = 15
+    with pytest.raises(ValueError, match="a window of own is 16 tokens, the model's context 15: set it to 15 or less"):
+        measure_perplexity(model, {"own": make_batches(*cut_windows(make_tokens(1, 64)[0], 16), 2)})

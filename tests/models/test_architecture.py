@@ -1,9 +1,11 @@
 """Shapes read from a model and written to a config; models of other families are refused."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from gqaprune.models.architecture import (
     count_layer_parameters,
@@ -12,6 +14,7 @@ from gqaprune.models.architecture import (
     find_layer,
     make_stock_config,
     name_parameter_place,
+    read_context,
     read_geometry,
     write_geometry,
 )
@@ -148,3 +151,27 @@ def test_layer_of_a_parameter_is_in_its_name(name: str, layer: int | None) -> No
     assert find_layer(name, "model.layers") == find_layer(name) == layer
     assert find_layer(name, "transformer.layers") is None
     assert name_parameter_place(name) == (name if layer is None else f"layer {layer} ({name})")
+
+
+ROPES: dict[str, tuple[dict[str, Any], int]] = {
+    "plain": ({"rope_type": "default"}, 256),
+    "extended already": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+    "extended by the rope": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+    "linear": ({"rope_type": "linear", "factor": 2.0}, 512),
+    "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, 512),
+}
+
+
+@pytest.mark.parametrize("name", list(ROPES))
+def test_context_is_what_positions_and_a_scaled_rope_reach(name: str) -> None:
+    rope, context = ROPES[name]
+    config = LlamaConfig(max_position_embeddings=256, rope_parameters={"rope_theta": 1e4, **rope})
+    assert read_context(config) == context
+
+
+def test_context_of_a_family_with_two_ropes_and_windows_is_the_longer_one() -> None:
+    assert read_context(make_model("gemma3").config) == 256
+    assert read_context(make_model("mistral-sliding").config) == 256
+    config = make_model("gemma3").config
+    config.rope_parameters["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
+    assert read_context(config) == 2048

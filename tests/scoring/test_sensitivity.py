@@ -212,7 +212,6 @@ def test_path_that_cannot_be_written_is_refused_before_measuring(
 
 CHANGES = {
     "method": ("activation", "method 'removal' against 'activation'"),
-    "model": ("other", "model 'tiny' against 'other'"),
     "corpora": (("c4",), r"corpora \('embedded',\) against \('c4',\)"),
     "windows": (9, "windows 3 against 9"),
     "window": (32, "window 16 against 32"),
@@ -228,6 +227,11 @@ def test_sensitivity_of_another_run_is_refused_with_the_difference(name: str) ->
     value, message = CHANGES[name]
     with pytest.raises(ValueError, match=message):
         Sensitivity(origin, {}).check_fits(replace(origin, **{name: value}), [])
+
+
+def test_sensitivity_of_the_same_weights_under_another_name_is_taken() -> None:
+    origin = Origin("removal", "/there/tiny", read_geometry(make_model().config), (), 3, 16, 3, "ab", "cd")
+    Sensitivity(origin, {}).check_fits(replace(origin, model="/here/tiny"), [])
 
 
 def test_sensitivity_of_another_geometry_or_of_too_few_blocks_is_refused() -> None:
