@@ -5,16 +5,22 @@ beside the weights; `padded` is a stock class with zeros for what some layers la
 """
 
 import copy
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import CONFIG_NAME
 
 from gqaprune.checkpoints.base import Content
 from gqaprune.checkpoints.padding import pad_checkpoint
 from gqaprune.models.architecture import make_stock_config, read_geometry
+from gqaprune.models.config_facts import has_own_code
 from gqaprune.models.loading import load_model
 from gqaprune.models.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
 from gqaprune.models.sources import load_config
@@ -73,11 +79,6 @@ def check_class(config: PretrainedConfig) -> None:
         )
 
 
-def has_own_code(config: PretrainedConfig) -> bool:
-    """Whether a model is of classes that came with it, which the user has trusted, not of transformers'."""
-    return not type(config).__module__.startswith("transformers.")
-
-
 def quantize_checkpoint(folder: Path, quantization: str, max_shard_size: str, trust_remote_code: bool) -> None:
     """Write the weights of a checkpoint anew, quantised; all else stays."""
     model = load_model(folder, trust_remote_code=trust_remote_code, quantization=quantization)
@@ -106,7 +107,8 @@ def _save_pretrained(
     state_dict: dict[str, Tensor] | None,
     max_shard_size: str,
 ) -> None:
-    architectures = config.architectures
+    architectures, modeling = config.architectures, folder / MODELING_FILE
+    source = modeling.read_bytes() if modeling.is_file() else None
     own_config, model.config = model.config, config
     try:
         if find_store(model).is_in_memory:
@@ -114,14 +116,42 @@ def _save_pretrained(
         else:
             write_weights(model, folder)
             model.generation_config.save_pretrained(folder)
+            if model.is_remote_code():
+                custom_object_save(model, folder, config)
     finally:
         model.config = own_config
-    # save_pretrained writes the class in memory; the checkpoint may be for another one.
+    # save_pretrained writes the class in memory, and its code; the checkpoint may be for another one.
     config.architectures = architectures
+    if source is None:
+        modeling.unlink(missing_ok=True)
+    else:
+        modeling.write_bytes(source)
     config.save_pretrained(folder)
+    _drop_missing_code(folder)
     for file in folder.iterdir():  # weights are written for their owner only; they may be read like their config
         if file.is_file():
             shutil.copymode(folder / "config.json", file)
+
+
+def _drop_missing_code(folder: Path) -> None:
+    """Leave in `auto_map`, of config and tokenizer, what is in the folder: code is written with its map, or neither."""
+    for file in (folder / CONFIG_NAME, folder / TOKENIZER_CONFIG_FILE):
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        local = {name: _name_local_class(where, folder) for name, where in settings.get("auto_map", {}).items()}
+        kept = {name: where for name, where in local.items() if where is not None}
+        if kept != settings.pop("auto_map", {}):
+            settings |= {"auto_map": kept} if kept else {}
+            text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+            file.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _name_local_class(where: Any, folder: Path) -> Any:
+    """`owner/name--modeling.Class` -> `modeling.Class` if a folder has that file, else None; of each in a list."""
+    if isinstance(where, list):
+        local = [_name_local_class(each, folder) for each in where]
+        return local if any(local) else None
+    name = str(where).rpartition("--")[2]
+    return name if (folder / f"{name.partition('.')[0]}.py").is_file() else None
 
 
 def _describe_difference(geometry: Geometry) -> str:

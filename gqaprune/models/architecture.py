@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import MistralConfig, PretrainedConfig, PreTrainedModel
 
+from gqaprune.models.config_facts import has_own_code
 from gqaprune.models.families import FAMILIES, BlockLayout, get_family
 from gqaprune.models.per_layer import LayerConfig
 from gqaprune.plan import BlockKey, BlockKind, Geometry
@@ -128,7 +129,7 @@ def make_stock_config(config: PretrainedConfig) -> PretrainedConfig | None:
         return None
     if not config.is_heterogeneous:
         return copy.deepcopy(config)
-    if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
+    if config.model_type != "llama" or config.attention_bias or config.mlp_bias or has_own_code(config):
         return None
     known = {field.name for field in dataclasses.fields(MistralConfig)}
     values = {name: value for name, value in config.to_dict().items() if name in known}

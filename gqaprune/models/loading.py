@@ -18,6 +18,7 @@ from transformers import (
 
 from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import read_geometry
+from gqaprune.models.config_facts import correct_config
 from gqaprune.models.dtypes import DTYPES, check_dtype
 from gqaprune.models.families import get_family
 from gqaprune.models.per_layer import get_per_layer_class
@@ -95,6 +96,7 @@ def load_model(
             place, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
         check_keys(found, family.layers)
+        correct_config(model)
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
     return model

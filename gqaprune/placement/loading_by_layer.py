@@ -11,6 +11,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import read_geometry
+from gqaprune.models.config_facts import correct_config
 from gqaprune.models.dtypes import DTYPES, check_dtype
 from gqaprune.models.families import get_family
 from gqaprune.models.loading import build_model, check_keys, find_other_storage
@@ -128,6 +129,7 @@ def _load_by_layer(
         model.tie_weights(missing_keys=missing, recompute_mapping=False)  # what is tied is missing no longer
         strange = files.keys() - model.state_dict().keys()
         check_keys({"mismatched_keys": (), "missing_keys": missing, "unexpected_keys": strange}, family.layers)
+        correct_config(model)
         if (checkpoint / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     except LOADING_ERRORS as error:
