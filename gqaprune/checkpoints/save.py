@@ -18,6 +18,7 @@ from gqaprune.checkpoints.safetensors_writer import quantize_checkpoint
 from gqaprune.common.atomic_files import check_can_be_folder, replace_folder
 from gqaprune.common.distributed import get_rank_and_world_size
 from gqaprune.models.config_facts import correct_config, has_own_code
+from gqaprune.models.wrapping import check_no_adapters
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.writing_by_layer import attend_writing
 from gqaprune.plan import PLAN_FILE, PruningPlan
@@ -61,11 +62,13 @@ def save(
 
     Raises:
         ValueError: if `folder` is a file, or holds something else than a pruned checkpoint; or if the format cannot
-            hold the model, with those that can.
+            hold the model, with those that can; or if the model has PEFT adapters that `adapted` does not view.
     """
     check_output_folder(Path(folder))
     folder = Path(folder).resolve()  # of a link what it points to
     check_shard_size(max_shard_size)
+    if adapted is None:
+        check_no_adapters(model)
     store = find_store(model)
     check_written_by_layer(format, quantization, store.placement)
     whole = model.state_dict() if state_dict is None else state_dict

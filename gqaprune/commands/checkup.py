@@ -12,7 +12,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from gqaprune.models.architecture import find_layer, read_geometry
 from gqaprune.models.families import get_family
 from gqaprune.models.loading import build_without_weights, find_other_storage
-from gqaprune.models.sources import find_weights
+from gqaprune.models.sources import complete_name, find_weights
 from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
 
 
@@ -102,9 +102,8 @@ def find_wrong_tensors(
         with safe_open(path, "pt") as file:
             found |= {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
     model, family = build_without_weights(config, trust_remote_code), get_family(config)
-    promised, prefix = model.state_dict(), f"{model.base_model_prefix}."
-    # What was saved of the model without its head has names without the prefix, which loading puts before them.
-    found = {f"{prefix}{name}" if f"{prefix}{name}" in promised else name: shape for name, shape in found.items()}
+    promised = model.state_dict()
+    found = {complete_name(name, promised, model): shape for name, shape in found.items()}
     wrong: dict[int | None, list[str]] = {}
     for name, tensor in promised.items():
         if (shape := found.get(name, list(tensor.shape))) != list(tensor.shape):

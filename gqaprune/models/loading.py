@@ -114,7 +114,8 @@ def check_keys(found: Mapping[str, Collection[Any]], layers: str) -> None:
             f"{name} is {list(shape)} in its files, its config promises {list(promised)} ({len(wrong)} such in all)"
         )
     if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"its files lack {missing[0]} ({len(missing)} in all), which its config promises")
+        others = f"; they hold {min(found['unexpected_keys'])} instead" if found["unexpected_keys"] else ""
+        raise ValueError(f"its files lack {missing[0]} ({len(missing)} in all), which its config promises{others}")
     strange = [name for name in found["unexpected_keys"] if name.startswith(f"{layers}.")]
     places = [name for name in strange if name.endswith((".weight", ".bias"))]  # buffers of old versions do no harm
     if places:
