@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME
@@ -25,6 +26,7 @@ from gqaprune.models.loading import load_model
 from gqaprune.models.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
 from gqaprune.models.sources import load_config
 from gqaprune.placement.layer_store import find_store
+from gqaprune.placement.verification import check_checkpoint
 from gqaprune.placement.writing_by_layer import write_weights
 from gqaprune.plan import Geometry
 
@@ -112,12 +114,14 @@ def _save_pretrained(
     own_config, model.config = model.config, config
     try:
         if find_store(model).is_in_memory:
-            model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
+            weights = None if state_dict is None else dict(state_dict)  # from which transformers drops tied ones
+            model.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
         else:
             write_weights(model, folder)
             model.generation_config.save_pretrained(folder)
             if model.is_remote_code():
                 custom_object_save(model, folder, config)
+        check_checkpoint(_list_stored(model, state_dict), folder)
     finally:
         model.config = own_config
     # save_pretrained writes the class in memory, and its code; the checkpoint may be for another one.
@@ -131,6 +135,19 @@ def _save_pretrained(
     for file in folder.iterdir():  # weights are written for their owner only; they may be read like their config
         if file.is_file():
             shutil.copymode(folder / "config.json", file)
+
+
+def _list_stored(model: PreTrainedModel, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors that a checkpoint of a model has to hold, under their names in files."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        state_dict = quantizer.get_state_dict_and_metadata(model)[0]
+    weights = model.state_dict() if state_dict is None else state_dict
+    absent = set(model._keys_to_ignore_on_save or ())
+    if model.config.tie_word_embeddings:
+        absent |= (model._tied_weights_keys or {}).keys()
+    stored: dict[str, Tensor] = revert_weight_conversion(model, weights)
+    return {name: tensor for name, tensor in stored.items() if name not in absent}
 
 
 def _drop_missing_code(folder: Path) -> None:

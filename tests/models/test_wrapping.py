@@ -99,8 +99,8 @@ def test_commands_refuse_a_folder_with_an_adapter(
     place = str(adapter_folder)
     for command in (
         ("export", "--model", place, "--folder", "out"),
-        ("inspect", "--model", place),
-        ("compare", "--models", f"[{place}]"),
+        ("inspect", place),
+        ("compare", place, place),
     ):
         monkeypatch.setattr("sys.argv", ["gqaprune", *command])
         assert main() == 1
