@@ -8,6 +8,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
+ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+"""What PEFT puts in the place of a module that it adapts."""
+
 
 def unwrap_model(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself, to read its config and class; its weights may still be sharded."""
@@ -25,8 +28,7 @@ def check_no_adapters(model: PreTrainedModel) -> None:
     Raises:
         ValueError: with how to merge them.
     """
-    adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    if isinstance(model, PeftModel) or any(isinstance(module, adapted) for module in model.modules()):
+    if isinstance(model, PeftModel) or any(isinstance(module, ADAPTED) for module in model.modules()):
         raise ValueError(
             "the model has PEFT adapters beside its weights: merge them first, by merge_and_unload() of the PeftModel "
             "around it; what add_adapter added is written by its save_pretrained(adapter), and merged by "
