@@ -23,6 +23,7 @@ def correct_config(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | No
     """
     _mark_tied_head(model, model.state_dict() if state_dict is None else state_dict)
     drop_code_map(model.config, model.is_remote_code())
+    model.config.__dict__.pop("_model_name_or_path", None)  # transformers' name for what a GGUF file calls itself
     if getattr(model, "hf_quantizer", None) is None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights have been dequantised
 

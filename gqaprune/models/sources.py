@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
@@ -142,6 +143,12 @@ class StoredTensor:
 
     file: Path
     name: str
+
+    def read(self) -> Tensor:
+        """The tensor, mapped into memory."""
+        with safe_open(self.file, "pt") as file:
+            tensor: Tensor = file.get_tensor(self.name)
+        return tensor
 
 
 def match_tensors(files: Mapping[str, Path], model: PreTrainedModel) -> dict[str, StoredTensor]:

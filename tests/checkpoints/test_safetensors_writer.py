@@ -147,6 +147,14 @@ def test_code_of_an_earlier_checkpoint_is_written_as_the_new_one_needs_it(format
     torch.testing.assert_close(get_logits(again), get_logits(plain), atol=1e-4, rtol=0)
 
 
+def test_a_name_in_a_gguf_file_is_not_written_into_other_formats(tmp_path: Path) -> None:
+    save(make_model("llama"), make_tokenizer([("e", "d")]), tmp_path / "gguf", format="gguf-f16")
+    save(load_model(tmp_path / "gguf"), None, tmp_path / "out")
+    assert not [
+        name for name in json.loads((tmp_path / "out/config.json").read_text()) if name.endswith("name_or_path")
+    ]
+
+
 def test_weights_that_are_not_quantised_any_more_are_not_said_to_be(tmp_path: Path) -> None:
     model = make_model("llama")
     model.config.quantization_config = {"quant_method": "fp8"}  # of the files that a user has dequantised by hand
