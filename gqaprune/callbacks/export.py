@@ -8,7 +8,13 @@ from torch import Tensor
 
 from gqaprune.callbacks.lookup import get_parts, get_run_folder
 from gqaprune.callbacks.pruning import TaylorPruning
-from gqaprune.checkpoints.formats import AUTO, check_written_by_layer, choose_format, needs_equal_counts
+from gqaprune.checkpoints.formats import (
+    AUTO,
+    check_unequal_by_layer,
+    check_written_by_layer,
+    choose_format,
+    needs_equal_counts,
+)
 from gqaprune.checkpoints.save import SHARD_SIZE, check_can_be_saved, check_output_folder, check_shard_size, save
 from gqaprune.common.console import console
 from gqaprune.datamodules import TextDataModule
@@ -19,6 +25,7 @@ from gqaprune.placement.fsdp import gather_state_dict
 from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import PruningPlan, find_plan
 from gqaprune.planning.preflight import check_equal_counts
+from gqaprune.planning.selection import keeps_equal_counts
 
 
 class CheckpointExport(Callback):
@@ -64,6 +71,8 @@ class CheckpointExport(Callback):
         pruning = next((c for c in trainer.callbacks if isinstance(c, TaylorPruning)), None)  # type: ignore[attr-defined]
         if pruning is not None and trainer.limit_train_batches == 0:
             check_written_by_layer(self.format, self.quantization, pruning.placement)
+            if pruning.config.removes_something and not keeps_equal_counts(config, pruning.config):
+                check_unequal_by_layer(config, pruning.placement)
         if needs_equal_counts(self.format) and pruning is not None and module.plan is None:
             check_equal_counts(config, pruning.config)
 

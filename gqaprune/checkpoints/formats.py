@@ -159,16 +159,31 @@ def describe_formats() -> str:
     return f"{choices}; `{AUTO}` is {automatic}, the first that can hold the model."
 
 
-def choose_format(config: PretrainedConfig, format: str, quantization: str | None = None) -> str:
+def choose_format(
+    config: PretrainedConfig,
+    format: str,
+    quantization: str | None = None,
+    placement: Placement = Placement.MEMORY,
+) -> str:
     """Resolve the name of a format to the one that a model of this config is written in.
 
+    Args:
+        config: of the model.
+        format: one of `FORMATS`, or `auto`.
+        quantization: that the weights are to be stored in.
+        placement: where the model's decoder layers are when it is written.
+
     Raises:
-        ValueError: if there is no such format, it cannot hold the model, or not with this quantisation.
+        ValueError: if there is no such format, it cannot hold the model, or not with this quantisation; or if `auto`
+            comes to one that needs the whole model in memory.
     """
     if quantization is not None:
         make_quantization_config(quantization)
     if format == AUTO:
-        return next(name for name, entry in FORMATS.items() if entry.is_automatic and _can_hold(entry, config))
+        name = next(name for name, entry in FORMATS.items() if entry.is_automatic and _can_hold(entry, config))
+        if not FORMATS[name].goes_by_layer:
+            check_unequal_by_layer(config, placement)
+        return name
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join((AUTO, *FORMATS))}, got {format!r}")
     entry = FORMATS[format]
@@ -178,6 +193,20 @@ def choose_format(config: PretrainedConfig, format: str, quantization: str | Non
         return "stock"  # which is what that would be, without a file of its own
     entry.check(config)
     return format
+
+
+def check_unequal_by_layer(config: PretrainedConfig, placement: Placement) -> None:
+    """Refuse layers of unequal counts that nothing can hold which is written layer by layer.
+
+    Raises:
+        ValueError: with what can be written.
+    """
+    if placement is not Placement.MEMORY and not _can_hold(FORMATS["per-layer"], config):
+        raise ValueError(
+            f"{type(config).__name__} comes with code of its own: padded alone holds layers of unequal counts, and it "
+            f"needs the whole model in memory, which {placement.value} avoids; keep equal counts (allocation uniform) "
+            f"or leave {placement.value} off"
+        )
 
 
 def _can_hold(entry: Format, config: PretrainedConfig) -> bool:

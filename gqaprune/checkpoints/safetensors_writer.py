@@ -10,15 +10,20 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME
 
 from gqaprune.checkpoints.base import Content
 from gqaprune.checkpoints.padding import pad_checkpoint, pad_state_dict
 from gqaprune.models.architecture import make_stock_config, read_geometry
+from gqaprune.models.config_facts import has_own_code
 from gqaprune.models.loading import load_model
 from gqaprune.models.nemotron_nas import (
     CONFIGURATION_FILE,
@@ -30,6 +35,7 @@ from gqaprune.models.nemotron_nas import (
 from gqaprune.models.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
 from gqaprune.models.sources import load_config
 from gqaprune.placement.layer_store import find_store
+from gqaprune.placement.verification import check_checkpoint
 from gqaprune.placement.writing_by_layer import write_weights
 from gqaprune.plan import Geometry
 
@@ -97,11 +103,6 @@ def write_nemotron_nas(content: Content, folder: Path) -> None:
     (folder / CONFIGURATION_FILE).write_text(write_configuration_source(), encoding="utf-8")
 
 
-def has_own_code(config: PretrainedConfig) -> bool:
-    """Whether a model is of classes that came with it, which the user has trusted, not of transformers'."""
-    return not type(config).__module__.startswith("transformers.")
-
-
 def quantize_checkpoint(folder: Path, quantization: str, max_shard_size: str, trust_remote_code: bool) -> None:
     """Write the weights of a checkpoint anew, quantised; all else stays."""
     model = load_model(folder, trust_remote_code=trust_remote_code, quantization=quantization)
@@ -130,22 +131,66 @@ def _save_pretrained(
     state_dict: dict[str, Tensor] | None,
     max_shard_size: str,
 ) -> None:
-    architectures = config.architectures
+    architectures, modeling = config.architectures, folder / MODELING_FILE
+    source = modeling.read_bytes() if modeling.is_file() else None
     own_config, model.config = model.config, config
     try:
         if find_store(model).is_in_memory:
-            model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
+            weights = None if state_dict is None else dict(state_dict)  # from which transformers drops tied ones
+            model.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
         else:
             write_weights(model, folder)
             model.generation_config.save_pretrained(folder)
+            if model.is_remote_code():
+                custom_object_save(model, folder, config)
+        check_checkpoint(_list_stored(model, state_dict), folder)
     finally:
         model.config = own_config
-    # save_pretrained writes the class in memory; the checkpoint may be for another one.
+    # save_pretrained writes the class in memory, and its code; the checkpoint may be for another one.
     config.architectures = architectures
+    if source is None:
+        modeling.unlink(missing_ok=True)
+    else:
+        modeling.write_bytes(source)
     config.save_pretrained(folder)
+    _drop_missing_code(folder)
     for file in folder.iterdir():  # weights are written for their owner only; they may be read like their config
         if file.is_file():
             shutil.copymode(folder / "config.json", file)
+
+
+def _list_stored(model: PreTrainedModel, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors that a checkpoint of a model has to hold, under their names in files."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        state_dict = quantizer.get_state_dict_and_metadata(model)[0]
+    weights = model.state_dict() if state_dict is None else state_dict
+    absent = set(model._keys_to_ignore_on_save or ())
+    if model.config.tie_word_embeddings:
+        absent |= (model._tied_weights_keys or {}).keys()
+    stored: dict[str, Tensor] = revert_weight_conversion(model, weights)
+    return {name: tensor for name, tensor in stored.items() if name not in absent}
+
+
+def _drop_missing_code(folder: Path) -> None:
+    """Leave in `auto_map`, of config and tokenizer, what is in the folder: code is written with its map, or neither."""
+    for file in (folder / CONFIG_NAME, folder / TOKENIZER_CONFIG_FILE):
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        local = {name: _name_local_class(where, folder) for name, where in settings.get("auto_map", {}).items()}
+        kept = {name: where for name, where in local.items() if where is not None}
+        if kept != settings.pop("auto_map", {}):
+            settings |= {"auto_map": kept} if kept else {}
+            text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+            file.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _name_local_class(where: Any, folder: Path) -> Any:
+    """`owner/name--modeling.Class` -> `modeling.Class` if a folder has that file, else None; of each in a list."""
+    if isinstance(where, list):
+        local = [_name_local_class(each, folder) for each in where]
+        return local if any(local) else None
+    name = str(where).rpartition("--")[2]
+    return name if (folder / f"{name.partition('.')[0]}.py").is_file() else None
 
 
 def _describe_difference(geometry: Geometry) -> str:

@@ -17,11 +17,13 @@ from gqaprune.checkpoints.adapters import ADAPTER_FOLDER, merge_adapters, save_a
 from gqaprune.checkpoints.base import Content
 from gqaprune.checkpoints.card import write_card
 from gqaprune.checkpoints.formats import AUTO, FORMATS, check_written_by_layer, choose_format
-from gqaprune.checkpoints.safetensors_writer import has_own_code, quantize_checkpoint
+from gqaprune.checkpoints.safetensors_writer import quantize_checkpoint
 from gqaprune.common.atomic_files import check_can_be_folder, replace_folder
 from gqaprune.common.distributed import get_rank_and_world_size
 from gqaprune.common.errors import first_line
+from gqaprune.models.config_facts import correct_config, has_own_code
 from gqaprune.models.sources import LOADING_ERRORS
+from gqaprune.models.wrapping import check_no_adapters
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.writing_by_layer import attend_writing
 from gqaprune.plan import PLAN_FILE, PruningPlan
@@ -65,20 +67,24 @@ def save(
 
     Raises:
         ValueError: if `folder` is a file, or holds something else than a pruned checkpoint; if the format cannot hold
-            the model, with those that can; or if transformers refuses to save its config or its tokenizer.
+            the model, with those that can; if transformers refuses to save its config or its tokenizer; or if the model
+            has PEFT adapters that `adapted` does not view.
     """
     check_output_folder(Path(folder))
     folder = Path(folder).resolve()  # of a link what it points to
     check_shard_size(max_shard_size)
+    if adapted is None:
+        check_no_adapters(model)
     store = find_store(model)
     check_written_by_layer(format, quantization, store.placement)
-    format = choose_format(model.config, format, quantization)
+    whole = model.state_dict() if state_dict is None else state_dict
+    correct_config(model, whole)
+    format = choose_format(model.config, format, quantization, store.placement)
     check_can_be_saved(model, tokenizer, format)
     if not store.is_in_memory and get_rank_and_world_size()[0] != 0:
         attend_writing(model)
         return format
     folder.parent.mkdir(parents=True, exist_ok=True)
-    whole = model.state_dict() if state_dict is None else state_dict
     with replace_folder(folder) as temporary:
         if adapted is not None:
             save_adapters(adapted, whole, temporary / ADAPTER_FOLDER)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.table import Table
 from safetensors import safe_open
 from transformers import PretrainedConfig
@@ -12,7 +13,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from gqaprune.models.architecture import find_layer, read_geometry
 from gqaprune.models.families import get_family
 from gqaprune.models.loading import build_without_weights, find_other_storage
-from gqaprune.models.sources import find_weights
+from gqaprune.models.sources import complete_name, find_tensors, find_weights, match_tensors
 from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
 
 
@@ -78,6 +79,29 @@ def check_layers(
     return checks
 
 
+def correct_stored_head(folder: Path, config: PretrainedConfig, trust_remote_code: bool = False) -> None:
+    """Make a config that ties the head to the embedding say what the files say, where they hold two that differ.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        ValueError: if a file is broken.
+    """
+    if getattr(config, "tie_word_embeddings", False) and _has_weights(folder):
+        model = build_without_weights(config, trust_remote_code)
+        stored = match_tensors(find_tensors(folder), model)
+        pairs = (model._tied_weights_keys or {}).items()
+        held = [(stored[head], stored[embedding]) for head, embedding in pairs if {head, embedding} <= stored.keys()]
+        config.tie_word_embeddings = all(torch.equal(head.read(), embedding.read()) for head, embedding in held)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+
+
 def find_wrong_tensors(
     folder: Path, config: PretrainedConfig, trust_remote_code: bool = False
 ) -> dict[int | None, list[str]]:
@@ -97,14 +121,12 @@ def find_wrong_tensors(
     if not (folder / CONFIG_NAME).is_file():
         return {}  # a GGUF
     found: dict[str, list[int]] = {}
-    has_weights = any((folder / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    for path in find_weights(folder) if has_weights else ():
+    for path in find_weights(folder) if _has_weights(folder) else ():
         with safe_open(path, "pt") as file:
             found |= {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
     model, family = build_without_weights(config, trust_remote_code), get_family(config)
-    promised, prefix = model.state_dict(), f"{model.base_model_prefix}."
-    # What was saved of the model without its head has names without the prefix, which loading puts before them.
-    found = {f"{prefix}{name}" if f"{prefix}{name}" in promised else name: shape for name, shape in found.items()}
+    promised = model.state_dict()
+    found = {complete_name(name, promised, model): shape for name, shape in found.items()}
     wrong: dict[int | None, list[str]] = {}
     for name, tensor in promised.items():
         if (shape := found.get(name, list(tensor.shape))) != list(tensor.shape):

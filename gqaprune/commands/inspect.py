@@ -11,7 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from gqaprune.commands.advice import write_advice
-from gqaprune.commands.checkup import build_layers_table, check_layers, find_wrong_tensors, read_plan_of
+from gqaprune.commands.checkup import (
+    build_layers_table,
+    check_layers,
+    correct_stored_head,
+    find_wrong_tensors,
+    read_plan_of,
+)
 from gqaprune.commands.reach import NAMES, Reach, measure_reach
 from gqaprune.commands.risks import list_risks
 from gqaprune.common.atomic_files import write_atomically
@@ -61,6 +67,8 @@ def inspect(
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_dtype(dtype)
     config = load_config(model, trust_remote_code)
+    if Path(model).is_dir():
+        correct_stored_head(Path(model), config, trust_remote_code)
     geometry, sizes = read_geometry(config), read_sizes(config, trust_remote_code)
     kind = (read_dtype(config) or torch.float32) if dtype == "auto" else DTYPES[dtype]
     assert isinstance(kind, torch.dtype)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import MistralConfig, PretrainedConfig, PreTrainedModel
 
+from gqaprune.models.config_facts import has_own_code
 from gqaprune.models.families import FAMILIES, BlockLayout, get_family
 from gqaprune.models.per_layer import LayerConfig
+from gqaprune.models.wrapping import check_no_adapters
 from gqaprune.plan import BlockKey, BlockKind, Geometry
 
 GRANULARITIES = ("group", "query")
@@ -154,7 +156,7 @@ def make_stock_config(config: PretrainedConfig) -> PretrainedConfig | None:
         return None
     if not config.is_heterogeneous:
         return copy.deepcopy(config)
-    if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
+    if config.model_type != "llama" or config.attention_bias or config.mlp_bias or has_own_code(config):
         return None
     known = {field.name for field in dataclasses.fields(MistralConfig)}
     values = {name: value for name, value in config.to_dict().items() if name in known}
@@ -252,8 +254,10 @@ def find_blocks(model: PreTrainedModel, granularity: str = "group") -> list[Bloc
             keys and values stay.
 
     Raises:
-        ValueError: if the family is unknown, or the weights are not the linear layers that the config promises.
+        ValueError: if the family is unknown, the model has adapters, or the weights are not the linear layers that the
+            config promises.
     """
+    check_no_adapters(model)
     family, geometry = get_family(model.config), read_geometry(model.config)
     blocks = []
     for index, layer in enumerate(get_layers(model)):
@@ -341,8 +345,7 @@ def _check_linear(linear: Any, name: str, rows: int | None = None, columns: int 
     plain = (nn.Parameter, Tensor, DTensor)
     if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point() or type(linear.weight) not in plain:
         raise ValueError(
-            f"{name} is {type(linear).__name__}, not a plain floating-point linear layer: "
-            "load the model unquantised and without adapters"
+            f"{name} is {type(linear).__name__}, not a plain floating-point linear layer: load the model unquantised"
         )
     for found, expected, what in ((linear.out_features, rows, "rows"), (linear.in_features, columns, "columns")):
         if expected is not None and found != expected:

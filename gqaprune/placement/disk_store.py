@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.common.atomic_files import ScratchFolder
 from gqaprune.models.architecture import get_layers
+from gqaprune.models.sources import StoredTensor
 from gqaprune.placement.layer_store import (
     LayerStore,
     Placement,
@@ -32,15 +33,15 @@ class DiskStore(LayerStore):
 
     Args:
         model: the causal LM.
-        files: full name of a parameter -> file that holds it; these files are only read.
+        stored: full name of a parameter -> where it is; these files are only read.
         folder: what changed layers are kept beside, in a folder that goes with this object.
     """
 
     placement = Placement.DISK
 
-    def __init__(self, model: PreTrainedModel, files: Mapping[str, Path], folder: Path) -> None:
+    def __init__(self, model: PreTrainedModel, stored: Mapping[str, StoredTensor], folder: Path) -> None:
         super().__init__(model)
-        self.files = dict(files)
+        self.stored = dict(stored)
         self._folder = ScratchFolder(folder)
 
     @contextmanager
@@ -48,7 +49,7 @@ class DiskStore(LayerStore):
         """Read a layer, and write it if it changes."""
         model = self.model
         try:
-            _read_parameters(model, self.files, get_layer_parameters(model, index))
+            _read_parameters(model, self.stored, get_layer_parameters(model, index))
             yield
             if changes:
                 self._write(index, get_layer_parameters(model, index))
@@ -59,60 +60,61 @@ class DiskStore(LayerStore):
     def _write(self, index: int, parameters: Mapping[str, Tensor]) -> None:
         path = self._folder.path / f"layer-{index}.safetensors"
         save_file(detach_parameters(parameters), path)
-        self.files |= dict.fromkeys(parameters, path)
+        self.stored |= {name: StoredTensor(path, name) for name in parameters}
 
 
-def offload_layers(model: PreTrainedModel, files: Mapping[str, Path], folder: Path) -> None:
+def offload_layers(model: PreTrainedModel, stored: Mapping[str, StoredTensor], folder: Path) -> None:
     """Leave the decoder layers of a model whose parameters have no values in the files that hold them.
 
     Args:
         model: the causal LM, all its parameters on `meta`; its buffers have values.
-        files: full name of a parameter -> safetensors file that holds it.
+        stored: full name of a parameter -> where it is.
         folder: what changed layers are kept beside.
 
     Raises:
         ValueError: if shapes differ, or the decoder layers hold what no file does.
     """
-    check_files(model, files)
-    set_store(DiskStore(model, files, folder))
-    read_outside_parameters(model, files)
+    check_files(model, stored)
+    set_store(DiskStore(model, stored, folder))
+    read_outside_parameters(model, stored)
 
 
-def check_files(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
+def check_files(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
     """Refuse files that layers cannot be read from one by one.
 
     Raises:
         ValueError: if shapes differ, or the decoder layers hold what no file does.
     """
-    _check_shapes(model, files)
+    _check_shapes(model, stored)
     if buffers := [name for name, _ in get_layers(model).named_buffers()]:
         raise ValueError(f"its layers hold {buffers[0]}, which no file does: such a model is pruned in memory alone")
 
 
-def read_outside_parameters(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
+def read_outside_parameters(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
     """Read the parameters outside of the decoder layers; those that no file holds are left."""
-    in_files = {name: parameter for name, parameter in get_outside_parameters(model).items() if name in files}
-    _read_parameters(model, files, in_files)
+    in_files = {name: parameter for name, parameter in get_outside_parameters(model).items() if name in stored}
+    _read_parameters(model, stored, in_files)
 
 
-def _read_parameters(model: PreTrainedModel, files: Mapping[str, Path], wanted: Mapping[str, Tensor]) -> None:
+def _read_parameters(model: PreTrainedModel, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor]) -> None:
     """Read some parameters, by their full names, into the model, on its device and in their own types."""
     first = next(model.parameters())
     device = torch.device("cpu") if first.is_meta else first.device
     tensors = {}
-    for path in {files[name] for name in wanted}:
+    for path in {stored[name].file for name in wanted}:
         with safe_open(path, "pt") as file:
             for name in wanted:
-                if files[name] == path:
+                if stored[name].file == path:
                     # Copied: pages of a mapped file would be read anew for every batch where memory is short.
-                    tensors[name] = file.get_tensor(name).to(device, wanted[name].dtype, copy=True)
+                    tensors[name] = file.get_tensor(stored[name].name).to(device, wanted[name].dtype, copy=True)
     model.load_state_dict(tensors, strict=False, assign=True)
 
 
-def _check_shapes(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for path in set(files.values()):
+def _check_shapes(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name in stored}
+    for path in {place.file for place in stored.values()}:
         with safe_open(path, "pt") as file:
-            for name in file.keys() & shapes.keys():
-                if (stored := file.get_slice(name).get_shape()) != shapes[name]:
-                    raise ValueError(f"{name} is {stored} in {path.name}, its config promises {shapes[name]}")
+            for name in shapes:
+                place = stored[name]
+                if place.file == path and (shape := file.get_slice(place.name).get_shape()) != shapes[name]:
+                    raise ValueError(f"{name} is {shape} in {path.name}, its config promises {shapes[name]}")

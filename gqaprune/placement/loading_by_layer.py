@@ -11,10 +11,20 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import read_geometry
+from gqaprune.models.config_facts import correct_config
 from gqaprune.models.dtypes import DTYPES, check_dtype
 from gqaprune.models.families import get_family
 from gqaprune.models.loading import build_model, check_keys, find_other_storage
-from gqaprune.models.sources import LOADING_ERRORS, fetch, find_tensors, load_config, locate, make_loading_error
+from gqaprune.models.sources import (
+    LOADING_ERRORS,
+    StoredTensor,
+    fetch,
+    find_tensors,
+    load_config,
+    locate,
+    make_loading_error,
+    match_tensors,
+)
 from gqaprune.placement.disk_store import offload_layers
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.sharded_store import shard_layers
@@ -42,8 +52,8 @@ def load_offloaded_model(
         ValueError: as `load_model`, or if its layers cannot be read one by one.
     """
 
-    def offload(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
-        offload_layers(model, files, Path(folder))
+    def offload(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
+        offload_layers(model, stored, Path(folder))
 
     return _load_by_layer(source, dtype, attn_implementation, trust_remote_code, offload)
 
@@ -72,8 +82,8 @@ def load_sharded_model(
     """
     device = torch.device(mesh.device_type)
 
-    def shard(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
-        shard_layers(model, files, mesh, device)
+    def shard(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
+        shard_layers(model, stored, mesh, device)
 
     model = _load_by_layer(source, dtype, attn_implementation, trust_remote_code, shard)
     find_store(model).move_to(device)
@@ -109,9 +119,9 @@ def _load_by_layer(
     dtype: str,
     attn_implementation: str | None,
     trust_remote_code: bool,
-    read: Callable[[PreTrainedModel, Mapping[str, Path]], None],
+    read: Callable[[PreTrainedModel, Mapping[str, StoredTensor]], None],
 ) -> PreTrainedModel:
-    """Build a model without weights, and `read` from name -> file what it should have in memory."""
+    """Build a model without weights, and `read` from name -> place what it should have in memory."""
     check_dtype(dtype)
     if obstacle := _find_obstacle(source, trust_remote_code):
         raise ValueError(obstacle)
@@ -123,11 +133,13 @@ def _load_by_layer(
         files = find_tensors(checkpoint)
         with init_empty_weights(include_buffers=False):
             model = build_model(config, DTYPES[dtype], attn_implementation, trust_remote_code)
-        read(model, files)
-        missing = model.state_dict().keys() - files.keys()
+        stored = match_tensors(files, model)
+        read(model, stored)
+        missing = model.state_dict().keys() - stored.keys()
         model.tie_weights(missing_keys=missing, recompute_mapping=False)  # what is tied is missing no longer
-        strange = files.keys() - model.state_dict().keys()
+        strange = stored.keys() - model.state_dict().keys()
         check_keys({"mismatched_keys": (), "missing_keys": missing, "unexpected_keys": strange}, family.layers)
+        correct_config(model)
         if (checkpoint / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     except LOADING_ERRORS as error:

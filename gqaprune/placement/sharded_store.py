@@ -6,7 +6,6 @@ had, or those of what it has become. FSDP2 takes over where training begins (`fs
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -16,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from gqaprune.models.architecture import get_layers
+from gqaprune.models.sources import StoredTensor
 from gqaprune.placement.disk_store import check_files, read_outside_parameters
 from gqaprune.placement.layer_store import (
     LayerStore,
@@ -81,29 +81,33 @@ class ShardedStore(LayerStore):
         return nn.Parameter(shard, whole.requires_grad)
 
 
-def shard_layers(model: PreTrainedModel, files: Mapping[str, Path], mesh: DeviceMesh, device: torch.device) -> None:
+def shard_layers(
+    model: PreTrainedModel, stored: Mapping[str, StoredTensor], mesh: DeviceMesh, device: torch.device
+) -> None:
     """Give a model whose parameters have no values those of its files; of decoder layers, this rank's shards.
 
     Args:
         model: the causal LM, all its parameters on `meta`; its buffers have values.
-        files: full name of a parameter -> safetensors file that holds it.
+        stored: full name of a parameter -> where it is.
         mesh: devices to shard layers over, one dimension.
         device: of this rank.
 
     Raises:
         ValueError: if shapes differ, or the decoder layers hold what no file does.
     """
-    check_files(model, files)
+    check_files(model, stored)
     store = ShardedStore(model, mesh)
     set_store(store)
-    read_outside_parameters(model, files)
+    read_outside_parameters(model, stored)
     for index in range(len(get_layers(model))):
         wanted, shards = get_layer_parameters(model, index), {}
-        for path in {files[name] for name in wanted if name in files}:
+        places = {name: stored[name] for name in wanted if name in stored}
+        for path in {place.file for place in places.values()}:
             with safe_open(path, "pt") as file:
-                for name, parameter in wanted.items():
-                    if files.get(name) == path:
-                        rows = file.get_slice(name)[store.find_rows(parameter.shape)]
+                for name, place in places.items():
+                    if place.file == path:
+                        parameter = wanted[name]
+                        rows = file.get_slice(place.name)[store.find_rows(parameter.shape)]
                         shards[name] = store.make_shard(rows.to(device, parameter.dtype, copy=True), parameter)
         _set_parameters(model, shards)
 

@@ -12,6 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from gqaprune.common.console import track
 from gqaprune.models.architecture import get_layers
 from gqaprune.placement.layer_store import find_store, get_layer_parameters, get_outside_parameters
+from gqaprune.placement.verification import check_tensors
 
 _METADATA = {"format": "pt"}
 """What transformers looks for in a file."""
@@ -23,13 +24,18 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
     Args:
         model: the causal LM.
         folder: where to.
+
+    Raises:
+        ValueError: if a file does not hold then what it should.
     """
     layers = len(get_layers(model))
     places: dict[str, str] = {}
 
     def write(number: int, parameters: Mapping[str, Tensor]) -> None:
         file = f"model-{number:05}-of-{layers + 1:05}.safetensors"
-        save_file(detach_parameters(parameters), folder / file, _METADATA)
+        tensors = detach_parameters(parameters)
+        save_file(tensors, folder / file, _METADATA)
+        check_tensors(tensors, dict.fromkeys(tensors, folder / file))  # while they are in memory
         places.update(dict.fromkeys(parameters, file))
 
     write(1, get_outside_parameters(model))

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from gqaprune.checkpoints.adapters import merge_adapters, save_adapters
+from gqaprune.checkpoints.save import save
 from gqaprune.training.lora import add_adapters
 from gqaprune.training.recovery import RecoveryConfig
 
@@ -38,3 +40,26 @@ def test_saved_adapters_give_the_dense_model_the_same_logits(tmp_path: Path) -> 
     save_adapters(adapted, model.state_dict(), tmp_path)
     loaded, tokens = PeftModel.from_pretrained(make_model("llama"), str(tmp_path)), make_tokens()
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"], use_dora=True),
+        LoraConfig(target_modules=["embed_tokens"]),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]),
+    ],
+    ids=["dora", "embedding", "trained norm"],
+)
+def test_adapters_that_are_no_product_beside_a_weight_are_refused(config: PeftConfig, tmp_path: Path) -> None:
+    view = get_peft_model(make_model("llama"), config)
+    with pytest.raises(ValueError, match=r"adapters that cannot be merged on saving: .* merge_and_unload\(\)"):
+        save(view.get_base_model(), None, tmp_path / "out", adapted=view)
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_that_are_in_the_weights_already_are_not_merged_again() -> None:
+    model, adapted = adapt()
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match="cannot be merged on saving"):
+        merge_adapters(adapted, model.state_dict())

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import gqaprune
@@ -33,6 +35,22 @@ def test_pruned_checkpoint_is_inspected_layer_by_layer(
     assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert (found["kv_head_range"], found["channel_range"], found["ratio_range"]) == ([1, 2], [1, 20], [3, 3])
     assert found["kv_cache_bytes_per_token"] == 2 * 4 * 8 * 4
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_head_of_its_own_is_counted_whatever_the_config_says(
+    is_own: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model("qwen2-tied")
+    tied = sum(parameter.numel() for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = torch.randn_like(embedding) if is_own else embedding.clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    found = read(tmp_path, capsys)
+    assert found["parameters"] == tied + is_own * embedding.numel()
+    assert any("share their weights" in risk for risk in found["risks"]) is not is_own  # type: ignore[attr-defined]
 
 
 def test_embedded_gguf_is_inspected_without_loading_weights(

@@ -296,6 +296,40 @@ def test_formats_that_need_the_whole_model_are_refused(settings: dict[str, Any],
     assert not (tmp_path / "pruned").exists()
 
 
+def test_a_folder_of_the_model_without_its_head_is_read_as_in_memory(tmp_path: Path) -> None:
+    make_model("qwen2-tied", kv_heads=4).model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    assert "layers.0.mlp.up_proj.weight" in find_tensors(tmp_path / "dense")
+    model, offloaded = load_model(tmp_path / "dense"), open_dense(tmp_path)
+    assert_same(model, offloaded)
+    assert run(offloaded) == run(model)
+    assert_same(model, offloaded)
+    save(offloaded, None, tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(plain(BATCHES[0]).logits, model(BATCHES[0]).logits)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ("", r"its files lack lm_head\.weight \(1 in all\), which its config promises$"),
+        (
+            "base_model.model.model.",
+            r"lack lm_head\.weight \(30 in all\), .*; they hold base_model\.model\.model\.e",
+        ),
+        ("_orig_mod.model.", r"lack lm_head\.weight \(30 in all\), .*; they hold _orig_mod\.model\.embed"),
+    ],
+)
+def test_names_of_another_model_are_refused_as_in_memory(prefix: str, message: str, tmp_path: Path) -> None:
+    model = make_model("llama", kv_heads=4)
+    model.save_pretrained(tmp_path / "dense")
+    tensors = {f"{prefix}{name}": tensor for name, tensor in model.model.state_dict().items()}
+    save_file(tensors, tmp_path / "dense/model.safetensors", {"format": "pt"})
+    for load in (lambda: load_model(tmp_path / "dense"), lambda: open_dense(tmp_path)):
+        with pytest.raises(ValueError, match=message):
+            load()
+
+
 @pytest.mark.parametrize("what", ["experts", "gguf", "pickle", "missing", "shape", "quantised", "type"])
 def test_files_that_layers_cannot_be_read_from_are_refused(what: str, tmp_path: Path) -> None:
     folder = write_dense(tmp_path, "qwen2_moe" if what == "experts" else "llama")

@@ -187,7 +187,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("split")
     for name, (variant, _) in RUNS.items():
         model = make_model(variant, kv_heads=4)
-        model.save_pretrained(folder / name / "dense", max_shard_size="20KB" if name == "llama" else "5GB")
+        saved = model.model if name == "tied" else model  # without the head, whose names have no prefix
+        saved.save_pretrained(folder / name / "dense", max_shard_size="20KB" if name == "llama" else "5GB")
         whole = load_model(folder / name / "dense")
         plan = run(whole, name)
         save(whole, make_tokenizer(), folder / name / "whole", plan)

@@ -1,0 +1,50 @@
+"""What a config says of its model's weights and code, set by what the model is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from gqaprune.models.per_layer import MODELING_FILE
+from gqaprune.models.wrapping import unwrap_name
+
+
+def correct_config(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Make a model's config tell whether its head is its embedding, is quantised, and comes with code of its own.
+
+    transformers loads a head that differs from the embedding as it is, whatever the config says, and leaves the config
+    wrong. Two tensors with the same values are one only where the config says so.
+
+    Args:
+        model: the causal LM.
+        state_dict: its whole weights, where its own may be sharded.
+    """
+    _mark_tied_head(model, model.state_dict() if state_dict is None else state_dict)
+    drop_code_map(model.config, model.is_remote_code())
+    model.config.__dict__.pop("_model_name_or_path", None)  # transformers' name for what a GGUF file calls itself
+    if getattr(model, "hf_quantizer", None) is None and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights have been dequantised
+
+
+def drop_code_map(config: PretrainedConfig, is_trusted: bool) -> None:
+    """Forget which files hold a model's code where classes of transformers, or of this package, are used instead."""
+    if not is_trusted or f"{Path(MODELING_FILE).stem}." in str(getattr(config, "auto_map", "")):
+        config.__dict__.pop("auto_map", None)
+
+
+def has_own_code(config: PretrainedConfig) -> bool:
+    """Whether a model is of classes that came with it, which the user has trusted, not of transformers'."""
+    return not type(config).__module__.startswith("transformers.") or hasattr(config, "auto_map")
+
+
+def _mark_tied_head(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {module: f"{unwrap_name(name)}.weight" for name, module in model.named_modules() if module in ends}
+    embedding, head = (weights.get(names.get(module, "")) for module in ends)
+    if embedding is None or head is None:
+        return
+    is_shared = embedding.shape == head.shape and embedding.data_ptr() == head.data_ptr()
+    is_tied = getattr(model.config, "tie_word_embeddings", False)
+    model.config.tie_word_embeddings = is_shared or (is_tied and torch.equal(embedding, head))
