@@ -28,6 +28,6 @@ def engines() -> Path:
 
 
 @pytest.fixture(scope="session")
-def engines_environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Environment variables of the engines' processes."""
     return {**os.environ, **QUIET}

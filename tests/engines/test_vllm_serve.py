@@ -56,9 +56,7 @@ def serve(command: list[str], address: str, log: Path, **options: object) -> Ite
                 server.kill()
 
 
-def test_the_cards_command_serves_a_pruned_model(
-    engines: Path, engines_environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_cards_command_serves_a_pruned_model(engines: Path, environment: dict[str, str], tmp_path: Path) -> None:
     model, tokenizer = make_model("qwen2", kv_heads=3, ratio=7, head_dim=32, channels=96), make_tokenizer()
     plan = make_plan(model, [[0, 2], [1], [0, 1, 2]], [[3, 9, 40], list(range(50)), list(range(90))])
     apply_plan(model, plan)
@@ -74,9 +72,7 @@ def test_the_cards_command_serves_a_pruned_model(
         *shlex.split(f"{found[0]} {options}")[1:],
     ]
     address = f"http://127.0.0.1:{port}"
-    environment = {
-        name: value for name, value in engines_environment.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"
-    }
+    environment = {name: value for name, value in environment.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with serve(command, address, tmp_path / "log", cwd=tmp_path, env=environment):
         done = subprocess.run(
             [engines / "python", Path(__file__).parent / "ask_openai.py", address, "pruned", PROMPT],
