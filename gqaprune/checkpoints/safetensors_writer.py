@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
@@ -33,7 +33,6 @@ from gqaprune.models.nemotron_nas import (
     write_configuration_source,
 )
 from gqaprune.models.per_layer import MODELING_FILE, point_to_modeling_file, write_modeling_source
-from gqaprune.models.sources import load_config
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.verification import check_checkpoint
 from gqaprune.placement.writing_by_layer import write_weights
@@ -108,7 +107,7 @@ def quantize_checkpoint(folder: Path, quantization: str, max_shard_size: str, tr
     model = load_model(folder, trust_remote_code=trust_remote_code, quantization=quantization)
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         file.unlink()
-    config = load_config(folder, trust_remote_code)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)  # with the map of its code
     config.quantization_config = model.config.quantization_config
     _save_pretrained(model, config, folder, None, max_shard_size)
 

@@ -350,6 +350,7 @@ def test_weights_in_8_bits_are_smaller_and_give_nearly_the_same_logits(format: s
     assert read_names(tmp_path / "int8") - read_names(tmp_path / "plain") == {"plan.json", "README.md"}
     expected = get_logits(model)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", trust_remote_code=format == "per-layer")
+    assert [type(plain).__name__] == json.loads((tmp_path / "plain/config.json").read_text())["architectures"]
     for loaded in (plain, load_model(tmp_path / "int8")):
         error = (get_logits(loaded) - expected).norm() / expected.norm()
         assert 1e-4 < error < 0.1
