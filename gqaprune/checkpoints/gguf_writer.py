@@ -27,7 +27,7 @@ from gqaprune.common.console import track
 from gqaprune.models.architecture import read_geometry
 from gqaprune.models.gguf_file import read_header
 from gqaprune.models.gguf_layout import CONFIG_KEY, EMBEDDING, FAMILIES, HEAD, ROPE_FACTORS, UNEQUAL, pack_tensors
-from gqaprune.models.gguf_reader import read_config, read_weights
+from gqaprune.models.gguf_reader import describe_config, read_config, read_weights
 from gqaprune.plan import Geometry
 
 TYPES = {
@@ -223,7 +223,7 @@ def _write_config(
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_string(CONFIG_KEY, config.to_json_string())
+    writer.add_string(CONFIG_KEY, describe_config(config))
 
 
 def _list_entries(

@@ -24,6 +24,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Types of models that files are written of."""
 UNEQUAL = ("deci", "openelm")
 """Architectures whose layers have sizes of their own."""
+ARCHITECTURES = ("llama", "qwen2", "qwen3", *UNEQUAL)
+"""Architectures that files are written in."""
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 BLOCK = 32

@@ -13,12 +13,15 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
+from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import find_layer, read_geometry
 from gqaprune.models.gguf_file import GgufHeader, read_tensor
-from gqaprune.models.gguf_layout import CONFIG_KEY, FAMILIES, unpack_tensor
+from gqaprune.models.gguf_layout import ARCHITECTURES, CONFIG_KEY, FAMILIES, unpack_tensor
 
 _NOT_OF_FIELDS = {"allow_global_per_layer_attribute_access", "head_dim", "per_layer_config"}
 """What a config has that its class has no field for."""
+_OF_A_CHECKPOINT = {"architectures", "dtype"}
+"""What fields say of the files that a config came with."""
 
 
 def is_own(header: GgufHeader) -> bool:
@@ -26,22 +29,36 @@ def is_own(header: GgufHeader) -> bool:
     return CONFIG_KEY in header.metadata
 
 
+def describe_config(config: PretrainedConfig) -> str:
+    """What a file says of a config, as JSON: all but what names code or other files."""
+    settings = config.to_diff_dict()
+    known = _list_settings(type(config)) | {"model_type"}
+    return json.dumps({name: value for name, value in settings.items() if name in known})
+
+
 def read_config(header: GgufHeader) -> PretrainedConfig:
-    """Rebuild the config of a model that gqaprune wrote; settings that name code are left out.
+    """Rebuild the config of a model that gqaprune wrote, from settings that `describe_config` takes alone.
 
     Raises:
         ValueError: if it is broken, or its layers are not those of the file.
     """
     settings = json.loads(header.metadata[CONFIG_KEY])
     family = settings.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"its model type must be one of {', '.join(FAMILIES)}, got {family!r}")
+    architecture = header.metadata.get("general.architecture")
+    for what, value, known in (("model type", family, FAMILIES), ("architecture", architecture, ARCHITECTURES)):
+        if value not in known:
+            raise ValueError(f"its {what} must be one of {', '.join(known)}, got {value!r}")
     layers = {find_layer(name, "blk") for name in header.tensors} - {None}
     if layers != set(range(len(layers))) or settings.get("num_hidden_layers") != len(layers):
         raise ValueError(f"its config promises {settings.get('num_hidden_layers')} layers, it holds {len(layers)}")
     config_class = CONFIG_MAPPING[family]
-    known = {field.name for field in dataclasses.fields(config_class)} - {"dtype"} | _NOT_OF_FIELDS
-    return config_class(**{name: value for name, value in settings.items() if name in known})
+    taken = _list_settings(config_class)
+    return config_class(**{name: value for name, value in settings.items() if name in taken})
+
+
+def _list_settings(config_class: type[PretrainedConfig]) -> set[str]:
+    fields: set[str] = {field.name for field in dataclasses.fields(config_class)}
+    return fields - _OF_A_CHECKPOINT | _NOT_OF_FIELDS
 
 
 def read_weights(header: GgufHeader, config: PretrainedConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -58,9 +75,16 @@ def read_weights(header: GgufHeader, config: PretrainedConfig, dtype: torch.dtyp
 
 
 def read_tokenizer(header: GgufHeader) -> PreTrainedTokenizerFast:
-    """Rebuild the tokenizer of a file, of whatever architecture that is."""
+    """Rebuild the tokenizer of a file, of whatever architecture that is.
+
+    Raises:
+        ValueError: if its parts do not fit each other.
+    """
     architecture, parts, settings = get_gguf_tokenizer(str(header.path))
-    backend, _ = convert_gguf_tokenizer(architecture, parts)
+    try:
+        backend, _ = convert_gguf_tokenizer(architecture, parts)
+    except Exception as error:  # tokenizers raises no other class
+        raise ValueError(first_line(error)) from None
     if parts.get("pre_tokenizer_type") == "smollm":  # which transformers takes for plain bytes
         steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         backend.pre_tokenizer = pre_tokenizers.Sequence(steps)

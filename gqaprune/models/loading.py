@@ -107,6 +107,7 @@ def load_model(
         check_keys(found, family.layers)
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
+    model.name_or_path = model.config.name_or_path = str(place)
     return model
 
 

@@ -21,7 +21,7 @@ LOADING_ERRORS = (
     ArithmeticError,
     AttributeError,
     ImportError,
-    KeyError,
+    LookupError,
     OSError,
     RuntimeError,
     SafetensorError,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gqaprune.checkpoints.gguf_writer import write_gguf
+from gqaprune.checkpoints.save import save
 from gqaprune.models.gguf_file import read_header
 from gqaprune.models.gguf_layout import CONFIG_KEY
 from gqaprune.models.gguf_reader import is_own
@@ -96,6 +97,37 @@ def test_settings_that_are_not_those_of_the_tensors_are_refused(
     with pytest.raises(ValueError, match=f"cannot load a model from .*({sentence})") as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
+
+
+def test_other_architectures_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf")
+    forge(path, {}, architecture="bert")
+    with pytest.raises(ValueError, match="its architecture must be one of llama, qwen2, qwen3, deci, openelm, got 'be"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b"tokenizer.ggml.bos_token_id\4\0\0\0\2\1", b"tokenizer.ggml.bos_token_id\4\0\0\0\xff\xff"),
+        (b"\3\0\0\0\0\0\0\0e d", b"\3\0\0\0\0\0\0\0e q"),
+    ],
+)
+def test_tokenizers_whose_parts_do_not_fit_are_said_in_a_sentence(before: bytes, after: bytes, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf")
+    data = path.read_bytes()
+    assert data.count(before) == 1
+    path.write_bytes(data.replace(before, after))
+    with pytest.raises(ValueError, match="cannot load a tokenizer from") as caught:
+        load_tokenizer(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_say_nothing_of_the_folder_that_a_model_came_from(tmp_path: Path) -> None:
+    save(make_pruned("llama", UNEVEN), TOKENIZER, tmp_path / "folder")
+    save(load_model(tmp_path / "folder"), TOKENIZER, tmp_path / "out", format="gguf-f16")
+    settings = read_header(tmp_path / "out/model-f16.gguf").metadata[CONFIG_KEY]
+    assert not any(word in settings for word in ("modeling_pruned", "PerLayer", str(tmp_path)))
 
 
 def test_missing_tensors_are_refused_by_name(tmp_path: Path) -> None:
