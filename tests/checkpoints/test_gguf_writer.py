@@ -1,6 +1,7 @@
 """GGUF files: read back by gqaprune, llama.cpp and, if padded, transformers with the same logits and tokens."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from gqaprune.checkpoints.gguf_writer import _check_written as check_written
 from gqaprune.checkpoints.gguf_writer import _compute_rope_factors as compute_rope_factors
 from gqaprune.checkpoints.gguf_writer import find_gguf_shapes, write_gguf
 from gqaprune.checkpoints.save import save
 from gqaprune.models.architecture import read_geometry
 from gqaprune.models.gguf_file import GgufHeader, read_header
+from gqaprune.models.gguf_layout import pack_tensors
 from gqaprune.models.loading import load_model
 from gqaprune.surgery.cut import apply_plan
 
@@ -206,18 +207,21 @@ def test_the_head_is_dropped_only_where_it_is_the_embedding(tmp_path: Path) -> N
     assert measure_error(load_model(tmp_path / "same.gguf"), model) < 0.003
 
 
-def test_what_was_written_wrong_is_found_by_reading_it_back(tmp_path: Path) -> None:
-    model, file = CASES["llama"].make(), tmp_path / "model.gguf"
-    write(model, file)
-    weights = model.state_dict()
-    name = "model.layers.0.self_attn.q_proj.weight"
-    check_written(file, model.config, weights)
-    with pytest.raises(ValueError, match=rf"{name} cannot be read from model.gguf as it was written"):
-        check_written(file, model.config, {**weights, name: weights[name].roll(1, 0)})
-    with pytest.raises(ValueError, match=r"model.gguf lacks more \(1 in all\)"):
-        check_written(file, model.config, {**weights, "more": weights[name]})
-    with pytest.raises(ValueError, match="layer 0 query_heads 12 against 16"):
-        check_written(file, make_model("llama", kv_heads=4, ratio=4).config, weights)
+@pytest.mark.parametrize("fault", ["values", "rows", "missing"])
+def test_what_was_written_wrong_is_found_by_reading_it_back(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pack(*arguments: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in pack_tensors(*arguments):
+            if name != "blk.1.ffn_up.weight":
+                yield name, tensor
+            elif fault != "missing":
+                yield name, tensor.roll(1, 1) if fault == "values" else tensor.repeat(40, 1)
+
+    monkeypatch.setattr("gqaprune.checkpoints.gguf_writer.pack_tensors", pack)
+    reason = "model.gguf lacks model.layers.1.mlp.up" if fault == "missing" else "cannot be read from model.gguf as it"
+    with pytest.raises(ValueError, match=reason):
+        write(CASES["llama"].make(), tmp_path / "model.gguf")
 
 
 def test_llamas_saved_as_mistrals_are_written_as_llamas_again(tmp_path: Path) -> None:
