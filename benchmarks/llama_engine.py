@@ -147,14 +147,19 @@ def measure_perplexity(file: Path, windows: Tensor) -> float:
 def measure_seconds(files: Sequence[Path], prompt: int, generated: int, turns: int) -> list[list[Seconds]]:
     """Seconds of a prompt and of tokens after it, by turn and file: all files take turns in this process.
 
-    A first turn warms up and does not count. The tokens are the same arbitrary ones for all.
+    A first turn warms up and does not count, and each turn begins with another file. The tokens are the same arbitrary
+    ones for all.
     """
     models = [LlamaCpp(file, prompt + generated) for file in files]
     tokens = torch.randint(models[0].vocabulary, (prompt + generated,), generator=torch.Generator().manual_seed(0))
-    found = [[_time(model, tokens.tolist(), prompt) for model in models] for _ in range(turns + 1)][1:]
+    found = []
+    for turn in range(turns + 1):
+        order = [(turn + place) % len(models) for place in range(len(models))]
+        seconds = {place: _time(models[place], tokens.tolist(), prompt) for place in order}
+        found.append([seconds[place] for place in range(len(models))])
     for model in models:
         model.close()
-    return found
+    return found[1:]
 
 
 def _time(model: LlamaCpp, tokens: Sequence[int], prompt: int) -> Seconds:

@@ -57,16 +57,18 @@ def test_what_llama_cpp_cannot_read_is_named(tmp_path: Path) -> None:
 
 
 def test_files_take_turns_after_one_that_does_not_count(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
+    read: list[tuple[int, int]] = []
     plain = LlamaCpp.read
 
     def note(self: LlamaCpp, tokens: list[int], start: int = 0, needs_all: bool = False) -> torch.Tensor:
-        read.append(len(tokens))
+        read.append((id(self), len(tokens)))
         return plain(self, tokens, start, needs_all)
 
     monkeypatch.setattr(LlamaCpp, "read", note)
     turns = llama_engine.measure_seconds([file, file], prompt=6, generated=2, turns=2)
-    assert read == [6, 1, 1] * 2 * 3
+    assert [count for _, count in read] == [6, 1, 1] * 2 * 3
+    one, other = dict.fromkeys(model for model, _ in read)
+    assert [model for model, count in read if count == 6] == [one, other, other, one, one, other]
     assert len(turns) == 2 and all(seconds.prompt > 0 and seconds.decode > 0 for turn in turns for seconds in turn)
 
 
