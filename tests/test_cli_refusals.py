@@ -250,3 +250,10 @@ def test_a_config_that_transformers_does_not_save_is_refused_before_any_work(
     arguments = ["--model.pretrained", "model", "--model.attn_implementation", "eager", "--export.folder", "out"]
     assert run("prune", *arguments) == 0
     assert json.loads(Path("out/config.json").read_text())["output_attentions"]
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_windows_beyond_the_context_are_not_scored(run: Run, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert run(command, "--data.evaluation.window", "257") == 1
+    assert "data.evaluation.window is 257 tokens, the model's context 256: set it to 256" in capsys.readouterr().err
+    assert run(command, "--data.evaluation.window", "256") == 0
