@@ -369,7 +369,7 @@ def test_a_model_on_the_hub_is_fetched_in_safetensors_and_read_where_it_lies(
 ) -> None:
     folder, fetched = write_dense(tmp_path), []
 
-    def fetch(name: str, allow_patterns: list[str]) -> str:
+    def fetch(name: str, allow_patterns: list[str], **_: Any) -> str:
         fetched.append(
             (name, {p.name for p in folder.iterdir() if any(p.match(pattern) for pattern in allow_patterns)})
         )
