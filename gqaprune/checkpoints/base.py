@@ -72,7 +72,6 @@ class Format:
         needs_remote_code: whether plain transformers loads it with `trust_remote_code=True` alone.
         goes_by_layer: whether it can be written where one decoder layer is in memory at a time.
         takes_quantization: whether the matrices of its decoder layers can be stored in 8 bits.
-        holds_quantized: whether it can hold a model whose weights are quantised already.
     """
 
     write: Callable[[Content, Path], None]
@@ -90,4 +89,3 @@ class Format:
     needs_remote_code: bool = False
     goes_by_layer: bool = False
     takes_quantization: bool = True
-    holds_quantized: bool = False

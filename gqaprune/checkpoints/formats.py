@@ -56,7 +56,6 @@ FORMATS: Mapping[str, Format] = {
         is_automatic=True,
         needs_equal_counts=True,
         goes_by_layer=True,
-        holds_quantized=True,
     ),
     "per-layer": Format(
         write_per_layer,

@@ -37,8 +37,7 @@ def export(
     """
     loaded = load_model(model, dtype, trust_remote_code=trust_remote_code)
     entry = FORMATS[choose_format(loaded.config, format, quantization)]
-    if not entry.holds_quantized:
-        find_blocks(loaded)  # refuses quantised weights
+    find_blocks(loaded)  # refuses quantised weights
     plan = find_plan(model, read_geometry(loaded.config))
     written = save(
         loaded,

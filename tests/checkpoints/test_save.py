@@ -358,8 +358,9 @@ def test_weights_in_8_bits_are_smaller_and_give_nearly_the_same_logits(format: s
         find_blocks(load_model(tmp_path / "int8"))
     with pytest.raises(ValueError, match="not a plain floating-point linear layer: load the model unquantised"):
         prune(load_model(tmp_path / "int8"), [make_tokens()], PruningConfig(rate=0.1))
-    with pytest.raises(ValueError, match="not a plain floating-point linear layer"):
-        export(str(tmp_path / "int8"), str(tmp_path / "out"), "padded")
+    for other in ("auto", "padded"):
+        with pytest.raises(ValueError, match="not a plain floating-point linear layer"):
+            export(str(tmp_path / "int8"), str(tmp_path / "out"), other)
     with pytest.raises(ValueError, match="gguf-f16 does not go with quantization int8"):
         save(model, make_tokenizer(), tmp_path / "out", format="gguf-f16", quantization="int8")
 
