@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from measuring import describe_machine
 from quality_report import format_table, splice
 
 import gqaprune
@@ -36,8 +35,8 @@ MODELS = {
 WORK = ("prompt", "decode", "decode, 8 at once")
 
 SCRIPT = """
-import json, sys, time
-from vllm import LLM, SamplingParams, __version__
+import json, sys, time, transformers, vllm
+from vllm import LLM, SamplingParams
 models, options = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 length = options["prompt"] + options["generated"] + 1
 engines = [
@@ -60,12 +59,13 @@ for turn in range(options["turns"] + 1):
         decode = measure(engine, 1, options["generated"]) - prompt
         seconds.append([prompt, decode, measure(engine, 8, options["generated"]) - several])
     turns.append(seconds)
-print(json.dumps({"turns": turns[1:], "vllm": __version__}))  # the first one warms up
+versions = f"vLLM {vllm.__version__} with transformers {transformers.__version__}"
+print(json.dumps({"turns": turns[1:], "versions": versions}))  # the first one warms up
 """
 
 
 def measure(options: argparse.Namespace, root: Path) -> tuple[list[list[str]], str]:
-    """Lines of the table, and the version of vLLM."""
+    """Lines of the table, and the versions of what computed them."""
     folders = {"dense": root / "dense", "padded": root / "padded", "per-layer": root / "per-layer"}
     model, tokenizer = gqaprune.load(options.dense, dtype="float32")
     save(model, tokenizer, folders["dense"], format="stock")
@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace, root: Path) -> tuple[list[list[str]], s
     for place, name in enumerate(MODELS):
         size = measure_weights(folders[name.partition(",")[0]])
         lines.append([name, f"{size / 1e6:.1f} MB", *describe_ratios(found["turns"], place)])
-    return lines, found["vllm"]
+    return lines, found["versions"]
 
 
 def describe_ratios(turns: Sequence[Sequence[Sequence[float]]], place: int) -> list[str]:
@@ -123,11 +123,11 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        lines, version = measure(options, Path(temporary))
+        lines, versions = measure(options, Path(temporary))
     how = "eager" if options.eager else "compiled"
     protocol = (
         f"A prompt of {options.prompt} tokens and {options.generated} after it, medians of {options.turns} turns with "
-        f"their quartiles, float32, {how}. {describe_machine('cpu')}, vLLM {version}."
+        f"their quartiles, float32, {how}. {os.cpu_count()} CPU cores; {versions}."
     )
     table = "\n".join(format_table(["times as fast as dense", "weights", *WORK], lines))
     print(table, protocol, sep="\n\n")

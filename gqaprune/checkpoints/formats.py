@@ -83,12 +83,12 @@ FORMATS: Mapping[str, Format] = {
         about="A Nemotron-NAS (DeciLM) checkpoint: engines that know this architecture give each layer its own width.",
         loading=(
             "```bash\n"
-            "vllm serve {folder} --trust-remote-code\n"
             'mlx_lm.generate --model {folder} --trust-remote-code --prompt "Once upon a time"\n'
             "```\n\n"
-            "Both have the model built in; the remote code is the class of its config alone. transformers has no class "
-            'for the model, `gqaprune.load("{folder}")` reads it as a Llama.'
+            "mlx-lm and vLLM have the model built in; the remote code is the class of its config alone. transformers "
+            'has no class for the model, `gqaprune.load("{folder}")` reads it as a Llama.'
         ),
+        serving=f"{_SERVING} --trust-remote-code",
         check=check_can_be_nemotron_nas,
         read_shapes=find_nemotron_nas_shapes,
         takes_quantization=False,

@@ -24,7 +24,7 @@ _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class GgufTensor:
     """Where a tensor is in its file.
 
     Args:
@@ -55,7 +55,7 @@ class GgufHeader:
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, GgufTensor]
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -139,7 +139,7 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
     alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     begin = -(-cursor.at // alignment) * alignment
     tensors = {
-        name: StoredTensor(shape, gguf.GGMLQuantizationType(kind), begin + offset)
+        name: GgufTensor(shape, gguf.GGMLQuantizationType(kind), begin + offset)
         for name, (shape, kind, offset) in places.items()
     }
     sizes = {name: prod(stored.bytes_shape) for name, stored in tensors.items()}
