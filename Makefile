@@ -1,11 +1,13 @@
 # `make demo`: prune, recover and measure a real model. `make test`: the test suite. Both set up .venv first.
 # `make test-engines`: checkpoints in vLLM, which has an environment of its own, .venv-engines.
+# `make fuzz`: read files that were changed at random, for SECONDS.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check -qq
 READY = .venv/.ready
+SECONDS ?= 120
 ENGINES_READY = .venv-engines/.ready
 
-.PHONY: demo test test-engines lint setup clean
+.PHONY: demo test test-engines fuzz lint setup clean
 
 demo: $(READY)
 	.venv/bin/gqaprune fit --config configs/demo.yaml
@@ -15,6 +17,9 @@ test: $(READY)
 
 test-engines: $(READY) $(ENGINES_READY)
 	.venv/bin/python -m pytest tests/engines
+
+fuzz: $(READY)
+	OMP_WAIT_POLICY=passive .venv/bin/python tests/fuzz --seconds $(SECONDS)
 
 lint: $(READY)
 	.venv/bin/ruff check .
