@@ -39,10 +39,11 @@ from gqaprune.commands.export import export
 from gqaprune.commands.inspect import inspect
 from gqaprune.commands.search import SearchSettings
 from gqaprune.common.atomic_files import check_can_be_folder
-from gqaprune.common.console import logger
+from gqaprune.common.console import keep_streams_safe, logger
 from gqaprune.common.cpu import avoid_illegal_instructions
 from gqaprune.common.renamed import GROUPS, describe_rename, find_renamed_setting
 from gqaprune.common.run_log import RunLog
+from gqaprune.common.safe_text import for_log
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.planning.allocation import describe_allocations
@@ -363,8 +364,13 @@ def main() -> int:
     sys.argv[1:] = spell_out(sys.argv[1:])
     avoid_illegal_instructions()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what is half-written goes
-    with RunLog() as log:
-        return _run(log)
+    with keep_streams_safe() as output, RunLog() as log:
+        code = _run(log)
+        output.flush()
+        if output.error is None:
+            return code
+        _say(f"gqaprune: standard output is not whole: {output.error.strerror or output.error}")
+        return code or int(set(sys.argv[1:2]) <= TOOLS.keys())  # what they print is their work
 
 
 def _run(log: RunLog) -> int:
@@ -388,6 +394,7 @@ def _run(log: RunLog) -> int:
 
 def _say(sentence: str) -> None:
     """Say what ended the command, on the console and in the run's log."""
+    sentence = for_log(" ".join(sentence.split()))
     print(sentence, file=sys.stderr)
     logger.error("%s", sentence)
 

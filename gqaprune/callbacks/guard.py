@@ -89,7 +89,7 @@ class PerplexityGuard(Callback):
         if module.plan is not None and not module.plan.removes_nothing and trainer.is_global_zero:
             if self.diagnoses and find_store(module.model).is_in_memory and trainer.world_size == 1:
                 self.diagnosis = _diagnose(module, data, is_trained=False)
-                console.print(f"PerplexityGuard: {self.diagnosis.describe()}", markup=False)
+                console.print(f"PerplexityGuard: {self.diagnosis.describe()}")
             self._write(trainer, module, report, {"error": str(exception), "stopped": True})
 
     def _judge(
@@ -123,7 +123,7 @@ class PerplexityGuard(Callback):
                 "finished stages are kept; guard.stop_ratio and guard.max_perplexity are the bounds"
             )
         if trainer.is_global_zero:
-            console.print(f"PerplexityGuard: {sentence} (it warns at {self.warn_ratio:g} times){found}", markup=False)
+            console.print(f"PerplexityGuard: {sentence} (it warns at {self.warn_ratio:g} times){found}")
 
     def _write(self, trainer: Trainer, module: CausalLMModule, report: Report, facts: dict[str, Any]) -> None:
         """Keep plan, report and what was found in the run's folder, and show the latter."""

@@ -69,7 +69,7 @@ class SampleGenerations(Callback):
                 try:
                     answer = self._continue(trainer, module, data, batch["input_ids"])
                 except Exception as error:  # whatever it is, the run is worth more than a sample
-                    console.print(f"sample {number} is left out: {first_line(error)}", markup=False)
+                    console.print(f"sample {number} is left out: {first_line(error)}")
                     continue
                 self.written.setdefault(number, (prompt.text, {}))[1][trainer.global_step] = answer
                 for logger in get_tensorboards(trainer):

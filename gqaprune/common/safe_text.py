@@ -1,7 +1,7 @@
 """Names and texts that others wrote are data: one function for each place that they are shown in.
 
-A folder, a prompt, what a model writes, a setting in someone's `plan.json` or another library's error may hold anything:
-escape sequences that rewrite a terminal, characters that turn the direction of a line, markup, quotes, line breaks.
+A folder, a prompt, what a model writes, a setting in someone's `plan.json` or another library's error may hold
+anything: sequences that rewrite a terminal, characters that turn a line's direction, markup, quotes, line breaks.
 """
 
 import re
@@ -57,9 +57,9 @@ def _is_invisible(character: str) -> bool:
 
 
 def _show_code(character: str) -> str:
-    """The code as Python and bash read it; `unicode_escape` writes those of Latin-1 as bash's bytes."""
+    """The code as Python and bash read it: above ASCII, two hex digits are a character to one, a byte to the other."""
     code = ord(character)
-    if short := {"\n": r"\n", "\r": r"\r", "\t": r"\t"}.get(character):
+    if short := {"\n": r"\n", "\r": r"\r", "\t": r"\t"}.get(character, ""):
         return short
     return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 

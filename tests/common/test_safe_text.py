@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -26,25 +27,25 @@ HOSTILE = (
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_nothing_that_steers_a_terminal_or_ends_a_line_is_left(text):
+def test_nothing_that_steers_a_terminal_or_ends_a_line_is_left(text: str) -> None:
     for shown in (for_log(text), for_markdown(text), for_python(text), for_shell(text)):
         assert shown.isprintable()
     assert for_terminal(text).replace("\n", "").isprintable()
 
 
-def test_plain_text_of_any_language_stays_as_it_is():
+def test_plain_text_of_any_language_stays_as_it_is() -> None:
     for text in ("smollm2-135m", "Größe → ✅", "می\u200cخواهم", "👩\u200d💻", "模型\u3000甲", "a\u00a0b"):
         assert for_log(text) == for_terminal(text) == text
     assert for_terminal("a\r\n\tb\n") == "a\n\tb\n"
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_python_reads_the_same_text(text):
+def test_python_reads_the_same_text(text: str) -> None:
     assert ast.literal_eval(for_python(text)) == text
 
 
 @pytest.mark.parametrize("text", ["", "plain", *HOSTILE])
-def test_bash_reads_the_same_word_and_runs_nothing_of_it(text, tmp_path):
+def test_bash_reads_the_same_word_and_runs_nothing_of_it(text: str, tmp_path: Path) -> None:
     command = f"printf '%s\\0' {for_shell(text)} {for_shell('next')}"
     run = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, env={"LC_ALL": "C.UTF-8"}, check=True, capture_output=True
@@ -53,6 +54,6 @@ def test_bash_reads_the_same_word_and_runs_nothing_of_it(text, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_markdown_has_no_markup_of_the_text_left():
+def test_markdown_has_no_markup_of_the_text_left() -> None:
     shown = for_markdown("[a](http://b) <i> *c* `d` | www.e.f #1 @g")
     assert shown == r"\[a\](http\://b) \<i\> \*c\* \`d\` \| www\.e.f \#1 \@g"
