@@ -12,7 +12,7 @@ _INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories without a shape of their own: controls, formats, halves of characters, separators."""
 _JOINERS = "\u200c\u200d"
 """Formats that words of some languages, and emojis, are written with."""
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~#$@!:]|(?<=www)\.", re.IGNORECASE)
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~#$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 """What Markdown gives a meaning in the middle of a line; addresses become links by themselves."""
 
 

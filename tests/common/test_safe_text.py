@@ -55,5 +55,5 @@ def test_bash_reads_the_same_word_and_runs_nothing_of_it(text: str, tmp_path: Pa
 
 
 def test_markdown_has_no_markup_of_the_text_left() -> None:
-    shown = for_markdown("[a](http://b) <i> *c* `d` | www.e.f #1 @g")
-    assert shown == r"\[a\](http\://b) \<i\> \*c\* \`d\` \| www\.e.f \#1 \@g"
+    shown = for_markdown("![a](http://b) <i> *c* `d` | www.e.f #1 @g: h")
+    assert shown == r"!\[a\](http\://b) \<i\> \*c\* \`d\` \| www\.e.f \#1 \@g: h"
