@@ -155,6 +155,4 @@ def _show(value: object) -> object:
     return for_markdown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-_TEMPLATES = Environment(
-    loader=PackageLoader("gqaprune.checkpoints"), undefined=StrictUndefined, finalize=_show
-)
+_TEMPLATES = Environment(loader=PackageLoader("gqaprune.checkpoints"), undefined=StrictUndefined, finalize=_show)
