@@ -157,6 +157,19 @@ console = SafeConsole(soft_wrap=True)
 console.push_render_hook(_LineLogger())
 
 
+@contextmanager
+def keep_going(what: str) -> Iterator[None]:
+    """Let nothing that goes wrong with a part of a report end the work: it is said, and left out.
+
+    Args:
+        what: of the report.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever it is, the work is worth more
+        console.print(f"{what} is left out: {first_line(error)}")
+
+
 class _Rate(ProgressColumn):
     def __init__(self, unit: str) -> None:
         super().__init__()

@@ -184,12 +184,10 @@ def test_a_template_that_runs_away_or_fails_ends_in_a_sentence(
     monkeypatch.setattr(limited, "SECONDS", 0.5)
     hostile = copy.deepcopy(tokenizer)
     hostile.chat_template = template
-    reason = "it does not end within" if template in ENDLESS else "it needs more than 2 GiB of memory"
-    with pytest.raises(
-        ValueError, match="^the chat template refuses the prompt 'Hi': .*; set data.chat to false$"
-    ) as caught:
+    reasons = WRONG.get(template, r"it (does not end within 0\.5 s|needs more than 2 GiB of memory)")
+    with pytest.raises(ValueError, match=f"^the chat template refuses the prompt 'Hi': .*{reasons}") as caught:
         encode_prompt(hostile, Prompt("Hi"))
-    assert WRONG.get(template, reason) in str(caught.value) and len(str(caught.value)) < 500
+    assert str(caught.value).endswith("; set data.chat to false") and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("template", [7, ["a"], {"b": "c"}, b"d"])
