@@ -26,11 +26,15 @@ _HELD = ".held"
 
 
 def check_can_be_folder(folder: Path) -> None:
-    """Refuse a path that is a file or lies below one.
+    """Refuse a path that is a file or lies below one, or that others cannot write by its name.
 
     Raises:
         ValueError: naming the file.
     """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"cannot write to {folder}: its name is not valid UTF-8; choose another name") from None
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"cannot write to {folder}: {place} is a file; choose another folder or move it away")

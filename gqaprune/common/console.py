@@ -121,15 +121,15 @@ class SafeConsole(Console):
         self._width, self._height = size
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print objects in a line; a string has no line breaks of its own."""
+        """Print objects, or leave them out if that goes wrong."""
         try:
-            super().print(*(for_log(one) if isinstance(one, str) else one for one in objects), **options)
+            super().print(*objects, **options)
         except Exception as error:  # whatever it is, the work is worth more
             logger.warning("something could not be shown: %s", first_line(error))
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Take a string, such as a table's cell, before it is measured."""
-        return super().render_str(for_terminal(text), **options)
+        """Take a string, such as a table's cell, before it is measured; it has no line breaks of its own."""
+        return super().render_str(for_log(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render anything, texts of other origin included."""
@@ -199,7 +199,7 @@ def track(items: Iterable[T], description: str, unit: str) -> Generator[T, None,
     hidden = get_rank_and_world_size()[0] > 0
     with Progress(*columns, console=console, disable=hidden) as progress:
         began = time.monotonic()
-        yield from progress.track(items, total=total, description=description)
+        yield from progress.track(items, total=total, description=for_log(description))
         if not hidden:  # of the bar itself only its end stays on a console, and none of it in a log
             done = sum(task.completed for task in progress.tasks)
             logger.info("%s: %d %s in %.1f s", description, done, unit, time.monotonic() - began)
