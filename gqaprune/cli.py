@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import wraps
 from inspect import Parameter, signature
 from itertools import zip_longest
 from pathlib import Path
@@ -17,7 +18,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from safetensors import SafetensorError
 
@@ -39,10 +40,13 @@ from gqaprune.commands.export import export
 from gqaprune.commands.inspect import inspect
 from gqaprune.commands.search import SearchSettings
 from gqaprune.common.atomic_files import check_can_be_folder
-from gqaprune.common.console import logger
+from gqaprune.common.console import console, keep_streams_safe, logger
 from gqaprune.common.cpu import avoid_illegal_instructions
+from gqaprune.common.disk_errors import explain_disk_errors
+from gqaprune.common.errors import first_line
 from gqaprune.common.renamed import GROUPS, describe_rename, find_renamed_setting
 from gqaprune.common.run_log import RunLog
+from gqaprune.common.safe_text import for_log
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.planning.allocation import describe_allocations
@@ -104,6 +108,11 @@ class PruningArgumentParser(LightningArgumentParser):
 
 class PruningTrainer(Trainer):
     """Lightning's Trainer, which can also prune without training."""
+
+    def save_checkpoint(self, filepath: str | Path, *arguments: Any, **options: Any) -> None:
+        """Save what training can be resumed from; a full disk is said with the file and what is free."""
+        with explain_disk_errors(Path(filepath)):
+            super().save_checkpoint(filepath, *arguments, **options)
 
     def prune(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Calibrate, prune and save a model, without training."""
@@ -219,7 +228,10 @@ class PruningCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(root, version=version, default_hp_metric=False)
         if self.subcommand == "predict":
             kwargs["use_distributed_sampler"] = False  # every rank writes every text: models split over them need it
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        for own in trainer.loggers:
+            keep_going_without(own)
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint that the strategy cannot go on from, or an unusable folder for logs, before any work."""
@@ -242,6 +254,27 @@ class PruningCLI(LightningCLI):
         """Search with the settings under `search`."""
         assert isinstance(self.trainer, PruningTrainer)
         self.trainer.search(**kwargs, settings=get_setting(self, "search"))
+
+
+def keep_going_without(own: Logger) -> None:
+    """Let nothing that a logger cannot write end a run; it is said once."""
+    said: list[str] = []
+
+    def forgive(method: Callable[..., object]) -> Callable[..., object]:
+        @wraps(method)
+        def call(*arguments: Any, **options: Any) -> object:
+            try:
+                return method(*arguments, **options)
+            except Exception as error:  # whatever it is, the run is worth more
+                if not said:
+                    said.append(first_line(error))
+                    console.print(f"{type(own).__name__} is not whole: {said[0]}")
+                return None
+
+        return call
+
+    for name in ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint"):
+        setattr(own, name, forgive(getattr(own, name)))
 
 
 def split_over_all(trainer: Trainer) -> None:
@@ -363,8 +396,13 @@ def main() -> int:
     sys.argv[1:] = spell_out(sys.argv[1:])
     avoid_illegal_instructions()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what is half-written goes
-    with RunLog() as log:
-        return _run(log)
+    with keep_streams_safe() as output, RunLog() as log:
+        code = _run(log)
+        output.flush()
+        if output.error is None:
+            return code
+        _say(f"gqaprune: standard output is not whole: {output.error.strerror or output.error}")
+        return code or int(set(sys.argv[1:2]) <= TOOLS.keys())  # what they print is their work
 
 
 def _run(log: RunLog) -> int:
@@ -388,6 +426,7 @@ def _run(log: RunLog) -> int:
 
 def _say(sentence: str) -> None:
     """Say what ended the command, on the console and in the run's log."""
+    sentence = for_log(" ".join(sentence.split()))
     print(sentence, file=sys.stderr)
     logger.error("%s", sentence)
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from gqaprune.callbacks.lookup import get_parts, get_run_folder
 from gqaprune.callbacks.pruning import get_pruning
 from gqaprune.common.atomic_files import write_atomically
-from gqaprune.common.console import console
+from gqaprune.common.console import console, keep_going
 from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.diagnosis import Diagnosis, build_diagnosis_table, diagnose
 from gqaprune.evaluation.perplexity import measure_perplexity
@@ -89,7 +89,7 @@ class PerplexityGuard(Callback):
         if module.plan is not None and not module.plan.removes_nothing and trainer.is_global_zero:
             if self.diagnoses and find_store(module.model).is_in_memory and trainer.world_size == 1:
                 self.diagnosis = _diagnose(module, data, is_trained=False)
-                console.print(f"PerplexityGuard: {self.diagnosis.describe()}", markup=False)
+                console.print(f"PerplexityGuard: {self.diagnosis.describe()}")
             self._write(trainer, module, report, {"error": str(exception), "stopped": True})
 
     def _judge(
@@ -123,20 +123,23 @@ class PerplexityGuard(Callback):
                 "finished stages are kept; guard.stop_ratio and guard.max_perplexity are the bounds"
             )
         if trainer.is_global_zero:
-            console.print(f"PerplexityGuard: {sentence} (it warns at {self.warn_ratio:g} times){found}", markup=False)
+            console.print(f"PerplexityGuard: {sentence} (it warns at {self.warn_ratio:g} times){found}")
 
     def _write(self, trainer: Trainer, module: CausalLMModule, report: Report, facts: dict[str, Any]) -> None:
         """Keep plan, report and what was found in the run's folder, and show the latter."""
         folder = get_run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         assert module.plan is not None
-        module.plan.save(folder / PLAN_FILE)
-        report.save(folder / REPORT_FILE)
+        with keep_going(PLAN_FILE):
+            module.plan.save(folder / PLAN_FILE)
+        with keep_going(REPORT_FILE):
+            report.save(folder / REPORT_FILE)
         if self.diagnosis is not None:
             facts["diagnosis"] = self.diagnosis.to_dict()
             console.print(build_diagnosis_table(self.diagnosis))
         self.facts = facts
-        write_atomically(folder / GUARD_FILE, (json.dumps(_make_plain(facts), indent=2) + "\n").encode())
+        with keep_going(GUARD_FILE):
+            write_atomically(folder / GUARD_FILE, (json.dumps(_make_plain(facts), indent=2) + "\n").encode())
 
 
 def _make_plain(value: Any) -> Any:

@@ -79,8 +79,8 @@ class PredictionJudge(Callback):
         comparisons = [TextPair(*parts) for parts in zip(prompts, texts, dense_texts, strict=True)]
         self.predictions = Predictions(module.source.pretrained, self._dense, self._note, comparisons)
         path = get_run_folder(trainer) / PREDICTIONS_FILE
-        self.predictions.save(path)
         console.print(render_predictions(self.predictions), soft_wrap=False)
+        self.predictions.save(path)
         console.print(f"{'predictions':<14} {os.path.relpath(path)}")
 
     def _load_dense(self, module: CausalLMModule, data: TextDataModule) -> PreTrainedModel:

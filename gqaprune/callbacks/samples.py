@@ -4,8 +4,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from gqaprune.callbacks.lookup import get_parts, get_tensorboards
-from gqaprune.common.console import console
-from gqaprune.common.errors import first_line
+from gqaprune.common.console import console, keep_going
 from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.generation import continue_greedily, split_continuation
 from gqaprune.models.wrapping import is_sharded
@@ -66,14 +65,12 @@ class SampleGenerations(Callback):
         module.model.eval()
         try:
             for number, (prompt, batch) in enumerate(data.encode_prompts()[: self.prompts], 1):
-                try:
+                with keep_going(f"sample {number}"):
                     answer = self._continue(trainer, module, data, batch["input_ids"])
-                except Exception as error:  # whatever it is, the run is worth more than a sample
-                    console.print(f"sample {number} is left out: {first_line(error)}", markup=False)
-                    continue
-                self.written.setdefault(number, (prompt.text, {}))[1][trainer.global_step] = answer
-                for logger in get_tensorboards(trainer):
-                    logger.experiment.add_text(f"samples/{number}", _format(prompt.text, answer), trainer.global_step)
+                    self.written.setdefault(number, (prompt.text, {}))[1][trainer.global_step] = answer
+                    text = _format(prompt.text, answer)
+                    for logger in get_tensorboards(trainer):
+                        logger.experiment.add_text(f"samples/{number}", text, trainer.global_step)
         finally:
             module.model.train(was_training)
 

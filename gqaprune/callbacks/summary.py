@@ -18,7 +18,7 @@ from gqaprune.callbacks.pruning import get_pruning
 from gqaprune.checkpoints.card import describe_padding, write_card
 from gqaprune.checkpoints.formats import FORMATS
 from gqaprune.checkpoints.save import measure_weights
-from gqaprune.common.console import console
+from gqaprune.common.console import console, keep_going
 from gqaprune.common.provenance import get_command
 from gqaprune.common.run_log import LOG_FILE
 from gqaprune.models.loading import load_model
@@ -74,23 +74,28 @@ class RunSummary(Callback):
     def _write_page(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
         report = _get_report(trainer)
         if trainer.is_global_zero and report is not None and report.stages:
-            write_page(trainer, pl_module, state, self._began)
+            with keep_going(PAGE_FILE):
+                write_page(trainer, pl_module, state, self._began)
 
     def _write(self, trainer: Trainer, report: Report, plan: PruningPlan) -> None:
         folder = get_run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        plan.save(folder / PLAN_FILE)
-        save_figure(draw_plan(plan), folder / FIGURE_FILE)
-        report.save(folder / REPORT_FILE)
-        for stage in report.stages[self._stages_logged :]:
-            _log_perplexity(trainer, stage)
-        if self._stages_logged == 0:
-            _lay_out_charts(trainer, report)
-        self._stages_logged = len(report.stages)
-        for logger in get_tensorboards(trainer):
-            logger.experiment.add_text("plan", _describe_plan(plan), trainer.global_step)
-            logger.experiment.add_figure("pruning", draw_plan(plan), trainer.global_step)
-        _log_scores(trainer)
+        with keep_going(PLAN_FILE):
+            plan.save(folder / PLAN_FILE)
+        with keep_going(FIGURE_FILE):
+            save_figure(draw_plan(plan), folder / FIGURE_FILE)
+        with keep_going(REPORT_FILE):
+            report.save(folder / REPORT_FILE)
+        new, self._stages_logged = report.stages[self._stages_logged :], len(report.stages)
+        with keep_going("the plan in TensorBoard"):
+            for stage in new:
+                _log_perplexity(trainer, stage)
+            if len(new) == len(report.stages):
+                _lay_out_charts(trainer, report)
+            for logger in get_tensorboards(trainer):
+                logger.experiment.add_text("plan", _describe_plan(plan), trainer.global_step)
+                logger.experiment.add_figure("pruning", draw_plan(plan), trainer.global_step)
+            _log_scores(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the recovered model and finish."""
@@ -122,8 +127,9 @@ class RunSummary(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         judges = [callback for callback in callbacks if isinstance(callback, PredictionJudge)]
         if trainer.is_global_zero and any(judge.predictions is not None for judge in judges):
-            path = write_page(trainer, pl_module, "texts of the model beside the dense one's", self._began)
-            console.print(f"{'page':<14} {_shorten(path)}")
+            with keep_going(PAGE_FILE):
+                path = write_page(trainer, pl_module, "texts of the model beside the dense one's", self._began)
+                console.print(f"{'page':<14} {_shorten(path)}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say on the page what stopped it; where there is nothing to tell yet, remove the run's folder."""
@@ -152,22 +158,25 @@ class RunSummary(Callback):
         if report is None or plan is None or not trainer.is_global_zero:
             return
         folder = get_run_folder(trainer)
-        report.save(folder / REPORT_FILE)
+        with keep_going(REPORT_FILE):
+            report.save(folder / REPORT_FILE)
         remarks: list[str] = []
         if (export := _get_export(trainer)) is not None and export.written is not None:
             assert export.written_plan is not None
             entry = FORMATS[export.written_format]
             shapes = entry.read_shapes(unwrap_model(module.model).config)
-            write_card(export.written, export.written_plan, export.written_format, shapes, report, get_command())
+            with keep_going("the card of the checkpoint with what was measured"):
+                write_card(export.written, export.written_plan, export.written_format, shapes, report, get_command())
             padding = describe_padding(plan.pruned_geometry, shapes, export.written_plan.geometry)
             remarks = [remark for remark in (padding, entry.describe(export.written)) if remark]
         hparams = _flatten(report.settings | dict(pl_module.hparams))
-        for logger in get_tensorboards(trainer):
-            if report.stages[-1].perplexity:
-                # The first validation corpus if there is one: what settings may be chosen by.
-                metric = next(iter(report.stages[-1].perplexity.values()))
-                logger.log_hyperparams(hparams, metrics={"hp_metric": metric})
-            logger.save()
+        with keep_going("the end in TensorBoard"):
+            for logger in get_tensorboards(trainer):
+                if report.stages[-1].perplexity:
+                    # The first validation corpus if there is one: what settings may be chosen by.
+                    metric = next(iter(report.stages[-1].perplexity.values()))
+                    logger.log_hyperparams(hparams, metrics={"hp_metric": metric})
+                logger.save()
         self._write_page(trainer, pl_module, "finished")
         console.print(build_table(report))
         console.print(plan.describe_ratio())
@@ -228,8 +237,9 @@ def _log_perplexity(trainer: Trainer, stage: Stage) -> None:
         metrics[f"{tag}/{stage.name}"] = value
         if stage.name == "pruned" and stream == "val":  # where the validation curve starts
             metrics[tag] = value
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.global_step)
+    with keep_going("perplexity in TensorBoard"):
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
 
 
 def _lay_out_charts(trainer: Trainer, report: Report) -> None:

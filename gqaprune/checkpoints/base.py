@@ -37,7 +37,7 @@ def show_loading(arguments: str = "") -> str:
     return (
         "```python\n"
         "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{{folder}}"{arguments})\n'
+        f"model = AutoModelForCausalLM.from_pretrained({{folder_string}}{arguments})\n"
         "```"
     )
 
@@ -59,9 +59,9 @@ class Format:
         write: writes content into a new folder.
         summary: what it is, in a few words, for help texts.
         about: the same in a sentence, for the model card.
-        loading: code block of the model card that loads it; `{folder}` and `{file}` stand for the names.
-        serving: command of the model card that serves it by vLLM, `{folder}` standing for the name; empty where it
-            cannot.
+        loading: code block of the model card that loads it. In Python `{folder_string}` and `{file_string}` stand for
+            the names, quotes included, and in a command `{folder_word}` and `{file_word}` for the paths.
+        serving: command of the model card that serves it by vLLM, with `{folder_word}`; empty where it cannot.
         check: refuses a model of this config that the format cannot hold, by a ValueError that names what can.
         read_shapes: finds the shapes in the files of a model of this config; padding makes them larger than its own.
         describe: what is worth a remark in the files of a folder, in a sentence; empty if nothing.

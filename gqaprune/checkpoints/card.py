@@ -1,18 +1,20 @@
 """The model card: `README.md` of a checkpoint's folder, with the front matter that the hub reads.
 
-The text is `templates/card.md`; it is Markdown, so nothing in it is escaped as HTML.
+The text is `templates/card.md`. Jinja shows every text in it as it is; `Markup` marks what is Markdown, YAML or code.
 """
 
 import json
-import shlex
+import os
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from gqaprune.checkpoints.formats import FORMATS
 from gqaprune.common.atomic_files import write_atomically
+from gqaprune.common.safe_text import for_markdown, for_python, for_shell
 from gqaprune.plan import Geometry, PruningPlan
 from gqaprune.reporting.report import Report, Stage
 
@@ -54,39 +56,50 @@ def write_card(
         tags=["gqaprune", "pruned"],
     )
     stages = report.stages if report is not None and any(stage.perplexity for stage in report.stages) else []
-    card = ModelCard.from_template(
-        data,
-        template_str=files("gqaprune.checkpoints").joinpath("templates/card.md").read_text(encoding="utf-8"),
+    names = _spell_names(name or folder.name, file)
+    card = _TEMPLATES.get_template("card.md").render(
+        card_data=Markup(data.to_yaml()),
         dense=dense,
         asked=" and ".join(asked) or "nothing",
         plan=plan,
         about=entry.about,
-        loading=entry.loading.format(folder=name or folder.name, file=file),
-        serving=_describe_serving(entry.serving, folder, name or folder.name, written),
+        loading=Markup(entry.loading.format(**names)),
+        serving=Markup(_describe_serving(entry.serving, folder, written).format(**names)),
         layers=_list_layers(plan),
         padding=describe_padding(plan.pruned_geometry, written, plan.geometry),
         remark=entry.describe(folder),
         stages=[stage.name for stage in stages],
         perplexities=_list_perplexities(stages),
         protocol="" if report is None else report.protocol.rstrip("."),
-        command=shlex.join(command),
+        command=Markup(" ".join(map(for_shell, command))),
     )
     write_atomically(folder / CARD_FILE, f"{card}\n".encode())
 
 
-def _describe_serving(command: str, folder: Path, name: str, written: Geometry) -> str:
-    """The command that serves a checkpoint by vLLM; empty where it cannot."""
+def _spell_names(folder: str, file: str) -> dict[str, str]:
+    """A checkpoint's folder and the file in it as Python and a shell write them."""
+    path = f"./{folder}" if folder.startswith("-") else folder  # else it is an option
+    return {
+        "folder_string": for_python(folder),
+        "file_string": for_python(file),
+        "folder_word": for_shell(path),
+        "file_word": for_shell(f"{path}/{file}"),
+    }
+
+
+def _describe_serving(command: str, folder: Path, written: Geometry) -> str:
+    """The command that serves a checkpoint by vLLM, of a name to fill in; empty where it cannot."""
     config = folder / "config.json"
     if not command or (config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8"))):
         return ""
     fills = all(heads * written.head_dim == written.hidden_size for heads in written.query_heads)
     is_right = fills or "--trust-remote-code" in command or written.family not in _VLLM_IGNORES_HEAD_DIM
-    return command.format(folder=shlex.quote(name)) + ("" if is_right else " --model-impl transformers")
+    return command + ("" if is_right else " --model-impl transformers")
 
 
 def _is_hub_name(model: str) -> bool:
     """Whether a model is not a folder here but `owner/name` on the hub."""
-    return model.count("/") == 1 and not model.startswith((".", "~", "/")) and not Path(model).exists()
+    return model.count("/") == 1 and not model.startswith((".", "~", "/")) and not os.path.exists(model)
 
 
 def _list_layers(plan: PruningPlan) -> list[tuple[str, ...]]:
@@ -136,3 +149,10 @@ def _list_perplexities(stages: Sequence[Stage]) -> list[list[str]]:
         values = [stage.perplexity.get(corpus) for stage in stages]
         rows.append([corpus, *("–" if value is None else f"{value:.2f}" for value in values)])
     return rows
+
+
+def _show(value: object) -> object:
+    return for_markdown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+_TEMPLATES = Environment(loader=PackageLoader("gqaprune.checkpoints"), undefined=StrictUndefined, finalize=_show)

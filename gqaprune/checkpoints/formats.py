@@ -32,18 +32,18 @@ from gqaprune.placement.layer_store import Placement
 AUTO = "auto"
 """The name that stands for the first automatic format that can hold the model."""
 
-_SERVING = "vllm serve {folder}"
+_SERVING = "vllm serve {folder_word}"
 
 _GGUF_LOADING = """\
 ```bash
-llama-cli -m {folder}/{file}
-llama-server -m {folder}/{file}
+llama-cli -m {file_word}
+llama-server -m {file_word}
 ```
 
 ```python
 import gqaprune
 
-model, tokenizer = gqaprune.load("{folder}")
+model, tokenizer = gqaprune.load({folder_string})
 ```"""
 
 FORMATS: Mapping[str, Format] = {
@@ -83,10 +83,13 @@ FORMATS: Mapping[str, Format] = {
         about="A Nemotron-NAS (DeciLM) checkpoint: engines that know this architecture give each layer its own width.",
         loading=(
             "```bash\n"
-            'mlx_lm.generate --model {folder} --trust-remote-code --prompt "Once upon a time"\n'
+            'mlx_lm.generate --model {folder_word} --trust-remote-code --prompt "Once upon a time"\n'
             "```\n\n"
             "mlx-lm and vLLM have the model built in; the remote code is the class of its config alone. transformers "
-            'has no class for the model, `gqaprune.load("{folder}")` reads it as a Llama.'
+            "has no class for the model; gqaprune reads it as a Llama:\n\n"
+            "```python\n"
+            "model, tokenizer = gqaprune.load({folder_string})\n"
+            "```"
         ),
         serving=f"{_SERVING} --trust-remote-code",
         check=check_can_be_nemotron_nas,
@@ -99,7 +102,7 @@ FORMATS: Mapping[str, Format] = {
         about="A checkpoint for mlx-lm, which builds each layer at its own size by the small modeling file beside it.",
         loading=(
             "```bash\n"
-            'mlx_lm.generate --model {folder} --trust-remote-code --prompt "Once upon a time"\n'
+            'mlx_lm.generate --model {folder_word} --trust-remote-code --prompt "Once upon a time"\n'
             "```\n\n"
             "transformers loads it, too, with `trust_remote_code=True`."
         ),
@@ -125,7 +128,7 @@ FORMATS: Mapping[str, Format] = {
             partial(write_gguf_checkpoint, kind=kind, is_padded=True),
             summary=f"the same with layers padded, which plain transformers loads, matrices in {kind}",
             about="A GGUF file for llama.cpp, and for transformers: zeros fill the layers up to equal shapes.",
-            loading=show_loading(', gguf_file="{file}"'),
+            loading=show_loading(", gguf_file={file_string}"),
             check=partial(choose_architecture, is_padded=True),
             read_shapes=partial(find_gguf_shapes, kind=kind, is_padded=True),
             file="*.gguf",

@@ -85,7 +85,8 @@ def save(
         attend_writing(model)
         return format
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with replace_folder(folder) as temporary:
+    size = sum(weight.nbytes for weight in whole.values())
+    with replace_folder(folder, size) as temporary:
         if adapted is not None:
             save_adapters(adapted, whole, temporary / ADAPTER_FOLDER)
             whole = merge_adapters(adapted, whole)

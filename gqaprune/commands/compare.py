@@ -4,12 +4,10 @@ import json as json_format
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from gqaprune.commands.comparison import build_comparison_table, draw_comparison
 from gqaprune.commands.measure import Measuring, measure_models
 from gqaprune.commands.tasks import Tasks
-from gqaprune.common.console import console
+from gqaprune.common.console import SafeConsole, console
 from gqaprune.models.dtypes import check_dtype
 from gqaprune.reporting.figures import save_figure
 
@@ -73,7 +71,7 @@ def compare(
     if json:
         print(json_format.dumps(comparison.to_dict(), indent=1))
     else:
-        Console().print(build_comparison_table(comparison))
+        SafeConsole().print(build_comparison_table(comparison))
 
 
 def _check_settings(models: Sequence[str], dtype: str, png: str | None, **counts: int | None) -> None:

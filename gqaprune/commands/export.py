@@ -49,9 +49,9 @@ def export(
         quantization=quantization,
     )
     size = measure_weights(Path(folder))
-    console.print(f"{folder}  {written} format, {size / 1e6:,.1f} MB of weights", markup=False)
+    console.print(f"{folder}  {written} format, {size / 1e6:,.1f} MB of weights")
     dense = None if plan is None else plan.geometry
     if padding := describe_padding(read_geometry(loaded.config), entry.read_shapes(loaded.config), dense):
         console.print(padding)
     if remark := entry.describe(Path(folder)):
-        console.print(remark, markup=False)
+        console.print(remark)

@@ -6,9 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from gqaprune.commands.advice import write_advice
 from gqaprune.commands.checkup import (
@@ -21,6 +20,7 @@ from gqaprune.commands.checkup import (
 from gqaprune.commands.reach import NAMES, Reach, measure_reach
 from gqaprune.commands.risks import list_risks
 from gqaprune.common.atomic_files import write_atomically
+from gqaprune.common.console import SafeConsole
 from gqaprune.data.windows import read_windows
 from gqaprune.models.architecture import find_blocks, read_context, read_geometry
 from gqaprune.models.dtypes import DTYPES, check_dtype, name_dtype, read_dtype
@@ -97,7 +97,7 @@ def inspect(
         facts |= {"memory_gib": memory}
         print(json_format.dumps(facts, indent=1))
         return
-    console = Console()
+    console = SafeConsole()
     console.print(build_sizes_table(model, sizes, weights, cache))
     console.print(build_reach_table(reach))
     for one in reach:
@@ -105,14 +105,14 @@ def inspect(
     if plan is not None or not geometry.is_uniform or wrong:
         console.print(build_layers_table(checks, plan.model if plan is not None else ""))
     for sentence in wrong.get(None, ()):
-        console.print(f"[red]wrong[/]: {escape(sentence)}")
+        console.print(Text("wrong:", "red"), sentence)
     for risk in risks:
-        console.print(f"[yellow]risk[/]: {escape(risk)}")
+        console.print(Text("risk:", "yellow"), risk)
     caption = f"{tokens:,} tokens a micro-batch, {calibration_tokens:,} of calibration, weights in {type_name}"
     caption += ", activations recomputed" if gradient_checkpointing else ""
     console.print(build_memory_table(bytes_needed, devices, caption))
     if write_config is not None:
-        console.print(f"configuration  {write_config}", markup=False)
+        console.print(f"configuration  {write_config}")
 
 
 def look_for_outliers(model: str, trust_remote_code: bool = False) -> Outliers:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from gqaprune.common.disk_errors import explain_disk_errors
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _SCRATCH = ".scratch"
@@ -24,11 +26,15 @@ _HELD = ".held"
 
 
 def check_can_be_folder(folder: Path) -> None:
-    """Refuse a path that is a file or lies below one.
+    """Refuse a path that is a file or lies below one, or that others cannot write by its name.
 
     Raises:
         ValueError: naming the file.
     """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"cannot write to {folder}: its name is not valid UTF-8; choose another name") from None
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"cannot write to {folder}: {place} is a file; choose another folder or move it away")
@@ -57,7 +63,7 @@ def remove_lock(lock: FileLock) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary name beside `path`, then rename; what a killed write of it left there is overwritten."""
-    with reserve_name(path) as temporary:
+    with explain_disk_errors(path, len(content)), reserve_name(path) as temporary:
         try:
             temporary.write_bytes(content)
             os.replace(temporary, path)
@@ -66,13 +72,20 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path, size: int | None = None) -> Iterator[Path]:
     """Yield a new, empty folder to fill, which then takes the place of `folder`; after an error that stays.
 
     `os.replace` refuses folders that are not empty. On Linux the two names are exchanged in one step instead. Where
     that is not possible the old folder is moved away first; a program killed right then leaves it as `.<name>.old`.
+
+    Args:
+        folder: to make or replace.
+        size: bytes that its content takes, if that is known.
+
+    Raises:
+        DiskError: if there is no room for it.
     """
-    with reserve_name(folder) as new:
+    with explain_disk_errors(folder, size), reserve_name(folder) as new:
         shutil.rmtree(new, ignore_errors=True)  # left by a killed program
         new.mkdir()
         try:

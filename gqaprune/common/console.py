@@ -1,22 +1,140 @@
-"""The console, and progress bars for long work: what is done, at which rate, and how long it still takes."""
+"""The console, and progress bars for long work: what is done, at which rate, and how long it still takes.
 
-import io
+Whatever is printed is data, shown as it is; and nothing that goes wrong with showing it ends the work.
+"""
+
 import logging
+import os
+import sys
 import time
-from collections.abc import Generator, Iterable, Sized
-from typing import TypeVar
+from collections.abc import Generator, Iterable, Iterator, Sized
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from io import StringIO
+from typing import IO, Any, TypeVar, cast
 
-from rich.console import Console, ConsoleRenderable, RenderHook
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook
 from rich.control import Control
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.text import Text
 
 from gqaprune.common.distributed import get_rank_and_world_size
+from gqaprune.common.errors import first_line
+from gqaprune.common.safe_text import for_log, for_terminal
 
 T = TypeVar("T")
 
 logger = logging.getLogger("gqaprune")
 """Hears every line of the console, quiet or not; `run.log` listens to it."""
+
+
+_PLAIN = str.maketrans({"→": "->", "–": "-", "×": "x", "✅": "+", "🔶": "~", "❌": "-"})
+"""Our own signs on a console that lacks them."""
+_NARROWEST = 20
+
+
+class SafeStream:
+    """A text stream that takes every text and never raises: what it cannot show is spelled out, or lost.
+
+    Args:
+        stream: to write to; None, as Python has it where standard output is closed, loses all.
+
+    Attributes:
+        error: why the first text was lost; None as long as none was, or where nobody reads any more.
+    """
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        self._stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Write a text, in codes where the stream's encoding has no character for it."""
+        with self._losing():
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError as error:
+                encoded = text.translate(_PLAIN).encode(error.encoding, "backslashreplace")
+                self._stream.write(encoded.decode(error.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        with self._losing():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the stream's."""
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self.error = self.error or error
+            with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())  # else Python fails at its end, by what is buffered
+        except ValueError:  # closed by someone
+            pass
+
+
+@contextmanager
+def keep_streams_safe() -> Iterator[SafeStream]:
+    """Let nothing that this program or a library prints raise; yields standard output."""
+    output, errors = SafeStream(sys.stdout), SafeStream(sys.stderr)
+    with redirect_stdout(cast(IO[str], output)), redirect_stderr(cast(IO[str], errors)):
+        try:
+            yield output
+        finally:
+            output.flush()
+            errors.flush()
+
+
+class SafeConsole(Console):
+    """Shows every string as it is: no markup, no emoji codes, nothing that steers the terminal; one line each.
+
+    Styles are asked for by `Text`. An error in showing something is logged: it never ends the work.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    @property
+    def file(self) -> IO[str]:
+        """Where it prints, which takes every text."""
+        file = super().file
+        return file if isinstance(file, SafeStream) else cast(IO[str], SafeStream(file))
+
+    @file.setter
+    def file(self, file: IO[str]) -> None:
+        self._file = file
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """Columns and rows, wide enough to show something whatever `COLUMNS` says."""
+        width, height = super().size
+        return ConsoleDimensions(max(width, _NARROWEST), height)
+
+    @size.setter
+    def size(self, size: tuple[int, int]) -> None:
+        self._width, self._height = size
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print objects, or leave them out if that goes wrong."""
+        try:
+            super().print(*objects, **options)
+        except Exception as error:  # whatever it is, the work is worth more
+            logger.warning("something could not be shown: %s", first_line(error))
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Take a string, such as a table's cell, before it is measured; it has no line breaks of its own."""
+        return super().render_str(for_log(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render anything, texts of other origin included."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=for_terminal(segment.text))
 
 
 class _LineLogger(RenderHook):
@@ -27,16 +145,29 @@ class _LineLogger(RenderHook):
         printed = [one for one in renderables if not isinstance(one, Control)]
         if printed and logger.isEnabledFor(logging.INFO):
             is_text = all(isinstance(one, Text) for one in printed)  # sentences are not wrapped
-            text = io.StringIO()
-            Console(file=text, width=120, highlight=False).print(*printed, soft_wrap=is_text)
+            text = StringIO()
+            SafeConsole(file=text, width=120).print(*printed, soft_wrap=is_text)
             for line in text.getvalue().splitlines():
                 logger.info("%s", line.rstrip())
         return renderables
 
 
-console = Console(soft_wrap=True, highlight=False)
+console = SafeConsole(soft_wrap=True)
 """Where the core prints; quiet it with `console.quiet = True`."""
 console.push_render_hook(_LineLogger())
+
+
+@contextmanager
+def keep_going(what: str) -> Iterator[None]:
+    """Let nothing that goes wrong with a part of a report end the work: it is said, and left out.
+
+    Args:
+        what: of the report.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever it is, the work is worth more
+        console.print(f"{what} is left out: {first_line(error)}")
 
 
 class _Rate(ProgressColumn):
@@ -59,7 +190,7 @@ def track(items: Iterable[T], description: str, unit: str) -> Generator[T, None,
     """
     total = len(items) if isinstance(items, Sized) else None
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _Rate(unit),
@@ -68,7 +199,7 @@ def track(items: Iterable[T], description: str, unit: str) -> Generator[T, None,
     hidden = get_rank_and_world_size()[0] > 0
     with Progress(*columns, console=console, disable=hidden) as progress:
         began = time.monotonic()
-        yield from progress.track(items, total=total, description=description)
+        yield from progress.track(items, total=total, description=for_log(description))
         if not hidden:  # of the bar itself only its end stays on a console, and none of it in a log
             done = sum(task.completed for task in progress.tasks)
             logger.info("%s: %d %s in %.1f s", description, done, unit, time.monotonic() - began)

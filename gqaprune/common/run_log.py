@@ -8,19 +8,21 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console, ConsoleRenderable
+from rich.console import ConsoleRenderable
 from rich.file_proxy import FileProxy
 from rich.logging import RichHandler
 from rich.text import Text
 from rich.traceback import Traceback
 
-from gqaprune.common.console import console, logger
+from gqaprune.common.console import SafeConsole, console, logger
 from gqaprune.common.provenance import get_command, get_versions
+from gqaprune.common.safe_text import for_log, for_terminal
 
 LOG_FILE = "run.log"
 
@@ -75,7 +77,7 @@ class RunLog:
         """Write what was heard so far and all that follows into a folder, after what earlier runs left there."""
         self._listen_to_loggers()  # some have been made since
         folder.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(folder / LOG_FILE, encoding="utf-8", errors="replace")
+        file = _LogFile(folder / LOG_FILE, encoding="utf-8", errors="replace")
         file.setFormatter(_Lines())
         self._lines.setTarget(file)
         self._lines.capacity = 1
@@ -91,11 +93,28 @@ class RunLog:
         self._undo.append(partial(own.removeHandler, handler))
 
 
+class _LogFile(logging.FileHandler):
+    """Loses lines where a disk is full, and says so once."""
+
+    is_whole = True
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say what went wrong, instead of showing a trace for every line."""
+        if self.is_whole:
+            self.is_whole = False
+            print(f"{for_log(self.baseFilename)} is not whole: {sys.exception()}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Close it, though what waits to be written may have no place."""
+        with suppress(OSError):
+            super().close()
+
+
 class _UnheardWarnings(RichHandler):
     """Shows messages of libraries that have no handler of their own on standard error: just the text, unwrapped."""
 
     def __init__(self) -> None:
-        self._stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._stderr = SafeConsole(stderr=True, soft_wrap=True)
         super().__init__(logging.WARNING, self._stderr, keywords=[])
         self.addFilter(_is_unheard)
 
@@ -121,7 +140,7 @@ class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The lines of a record."""
         before = f"{self.formatTime(record)} {record.levelname:<7} "
-        return "\n".join(before + line for line in super().format(record).splitlines() or [""])
+        return "\n".join(before + line for line in for_terminal(super().format(record).rstrip()).split("\n"))
 
 
 def _is_unheard(record: logging.LogRecord) -> bool:

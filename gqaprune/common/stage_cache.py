@@ -21,6 +21,7 @@ from torch import Tensor
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.common.console import console
 from gqaprune.common.distributed import get_rank_and_world_size, sum_across_ranks
+from gqaprune.common.errors import first_line
 
 Inputs = Mapping[str, Any]
 """What a stage depends on, by the name that a user knows it by; plain types."""
@@ -131,7 +132,7 @@ class StageCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._locate(name), save(tensors, metadata))
         except OSError as error:  # the run itself needs no file
-            console.print(f"{name} is not kept for a resumed run: {self.folder} cannot be written ({error.strerror})")
+            console.print(f"{name} is not kept for a resumed run: {first_line(error)}")
 
     def clear(self) -> None:
         """Remove all stages, once they are no longer needed."""

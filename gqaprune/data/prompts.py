@@ -3,19 +3,21 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gqaprune.common.errors import first_line
+from gqaprune.common.limited import run_limited
 from gqaprune.data.corpora import replace_halves
 
 Message = dict[str, str]
 """`role` and `content` of one turn of a chat."""
+_SHOWN = 200
+"""Characters of a prompt that an error repeats."""
 
 
 @dataclass(frozen=True)
@@ -106,20 +108,20 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool
         raise ValueError(f"{what} and the tokenizer has no chat template: give plain text, and set data.chat to false")
     if prompt.messages or (has_template if chat is None else chat):
         messages = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
+        fill_in = partial(tokenizer.apply_chat_template, messages, add_generation_prompt=True, return_dict=True)
         try:
-            encoded = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )
-        except TemplateError as error:
+            ids = run_limited(
+                lambda: list(fill_in()["input_ids"])
+            )  # a template is a program that anyone may have written
+        except ValueError as error:
             raise ValueError(
-                f"the chat template refuses the prompt {prompt.text!r}: {first_line(error)}; set data.chat to false"
+                f"the chat template refuses the prompt {prompt.text[:_SHOWN]!r}: {error}; set data.chat to false"
             ) from None
-        ids_1T = encoded["input_ids"]
     else:
-        ids_1T = torch.tensor([encode_beginning(tokenizer, prompt.text)], dtype=torch.long)
-    if not ids_1T.numel():
-        raise ValueError(f"the prompt {prompt.text!r} has no tokens: give at least one character")
-    return {"input_ids": ids_1T}
+        ids = encode_beginning(tokenizer, prompt.text)
+    if not ids:
+        raise ValueError(f"the prompt {prompt.text[:_SHOWN]!r} has no tokens: give at least one character")
+    return {"input_ids": torch.tensor([ids], dtype=torch.long)}
 
 
 def encode_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.common.console import console, track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
+from gqaprune.common.errors import first_line
 from gqaprune.data.prompts import encode_beginning
 from gqaprune.models.architecture import check_context
 from gqaprune.models.gates import freeze_parameters
@@ -152,7 +153,7 @@ def _write_cache(path: Path | None, documents_BT: Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save({"documents": documents_BT}))
     except OSError as error:  # what was sampled serves all the same
-        console.print(f"sampled text is not kept: {path.parent} cannot be written ({error.strerror})")
+        console.print(f"sampled text is not kept: {first_line(error)}")
 
 
 def _tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> list[list[int]]:

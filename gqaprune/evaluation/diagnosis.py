@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -263,7 +264,7 @@ def build_diagnosis_table(diagnosis: Diagnosis) -> Table:
         table.add_row("cut", _show(diagnosis.cut), "", "the plan by gates, without repair or training")
     for finding in diagnosis.findings:
         share = "" if finding.explains is None else f"{finding.explains:.0%}"
-        name = f"[bold]{finding.cause}[/]" if finding is diagnosis.verdict else finding.cause
+        name = Text(finding.cause, "bold" if finding is diagnosis.verdict else "")
         table.add_row(name, "" if finding.perplexity is None else _show(finding.perplexity), share, finding.sentence)
     return table
 

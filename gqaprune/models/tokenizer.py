@@ -1,17 +1,35 @@
-"""A model's tokenizer, and whether the two belong together."""
+"""A model's tokenizer, whether it can be used, and whether it belongs to the model.
+
+What normalises and splits text is data of a tokenizer's files, and can be made to multiply every character or to take
+years. It is therefore tried in a child process first, which costs some milliseconds and loading it twice.
+"""
 
 import json
+import time
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gqaprune.common.errors import first_line
+from gqaprune.common.limited import run_limited
 from gqaprune.models.gguf_reader import read_tokenizer
 from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error, read_own_header
 
 _VOCABULARY_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken*.json")
 """What a folder without a tokenizer has none of."""
+_SECONDS, _SECONDS_PER_MB = 3.0, 3.0
+"""Time of a core that loading may take; converting 4 MB of a SentencePiece model takes some 10 seconds."""
+_PROBE = (
+    'The quick brown fox, 0123456789 times: "jumps" over {the} [lazy] (dog) & <b>it</b> isn\'t a#b@c.d e/f\\g!?\r\n\t'
+    "Größe, niño, ça; Привет; Ελλάδα; 日本語、한국어; العربية; हिन्दी; ไทย; ﬁ ﷺ ½ → ✅ 👩\u200d💻 <s></s>\n"
+)
+_RUNS = "a A1 0.-=_*#/\n\té日"
+_GROWTH, _ALLOWANCE = 8, 1000
+"""Tokens that a tokenizer may make of each byte of a text, and besides; and characters, out of and back into a text."""
+_PROBE_SECONDS = 1.0
+"""Time of a core for some 4,000 characters, which take a tokenizer a few milliseconds."""
 
 
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -25,22 +43,59 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
         ValueError: if there is none, or it is broken.
     """
     place, gguf = locate(source)
+    read = partial(_read_tokenizer, source, trust_remote_code)
     try:
-        if header := read_own_header(source):
-            tokenizer = read_tokenizer(header)
+        if (
+            isinstance(place, Path) and not gguf and not trust_remote_code
+        ):  # else nothing but data is read, or code runs
+            files = {file for name in _VOCABULARY_FILES for file in place.glob(name)}
+            size = sum(file.stat().st_size for file in files) / 1e6
+            run_limited(lambda: _try_tokenizer(read()), _SECONDS + _SECONDS_PER_MB * size)
+            tokenizer = read()
         else:
-            known = gguf or {"config": load_config(source, trust_remote_code)}
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **known)
-        if _is_empty(tokenizer):
-            raise ValueError("it has no tokens but special ones")
-        if gguf:
-            _drop_appended(tokenizer)
+            tokenizer = read()
+            run_limited(lambda: _try_tokenizer(tokenizer))
     except LOADING_ERRORS as error:
         reason = first_line(error)
         if isinstance(place, Path) and not gguf and not any(any(place.glob(name)) for name in _VOCABULARY_FILES):
             reason = "it has no tokenizer files; copy them from the model that it comes from"
         raise make_loading_error("tokenizer", source, reason) from None
     return tokenizer
+
+
+def _read_tokenizer(source: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    place, gguf = locate(source)
+    if header := read_own_header(source):
+        tokenizer: PreTrainedTokenizerBase = read_tokenizer(header)
+    else:
+        known = gguf or {"config": load_config(source, trust_remote_code)}
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **known)
+    if _is_empty(tokenizer):
+        raise ValueError("it has no tokens but special ones")
+    if gguf:
+        _drop_appended(tokenizer)
+    return tokenizer
+
+
+def _try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that makes far more of a text than there is in it, or takes far too long. In a child process.
+
+    Raises:
+        ValueError: with what it made of how much.
+    """
+    began = time.process_time()
+    text = _PROBE * 6 + "".join(100 * character for character in _RUNS)
+    largest = _GROWTH * len(text.encode()) + _ALLOWANCE
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    for part in (_PROBE, text):  # the short one first, as what grows may grow with a power of the length
+        normalized = part if normalizer is None else normalizer.normalize_str(part)
+        ids = tokenizer(part, verbose=False)["input_ids"] if len(normalized) <= largest else []
+        decoded = tokenizer.decode(ids) if len(ids) <= largest else ""
+        for made, what in ((normalized, "characters"), (ids, "tokens"), (decoded, "characters, back from its tokens")):
+            if len(made) > largest:
+                raise ValueError(f"it makes {len(made):,} {what} of a text of {len(part):,} characters")
+        if (taken := time.process_time() - began) > _PROBE_SECONDS:
+            raise ValueError(f"it takes {taken:.1f} s for a text of {len(part):,} characters")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

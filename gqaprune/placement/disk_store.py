@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.common.atomic_files import ScratchFolder
+from gqaprune.common.disk_errors import explain_disk_errors
 from gqaprune.models.architecture import get_layers
 from gqaprune.models.sources import StoredTensor
 from gqaprune.placement.layer_store import (
@@ -59,7 +60,8 @@ class DiskStore(LayerStore):
 
     def _write(self, index: int, parameters: Mapping[str, Tensor]) -> None:
         path = self._folder.path / f"layer-{index}.safetensors"
-        save_file(detach_parameters(parameters), path)
+        with explain_disk_errors(path, sum(parameter.nbytes for parameter in parameters.values())):
+            save_file(detach_parameters(parameters), path)
         self.stored |= {name: StoredTensor(path, name) for name in parameters}
 
 

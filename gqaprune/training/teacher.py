@@ -103,8 +103,8 @@ def cache_teacher(
                 )
             content = save({"log_probability": log_probability.half(), "token": token.int()})
             write_atomically(_name_file(folder, number), content)
-    except ValueError as overflow:
-        error = overflow
+    except (OSError, ValueError) as failure:  # a full disk, an overflow
+        error = failure
     if is_true_anywhere(error is not None, device):
         raise error or ValueError("the teacher's predictions failed on another rank")
     if is_true_anywhere(not all(_name_file(folder, number).exists() for number in range(len(parts))), device):

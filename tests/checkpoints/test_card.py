@@ -1,7 +1,10 @@
 """The model card: front matter that the hub reads, what was cut, how to load it, what was measured."""
 
+import ast
+import os
 import re
 import socket
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +13,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from gqaprune.checkpoints.base import say_nothing
 from gqaprune.checkpoints.card import CARD_FILE, describe_padding, write_card
+from gqaprune.checkpoints.formats import FORMATS
+from gqaprune.common.safe_text import for_markdown
 from gqaprune.reporting.report import Report, Stage
 
 from cuts import make_plan
@@ -64,15 +70,55 @@ def test_card_of_a_folder_here_names_no_base_on_the_hub(tmp_path: Path, monkeypa
         assert "base_model" not in read_card(tmp_path, plan=replace(PLAN, model=model))[0]
 
 
-@pytest.mark.parametrize("model", ["o/a: b # c", "o/'\"", "true/false", "o/日本", "o/" + "long " * 40])
+@pytest.mark.parametrize(
+    "model",
+    ["o/a: b # c", "o/'\"", "true/false", "o/日本", "o/" + "long " * 90, "o/a\n---\nb: c", "o/\x00\x1b\udcff\u2028"],
+)
 def test_front_matter_holds_any_name_as_it_is(model: str, tmp_path: Path) -> None:
-    assert read_card(tmp_path, plan=replace(PLAN, model=model))[0]["base_model"] == model
+    write_card(tmp_path, replace(PLAN, model=model), "stock", PLAN.geometry)
+    assert ModelCard.load(tmp_path / CARD_FILE).data.base_model == model
 
 
-def test_card_is_markdown_in_which_nothing_is_escaped_or_run(tmp_path: Path) -> None:
-    protocol = "windows < 32 & {{ 7 * 7 }} {% raw %}"
-    _, body = read_card(tmp_path, report=replace(REPORT, protocol=protocol), command=["a b", "<&>"], name="it's")
-    assert f"\n{protocol}.\n" in body and "\n'a b' '<&>'\n" in body and 'from_pretrained("it\'s", trust' in body
+HOSTILE = "a`b\n```\n# x\"); import os #'$(id)\x1b[2J\u202e |<b>[c](http://d)\udcff"
+
+FORMATS_ALONE = [name for name, entry in FORMATS.items() if entry.describe is say_nothing]
+"""Formats whose card needs no file of theirs."""
+
+
+def test_card_is_markdown_in_which_every_name_is_text(tmp_path: Path) -> None:
+    plan = replace(PLAN, model=f"/m/{HOSTILE}", criterion=HOSTILE, allocation=HOSTILE)
+    stages = [replace(stage, name=HOSTILE, perplexity={HOSTILE: 2.0}) for stage in STAGES]
+    report = replace(REPORT, protocol=f"{HOSTILE} {{{{ 7 * 7 }}}} {{% raw %}}", stages=stages)
+    plain = read_card(tmp_path, report=REPORT, command=["a"], name="a")[1]
+    for format in FORMATS_ALONE:
+        text = read_card(tmp_path, plan=plan, format=format, report=report, command=[HOSTILE, "-x"], name=HOSTILE)[1]
+        assert text.replace("\n", "").isprintable()
+        title = for_markdown(HOSTILE.rpartition("/")[2])
+        assert _find_structure(text) == [line.replace("Qwen2.5-7B", title) for line in _find_structure(plain)]
+        assert f"\n{for_markdown(report.protocol)}.\n" in text
+        assert f"| {for_markdown(HOSTILE)} | 2.00 | 2.00 |" in text
+
+
+def _find_structure(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(("#", "| ---"))]
+
+
+def test_code_of_the_card_names_the_folder_whatever_its_name(tmp_path: Path) -> None:
+    for format in FORMATS_ALONE:
+        _, body = read_card(tmp_path, format=format, name=HOSTILE, command=["gqaprune", HOSTILE])
+        blocks = re.findall("^```(\\w+)\\n(.*?)^```$", body, re.MULTILINE | re.DOTALL)
+        assert blocks
+        for language, block in blocks:
+            if language == "python":
+                calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+                assert [call.args[0].value for call in calls] == [HOSTILE]  # type: ignore[attr-defined]
+            for line in block.splitlines() if language == "bash" else ():
+                words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], check=True, capture_output=True).stdout
+                assert os.fsencode(HOSTILE) in words
+
+
+def test_a_folder_that_looks_like_an_option_is_none(tmp_path: Path) -> None:
+    assert "vllm serve ./-rf" in read_card(tmp_path, format="padded", name="-rf")[1]
 
 
 def test_parts_without_anything_to_tell_leave_no_empty_lines(tmp_path: Path) -> None:
@@ -146,7 +192,7 @@ def test_card_of_layers_padded_each_to_its_own_size_names_no_size(tmp_path: Path
     written = replace(PLAN.pruned_geometry, channels=(11, 20, 20))
     _, body = read_card(tmp_path, format="nemotron-nas", written=written)
     assert "layers are filled up with zeros to sizes that the format has: 0.00 M parameters, 4% of what" in body
-    assert f"vllm serve {tmp_path.name} --trust-remote-code" in body and f'`gqaprune.load("{tmp_path.name}")`' in body
+    assert f"vllm serve {tmp_path.name} --trust-remote-code" in body and f'gqaprune.load("{tmp_path.name}")\n' in body
 
 
 def test_card_counts_in_what_the_rate_is_a_share_of(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from gqaprune.common import atomic_files
 from gqaprune.common.atomic_files import ScratchFolder, replace_folder, write_atomically
 
 SCRIPT = f"""
-import runpy, sys, time
+import runpy, sys, time, types
 from pathlib import Path
+package = sys.modules["gqaprune"] = types.ModuleType("gqaprune")
+package.__path__ = [{str(Path(atomic_files.__file__).parents[1])!r}]
 globals().update(runpy.run_path({atomic_files.__file__!r}))  # without the package, whose import takes long
 root = Path(sys.argv[1])
 """

@@ -29,15 +29,15 @@ def test_log_begins_with_command_and_versions_and_has_what_was_said_before_its_f
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/bin/gqaprune", "fit", "--model.pretrained", "my model"])
     with RunLog() as log:
-        console.print("early [bold]words[/]")
+        console.print("early [bold]words[/b]")
         log.open(tmp_path / "run")
-        assert read_log(tmp_path / "run")[-1] == ("INFO", "early words")
+        assert read_log(tmp_path / "run")[-1] == ("INFO", "early [bold]words[/b]")
         console.print("late", "words")
     texts = [text for _, text in read_log(tmp_path / "run")]
     assert texts[0] == "command: gqaprune fit --model.pretrained 'my model'"
     for name in ("torch", "lightning", "transformers", "gqaprune"):
         assert re.search(rf"\b{name} \d+\.\d+", texts[1])
-    assert texts[2:] == ["early words", "late words"]
+    assert texts[2:] == ["early [bold]words[/b]", "late words"]
 
 
 def test_log_has_tables_and_finished_progress_line_by_line(tmp_path: Path) -> None:
@@ -106,6 +106,30 @@ def test_log_wraps_no_sentence_and_fits_other_things_into_its_width(tmp_path: Pa
     assert sentence in texts
     lines = texts[texts.index(sentence) + 1 :]
     assert len(lines) > 1 and "".join(lines).count("word") == 50
+
+
+def test_log_has_no_line_and_no_control_that_a_name_made(tmp_path: Path) -> None:
+    name = "a\n2026-01-01 00:00:00,000 ERROR   forged\r\x1b[2J"
+    with RunLog() as log:
+        log.open(tmp_path)
+        console.print(f"saved in {name}")
+        logging.getLogger("gqaprune").warning("%s", "beep\x07 and\x85 more")
+    texts = [text for _, text in read_log(tmp_path)]
+    assert texts[-2:] == [
+        r"saved in a\n2026-01-01 00:00:00,000 ERROR   forged\r\x1b[2J",
+        r"beep\x07 and\u0085 more",
+    ]
+
+
+def test_log_that_cannot_be_written_any_more_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / LOG_FILE).symlink_to("/dev/full")
+    with RunLog() as log:
+        log.open(tmp_path)
+        for number in range(3):
+            console.print(f"line {number}")
+    said = capsys.readouterr().err
+    assert said.count("No space left on device") == 1 and f"{tmp_path / LOG_FILE}" in said
+    assert "Traceback" not in said
 
 
 def test_log_has_the_trace_of_an_error_that_nobody_expected(tmp_path: Path) -> None:

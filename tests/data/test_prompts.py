@@ -1,5 +1,6 @@
 """Prompts from a list or a file, plain or as a turn of a chat."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from gqaprune.common import limited
 from gqaprune.data.prompts import Prompt, encode_prompt, read_prompts
 
 from tiny import CHAT_TEMPLATE, make_tokenizer
@@ -140,3 +142,57 @@ def test_an_empty_prompt_is_the_beginning_of_text_where_there_is_one() -> None:
         single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
     )
     assert encode_prompt(tokenizer, Prompt(""))["input_ids"].tolist() == [[256]]
+
+
+ENDLESS = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(9) %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% macro m(n) %}{% for i in range(10) %}{{ m(n - 1) if n }}{% endfor %}{% endmacro %}{{ m(30) }}",
+    "{{ (7 ** (7 ** 9)) is odd }}",
+)
+LARGE = (
+    "{{ '%1000000000000d'|format(1) }}",
+    "{{ '%1000000000000d' % 1 }}",
+    "{{ messages|tojson(indent=10**11) }}",
+    "{{ 'a' * 10 ** 11 }}",
+    "{{ 'a'|center(10 ** 11) }}",
+    "{{ (['a' * 10 ** 8] * 10 ** 3)|join('b') }}",
+    "{% set n = namespace(x='a' * 2 ** 25) %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+    "{{ 'a'.ljust(10 ** 11) }}",
+    "{{ [0] * 10 ** 11 }}",
+)
+WRONG = {
+    "{{ range(10 ** 9)|list }}": "Range too big",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "maximum recursion depth",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "",
+    "{{ messages.__class__.__mro__ }}": "access to attribute",
+    "{% include 'x' %}": "no loader",
+    "{{ 1 / 0 }}": "zero",
+    "{{ messages[7].content.x }}": "has no element 7",
+    "{{ 1 + 'a' }}": "unsupported operand",
+    "{{ messages|nothing }}": "No filter named",
+    "{% for": "end of template",
+    "{{ raise_exception('a') }}": "a",
+    "{{ strftime_now(messages) }}": "",
+    "{{ dict(a=1)|tojson(indent='x', a=1) }}": "unexpected keyword",
+}
+
+
+@pytest.mark.parametrize("template", [*ENDLESS, *LARGE, *WRONG])
+def test_a_template_that_runs_away_or_fails_ends_in_a_sentence(
+    template: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limited, "SECONDS", 0.5)
+    hostile = copy.deepcopy(tokenizer)
+    hostile.chat_template = template
+    reasons = WRONG.get(template, r"it (does not end within 0\.5 s|needs more than 2 GiB of memory)")
+    with pytest.raises(ValueError, match=f"^the chat template refuses the prompt 'Hi': .*{reasons}") as caught:
+        encode_prompt(hostile, Prompt("Hi"))
+    assert str(caught.value).endswith("; set data.chat to false") and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("template", [7, ["a"], {"b": "c"}, b"d"])
+def test_a_template_that_is_no_text_ends_in_a_sentence(template: object, tokenizer: PreTrainedTokenizerFast) -> None:
+    hostile = copy.deepcopy(tokenizer)
+    hostile.chat_template = template
+    with pytest.raises(ValueError, match="^the chat template refuses the prompt 'Hi': .*; set data.chat to false$"):
+        encode_prompt(hostile, Prompt("Hi"))
