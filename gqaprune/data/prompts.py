@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gqaprune.common.errors import first_line
 from gqaprune.data.corpora import replace_halves
+from gqaprune.models.tokenizer import find_bos
 
 Message = dict[str, str]
 """`role` and `content` of one turn of a chat."""
@@ -86,13 +87,17 @@ def _read_line(line: str, place: str) -> Prompt:
     return Prompt(messages[-1]["content"], tuple(messages))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool | None = None) -> dict[str, Tensor]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool | None = None, bos: bool | None = None
+) -> dict[str, Tensor]:
     """Turn a prompt into what a model reads.
 
     Args:
         tokenizer: of the model.
         prompt: plain text or a chat.
         chat: plain text becomes the user's turn in the tokenizer's chat template; None means: if it has one.
+        bos: whether the prompt begins with the beginning-of-text token whatever tokenizer and template add; None does
+            as the model's family does.
 
     Returns:
         `input_ids`, `[1, tokens]`; they end in no end-of-text token but one of the template's or of the text's own.
@@ -116,21 +121,27 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool
             ) from None
         ids_1T = encoded["input_ids"]
     else:
-        ids_1T = torch.tensor([encode_beginning(tokenizer, prompt.text)], dtype=torch.long)
+        ids_1T = torch.tensor([encode_beginning(tokenizer, prompt.text, bos)], dtype=torch.long)
     if not ids_1T.numel():
         raise ValueError(f"the prompt {prompt.text!r} has no tokens: give at least one character")
-    return {"input_ids": ids_1T}
+    first = find_bos(tokenizer, bos)
+    return {"input_ids": torch.tensor([_begin_with(first, ids_1T[0].tolist())])}
 
 
-def encode_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_beginning(tokenizer: PreTrainedTokenizerBase, text: str, bos: bool | None = None) -> list[int]:
     """Token ids of text that is to be continued: special tokens may come before it, none after it.
 
     Args:
         tokenizer: which may append an end-of-text token to whole texts.
         text: the beginning.
+        bos: whether it begins with the beginning-of-text token; None does as the model's family does.
     """
     ids: list[int] = tokenizer(text)["input_ids"]
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
     places = range(len(ids) - len(bare) + 1)
     ends = [place + len(bare) for place in places if ids[place : place + len(bare)] == bare]
-    return ids[: max(ends[0], 1)] if ends else ids
+    return _begin_with(find_bos(tokenizer, bos), ids[: max(ends[0], 1)] if ends else ids)
+
+
+def _begin_with(bos: int | None, ids: list[int]) -> list[int]:
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]

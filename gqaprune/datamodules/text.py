@@ -17,6 +17,7 @@ from gqaprune.data.windows import (
     Batch,
     choose_batch_size,
     cut_windows,
+    describe_bos,
     describe_protocol,
     make_batches,
     read_windows,
@@ -26,7 +27,7 @@ from gqaprune.datamodules.config import CalibrationConfig, EvaluationConfig, Sam
 from gqaprune.datamodules.loaders import TrainLoader, Windows, fill_up
 from gqaprune.evaluation.generation import check_prompt
 from gqaprune.models.architecture import check_context, read_context
-from gqaprune.models.tokenizer import load_tokenizer
+from gqaprune.models.tokenizer import find_bos, load_tokenizer
 
 _DEFAULT_SPLITS = {"calibration": "train", "train": "train", "val": "validation", "test": "test"}
 
@@ -48,6 +49,9 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         prompts: what `predict` continues, and what training shows samples of: a list, or a file with one per line, that
             in a `.jsonl` file is a string, an object with `prompt`, or one with `messages` (`role` and `content`).
         chat: put prompts as the user's turn into the tokenizer's chat template; null does so where it has one.
+        bos: begin every window of every stream, and every prompt, with the beginning-of-text token; false leaves it to
+            the tokenizer, which adds it at a text's beginning or not at all. Null does as the model's family does:
+            Gemma needs it, and the usual perplexities of all others go without.
         seed: seed of the choice and order of windows.
         trust_remote_code: run code that comes with the tokenizer; the command line sets it from `model`.
 
@@ -67,6 +71,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008
         prompts: list[str] | str = ["The capital of France is", "Once upon a time"],  # noqa: B006
         chat: bool | None = None,
+        bos: bool | None = None,
         seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
@@ -79,6 +84,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         self.sampling = build_group("data.sampling", SamplingConfig, sampling)
         self.prompts = prompts
         self.chat = chat
+        self.bos = bos
         self.seed = seed
         self.corpora = {
             stream: list(dict.fromkeys(parse_corpus(text, _DEFAULT_SPLITS[stream]) for text in texts))
@@ -108,7 +114,10 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
     @property
     def protocol(self) -> str:
         """How perplexity is measured, in words."""
-        return describe_protocol(self.evaluation.window, self.evaluation.stride, self.evaluation.tokens)
+        settings = self.evaluation
+        return describe_protocol(
+            settings.window, settings.stride, settings.tokens, describe_bos(self.tokenizer, self.bos)
+        )
 
     def prepare_data(self) -> None:
         """Fill the hub's cache from one process, with what the command needs."""
@@ -168,7 +177,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
             if count is not None:  # so much of each corpus, at most, that the choice stays a choice
                 limit = 16 * count * self.calibration.window
             wanted = None if count is None else count + self.calibration.held_out_windows
-            windows = read_windows(self.tokenizer, corpora, self.calibration.window, wanted, self.seed, limit)
+            windows = read_windows(self.tokenizer, corpora, self.calibration.window, wanted, self.seed, limit, self.bos)
             self._calibration_windows, self._held_out_windows = windows[:count], windows[len(windows[:count]) :]
         return self._calibration_windows
 
@@ -257,7 +266,9 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         """
         if self._encoded_prompts is None:
             prompts = read_prompts(self.prompts)
-            self._encoded_prompts = [(prompt, encode_prompt(self.tokenizer, prompt, self.chat)) for prompt in prompts]
+            self._encoded_prompts = [
+                (prompt, encode_prompt(self.tokenizer, prompt, self.chat, self.bos)) for prompt in prompts
+            ]
         return self._encoded_prompts
 
     def sample_train_windows(self, model: PreTrainedModel) -> None:
@@ -277,6 +288,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             seed=seed,
+            bos=self.bos,
         )
 
     def _read_train_corpora(self) -> Tensor:
@@ -285,7 +297,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
             self._train_corpora_windows = torch.empty(0, self.training.window, dtype=torch.long)
         if self._train_corpora_windows is None:
             self._train_corpora_windows = read_windows(
-                self.tokenizer, corpora, self.training.window, None, self.seed, self.training.tokens
+                self.tokenizer, corpora, self.training.window, None, self.seed, self.training.tokens, self.bos
             )
         return self._train_corpora_windows
 
@@ -318,7 +330,8 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
     def _cut(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
         tokens = tokenize_corpus(self.tokenizer, corpus, self.evaluation.tokens)
         try:
-            return cut_windows(tokens, self.evaluation.window, self.evaluation.stride)
+            first = find_bos(self.tokenizer, self.bos)
+            return cut_windows(tokens, self.evaluation.window, self.evaluation.stride, first)
         except ValueError as error:
             raise ValueError(f"corpus {corpus}: {error} (data.evaluation.window)") from None
 

@@ -7,15 +7,18 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gqaprune.common.errors import first_line
+from gqaprune.models.families import begins_with_bos
 from gqaprune.models.gguf_reader import read_tokenizer
 from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error, read_own_header
 
 _VOCABULARY_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken*.json")
 """What a folder without a tokenizer has none of."""
+_GEMMA_CLASSES = ("GemmaTokenizer", "GemmaTokenizerFast")
+"""What transformers loads the tokenizers of Gemma as, where they come from elsewhere than `load_tokenizer`."""
 
 
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
+    """Load the tokenizer of a model, which then knows whether the model's windows begin with its BOS (`find_bos`).
 
     Args:
         source: as for `load_model`.
@@ -26,10 +29,11 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
     """
     place, gguf = locate(source)
     try:
+        config = load_config(source, trust_remote_code)
         if header := read_own_header(source):
             tokenizer = read_tokenizer(header)
         else:
-            known = gguf or {"config": load_config(source, trust_remote_code)}
+            known = gguf or {"config": config}
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **known)
         if _is_empty(tokenizer):
             raise ValueError("it has no tokens but special ones")
@@ -40,7 +44,35 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
         if isinstance(place, Path) and not gguf and not any(any(place.glob(name)) for name in _VOCABULARY_FILES):
             reason = "it has no tokenizer files; copy them from the model that it comes from"
         raise make_loading_error("tokenizer", source, reason) from None
+    tokenizer.begins_with_bos = begins_with_bos(config.model_type)
     return tokenizer
+
+
+def find_bos(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> int | None:
+    """Find the beginning-of-text token that every window and every prompt of a model begins with.
+
+    Args:
+        tokenizer: of the model.
+        bos: whether they begin with it; None asks the model's family, and needs no such token.
+
+    Returns:
+        The token's id; None where a text has what the tokenizer adds to it, at its beginning alone.
+
+    Raises:
+        ValueError: if they are to begin with a token that the tokenizer has not.
+    """
+    token: int | None = tokenizer.bos_token_id
+    if bos and token is None:
+        raise ValueError("bos is true and the tokenizer has no beginning-of-text token: set it to false or null")
+    if bos is None:
+        bos = getattr(tokenizer, "begins_with_bos", type(tokenizer).__name__ in _GEMMA_CLASSES)
+    return token if bos else None
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its beginning-of-text token before a text by itself."""
+    token = tokenizer.bos_token_id
+    return token is not None and tokenizer("a")["input_ids"][:1] == [token]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
