@@ -1,6 +1,7 @@
 """Whether a tokenizer and the windows of a model agree about BOS, and what it makes of perplexity where they do not."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PretrainedConfig
 
@@ -8,8 +9,10 @@ from gqaprune.data.corpora import EMBEDDED, Corpus
 from gqaprune.data.windows import cut_windows, make_batches, tokenize_corpus
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import read_context
+from gqaprune.models.families import begins_with_bos
+from gqaprune.models.gguf_file import read_header
 from gqaprune.models.loading import load
-from gqaprune.models.sources import find_weights
+from gqaprune.models.sources import find_weights, locate
 from gqaprune.models.tokenizer import adds_bos, find_bos, load_tokenizer
 
 MEASURED_PARAMETERS = 2_000_000_000
@@ -69,6 +72,8 @@ def check_bos(source: str, config: PretrainedConfig, parameters: int, trust_remo
         What was found; None where they agree, or there is no tokenizer to ask.
     """
     try:
+        if _says_add_bos(source) == begins_with_bos(config.model_type):  # its tokenizer takes long to load
+            return None
         tokenizer = load_tokenizer(source, trust_remote_code)
     except ValueError:
         return None
@@ -87,6 +92,13 @@ def check_bos(source: str, config: PretrainedConfig, parameters: int, trust_remo
             name: make_batches(*cut_windows(tokens, window, bos=first), 1)
             for name, first in (("with BOS", tokenizer.bos_token_id), ("without BOS", None))
         }
-        return BosCheck(bos is not None, *measure_perplexity(model, texts).values())
+        found = measure_perplexity(model, texts)
+        return BosCheck(bos is not None, found["with BOS"], found["without BOS"])
     except ValueError as error:
         return BosCheck(bos is not None, reason=str(error))
+
+
+def _says_add_bos(source: str) -> object:
+    """What a GGUF file says of its tokenizer, True or False; None for all else."""
+    place, gguf = locate(source)
+    return read_header(Path(place) / gguf["gguf_file"]).metadata.get("tokenizer.ggml.add_bos_token") if gguf else None
