@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gqaprune.common.console import console
+from gqaprune.common.distributed import get_rank_and_world_size
 from gqaprune.common.renamed import RenamedAttributes, build_group, name_successors
 from gqaprune.data.corpora import HUB, Corpus, parse_corpus, read_corpus
 from gqaprune.data.prompts import Prompt, encode_prompt, read_prompts
@@ -167,7 +169,10 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         return [str(corpus) for corpus in self.corpora["calibration"]] + sampled
 
     def read_calibration_windows(self) -> Tensor:
-        """Windows of the calibration corpora, `[windows, tokens]`; none without corpora."""
+        """Windows of the calibration corpora, `[windows, tokens]`; none without corpora.
+
+        Held-out windows come first: where the corpora have too few for both, up to half of them are held out.
+        """
         corpora = self.corpora["calibration"]
         if self._calibration_windows is None and not corpora:
             self._calibration_windows = torch.empty(0, self.calibration.window, dtype=torch.long)
@@ -178,7 +183,8 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
                 limit = 16 * count * self.calibration.window
             wanted = None if count is None else count + self.calibration.held_out_windows
             windows = read_windows(self.tokenizer, corpora, self.calibration.window, wanted, self.seed, limit, self.bos)
-            self._calibration_windows, self._held_out_windows = windows[:count], windows[len(windows[:count]) :]
+            held_out = self._reserve_held_out(len(windows))
+            self._calibration_windows, self._held_out_windows = windows.tensor_split([len(windows) - held_out])
         return self._calibration_windows
 
     def held_out_batches(self) -> list[Batch]:
@@ -276,6 +282,20 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         if count := self.training.sampled_windows:
             # Another seed than calibration's: recovery is to see other text.
             self._sampled_train_windows = self._sample(model, count, self.training.window, self.seed + 1)
+
+    def _reserve_held_out(self, windows: int) -> int:
+        """Return how many of the calibration corpora's windows are held out; say so if they are too few for all."""
+        settings, asked = self.calibration, self.calibration.held_out_windows
+        spare = windows // 2 if settings.windows is None else max(windows // 2, windows - settings.windows)
+        held_out = min(asked, spare)
+        is_short = held_out < asked or windows - held_out < (settings.windows or 0)
+        if is_short and get_rank_and_world_size()[0] == 0:
+            wanted = "all" if settings.windows is None else settings.windows
+            console.print(
+                f"calibration: the corpora hold {windows} windows of {settings.window} tokens; "
+                f"{windows - held_out} are calibrated on ({wanted} wanted) and {held_out} held out ({asked} wanted)"
+            )
+        return held_out
 
     def _sample(self, model: PreTrainedModel, count: int, window: int, seed: int) -> Tensor:
         return sample_from_model(
