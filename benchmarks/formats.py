@@ -122,7 +122,10 @@ def _complete(file: Path, prompts: Sequence[str], settings: dict[str, Any]) -> A
 def measure_llama_cpp(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> list[str]:
     """How far llama.cpp's log-probabilities are from those of the model in memory, on average and at most."""
     windows = read_windows(tokenizer, ["embedded"], max(PROMPT_TOKENS), len(PROMPT_TOKENS), 0)
-    prompts = [tokenizer.decode(window[:count]) for window, count in zip(windows, PROMPT_TOKENS, strict=True)]
+    prompts = [  # llama.cpp adds BOS where the tokenizer does
+        tokenizer.decode(window[:count], skip_special_tokens=True)
+        for window, count in zip(windows, PROMPT_TOKENS, strict=True)
+    ]
     errors, is_same = [], True
     for prompt, (count, answer) in zip(prompts, ask_llama_cpp(file, prompts), strict=True):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]

@@ -26,6 +26,7 @@ import gqaprune
 from gqaprune.data.corpora import Corpus
 from gqaprune.data.windows import cut_windows, make_batches, tokenize_corpus
 from gqaprune.evaluation import perplexity
+from gqaprune.models.tokenizer import find_bos
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- llama-cpp:begin -->", "<!-- llama-cpp:end -->"
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         models, tokenizer = load_models(options, Path(temporary))
         tokens = tokenize_corpus(tokenizer, Corpus(options.text, "all"), options.tokens)
-        windows, _ = cut_windows(tokens, options.window)
+        windows, _ = cut_windows(tokens, options.window, bos=find_bos(tokenizer))
         files = write_files(models, tokenizer, Path(temporary))
         quality, speed = measure_quality(models, files, windows), measure_speed(files, options)
     text = Path(options.text).name

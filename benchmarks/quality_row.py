@@ -29,6 +29,7 @@ from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import count_layer_parameters, count_parameters, read_geometry
 from gqaprune.models.loading import load_model
+from gqaprune.models.tokenizer import find_bos
 
 Result = dict[str, Any]
 
@@ -78,10 +79,10 @@ def run_row(spec: Mapping[str, Any]) -> Result:
 def read_test(tokenizer: PreTrainedTokenizerBase, test: Mapping[str, Any], protocol: Mapping[str, int]) -> list[Batch]:
     """Windows of a test text: its first ones, or `sample`d at random over its first tokens; fewer if it is short."""
     window, count = protocol["window"], protocol["windows"]
-    corpus = Corpus(test["corpus"], test["split"])
+    corpus, bos = Corpus(test["corpus"], test["split"]), find_bos(tokenizer)
     if "sample" not in test:
-        return make_batches(*cut_windows(tokenize_corpus(tokenizer, corpus, window * count), window), 1)
-    windows = sample_windows(tokenize_corpus(tokenizer, corpus, test["sample"]), window, count, seed=0)
+        return make_batches(*cut_windows(tokenize_corpus(tokenizer, corpus, window * count), window, bos=bos), 1)
+    windows = sample_windows(tokenize_corpus(tokenizer, corpus, test["sample"]), window, count, 0, bos)
     return make_batches(windows, windows, 1)
 
 

@@ -13,6 +13,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import enable_wrap
+from torch.distributed.tensor import DTensor
 
 import gqaprune
 from gqaprune.common.distributed import check_same_on_all_ranks
@@ -22,11 +26,14 @@ from gqaprune.data.windows import make_batches
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import find_blocks
 from gqaprune.models.sources import find_tensors
+from gqaprune.placement.fsdp import shard_model, wrap_model
 from gqaprune.plan import PruningPlan
 from gqaprune.planning.selection import make_plan
 from gqaprune.scoring.scores import CRITERIA, score_units
 from gqaprune.scoring.sensitivity import SENSITIVITIES
 from gqaprune.surgery.repair import apply_plan_with_repair
+from gqaprune.training.objective import Objective
+from gqaprune.training.recovery import RecoveryConfig
 
 from tiny import make_model, make_tokenizer, make_tokens
 
@@ -491,3 +498,36 @@ def test_launchers_run_one_command_on_two_processes(config: Path, tmp_path: Path
     assert "GLOBAL_RANK: 1, MEMBER: 2/2" in done.stderr
     assert not PruningPlan.load(tmp_path / "out/plan.json").removes_nothing
     assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
+
+
+def distill_hidden_states(rank: int, world_size: int, folder: Path) -> None:
+    """Distance of hidden states and a gradient of it, whole and as each strategy shards student and teacher."""
+    join_group(rank, world_size, folder)
+    ids, result = make_tokens(2, 12), {}
+    for name in ("whole", "fsdp2", "fsdp"):
+        objective = Objective(RecoveryConfig("distill", hidden_weight=1.0, hidden_layers=[0, 2]))
+        student, objective.teacher = make_model("llama"), make_model("llama", seed=1)
+        if name == "fsdp2":
+            mesh = init_device_mesh("cpu", (world_size,))
+            shard_model(student, mesh)
+            objective.distribute_teacher(mesh, torch.device("cpu"))
+        if name == "fsdp":
+            with enable_wrap(wrapper_cls=FullyShardedDataParallel, use_orig_params=True):
+                student = wrap_model(student, torch.device("cpu"))
+                objective.distribute_teacher(None, torch.device("cpu"))
+        loss, parts = objective.measure(student, {"input_ids": ids, "labels": ids})
+        loss.backward()
+        result[name] = parts["hidden_distance"].detach()
+        if name != "fsdp":
+            grad = student.model.layers[1].mlp.down_proj.weight.grad
+            result[f"{name} gradient"] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    torch.save(result, folder / f"distance-{rank}.pt")
+
+
+def test_hidden_states_of_sharded_layers_are_those_of_whole_ones(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(distill_hidden_states, (2, tmp_path), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"distance-{rank}.pt", weights_only=True)
+        for name in ("fsdp2", "fsdp"):
+            torch.testing.assert_close(found[name], found["whole"])
+        torch.testing.assert_close(found["fsdp2 gradient"], found["whole gradient"], rtol=1e-4, atol=1e-6)

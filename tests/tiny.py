@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -182,12 +182,15 @@ def copy_with_context(source: Path, folder: Path, tokens: int = 4096) -> Path:
     return folder
 
 
-def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
-    """One token per byte, one per merge, and two special ones: 258 tokens without merges."""
+def make_tokenizer(merges: Sequence[tuple[str, str]] = (), adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token per byte, one per merge, and two special ones, 258 without merges; `<s>` may begin every text."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(merge) for merge in merges]
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if adds_bos:
+        first = ("<s>", len(symbols))
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[first])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 

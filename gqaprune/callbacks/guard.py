@@ -31,7 +31,8 @@ class PerplexityGuard(Callback):
     It measures `data.calibration.held_out_windows`, which nothing is calibrated on. When it fires, it undoes one
     possible cause after another on the dense model, which is loaded once more for it, and says which of them explains
     what was lost and which setting to change; `guard.json` in the run's folder holds all of it, beside the plan.
-    Where a strategy shards the model, or its layers are on disk, it fires without a diagnosis.
+    Where a strategy shards the model, or its layers are on disk, it fires without a diagnosis. Where it has nothing to
+    measure, or nothing to compare with, it says why it is off.
 
     Args:
         warn_ratio: times the dense model's perplexity at which it warns, above 1.
@@ -68,8 +69,21 @@ class PerplexityGuard(Callback):
         """Judge what pruning, which has just been done, has left."""
         self.diagnosis, self.facts = None, {}
         report = _get_report(trainer)
+        if stage == "fit" and trainer.is_global_zero and (reason := _find_reason_for_silence(trainer, pl_module)):
+            console.print(f"PerplexityGuard is off: {reason}", markup=False)
         if stage == "fit" and report is not None and report.stages[-1].held_out is not None:
             self._judge(trainer, pl_module, report, report.stages[-1].held_out, is_trained=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if training is not judged."""
+        report = _get_report(trainer)
+        is_on = report is not None and report.stages[0].held_out is not None
+        validates = trainer.enable_validation and bool(get_parts(trainer, pl_module)[1].corpora["val"])
+        if is_on and not validates and trainer.is_global_zero:
+            console.print(
+                "PerplexityGuard judges what pruning left and not what training makes of it: there is no validation; "
+                "name a corpus in data.evaluation.val and leave trainer.limit_val_batches above 0"
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge what training has made of it so far."""
@@ -164,3 +178,25 @@ def _get_report(trainer: Trainer) -> Report | None:
     pruning = get_pruning(trainer)
     report = None if pruning is None else pruning.report
     return report if report is not None and report.stages and report.stages[0].name == "dense" else None
+
+
+def _find_reason_for_silence(trainer: Trainer, pl_module: LightningModule) -> str:
+    """Why nothing is judged; empty where it is, where a setting asks for that, or where a checkpoint is resumed."""
+    pruning = get_pruning(trainer)
+    if pruning is None:
+        return "no callback prunes, so that no dense model is measured"
+    if pruning.report is None or not pruning.report.stages:
+        return ""
+    if pruning.report.stages[0].name != "dense":
+        return "the plan was given, so that the dense model is not measured"
+    settings = get_parts(trainer, pl_module)[1].calibration
+    if pruning.report.stages[0].held_out is not None or not settings.held_out_windows:
+        return ""
+    if not pruning.config.needs_text:
+        return "these settings calibrate on no text, of which it measures held-out windows"
+    if not settings.corpora:
+        return "data.calibration.corpora is empty, of which it measures held-out windows"
+    return (
+        f"the calibration corpora hold a single window of {settings.window} tokens: give more text or a shorter "
+        "data.calibration.window"
+    )

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from gqaprune.common.errors import first_line
 from gqaprune.models.gguf_file import read_header
 from gqaprune.models.gguf_reader import read_tokenizer
+from gqaprune.models.tokenizer import adds_bos
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -99,8 +100,7 @@ def write_vocabulary(writer: gguf.GGUFWriter, own: Vocabulary, tokenizer: PreTra
     ):
         if index is not None:
             add(index)
-    first = tokenizer("a")["input_ids"][0]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id)
+    writer.add_add_bos_token(adds_bos(tokenizer))
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 

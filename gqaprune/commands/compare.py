@@ -18,6 +18,7 @@ def compare(
     eval_window: int = 2048,
     eval_stride: int | None = None,
     eval_tokens: int | None = None,
+    bos: bool | None = None,
     speed: bool = True,
     prompt: int = 512,
     generated: int = 64,
@@ -41,6 +42,8 @@ def compare(
         eval_stride: tokens between the starts of windows; null means no overlap.
         eval_tokens: tokens of each corpus at most, from its beginning, by the first model's tokenizer; the other models
             read the same text. Null takes the whole split.
+        bos: begin every window, and every question of a task, with the beginning-of-text token, as `data.bos`; null
+            does as each model's family does.
         speed: measure tokens per second and peak memory.
         prompt: tokens of the prompt that speed and memory are measured with.
         generated: tokens written after it, one by one.
@@ -60,7 +63,7 @@ def compare(
     )
     chosen = None if tasks is None else Tasks(tasks.split(","), tasks_limit, tasks_folder)
     lengths = (prompt, generated) if speed else None
-    measuring = Measuring(eval_window, eval_stride, eval_tokens, lengths, chosen, dtype, trust_remote_code)
+    measuring = Measuring(eval_window, eval_stride, eval_tokens, bos, lengths, chosen, dtype, trust_remote_code)
     was_quiet, console.quiet = console.quiet, console.quiet or json
     try:
         comparison = measure_models(models, corpora, measuring)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gqaprune.commands.advice import write_advice
+from gqaprune.commands.bos_check import check_bos
 from gqaprune.commands.checkup import (
     build_layers_table,
     check_layers,
@@ -45,7 +46,9 @@ def inspect(
     """Print what a model holds, which rates it allows, its risks, and the memory that work on it needs.
 
     Of a pruned checkpoint also what each layer lost, whether it keeps its ratio, and whether its tensors are those of
-    its config. Weights are loaded for `outliers` only.
+    its config. Weights are loaded for `outliers`, and where the tokenizer and the windows of `data.bos` do not agree
+    about the beginning-of-text token and the model has at most 2 billion parameters: a few windows are then measured
+    with and without it.
 
     Args:
         model: a folder, a `.gguf` file, a hub name, or `smollm2-135m`.
@@ -80,6 +83,9 @@ def inspect(
     found = look_for_outliers(model, trust_remote_code) if outliers else None
     outside = 1 - sizes.decoder_parameters / sizes.parameters
     risks = list_risks(config, geometry, outside, type_name, found)
+    bos = check_bos(model, config, sizes.parameters, trust_remote_code)
+    if bos is not None and bos.matters:
+        risks.insert(0, bos.describe())
     plan = read_plan_of(Path(model)) if Path(model).is_dir() else None
     wrong = find_wrong_tensors(Path(model), config, trust_remote_code) if Path(model).is_dir() else {}
     checks = check_layers(config, plan, wrong) if Path(model).is_dir() else []
@@ -94,7 +100,7 @@ def inspect(
         facts |= {**asdict(sizes), "kv_cache_bytes_per_token": cache}
         facts |= {"reach": [asdict(one) for one in reach], "risks": risks, "weight_bytes": weights}
         facts |= {"layer_checks": [asdict(check) for check in checks], "wrong_outside": wrong.get(None, [])}
-        facts |= {"memory_gib": memory}
+        facts |= {"memory_gib": memory, "bos": bos and asdict(bos)}
         print(json_format.dumps(facts, indent=1))
         return
     console = SafeConsole()
@@ -108,6 +114,8 @@ def inspect(
         console.print(Text("wrong:", "red"), sentence)
     for risk in risks:
         console.print(Text("risk:", "yellow"), risk)
+    if bos is not None and not bos.matters:
+        console.print(f"BOS: {bos.describe()}")
     caption = f"{tokens:,} tokens a micro-batch, {calibration_tokens:,} of calibration, weights in {type_name}"
     caption += ", activations recomputed" if gradient_checkpointing else ""
     console.print(build_memory_table(bytes_needed, devices, caption))

@@ -17,13 +17,13 @@ from gqaprune.commands.speed import has_peak, read_peak, run, start_peak
 from gqaprune.commands.tasks import Tasks
 from gqaprune.common.console import console
 from gqaprune.data.corpora import Corpus, parse_corpus
-from gqaprune.data.windows import cut_windows, describe_protocol, make_batches, tokenize_corpus
+from gqaprune.data.windows import cut_windows, describe_bos, describe_protocol, make_batches, tokenize_corpus
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import check_context, read_geometry
 from gqaprune.models.dtypes import name_dtype
 from gqaprune.models.loading import build_without_weights, load_model
 from gqaprune.models.sources import find_weights, load_config
-from gqaprune.models.tokenizer import check_tokenizer, load_tokenizer
+from gqaprune.models.tokenizer import check_tokenizer, find_bos, load_tokenizer
 from gqaprune.reporting.report import describe_model
 
 _TURNS = 3
@@ -37,6 +37,8 @@ class Measuring:
         eval_window: tokens per window.
         eval_stride: tokens between the starts of windows; None means no overlap.
         eval_tokens: tokens of each corpus at most, by the first model's tokenizer; None takes all.
+        bos: whether every window, and every question of a task, begins with the beginning-of-text token; None does as
+            each model's family does.
         lengths: tokens read and tokens written to measure speed and memory with; None measures neither.
         tasks: None runs none.
         dtype: of the weights, as `load_model` takes it.
@@ -46,6 +48,7 @@ class Measuring:
     eval_window: int = 2048
     eval_stride: int | None = None
     eval_tokens: int | None = None
+    bos: bool | None = None
     lengths: tuple[int, int] | None = None
     tasks: Tasks | None = None
     dtype: str = "auto"
@@ -98,7 +101,7 @@ def measure_models(models: Sequence[str], corpora: Sequence[str], measuring: Mea
     """
     parsed = list(dict.fromkeys(parse_corpus(text, "test") for text in corpora))
     columns = zip(models, _name_columns(models), strict=True)
-    candidates = [_find_candidate(model, name, measuring.trust_remote_code) for model, name in columns]
+    candidates = [_find_candidate(model, name, measuring) for model, name in columns]
     texts = [_read_text(candidates[0].tokenizer, corpus, measuring.eval_tokens) for corpus in parsed]
     read = [_tokenize(candidate, texts, measuring) for candidate in candidates]
     if others := [candidate.model for candidate, ids in zip(candidates, read, strict=True) if _differs(ids, texts)]:
@@ -113,7 +116,9 @@ def measure_models(models: Sequence[str], corpora: Sequence[str], measuring: Mea
             subject = _measure(candidate, ids_by_corpus, measuring)
         subjects.append(_finish(subject, texts, ids_by_corpus, measuring.device))
     return Comparison(
-        tuple(subjects), {text.corpus: len(text.text.encode()) for text in texts}, _describe(measuring, bool(texts))
+        tuple(subjects),
+        {text.corpus: len(text.text.encode()) for text in texts},
+        _describe(measuring, candidates if texts else []),
     )
 
 
@@ -138,12 +143,14 @@ def _naming(model: str) -> Iterator[None]:
         raise ValueError(f"model {model}: {error}") from None
 
 
-def _find_candidate(model: str, name: str, trust_remote_code: bool) -> _Candidate:
+def _find_candidate(model: str, name: str, measuring: Measuring) -> _Candidate:
     """Read all of a model but its weights, so that what is wrong is said before anything is measured."""
+    trust_remote_code = measuring.trust_remote_code
     with _naming(model):
         config, tokenizer = load_config(model, trust_remote_code), load_tokenizer(model, trust_remote_code)
         read_geometry(config)
         check_tokenizer(tokenizer, build_without_weights(config, trust_remote_code))
+        find_bos(tokenizer, measuring.bos)
         disk_bytes = sum(file.stat().st_size for file in find_weights(model))
     return _Candidate(model, name, config, tokenizer, disk_bytes)
 
@@ -165,12 +172,18 @@ def _tokenize(candidate: _Candidate, texts: Sequence[_Text], measuring: Measurin
         own = candidate.tokenizer(text.text, verbose=False)["input_ids"]
         read[text.corpus] = text.ids if own == text.again else torch.tensor(own)
         try:
-            cut_windows(read[text.corpus], measuring.eval_window, measuring.eval_stride)
+            _cut(candidate, read[text.corpus], measuring)
         except ValueError as error:
             raise ValueError(f"corpus {text.corpus}, tokens of {candidate.model}: {error} (eval_window)") from None
         with _naming(candidate.model):
             check_context(candidate.config, measuring.eval_window, "eval_window")
     return read
+
+
+def _cut(candidate: _Candidate, ids: Tensor, measuring: Measuring) -> tuple[Tensor, Tensor]:
+    """Windows of a model's tokens of a text, and their labels."""
+    bos = find_bos(candidate.tokenizer, measuring.bos)
+    return cut_windows(ids, measuring.eval_window, measuring.eval_stride, bos)
 
 
 def _differs(ids_by_corpus: Mapping[str, Tensor], texts: Sequence[_Text]) -> bool:
@@ -183,10 +196,7 @@ def _measure(candidate: _Candidate, ids_by_corpus: Mapping[str, Tensor], measuri
     console.print(f"{candidate.name}: measuring")
     model = load_model(candidate.model, measuring.dtype, trust_remote_code=measuring.trust_remote_code)
     model = model.to(measuring.device).eval()
-    evaluation = {
-        corpus: make_batches(*cut_windows(ids, measuring.eval_window, measuring.eval_stride))
-        for corpus, ids in ids_by_corpus.items()
-    }
+    evaluation = {corpus: make_batches(*_cut(candidate, ids, measuring)) for corpus, ids in ids_by_corpus.items()}
     perplexity = measure_perplexity(model, evaluation, candidate.name)
     return Subject(
         model=candidate.model,
@@ -194,7 +204,7 @@ def _measure(candidate: _Candidate, ids_by_corpus: Mapping[str, Tensor], measuri
         geometry=read_geometry(model.config),
         stage=describe_model(candidate.name, model, perplexity, candidate.disk_bytes),
         speed=None if measuring.lengths is None else _measure_speed(model, *measuring.lengths),
-        scores={} if measuring.tasks is None else measuring.tasks.run(model, candidate.tokenizer),
+        scores={} if measuring.tasks is None else measuring.tasks.run(model, candidate.tokenizer, measuring.bos),
     )
 
 
@@ -234,11 +244,13 @@ def _finish(subject: Subject, texts: Sequence[_Text], ids_by_corpus: Mapping[str
     )
 
 
-def _describe(measuring: Measuring, has_text: bool) -> tuple[str, ...]:
-    """How each kind of thing is measured, in words."""
+def _describe(measuring: Measuring, readers: Sequence[_Candidate]) -> tuple[str, ...]:
+    """How each kind of thing is measured, in words; `readers` are the models that read text."""
     lines = []
-    if has_text:
-        words = describe_protocol(measuring.eval_window, measuring.eval_stride, measuring.eval_tokens)
+    if readers:
+        words = describe_protocol(
+            measuring.eval_window, measuring.eval_stride, measuring.eval_tokens, _describe_bos(measuring, readers)
+        )
         lines.append(words + (", counted by the first model's tokenizer" if measuring.eval_tokens else ""))
     if measuring.lengths is not None:
         threads = torch.get_num_threads()
@@ -251,3 +263,11 @@ def _describe(measuring: Measuring, has_text: bool) -> tuple[str, ...]:
     if measuring.tasks is not None:
         lines.append(measuring.tasks.protocol)
     return tuple(lines)
+
+
+def _describe_bos(measuring: Measuring, readers: Sequence[_Candidate]) -> str:
+    """Say which windows begin with the beginning-of-text token, by model where they differ."""
+    said = {reader.name: describe_bos(reader.tokenizer, measuring.bos) for reader in readers}
+    if len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return ", ".join(f"of {name} {words or 'none with BOS'}" for name, words in said.items())

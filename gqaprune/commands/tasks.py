@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.common.errors import first_line
+from gqaprune.models.tokenizer import find_bos
 
 if TYPE_CHECKING:
     pass
@@ -71,12 +72,21 @@ class Tasks:
         limit = "all documents" if self.limit is None else f"first {self.limit:,} documents"
         return f"tasks: lm_eval {version('lm_eval')}, {limit} of each, ± standard error"
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Score]:
-        """Scores of a model by `<task> <metric>`."""
+    def run(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: bool | None = None
+    ) -> dict[str, Score]:
+        """Scores of a model by `<task> <metric>`.
+
+        Args:
+            model: a causal LM.
+            tokenizer: its tokenizer.
+            bos: whether each question begins with the beginning-of-text token; None does as the model's family does.
+        """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH_SIZE)
+        begins = {"add_bos_token": True} if find_bos(tokenizer, bos) is not None else {}  # else as the harness does
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH_SIZE, **begins)
         found = simple_evaluate(
             wrapped, tasks=self.names, limit=self.limit, task_manager=self._manager, log_samples=False
         )

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gqaprune.common.limited import run_limited
 from gqaprune.data.corpora import replace_halves
+from gqaprune.models.tokenizer import find_bos
 
 Message = dict[str, str]
 """`role` and `content` of one turn of a chat."""
@@ -88,13 +89,17 @@ def _read_line(line: str, place: str) -> Prompt:
     return Prompt(messages[-1]["content"], tuple(messages))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool | None = None) -> dict[str, Tensor]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool | None = None, bos: bool | None = None
+) -> dict[str, Tensor]:
     """Turn a prompt into what a model reads.
 
     Args:
         tokenizer: of the model.
         prompt: plain text or a chat.
         chat: plain text becomes the user's turn in the tokenizer's chat template; None means: if it has one.
+        bos: whether the prompt begins with the beginning-of-text token whatever tokenizer and template add; None does
+            as the model's family does.
 
     Returns:
         `input_ids`, `[1, tokens]`; they end in no end-of-text token but one of the template's or of the text's own.
@@ -110,29 +115,32 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool
         messages = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
         fill_in = partial(tokenizer.apply_chat_template, messages, add_generation_prompt=True, return_dict=True)
         try:
-            ids = run_limited(
-                lambda: list(fill_in()["input_ids"])
-            )  # a template is a program that anyone may have written
+            ids = run_limited(lambda: list(fill_in()["input_ids"]))  # anyone may have written the template's program
         except ValueError as error:
             raise ValueError(
                 f"the chat template refuses the prompt {prompt.text[:_SHOWN]!r}: {error}; set data.chat to false"
             ) from None
     else:
-        ids = encode_beginning(tokenizer, prompt.text)
+        ids = encode_beginning(tokenizer, prompt.text, bos)
     if not ids:
         raise ValueError(f"the prompt {prompt.text[:_SHOWN]!r} has no tokens: give at least one character")
-    return {"input_ids": torch.tensor([ids], dtype=torch.long)}
+    return {"input_ids": torch.tensor([_begin_with(find_bos(tokenizer, bos), ids)], dtype=torch.long)}
 
 
-def encode_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_beginning(tokenizer: PreTrainedTokenizerBase, text: str, bos: bool | None = None) -> list[int]:
     """Token ids of text that is to be continued: special tokens may come before it, none after it.
 
     Args:
         tokenizer: which may append an end-of-text token to whole texts.
         text: the beginning.
+        bos: whether it begins with the beginning-of-text token; None does as the model's family does.
     """
     ids: list[int] = tokenizer(text)["input_ids"]
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
     places = range(len(ids) - len(bare) + 1)
     ends = [place + len(bare) for place in places if ids[place : place + len(bare)] == bare]
-    return ids[: max(ends[0], 1)] if ends else ids
+    return _begin_with(find_bos(tokenizer, bos), ids[: max(ends[0], 1)] if ends else ids)
+
+
+def _begin_with(bos: int | None, ids: list[int]) -> list[int]:
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]

@@ -25,6 +25,7 @@ from gqaprune.common.errors import first_line
 from gqaprune.data.prompts import encode_beginning
 from gqaprune.models.architecture import check_context
 from gqaprune.models.gates import freeze_parameters
+from gqaprune.models.tokenizer import find_bos
 from gqaprune.placement.model_hash import hash_model
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqaprune" / "samples"
@@ -48,6 +49,7 @@ def sample_from_model(
     seed: int = 0,
     batch_size: int = 64,
     cache: Path | None = CACHE_FOLDER,
+    bos: bool | None = None,
 ) -> Tensor:
     """Sample windows from a model; batches of documents that the cache has, also of a killed run, are read back.
 
@@ -68,6 +70,8 @@ def sample_from_model(
         seed: same seed, same model and settings: same windows.
         batch_size: documents sampled side by side.
         cache: folder of sampled documents; None keeps nothing.
+        bos: whether every document, and so every window, begins with the beginning-of-text token; None does as the
+            model's family does. A document is then cut off at its window's end.
 
     Returns:
         Token ids, int64 `[count, window]`, on the CPU.
@@ -86,8 +90,10 @@ def sample_from_model(
     if document < 2:
         raise ValueError(f"sampling needs document >= 2, got {document}; 256 does")
     check_context(model.config, document, "document")
-    starts = _tokenize_prompts(tokenizer, prompts, document)
-    documents_NT = torch.zeros(math.ceil(count * window / document), document, dtype=torch.long)
+    starts = _tokenize_prompts(tokenizer, prompts, document, bos)
+    # Windows that are to begin with a document hold whole numbers of them.
+    packed = count * window if find_bos(tokenizer, bos) is None else count * math.ceil(window / document) * document
+    documents_NT = torch.zeros(math.ceil(packed / document), document, dtype=torch.long)
     own_starts = [starts[index % len(starts)] for index in range(len(documents_NT))]
     batches = [
         _Batch(own_starts[first : first + batch_size], document, temperature, top_p, f"{seed} {first}")
@@ -104,7 +110,7 @@ def sample_from_model(
     if is_true_anywhere(error is not None, device):
         raise error or ValueError("sampling text from the model failed on another rank, which says why")
     documents_NT = sum_across_ranks({"documents": documents_NT.to(device)})["documents"].cpu()
-    return documents_NT.flatten()[: count * window].view(count, window)
+    return documents_NT.flatten()[:packed].view(count, -1)[:, :window].contiguous()
 
 
 @dataclass(frozen=True)
@@ -156,13 +162,15 @@ def _write_cache(path: Path | None, documents_BT: Tensor) -> None:
         console.print(f"sampled text is not kept: {first_line(error)}")
 
 
-def _tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> list[list[int]]:
+def _tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int, bos: bool | None
+) -> list[list[int]]:
     if not prompts:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if first is None:
             raise ValueError("the tokenizer has no beginning-of-text token: give prompts to sample from the model")
         return [[first]]
-    starts = [encode_beginning(tokenizer, prompt) for prompt in prompts]
+    starts = [encode_beginning(tokenizer, prompt, bos) for prompt in prompts]
     for prompt, start in zip(prompts, starts, strict=True):
         if not 0 < len(start) < length:
             raise ValueError(

@@ -4,10 +4,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from gqaprune.data.corpora import SEPARATOR, Corpus, parse_corpus, read_corpus
 from gqaprune.models.losses import IGNORED
+from gqaprune.models.tokenizer import adds_bos, find_bos
 
 Batch = dict[str, Tensor]
 """`input_ids` and `labels`, each `[batch, tokens]`; labels are `IGNORED` where a token is context only.
@@ -52,14 +54,18 @@ def tokenize_corpus(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, limit: i
     return torch.tensor(ids[:limit], dtype=torch.long)
 
 
-def cut_windows(tokens: Tensor, window: int, stride: int | None = None) -> tuple[Tensor, Tensor]:
+def cut_windows(
+    tokens: Tensor, window: int, stride: int | None = None, bos: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Cut tokens into full windows; what is left at the end is dropped.
 
     Args:
         tokens: `[tokens]`.
         window: tokens per window.
-        stride: tokens between the starts of two windows, `window` by default. Below it windows overlap, and only the
-            tokens that the window before has not scored carry a label.
+        stride: tokens of the text between the starts of two windows; by default windows do not overlap. Where they do
+            only the tokens that the window before has not scored carry a label.
+        bos: token that every window begins with, as `find_bos` finds it: one of its `window` tokens, without a label,
+            and not of the text, whose own is left out.
 
     Returns:
         Token ids and labels, each `[windows, window]`.
@@ -70,12 +76,16 @@ def cut_windows(tokens: Tensor, window: int, stride: int | None = None) -> tuple
     stride = window if stride is None else stride
     if window < 2 or not 1 <= stride <= window:
         raise ValueError(f"windows need window >= 2 and 1 <= stride <= window, got window {window}, stride {stride}")
-    if len(tokens) < window:
+    length = window if bos is None else window - 1  # of a window's text
+    text = tokens[1:] if bos is not None and tokens[:1].eq(bos).all() else tokens
+    if len(text) < length:
         raise ValueError(f"{len(tokens)} tokens do not fill one window of {window}: give more text or a shorter window")
-    windows = tokens.unfold(0, window, stride).clone()
+    windows = text.unfold(0, length, min(stride, length)).clone()
     labels = windows.clone()
-    labels[1:, : window - stride] = IGNORED
-    return windows, labels
+    labels[1:, : max(0, length - stride)] = IGNORED
+    if bos is None:
+        return windows, labels
+    return functional.pad(windows, (1, 0), value=bos), functional.pad(labels, (1, 0), value=IGNORED)
 
 
 def choose_batch_size(window: int) -> int:
@@ -90,7 +100,7 @@ def make_batches(windows: Tensor, labels: Tensor, batch_size: int | None = None)
     return [{"input_ids": ids, "labels": targets} for ids, targets in pairs]
 
 
-def sample_windows(tokens: Tensor, window: int, count: int | None, seed: int) -> Tensor:
+def sample_windows(tokens: Tensor, window: int, count: int | None, seed: int, bos: int | None = None) -> Tensor:
     """Choose non-overlapping windows at random, all of them if `count` is None or more than there are.
 
     Args:
@@ -98,13 +108,12 @@ def sample_windows(tokens: Tensor, window: int, count: int | None, seed: int) ->
         window: tokens per window.
         count: windows wanted.
         seed: same seed, same tokens: same windows in the same order.
+        bos: token that every window begins with, as for `cut_windows`.
 
     Returns:
         Token ids `[windows, window]`.
     """
-    windows, _ = cut_windows(tokens, window)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows[order[:count]]
+    return _choose(cut_windows(tokens, window, bos=bos)[0], count, seed)
 
 
 def read_windows(
@@ -114,6 +123,7 @@ def read_windows(
     count: int | None = None,
     seed: int = 0,
     limit: int | None = None,
+    bos: bool | None = None,
 ) -> Tensor:
     """Sample windows from corpora, mixed: the text for calibration and fine-tuning.
 
@@ -124,24 +134,31 @@ def read_windows(
         count: windows to take over all corpora; None takes all.
         seed: seed of the choice and order.
         limit: tokens to read from each corpus at most.
+        bos: whether every window begins with the beginning-of-text token; None does as the model's family does.
 
     Returns:
         Token ids `[windows, window]`.
 
     Raises:
-        ValueError: if a corpus is missing, empty or shorter than one window.
+        ValueError: if a corpus is missing, empty or shorter than one window, or the tokenizer has no token to begin
+            windows with that are to begin with one.
     """
-    found = []
+    found, first = [], find_bos(tokenizer, bos)
     for corpus in corpora:
         corpus = parse_corpus(corpus, "train") if isinstance(corpus, str) else corpus
         tokens = tokenize_corpus(tokenizer, corpus, limit)
         try:
-            found.append(cut_windows(tokens, window)[0])
+            found.append(cut_windows(tokens, window, bos=first)[0])
         except ValueError as error:
             raise ValueError(f"corpus {corpus}: {error}") from None
     if not found:
         raise ValueError("no corpus given: name at least one, for example 'embedded'")
-    return sample_windows(torch.cat(found).flatten(), window, count, seed)
+    return _choose(torch.cat(found), count, seed)
+
+
+def _choose(windows: Tensor, count: int | None, seed: int) -> Tensor:
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[:count]]
 
 
 def _read_characters(documents: Iterable[str], count: int) -> list[str]:
@@ -155,8 +172,22 @@ def _read_characters(documents: Iterable[str], count: int) -> list[str]:
     return taken
 
 
-def describe_protocol(window: int, stride: int | None, tokens: int | None) -> str:
-    """How perplexity is measured, in words: tokens of a window, from one window to the next, of each corpus at most."""
+def describe_bos(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> str:
+    """Say which windows begin with the beginning-of-text token; empty where none does."""
+    if find_bos(tokenizer, bos) is not None:
+        return "each beginning with BOS"
+    return "BOS before the first alone" if adds_bos(tokenizer) else ""
+
+
+def describe_protocol(window: int, stride: int | None, tokens: int | None, bos: str = "") -> str:
+    """How perplexity is measured, in words: tokens of a window, from one window to the next, of each corpus at most.
+
+    Args:
+        window: tokens of a window.
+        stride: tokens between the starts of two windows.
+        tokens: of each corpus at most.
+        bos: which windows begin with the beginning-of-text token, as `describe_bos` says it.
+    """
     overlap = "non-overlapping windows" if stride in (None, window) else f"windows with stride {stride}"
     limit = "whole split" if tokens is None else f"first {tokens:,} tokens"
-    return f"perplexity: token-weighted, {overlap} of {window} tokens, {limit}"
+    return ", ".join(filter(None, ("perplexity: token-weighted", f"{overlap} of {window} tokens", bos, limit)))

@@ -15,11 +15,12 @@ class CalibrationConfig:
 
     Args:
         corpora: corpora to calibrate on; none with `sampled_windows` alone.
-        windows: windows to calibrate on, sampled over all corpora; null takes all.
+        windows: windows to calibrate on, sampled over all corpora; null takes all that are not held out.
         window: tokens per window.
         batch_size: windows per micro-batch.
-        held_out_windows: further windows of the corpora, where they have more, that nothing is calibrated on: what
-            `PerplexityGuard` measures the model on; 0 turns it off.
+        held_out_windows: further windows of the corpora, that nothing is calibrated on: what `PerplexityGuard` measures
+            the model on; 0 turns it off. They come first: where the corpora have too few windows for both, up to half
+            of them are held out, and that is said.
         sampled_windows: windows that the dense model writes itself, to calibrate on besides those of the corpora: they
             make up for what the corpora are not like. Kept in the user's cache folder.
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gqaprune.common.console import console
+from gqaprune.common.distributed import get_rank_and_world_size
 from gqaprune.common.renamed import RenamedAttributes, build_group, name_successors
 from gqaprune.data.corpora import HUB, Corpus, parse_corpus, read_corpus
 from gqaprune.data.prompts import Prompt, encode_prompt, read_prompts
@@ -17,6 +19,7 @@ from gqaprune.data.windows import (
     Batch,
     choose_batch_size,
     cut_windows,
+    describe_bos,
     describe_protocol,
     make_batches,
     read_windows,
@@ -26,7 +29,7 @@ from gqaprune.datamodules.config import CalibrationConfig, EvaluationConfig, Sam
 from gqaprune.datamodules.loaders import TrainLoader, Windows, fill_up
 from gqaprune.evaluation.generation import check_prompt
 from gqaprune.models.architecture import check_context, read_context
-from gqaprune.models.tokenizer import load_tokenizer
+from gqaprune.models.tokenizer import find_bos, load_tokenizer
 
 _DEFAULT_SPLITS = {"calibration": "train", "train": "train", "val": "validation", "test": "test"}
 
@@ -48,6 +51,9 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         prompts: what `predict` continues, and what training shows samples of: a list, or a file with one per line, that
             in a `.jsonl` file is a string, an object with `prompt`, or one with `messages` (`role` and `content`).
         chat: put prompts as the user's turn into the tokenizer's chat template; null does so where it has one.
+        bos: begin every window of every stream, and every prompt, with the beginning-of-text token; false leaves it to
+            the tokenizer, which adds it at a text's beginning or not at all. Null does as the model's family does:
+            Gemma needs it, and the usual perplexities of all others go without.
         seed: seed of the choice and order of windows.
         trust_remote_code: run code that comes with the tokenizer; the command line sets it from `model`.
 
@@ -67,6 +73,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008
         prompts: list[str] | str = ["The capital of France is", "Once upon a time"],  # noqa: B006
         chat: bool | None = None,
+        bos: bool | None = None,
         seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
@@ -79,6 +86,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         self.sampling = build_group("data.sampling", SamplingConfig, sampling)
         self.prompts = prompts
         self.chat = chat
+        self.bos = bos
         self.seed = seed
         self.corpora = {
             stream: list(dict.fromkeys(parse_corpus(text, _DEFAULT_SPLITS[stream]) for text in texts))
@@ -108,7 +116,10 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
     @property
     def protocol(self) -> str:
         """How perplexity is measured, in words."""
-        return describe_protocol(self.evaluation.window, self.evaluation.stride, self.evaluation.tokens)
+        settings = self.evaluation
+        return describe_protocol(
+            settings.window, settings.stride, settings.tokens, describe_bos(self.tokenizer, self.bos)
+        )
 
     def prepare_data(self) -> None:
         """Fill the hub's cache from one process, with what the command needs."""
@@ -158,7 +169,10 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         return [str(corpus) for corpus in self.corpora["calibration"]] + sampled
 
     def read_calibration_windows(self) -> Tensor:
-        """Windows of the calibration corpora, `[windows, tokens]`; none without corpora."""
+        """Windows of the calibration corpora, `[windows, tokens]`; none without corpora.
+
+        Held-out windows come first: where the corpora have too few for both, up to half of them are held out.
+        """
         corpora = self.corpora["calibration"]
         if self._calibration_windows is None and not corpora:
             self._calibration_windows = torch.empty(0, self.calibration.window, dtype=torch.long)
@@ -168,8 +182,9 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
             if count is not None:  # so much of each corpus, at most, that the choice stays a choice
                 limit = 16 * count * self.calibration.window
             wanted = None if count is None else count + self.calibration.held_out_windows
-            windows = read_windows(self.tokenizer, corpora, self.calibration.window, wanted, self.seed, limit)
-            self._calibration_windows, self._held_out_windows = windows[:count], windows[len(windows[:count]) :]
+            windows = read_windows(self.tokenizer, corpora, self.calibration.window, wanted, self.seed, limit, self.bos)
+            held_out = self._reserve_held_out(len(windows))
+            self._calibration_windows, self._held_out_windows = windows.tensor_split([len(windows) - held_out])
         return self._calibration_windows
 
     def held_out_batches(self) -> list[Batch]:
@@ -257,7 +272,9 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         """
         if self._encoded_prompts is None:
             prompts = read_prompts(self.prompts)
-            self._encoded_prompts = [(prompt, encode_prompt(self.tokenizer, prompt, self.chat)) for prompt in prompts]
+            self._encoded_prompts = [
+                (prompt, encode_prompt(self.tokenizer, prompt, self.chat, self.bos)) for prompt in prompts
+            ]
         return self._encoded_prompts
 
     def sample_train_windows(self, model: PreTrainedModel) -> None:
@@ -265,6 +282,20 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         if count := self.training.sampled_windows:
             # Another seed than calibration's: recovery is to see other text.
             self._sampled_train_windows = self._sample(model, count, self.training.window, self.seed + 1)
+
+    def _reserve_held_out(self, windows: int) -> int:
+        """Return how many of the calibration corpora's windows are held out; say so if they are too few for all."""
+        settings, asked = self.calibration, self.calibration.held_out_windows
+        spare = windows // 2 if settings.windows is None else max(windows // 2, windows - settings.windows)
+        held_out = min(asked, spare)
+        is_short = held_out < asked or windows - held_out < (settings.windows or 0)
+        if is_short and get_rank_and_world_size()[0] == 0:
+            wanted = "all" if settings.windows is None else settings.windows
+            console.print(
+                f"calibration: the corpora hold {windows} windows of {settings.window} tokens; "
+                f"{windows - held_out} are calibrated on ({wanted} wanted) and {held_out} held out ({asked} wanted)"
+            )
+        return held_out
 
     def _sample(self, model: PreTrainedModel, count: int, window: int, seed: int) -> Tensor:
         return sample_from_model(
@@ -277,6 +308,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             seed=seed,
+            bos=self.bos,
         )
 
     def _read_train_corpora(self) -> Tensor:
@@ -285,7 +317,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
             self._train_corpora_windows = torch.empty(0, self.training.window, dtype=torch.long)
         if self._train_corpora_windows is None:
             self._train_corpora_windows = read_windows(
-                self.tokenizer, corpora, self.training.window, None, self.seed, self.training.tokens
+                self.tokenizer, corpora, self.training.window, None, self.seed, self.training.tokens, self.bos
             )
         return self._train_corpora_windows
 
@@ -318,7 +350,8 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
     def _cut(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
         tokens = tokenize_corpus(self.tokenizer, corpus, self.evaluation.tokens)
         try:
-            return cut_windows(tokens, self.evaluation.window, self.evaluation.stride)
+            first = find_bos(self.tokenizer, self.bos)
+            return cut_windows(tokens, self.evaluation.window, self.evaluation.stride, first)
         except ValueError as error:
             raise ValueError(f"corpus {corpus}: {error} (data.evaluation.window)") from None
 

@@ -45,6 +45,9 @@ class Family:
         output_norms: kind of block -> norm of the decoder layer that its output passes on the way to the residual
             stream, where there is one.
         scaled: kinds of block whose output every token scales by itself on that way.
+        begins_with_bos: whether every window begins with the beginning-of-text token, without which the model is out of
+            its senses; else only a text's own beginning has it, where the tokenizer adds it, as the usual protocol of
+            WikiText-2 has it.
     """
 
     layers: str
@@ -56,6 +59,7 @@ class Family:
     whole: Mapping[BlockKind, str] = field(default_factory=dict)
     output_norms: Mapping[BlockKind, str] = field(default_factory=dict)
     scaled: frozenset[BlockKind] = frozenset()
+    begins_with_bos: bool = False
 
     @property
     def layouts(self) -> dict[BlockKind, BlockLayout]:
@@ -83,14 +87,15 @@ _OLMO = dataclasses.replace(
     whole={"attention": "one norm spans all its query heads, so that those that stay would change with the others"},
     output_norms=_OUTPUT_NORMS,
 )
+_GEMMA = dataclasses.replace(_WITH_ATTENTION_BIAS, output_norms=_OUTPUT_NORMS, begins_with_bos=True)
 _EXPERTS = dataclasses.replace(
     _LLAMA, mlp=None, has_experts=True, whole={"mlp": "its MLPs are experts, which are left alone"}
 )
 
 FAMILIES: Mapping[str, Family] = {
     "exaone4": dataclasses.replace(_LLAMA, output_norms=_OUTPUT_NORMS),
-    "gemma2": dataclasses.replace(_WITH_ATTENTION_BIAS, output_norms=_OUTPUT_NORMS),
-    "gemma3_text": dataclasses.replace(_WITH_ATTENTION_BIAS, output_norms=_OUTPUT_NORMS),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
     "granite": _WITH_BIASES,
     "llama": _WITH_BIASES,
     "mistral": _LLAMA,
@@ -115,6 +120,8 @@ FAMILIES: Mapping[str, Family] = {
     "smollm3": _WITH_BIASES,
 }
 """Supported `model_type`s."""
+_ALIKE: Mapping[str, Family] = dict.fromkeys(("gemma", "vaultgemma"), dataclasses.replace(_LLAMA, begins_with_bos=True))
+"""Llamas in all but name and what a family says besides its layers."""
 _LLAMA_SETTINGS = {
     "hidden_size",
     "intermediate_size",
@@ -143,7 +150,12 @@ def get_family(config: PretrainedConfig) -> Family:
         return family
     settings = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     if settings.keys() >= _LLAMA_SETTINGS and not any("expert" in name and settings[name] for name in settings):
-        return _LLAMA
+        return _ALIKE.get(config.model_type, _LLAMA)
     raise ValueError(
         f"models of type {config.model_type!r} cannot be pruned yet; supported types: {', '.join(sorted(FAMILIES))}"
     )
+
+
+def begins_with_bos(model_type: str) -> bool:
+    """Whether windows of a model of this type begin with the beginning-of-text token, supported or not."""
+    return FAMILIES.get(model_type, _ALIKE.get(model_type, _LLAMA)).begins_with_bos

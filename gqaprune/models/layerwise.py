@@ -113,6 +113,32 @@ def record_layer_inputs(model: PreTrainedModel, batch_BT: Tensor) -> list[Tensor
 
 
 @contextmanager
+def record_layer_outputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect what decoder layers give to a forward of the model, `[batch, tokens, width]`, with its graph, by index.
+
+    A layer's call is wrapped from outside: what `torch.compile` compiles, strategies hook into, or the backward pass
+    runs again is not touched.
+    """
+    outputs_BTD: dict[int, Tensor] = {}
+
+    def wrap(index: int, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            output = call(*arguments, **keywords)
+            outputs_BTD[index] = _get_hidden(output)
+            return output
+
+        return run
+
+    with ExitStack() as restored:
+        for index in layers:
+            layer = get_layers(model)[index]
+            compiled = layer._compiled_call_impl
+            restored.callback(setattr, layer, "_compiled_call_impl", compiled)
+            layer._compiled_call_impl = wrap(index, compiled or layer._call_impl)
+        yield outputs_BTD
+
+
+@contextmanager
 def resume_at(model: PreTrainedModel, index: int, hidden_BTD: Tensor) -> Iterator[None]:
     """Forwards of the model enter decoder layer `index` with these hidden states; the layers before it do nothing.
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.common.errors import first_line
 from gqaprune.common.limited import run_limited
+from gqaprune.models.families import begins_with_bos
 from gqaprune.models.gguf_reader import read_tokenizer
 from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error, read_own_header
 
@@ -30,10 +31,12 @@ _GROWTH, _ALLOWANCE = 8, 1000
 """Tokens that a tokenizer may make of each byte of a text, and besides; and characters, out of and back into a text."""
 _PROBE_SECONDS = 1.0
 """Time of a core for some 4,000 characters, which take a tokenizer a few milliseconds."""
+_GEMMA_CLASSES = ("GemmaTokenizer", "GemmaTokenizerFast")
+"""What transformers loads the tokenizers of Gemma as, where they come from elsewhere than `load_tokenizer`."""
 
 
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
+    """Load the tokenizer of a model, which then knows whether the model's windows begin with its BOS (`find_bos`).
 
     Args:
         source: as for `load_model`.
@@ -45,9 +48,7 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
     place, gguf = locate(source)
     read = partial(_read_tokenizer, source, trust_remote_code)
     try:
-        if (
-            isinstance(place, Path) and not gguf and not trust_remote_code
-        ):  # else nothing but data is read, or code runs
+        if isinstance(place, Path) and not gguf and not trust_remote_code:  # else it is data alone, or code runs
             files = {file for name in _VOCABULARY_FILES for file in place.glob(name)}
             size = sum(file.stat().st_size for file in files) / 1e6
             run_limited(lambda: _try_tokenizer(read()), _SECONDS + _SECONDS_PER_MB * size)
@@ -65,15 +66,17 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
 
 def _read_tokenizer(source: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     place, gguf = locate(source)
+    config = load_config(source, trust_remote_code)
     if header := read_own_header(source):
         tokenizer: PreTrainedTokenizerBase = read_tokenizer(header)
     else:
-        known = gguf or {"config": load_config(source, trust_remote_code)}
+        known = gguf or {"config": config}
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **known)
     if _is_empty(tokenizer):
         raise ValueError("it has no tokens but special ones")
     if gguf:
         _drop_appended(tokenizer)
+    tokenizer.begins_with_bos = begins_with_bos(config.model_type)
     return tokenizer
 
 
@@ -96,6 +99,33 @@ def _try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
                 raise ValueError(f"it makes {len(made):,} {what} of a text of {len(part):,} characters")
         if (taken := time.process_time() - began) > _PROBE_SECONDS:
             raise ValueError(f"it takes {taken:.1f} s for a text of {len(part):,} characters")
+
+
+def find_bos(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> int | None:
+    """Find the beginning-of-text token that every window and every prompt of a model begins with.
+
+    Args:
+        tokenizer: of the model.
+        bos: whether they begin with it; None asks the model's family, and needs no such token.
+
+    Returns:
+        The token's id; None where a text has what the tokenizer adds to it, at its beginning alone.
+
+    Raises:
+        ValueError: if they are to begin with a token that the tokenizer has not.
+    """
+    token: int | None = tokenizer.bos_token_id
+    if bos and token is None:
+        raise ValueError("bos is true and the tokenizer has no beginning-of-text token: set it to false or null")
+    if bos is None:
+        bos = getattr(tokenizer, "begins_with_bos", type(tokenizer).__name__ in _GEMMA_CLASSES)
+    return token if bos else None
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its beginning-of-text token before a text by itself."""
+    token = tokenizer.bos_token_id
+    return token is not None and tokenizer("a")["input_ids"][:1] == [token]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

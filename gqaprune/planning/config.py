@@ -38,8 +38,9 @@ class PruningConfig(RenamedAttributes):
             total damage under all limits at once).
         limits: what has to stay, and which layers may lose units.
         sensitivity: how the importance of layers is measured, and what follows from it.
-        damage_levels: removals of each block at which `optimal` measures the divergence from the dense model, at least
-            2; 0 takes the sum of the removed units' scores for it. Ignored by other allocations.
+        damage_levels: removals of each block, evenly spread up to the most that may go, at which `optimal` measures the
+            divergence from the dense model, at least 2; 0 takes the sum of the removed units' scores for it. Ignored by
+            other allocations.
         swaps: a search that moves removals between blocks after the allocation.
         steps: cuts in which the budget is spent, in equal parts; what is left is scored anew before each.
         repair: what makes up for the cut, on the calibration text.

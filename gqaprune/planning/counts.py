@@ -70,7 +70,8 @@ def measure_curves(
     if not config.uses_damage_curves:
         return options
     budgets = budget_blocks(dense_blocks, scores, config)
-    levels = {block.key: thin_counts(block.removable_counts(), config.damage_levels) for block in budgets}
+    # Removing none, which is the first count, costs nothing and is not measured.
+    levels = {block.key: thin_counts(block.removable_counts(), config.damage_levels + 1)[1:] for block in budgets}
     inputs = {"scores": hash_tensors(list(scores.values())), "levels": list_values(levels)}
     stage = stages.recall(
         "damage curves",

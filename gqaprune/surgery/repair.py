@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gqaprune.common.console import track
+from gqaprune.common.console import console, track
 from gqaprune.common.distributed import get_rank_and_world_size
 from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.models.architecture import Block, add_biases, find_blocks, get_layers, get_module
@@ -117,6 +117,11 @@ def apply_plan_with_repair(
     first, last = min(repaired).layer, max((key.layer for key in left), default=-1)
     rank, world_size = get_rank_and_world_size()
     held_out = choose_held_out(len(batches), config.holdout)
+    if config.refits_weights and left and not held_out and rank == 0:
+        console.print(
+            "repair: a single calibration batch leaves none to choose ridges and the length of training on; they are "
+            "chosen on what is fitted: take smaller batches (data.calibration.batch_size) or more windows"
+        )
     streamed = range(rank, len(batches), world_size) if left else range(0)
     repairs = []
     with freeze_parameters(model), torch.no_grad():

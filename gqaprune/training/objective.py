@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from gqaprune.models.architecture import get_layers
+from gqaprune.models.layerwise import record_layer_outputs
 from gqaprune.models.losses import measure_mean_loss
 from gqaprune.placement.fsdp import distribute_model
 from gqaprune.placement.model_source import ModelSource
@@ -86,17 +87,17 @@ class Objective:
             the language model's alone.
         """
         settings, ids_BT = self.settings, batch["input_ids"]
-        output = student(input_ids=ids_BT, use_cache=False, output_hidden_states=self._compares_hidden_states)
+        output, states = self._run(student, ids_BT)
         loss = self._measure_language_loss(student, output, batch["labels"])
         if not settings.distills:
             return loss, {}
-        teacher = self._run_teacher(ids_BT)
-        divergence = self._measure_divergence(output.logits[:, :-1], teacher, batch)
+        taught, taught_states = self._run_teacher(ids_BT)
+        divergence = self._measure_divergence(output.logits[:, :-1], taught, batch)
         parts = {"lm_loss": loss, "divergence": divergence}
         loss = (1 - settings.distill_weight) * loss + settings.distill_weight * divergence
         if self._compares_hidden_states:
-            assert teacher is not None, "settings refuse hidden states of a cached teacher"
-            parts["hidden_distance"] = self._measure_hidden_distance(student, output, teacher)
+            assert taught is not None, "settings refuse hidden states of a cached teacher"
+            parts["hidden_distance"] = measure_distance(states, taught_states)
             loss = loss + settings.hidden_weight * parts["hidden_distance"]
         return loss, parts
 
@@ -113,12 +114,18 @@ class Objective:
             loss = loss + student.config.router_aux_loss_coef * imbalance
         return loss
 
-    def _run_teacher(self, ids_BT: Tensor) -> ModelOutput | None:
+    def _run(self, model: PreTrainedModel, ids_BT: Tensor) -> tuple[ModelOutput, list[Tensor]]:
+        """A model's output, and the hidden states that are compared, before the final norm."""
+        layers = (self.settings.hidden_layers or [len(get_layers(model)) - 1]) if self._compares_hidden_states else []
+        with record_layer_outputs(model, layers) as states:
+            output = model(input_ids=ids_BT, use_cache=False)
+        return output, [states[layer] for layer in layers]
+
+    def _run_teacher(self, ids_BT: Tensor) -> tuple[ModelOutput | None, list[Tensor]]:
         if self.teacher is None:
-            return None
+            return None, []
         with torch.no_grad():
-            teacher = self.teacher.to(ids_BT.device)
-            return teacher(ids_BT, use_cache=False, output_hidden_states=self._compares_hidden_states)
+            return self._run(self.teacher.to(ids_BT.device), ids_BT)
 
     def _measure_divergence(
         self, logits_BTV: Tensor, teacher: ModelOutput | None, batch: Mapping[str, Tensor]
@@ -129,14 +136,6 @@ class Objective:
         cached = self.cached_teacher.predict(batch["index"])
         predictions = Predictions(*(part.to(logits_BTV.device) for part in cached))
         return measure_divergence_from_top(logits_BTV, predictions, self.settings.temperature)
-
-    def _measure_hidden_distance(
-        self, student: PreTrainedModel, output: ModelOutput, teacher_output: ModelOutput
-    ) -> Tensor:
-        layers = self.settings.hidden_layers or [len(get_layers(student)) - 1]
-        # Entry 0 is the embedding, entry i + 1 the output of layer i.
-        states = [[one.hidden_states[layer + 1] for layer in layers] for one in (output, teacher_output)]
-        return measure_distance(*states)
 
 
 def check_loss(loss: Tensor, place: str, folders: Iterable[str | Path], run_id: str) -> None:

@@ -19,7 +19,7 @@ class RecoveryConfig:
         temperature: softens the distributions of student and teacher, above 0.
         distill_weight: share of the divergence from the teacher in the loss, 0 to 1; the rest is the language model's.
         hidden_weight: weight of the distance to the teacher's hidden states, added to the loss.
-        hidden_layers: decoder layers after which that is measured; null takes the last.
+        hidden_layers: decoder layers after which that is measured; null takes the last, before the final norm.
         teacher: the dense model to learn from, and for `predict` to compare with, as `model.pretrained`; null takes
             what a pruned checkpoint's plan names, or that.
         teacher_dtype: type of its weights, as `model.dtype`.

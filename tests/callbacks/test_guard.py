@@ -2,6 +2,7 @@
 
 import html
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 import gqaprune
 from gqaprune.callbacks import PerplexityGuard, RunSummary, TaylorPruning
 from gqaprune.common.console import console
+from gqaprune.data.sampling import sample_from_model
 from gqaprune.evaluation.gated_plan import measure_perplexity_or_infinity
 from gqaprune.module import CausalLMModule
 from gqaprune.plan import PruningPlan
@@ -50,10 +52,70 @@ def test_held_out_windows_are_of_the_calibration_corpora_and_not_calibrated_on(l
     assert windows.equal(without.read_calibration_windows()) and without.held_out_batches() == []
     held = torch.cat([batch["input_ids"] for batch in data.held_out_batches()])
     assert len(held) == 8 and not any(one.equal(other) for one in held for other in windows)
-    everything = make_data(
-        learned_folder, calibration={"corpora": ["embedded@validation"], "windows": None}, evaluation={"val": []}
-    )
-    assert everything.held_out_batches() == []
+
+
+@pytest.mark.parametrize(
+    ("windows", "wanted", "calibrated", "held_out"),
+    [(10, 8, 5, 5), (10, None, 5, 5), (30, None, 22, 8), (30, 4, 4, 8), (12, 8, 6, 6), (12, 2, 2, 8), (1, 4, 1, 0)],
+)
+def test_held_out_windows_come_first_where_the_corpora_have_too_few_for_both(
+    learned_folder: Path,
+    tmp_path: Path,
+    windows: int,
+    wanted: int | None,
+    calibrated: int,
+    held_out: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "short.txt").write_text("a line of it\n" * (32 * windows // 13 + 1))
+    data = make_data(learned_folder, calibration={"corpora": [str(tmp_path / "short.txt")], "windows": wanted})
+    with caplog.at_level("INFO", logger="gqaprune"):
+        assert len(data.read_calibration_windows()) == calibrated
+    assert sum(len(batch["input_ids"]) for batch in data.held_out_batches()) == held_out
+    is_short = held_out < 8 or (wanted is not None and calibrated < wanted)
+    sentence = f"hold {windows} windows of 32 tokens; {calibrated} are calibrated on ({wanted or 'all'} wanted)"
+    assert (sentence in caplog.text) is is_short
+
+
+SILENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no text": ({**MILD, "criterion": "l1"}, {}, "these settings calibrate on no text"),
+    "no corpus": (MILD, {"corpora": [], "sampled_windows": 4}, "data.calibration.corpora is empty"),
+    "one window": (MILD, {"corpora": ["one.txt"]}, "hold a single window of 32 tokens"),
+    "asked": (MILD, {"held_out_windows": 0}, ""),
+    "on": (MILD, {}, ""),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_a_guard_that_has_nothing_to_measure_says_why_it_is_off(
+    name: str, learned_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gqaprune.datamodules.text.sample_from_model", partial(sample_from_model, cache=tmp_path))
+    (tmp_path / "one.txt").write_text("a line of a text that is short, and no more")
+    pruning, calibration, reason = SILENT[name]
+    trainer = make_trainer(tmp_path, TaylorPruning(**pruning), PerplexityGuard(), limit_train_batches=0)
+    with caplog.at_level("INFO", logger="gqaprune"):
+        trainer.fit(CausalLMModule(str(learned_folder)), datamodule=make_data(learned_folder, calibration=calibration))
+    assert ("PerplexityGuard is off" in caplog.text) is bool(reason)
+    assert reason in caplog.text
+
+
+def test_a_guard_of_a_plan_that_was_given_and_one_without_validation_say_what_they_do_not_judge(
+    learned_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = tmp_path / "plan.json"
+    cut = TaylorPruning(**MILD)
+    with caplog.at_level("INFO", logger="gqaprune"):
+        trainer = make_trainer(tmp_path, cut, PerplexityGuard(), limit_val_batches=0, limit_train_batches=1)
+        trainer.fit(module := CausalLMModule(str(learned_folder)), datamodule=make_data(learned_folder))
+    assert "PerplexityGuard judges what pruning left and not what training makes of it" in caplog.text
+    assert module.plan is not None
+    module.plan.save(plan)
+    with caplog.at_level("INFO", logger="gqaprune"):
+        trainer = make_trainer(tmp_path, TaylorPruning(**MILD), PerplexityGuard(), limit_train_batches=0)
+        trainer.fit(CausalLMModule(str(learned_folder), plan=str(plan)), datamodule=make_data(learned_folder))
+    assert "PerplexityGuard is off: the plan was given" in caplog.text
 
 
 def test_a_sound_model_passes_and_the_report_tells_both_perplexities(learned_folder: Path, tmp_path: Path) -> None:

@@ -355,3 +355,28 @@ def test_windows_longer_than_a_models_context_are_refused_before_one_is_measured
     monkeypatch.setattr(measure, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="eval_window is 257 tokens, the model's context 256: set it to 256 or less"):
         compare([folders["dense"], folders["pruned"]], **{**SMALL, "eval_window": 257})
+
+
+def test_each_model_is_measured_on_windows_that_begin_as_its_family_says(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gqaprune.save(make_model("gemma2"), make_tokenizer(), tmp_path / "gemma")
+    found = read(capsys, [folders["dense"], str(tmp_path / "gemma")], speed=False)
+    for folder, row in zip((folders["dense"], tmp_path / "gemma"), found["models"], strict=True):
+        model, tokenizer = gqaprune.load(folder)
+        ids = tokenize_corpus(tokenizer, parse_corpus(CORPUS, "test"), 500)
+        bos = 256 if row["family"] == "gemma2" else None
+        assert row["perplexity"] == measure_perplexity(model, {CORPUS: make_batches(*cut_windows(ids, 32, bos=bos))})
+    assert "of dense none with BOS, of gemma each beginning with BOS" in found["protocol"][0]
+    plain = read(capsys, [folders["dense"], str(tmp_path / "gemma")], speed=False, bos=False)
+    assert "BOS" not in plain["protocol"][0]
+    assert plain["models"][0]["perplexity"] == found["models"][0]["perplexity"]
+    assert plain["models"][1]["perplexity"] != found["models"][1]["perplexity"]
+
+
+def test_bos_that_a_tokenizer_has_not_is_refused_by_the_models_name(folders: dict[str, str], tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = None
+    gqaprune.save(make_model(), tokenizer, tmp_path / "bare")
+    with pytest.raises(ValueError, match="bare: bos is true and the tokenizer has no beginning-of-text token"):
+        compare([folders["dense"], str(tmp_path / "bare")], bos=True, **SMALL)

@@ -10,12 +10,16 @@ from transformers import PreTrainedTokenizerFast
 
 import gqaprune
 from gqaprune.cli import main
+from gqaprune.commands.bos_check import BosCheck
 from gqaprune.commands.inspect import inspect
+from gqaprune.data.corpora import Corpus
+from gqaprune.data.windows import cut_windows, make_batches, tokenize_corpus
+from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.planning.memory import GIB, estimate_memory, read_sizes
 from gqaprune.surgery.cut import apply_plan
 
 from cuts import make_plan
-from tiny import make_model
+from tiny import make_model, make_tokenizer
 
 
 def read(model: Path | str, capsys: pytest.CaptureFixture[str], **settings: object) -> dict[str, object]:
@@ -100,3 +104,52 @@ def test_what_cannot_be_inspected_gets_a_sentence(
 ) -> None:
     assert run_main(monkeypatch, *arguments) == 1
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("variant", "adds_bos"), [("llama", False), ("gemma2", True)])
+def test_a_tokenizer_that_agrees_with_the_windows_about_bos_needs_no_weights(
+    variant: str, adds_bos: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gqaprune.save(make_model(variant), make_tokenizer(adds_bos=adds_bos), tmp_path)
+    monkeypatch.setattr("gqaprune.commands.bos_check.load", lambda *_, **__: pytest.fail("loaded"))
+    assert read(tmp_path, capsys)["bos"] is None
+
+
+@pytest.mark.parametrize(("variant", "adds_bos"), [("llama", True), ("gemma2", False)])
+def test_a_few_windows_are_measured_with_and_without_bos_where_tokenizer_and_windows_differ(
+    variant: str, adds_bos: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gqaprune.save(make_model(variant), make_tokenizer(adds_bos=adds_bos), tmp_path)
+    found = read(tmp_path, capsys)["bos"]
+    model, tokenizer = gqaprune.load(tmp_path)
+    tokens = tokenize_corpus(tokenizer, Corpus("embedded", "validation"), 3 * 256)
+    expected = [
+        measure_perplexity(model, {"text": make_batches(*cut_windows(tokens, 256, bos=bos), 1)})["text"]
+        for bos in (256, None)
+    ]
+    assert [found["with_bos"], found["without_bos"]] == expected  # type: ignore[index]
+    assert found["begins_windows"] is (variant == "gemma2")  # type: ignore[index]
+
+
+def test_bos_that_changes_perplexity_by_more_than_half_is_a_risk_with_the_setting_to_change() -> None:
+    helps = BosCheck(False, with_bos=21.3, without_bos=65.4)
+    assert helps.matters and helps.describe() == (
+        "the tokenizer puts BOS before a text, and windows do not begin with it: perplexity is 21.3 with it and 65.4 "
+        "without; set data.bos to true"
+    )
+    harms = BosCheck(True, with_bos=65.4, without_bos=21.3)
+    assert harms.matters and harms.describe().endswith("; set data.bos to false")
+    assert not BosCheck(False, with_bos=10.0, without_bos=15.0).matters
+    assert BosCheck(False, with_bos=10.0, without_bos=15.1).matters
+    assert not BosCheck(False, reason="too large").matters
+
+
+def test_a_model_too_large_to_load_for_it_is_not_measured_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqaprune.commands.bos_check.MEASURED_PARAMETERS", 100)
+    gqaprune.save(make_model(), make_tokenizer(adds_bos=True), tmp_path)
+    found = read(tmp_path, capsys)["bos"]
+    assert found["with_bos"] is None and "more than 100 parameters" in found["reason"]  # type: ignore[index]
+    inspect(str(tmp_path))
+    assert "is not measured: the model has more than 100 parameters" in " ".join(capsys.readouterr().out.split())

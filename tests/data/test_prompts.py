@@ -196,3 +196,20 @@ def test_a_template_that_is_no_text_ends_in_a_sentence(template: object, tokeniz
     hostile.chat_template = template
     with pytest.raises(ValueError, match="^the chat template refuses the prompt 'Hi': .*; set data.chat to false$"):
         encode_prompt(hostile, Prompt("Hi"))
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_prompt_begins_with_one_bos_where_it_is_asked_for(adds_bos: bool) -> None:
+    tokenizer = make_tokenizer(adds_bos=adds_bos)
+    plain = make_tokenizer()("Hi")["input_ids"]
+    assert encode_prompt(tokenizer, Prompt("Hi"), bos=True)["input_ids"].tolist() == [[256, *plain]]
+    own = [256, *plain] if adds_bos else plain
+    assert encode_prompt(tokenizer, Prompt("Hi"), bos=False)["input_ids"].tolist() == [own]
+    assert encode_prompt(tokenizer, Prompt("Hi"))["input_ids"].tolist() == [own]
+
+
+def test_a_chat_begins_with_one_bos_whether_its_template_has_it_or_not(chatty: PreTrainedTokenizerFast) -> None:
+    without = encode_prompt(chatty, Prompt("Hi"), bos=False)["input_ids"][0].tolist()
+    assert encode_prompt(chatty, Prompt("Hi"), bos=True)["input_ids"].tolist() == [[256, *without]]
+    chatty.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
+    assert encode_prompt(chatty, Prompt("Hi"), bos=True)["input_ids"].tolist() == [[256, *without]]

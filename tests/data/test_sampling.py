@@ -164,3 +164,13 @@ def test_documents_longer_than_the_context_are_refused() -> None:
     model = make_model()
     with pytest.raises(ValueError, match="document is 300 tokens, the model's context 256: set it to 256 or less"):
         sample_from_model(model, make_tokenizer(), 1, 512, document=300, cache=None)
+
+
+def test_every_window_begins_with_bos_where_documents_do_not_fill_it_evenly() -> None:
+    windows = sample(count=3, window=10, document=4, prompts=["a", "b"], bos=True)
+    assert windows.shape == (3, 10)
+    start = [[256, *make_tokenizer()(prompt)["input_ids"]] for prompt in ("a", "b")]
+    # Three documents a window, the third of them cut off.
+    assert [row[place : place + 2].tolist() for row in windows for place in (0, 4, 8)] == [
+        start[index % 2] for index in range(9)
+    ]

@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 from gqaprune.data import windows
 from gqaprune.data.corpora import SEPARATOR, Corpus
-from gqaprune.data.windows import cut_windows, make_batches, read_windows, sample_windows, tokenize_corpus
+from gqaprune.data.windows import (
+    cut_windows,
+    describe_bos,
+    describe_protocol,
+    make_batches,
+    read_windows,
+    sample_windows,
+    tokenize_corpus,
+)
 from gqaprune.models.losses import IGNORED
 
 DOCUMENTS = [f"Document {number} says {'so ' * (number % 7)}much.\n" for number in range(300)]
@@ -199,3 +207,61 @@ def test_corpus_shorter_than_a_window_is_refused_by_name(tokenizer: PreTrainedTo
 def test_no_corpus_at_all_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="no corpus given"):
         read_windows(tokenizer, [])
+
+
+def test_every_window_begins_with_bos_which_is_of_its_length_and_has_no_label() -> None:
+    ids, labels = cut_windows(torch.arange(11), 4, bos=99)
+    assert ids.tolist() == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
+    assert labels.tolist() == [[IGNORED, 0, 1, 2], [IGNORED, 3, 4, 5], [IGNORED, 6, 7, 8]]
+
+
+def test_a_texts_own_bos_is_not_doubled() -> None:
+    ids, _ = cut_windows(torch.tensor([99, 0, 1, 2, 3]), 3, bos=99)
+    assert ids.tolist() == [[99, 0, 1], [99, 2, 3]]
+
+
+@given(st.data())
+def test_with_bos_every_token_is_predicted_once_whatever_the_stride(data: st.DataObject) -> None:
+    window = data.draw(st.integers(2, 12), "window")
+    stride = data.draw(st.integers(1, window), "stride")
+    length = data.draw(st.integers(window, 60), "length")
+    ids, labels = cut_windows(torch.arange(length), window, stride, bos=99)
+    assert (ids[:, 0] == 99).all() and not (ids[:, 1:] == 99).any()
+    predicted = labels[:, 1:][labels[:, 1:] != IGNORED].tolist()
+    assert predicted == list(range(len(predicted))) and length - min(stride, window - 1) < len(predicted) <= length
+
+
+def test_too_few_tokens_for_a_window_with_bos_are_refused() -> None:
+    assert len(cut_windows(torch.arange(7), 8, bos=99)[0]) == 1
+    with pytest.raises(ValueError, match="6 tokens do not fill one window of 8"):
+        cut_windows(torch.arange(6), 8, bos=99)
+
+
+def test_windows_of_families_without_bos_are_those_of_the_tokens_alone(
+    merging_tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> None:
+    tokens = torch.tensor(merging_tokenizer(SEPARATOR.join(DOCUMENTS))["input_ids"])
+    windows = tokens[: len(tokens) // 16 * 16].view(-1, 16)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(3))
+    for bos in (None, False):
+        assert torch.equal(read_windows(merging_tokenizer, [corpus], 16, 20, seed=3, bos=bos), windows[order[:20]])
+
+
+def test_windows_that_are_read_begin_with_bos_where_it_is_asked_for(
+    merging_tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> None:
+    windows = read_windows(merging_tokenizer, [corpus], 16, bos=True)
+    assert (windows[:, 0] == 0).all() and not (windows[:, 1:] == 0).any()
+    text = sorted(windows[:, 1:].tolist())
+    assert text == sorted(tokenize_corpus(merging_tokenizer, corpus)[1:].unfold(0, 15, 15).tolist())
+
+
+def test_the_protocol_says_which_windows_begin_with_bos(
+    merging_tokenizer: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    said = [describe_bos(merging_tokenizer, bos) for bos in (True, False)]
+    assert said == ["each beginning with BOS", "BOS before the first alone"]
+    assert [describe_bos(tokenizer, bos) for bos in (True, None)] == ["each beginning with BOS", ""]
+    assert describe_protocol(64, None, 128, said[0]) == (
+        "perplexity: token-weighted, non-overlapping windows of 64 tokens, each beginning with BOS, first 128 tokens"
+    )

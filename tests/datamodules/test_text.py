@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DistributedSampler
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+import gqaprune
 from gqaprune.cli import PruningCLI
+from gqaprune.data.corpora import SEPARATOR, read_corpus
 from gqaprune.data.sampling import sample_from_model
 from gqaprune.data.windows import make_batches
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.loading import load_model
 from gqaprune.models.losses import IGNORED
 
-from tiny import merge_settings
+from tiny import make_model, make_tokenizer, merge_settings
 
 LINES = [f"Line {number} of the book, as it was written.\n" for number in range(200)]
 
@@ -36,13 +38,13 @@ def book(tmp_path: Path) -> Path:
 def make_data(tiny_folder: Path, book: Path) -> Any:
     """Builds a datamodule on the book's splits, with small windows."""
 
-    def make(**changes: Any) -> TextDataModule:
+    def make(tokenizer: str = str(tiny_folder), **changes: Any) -> TextDataModule:
         settings = {
             "calibration": {"corpora": [f"{book}@train"], "windows": 10, "window": 32},
             "training": {"corpora": [f"{book}@train"], "window": 48},
             "evaluation": {"val": [f"{book}@validation"], "test": [f"{book}@test"], "window": 64},
         }
-        return TextDataModule(str(tiny_folder), **merge_settings(settings, changes))
+        return TextDataModule(tokenizer, **merge_settings(settings, changes))
 
     return make
 
@@ -66,7 +68,9 @@ def test_calibration_batches_hold_the_windows_that_were_asked(make_data: Any) ->
 def test_all_windows_calibrate_if_no_number_is_given(make_data: Any, book: Path) -> None:
     batches = make_data(calibration={"windows": None, "batch_size": 1000}).calibration_batches()
     assert len(batches) == 1
-    assert len(batches[0]) == len(read_split(book, 0, 0.8)) // 32
+    assert len(batches[0]) == len(read_split(book, 0, 0.8)) // 32 - 8  # which are held out
+    (batch,) = make_data(calibration={"windows": None, "batch_size": 1000, "held_out_windows": 0}).calibration_batches()
+    assert len(batch) == len(read_split(book, 0, 0.8)) // 32
 
 
 def test_calibration_windows_follow_from_the_seed(make_data: Any) -> None:
@@ -373,3 +377,65 @@ def test_tokenizers_with_code_of_their_own_are_read_where_that_is_trusted(tiny_f
         TextDataModule(str(folder)).tokenizer  # noqa: B018
     settings = ["--model.pretrained", str(folder), "--model.trust_remote_code", "true", "--trainer.accelerator", "cpu"]
     assert PruningCLI(run=False, args=settings).datamodule.trust_remote_code
+
+
+@pytest.fixture(scope="module")
+def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Gemma, to read only."""
+    folder = tmp_path_factory.mktemp("gemma") / "gemma"
+    gqaprune.save(make_model("gemma3"), make_tokenizer(adds_bos=True), folder)
+    return folder
+
+
+def list_windows(data: TextDataModule, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Token ids of every stream, window by window or prompt by prompt."""
+    data.sample_train_windows(model)
+    evaluation = data.evaluation_batches()
+    return {
+        "calibration": torch.cat(data.calibration_batches(model)),
+        "held out": torch.cat([batch["input_ids"] for batch in data.held_out_batches()]),
+        "train": data.read_train_windows(),
+        "train loader": torch.cat([batch["input_ids"] for batch in data.train_dataloader()]),
+        **{name: torch.cat([batch["input_ids"] for batch in batches]) for name, batches in evaluation.items()},
+        "val loader": torch.cat([batch["input_ids"] for batch in data.val_dataloader()[0]]),
+        "prompts": torch.cat([batch["input_ids"][:, :1] for batch in data.predict_dataloader()]),
+    }
+
+
+@pytest.mark.parametrize(("bos", "begins"), [(None, True), (False, False)])
+def test_windows_of_every_stream_begin_with_bos_as_the_family_or_the_setting_says(
+    gemma_folder: Path,
+    make_data: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bos: bool | None,
+    begins: bool,
+) -> None:
+    monkeypatch.setattr("gqaprune.datamodules.text.sample_from_model", partial(sample_from_model, cache=tmp_path))
+    settings = {
+        "calibration": {"sampled_windows": 4, "held_out_windows": 4},
+        "training": {"sampled_windows": 4},
+        "sampling": {"document": 20, "prompts": ["Line"]},
+    }
+    data = make_data(**settings, tokenizer=str(gemma_folder), bos=bos)
+    for name, ids in list_windows(data, load_model(gemma_folder)).items():
+        assert ids.shape[1] in (1, 32, 48, 64)
+        share = float((ids[:, 0] == 256).float().mean())
+        assert share == 1 if begins or name == "prompts" else share < 0.7, name
+    words = "each beginning with BOS" if begins else "BOS before the first alone"
+    assert f"windows of 64 tokens, {words}, whole split" in data.protocol
+
+
+def test_a_token_that_is_scored_is_scored_once_with_bos_as_without(gemma_folder: Path, make_data: Any) -> None:
+    data = make_data(tokenizer=str(gemma_folder), evaluation={"batch_size": 3})
+    batches = data.evaluation_batches()["val/book"]
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert (labels[:, 0] == IGNORED).all()
+    tokens = data.tokenizer(data_text(make_data), add_special_tokens=False)["input_ids"]
+    assert labels[:, 1:].flatten().tolist() == tokens[: labels[:, 1:].numel()]
+
+
+def data_text(make_data: Any) -> str:
+    """The validation split that `make_data` reads."""
+    (corpus,) = make_data().corpora["val"]
+    return SEPARATOR.join(read_corpus(corpus))

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import GemmaTokenizer, PreTrainedTokenizerFast
 
 from gqaprune.checkpoints.save import save
-from gqaprune.models.tokenizer import check_tokenizer, load_tokenizer
+from gqaprune.models.tokenizer import adds_bos, check_tokenizer, find_bos, load_tokenizer
 
-from tiny import make_model
+from tiny import make_model, make_tokenizer, make_unknown
 
 
 def test_tokenizer_that_makes_unknown_ids_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -100,3 +100,43 @@ def test_a_tokenizer_that_explodes_is_refused_in_a_sentence(name: str, tiny_fold
 def test_a_tokenizer_is_tried_on_text_that_every_kind_takes(tiny_folder: Path) -> None:
     assert len(load_tokenizer(tiny_folder)) == 258
     assert len(load_tokenizer("smollm2-135m")) == 49152
+
+
+@pytest.mark.parametrize("variant", ["gemma2", "gemma3"])
+def test_windows_of_gemma_begin_with_bos_wherever_the_model_is_loaded_from(variant: str, tmp_path: Path) -> None:
+    save(make_model(variant), make_tokenizer(), tmp_path / "model")
+    tokenizer = load_tokenizer(tmp_path / "model")
+    assert find_bos(tokenizer) == tokenizer.bos_token_id is not None
+    assert find_bos(tokenizer, bos=False) is None
+    save(make_model(variant), tokenizer, tmp_path / "again")
+    assert find_bos(load_tokenizer(tmp_path / "again")) == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("family", ["gemma", "vaultgemma"])
+def test_windows_of_gemmas_that_are_taken_for_llamas_begin_with_bos(family: str, tmp_path: Path) -> None:
+    save(make_unknown(family), make_tokenizer(), tmp_path)
+    assert find_bos(load_tokenizer(tmp_path)) == 256
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2", "phi3", "olmo2", "granite", "exaone4", "smollm3"])
+def test_windows_of_other_families_begin_with_bos_where_it_is_asked_for_alone(variant: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(adds_bos=True)
+    save(make_model(variant), tokenizer, tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert adds_bos(loaded) and find_bos(loaded) is None and find_bos(loaded, bos=True) == 256
+
+
+def test_gemmas_tokenizer_is_known_by_its_class_where_transformers_has_loaded_it() -> None:
+    tokenizer = GemmaTokenizer()
+    assert find_bos(tokenizer) == tokenizer.bos_token_id is not None
+    assert find_bos(make_tokenizer()) is None
+
+
+def test_windows_cannot_begin_with_a_token_that_the_tokenizer_has_not(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = None
+    assert not adds_bos(tokenizer)
+    with pytest.raises(ValueError, match="the tokenizer has no beginning-of-text token: set it to false or null"):
+        find_bos(tokenizer, bos=True)
+    save(make_model("gemma2"), tokenizer, tmp_path)
+    assert find_bos(load_tokenizer(tmp_path)) is None

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gqaprune import PruningPlan, prune
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import count_layer_parameters, count_parameters, find_blocks
 from gqaprune.planning.allocation import ALLOCATIONS
+from gqaprune.scoring.damage import measure_damage_curves
 from gqaprune.scoring.scores import ScoringConfig, score_units
 from gqaprune.scoring.sensitivity import SENSITIVITIES
 
@@ -234,6 +236,25 @@ def test_optimal_on_measured_damage_sees_what_magnitude_does_not() -> None:
 
     assert lose()[1] == 0
     assert lose(damage_levels=4)[1] >= 30
+
+
+@pytest.mark.parametrize("levels", [2, 3, 5, 50])
+def test_damage_is_measured_at_so_many_removals_of_which_none_is_zero(
+    levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def measure(model: Any, blocks: Any, scores: Any, removals: Any, batches: Any) -> Any:
+        asked.append(removals)
+        return measure_damage_curves(model, blocks, scores, removals, batches)
+
+    monkeypatch.setattr("gqaprune.planning.counts.measure_damage_curves", measure)
+    prune(make_model("llama"), BATCHES, make_plain(rate=0.2, allocation="optimal", damage_levels=levels))
+    for key, removals in asked[0].items():
+        most = 19 if key.kind == "mlp" else 1
+        assert len(removals) == min(levels, most) and removals[-1] == most
+        steps = [after - before for before, after in pairwise([0, *removals])]
+        assert min(steps) >= 1 and max(steps) - min(steps) <= 1
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])

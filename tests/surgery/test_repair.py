@@ -127,6 +127,18 @@ def test_strong_ridge_leaves_the_weights_as_cut() -> None:
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("count", "settings", "is_said"), [(1, {}, True), (2, {}, False), (1, {"method": "bias"}, False)]
+)
+def test_a_single_batch_that_leaves_none_to_choose_on_is_said(
+    count: int, settings: dict[str, Any], is_said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model("llama-biases")
+    with caplog.at_level("INFO", logger="gqaprune"):
+        apply_plan_with_repair(model, plan_cut(model), BATCHES[:count], make_repair(**settings))
+    assert ("a single calibration batch leaves none to choose ridges" in caplog.text) is is_said
+
+
 @pytest.mark.parametrize("batches", [BATCHES, BATCHES[:2]], ids=["much text", "little text"])
 def test_errors_are_those_on_held_out_windows_and_repair_is_no_worse(batches: list[Tensor]) -> None:
     key = (1, "mlp")

@@ -1,5 +1,6 @@
 """The loss of training is what its settings say, and its teacher is loaded, cached and kept apart."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,17 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 import gqaprune
+from gqaprune.models.architecture import get_layers
+from gqaprune.models.layerwise import embed_batches
 from gqaprune.placement.model_source import ModelSource
+from gqaprune.surgery.cut import apply_plan
+from gqaprune.training.compilation import LayerCompiler
+from gqaprune.training.lora import add_adapters
 from gqaprune.training.objective import Objective, check_loss
 from gqaprune.training.recovery import RecoveryConfig
 from gqaprune.training.teacher import cache_teacher
 
+from cuts import UNEVEN, make_plan
 from tiny import VOCABULARY, make_model, make_tokenizer, make_tokens
 
 IDS = make_tokens(3, 12)
@@ -48,7 +55,7 @@ def compute_divergence(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 
 def run(model: PreTrainedModel) -> Any:
-    return model(input_ids=IDS, output_hidden_states=True)
+    return model(input_ids=IDS)
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
@@ -80,21 +87,85 @@ def test_distillation_mixes_loss_and_divergence_by_weight(
     torch.testing.assert_close(gradients, torch.autograd.grad(mixture, parameters), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("layers", "compared"), [(None, [3]), ([0, 2], [1, 3])], ids=["last", "two"])
-def test_distance_of_hidden_states_is_added_with_its_weight(
-    source: ModelSource, layers: list[int] | None, compared: list[int]
-) -> None:
+def walk(model: PreTrainedModel) -> list[Tensor]:
+    """What each decoder layer gives, one called after the other by hand: before the final norm."""
+    (stream,) = embed_batches(model, [IDS])
+    outputs = []
+    for layer, arguments in zip(get_layers(model), stream.arguments, strict=True):
+        found = layer(outputs[-1] if outputs else stream.hidden_BTD, **arguments)
+        outputs.append(found[0] if isinstance(found, tuple) else found)
+    return outputs
+
+
+def compute_distance(own: list[Tensor], taught: list[Tensor]) -> Tensor:
+    pairs = zip(own, taught, strict=True)
+    distances = [((one - other).square().sum(-1) / other.square().sum(-1)).mean() for one, other in pairs]
+    return torch.stack(distances).mean()
+
+
+@pytest.mark.parametrize("layers", [None, [0], [0, 2], [2, 1]], ids=str)
+def test_distance_of_hidden_states_is_added_with_its_weight(source: ModelSource, layers: list[int] | None) -> None:
     student = make_model("llama")
     objective = make_objective(source, mode="distill", hidden_weight=0.7, hidden_layers=layers)
     loss, parts = objective.measure(student, BATCH)
-    own, taught = run(student).hidden_states, run(source.load()).hidden_states
-    distances = [
-        ((own[i] - taught[i]).square().sum(-1) / taught[i].square().sum(-1)).mean()
-        for i in compared  # 0 is the embedding
-    ]
+    own, taught = ([walk(model)[i] for i in layers or [2]] for model in (student, source.load()))
     assert list(parts) == ["lm_loss", "divergence", "hidden_distance"]
-    torch.testing.assert_close(parts["hidden_distance"], torch.stack(distances).mean())
+    torch.testing.assert_close(parts["hidden_distance"], compute_distance(own, taught))
     torch.testing.assert_close(loss, parts["divergence"] + 0.7 * parts["hidden_distance"])
+
+
+def recompute(student: PreTrainedModel) -> None:
+    student.activation_checkpointing_enable()
+    student.train()
+
+
+def adapt(student: PreTrainedModel) -> None:
+    add_adapters(student, RecoveryConfig("lora+distill", lora_rank=2))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "pruned"),
+    [(None, False), (recompute, False), (adapt, False), (recompute, True), (None, True)],
+    ids=["whole", "recomputed", "lora", "per-layer recomputed", "per-layer"],
+)
+@pytest.mark.parametrize("variant", ["llama", "gemma3"])
+def test_hidden_states_are_those_before_the_final_norm_with_their_gradients_however_layers_run(
+    prepare: Callable[[PreTrainedModel], None] | None, pruned: bool, variant: str
+) -> None:
+    student, teacher = make_model(variant, kv_heads=3, ratio=2), make_model(variant, kv_heads=3, ratio=2, seed=1)
+    if pruned:
+        apply_plan(student, make_plan(student, *UNEVEN))
+    if prepare is not None:
+        prepare(student)
+    objective = make_objective(None, mode="distill", hidden_weight=1.0, hidden_layers=[1, 2], distill_weight=1.0)
+    objective.teacher = teacher
+    _, parts = objective.measure(student, BATCH)
+    assert all(layer._compiled_call_impl is None for layer in get_layers(student))
+    # `walk` begins behind the embedding.
+    parameters = [p for name, p in student.named_parameters() if p.requires_grad and "layers" in name]
+    gradients = torch.autograd.grad(parts["hidden_distance"], parameters, allow_unused=True)
+    student.eval()
+    expected = compute_distance(walk(student)[1:], walk(teacher)[1:])
+    torch.testing.assert_close(parts["hidden_distance"], expected)
+    for found, wanted in zip(gradients, torch.autograd.grad(expected, parameters, allow_unused=True), strict=True):
+        assert (found is None) == (wanted is None)
+        if found is not None:
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_hidden_states_of_compiled_layers_are_taken_in_every_step(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))
+    student, compiler = make_model("llama"), LayerCompiler(True)
+    objective = make_objective(source, mode="distill", hidden_weight=1.0)
+    for _ in range(2):
+        with compiler.compiled(student):
+            _, parts = objective.measure(student, BATCH)
+        expected = compute_distance([walk(student)[2]], [walk(source.load())[2]])
+        torch.testing.assert_close(parts["hidden_distance"], expected)
+        with torch.no_grad():
+            student.model.layers[1].mlp.down_proj.weight.mul_(1.5)
 
 
 def test_imbalance_of_experts_counts_in_the_language_loss() -> None:
