@@ -46,6 +46,7 @@ from gqaprune.common.run_log import RunLog
 from gqaprune.datamodules import TextDataModule
 from gqaprune.module import CausalLMModule
 from gqaprune.planning.allocation import describe_allocations
+from gqaprune.training.checkpoint_files import check_is_local
 from gqaprune.training.lightning_internals import (
     SHARDED,
     add_subcommand,
@@ -151,8 +152,9 @@ class PruningCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """LightningCLI's commands, `prune` and `search`, with the arguments that are not settings."""
         own = {"model", "datamodule"}
-        # `verbose` of validate and test would hide their results.
-        of_lightning = {name: skipped | {"verbose"} for name, skipped in LightningCLI.subcommands().items()}
+        # `verbose` of validate and test would hide their results, `weights_only false` would run what files say.
+        hidden = {"verbose", "weights_only"}
+        of_lightning = {name: skipped | hidden for name, skipped in LightningCLI.subcommands().items()}
         return {**of_lightning, "prune": own, "search": own | {"settings"}}
 
     def setup_parser(self, add_subcommands: bool, *arguments: Any) -> None:
@@ -208,6 +210,7 @@ class PruningCLI(LightningCLI):
         """
         settings = self.config.get(self.config.get("subcommand", ""), {})
         path = Path(settings.get("ckpt_path") or "")
+        check_is_local(settings.get("ckpt_path") or "")
         if path.is_file() or (path / SHARDED).is_file():
             settings.model.plan = read_plan(path) or settings.model.plan
 

@@ -32,6 +32,7 @@ from gqaprune.placement.model_source import ModelSource
 from gqaprune.plan import PruningPlan
 from gqaprune.surgery.cut_loading import load_cut_model
 from gqaprune.training.accumulation import count_round_steps
+from gqaprune.training.checkpoint_files import check_is_local, guard_loading, load_weights_alone
 from gqaprune.training.compilation import LayerCompiler
 from gqaprune.training.lightning_internals import HYPER_PARAMETERS, WEIGHTS, find_trainer
 from gqaprune.training.lora import Adapters
@@ -101,6 +102,26 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self._matrix_names: set[str] = set()
         self._perplexities = CorpusPerplexities([], self.device)
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **settings: Any) -> "CausalLMModule":
+        """Build a module from what a checkpoint says, as Lightning does; nothing in it runs code.
+
+        Args:
+            checkpoint_path: a file on this machine, or one that is open.
+            arguments: Lightning's.
+            settings: of the module, before those of the checkpoint; code that comes with the model is run if
+                `trust_remote_code` is here, whatever the checkpoint says.
+
+        Raises:
+            ValueError: if it is somewhere else.
+        """
+        if isinstance(checkpoint_path, (str, Path)):
+            check_is_local(checkpoint_path)
+        with load_weights_alone():
+            return super().load_from_checkpoint(
+                checkpoint_path, *arguments, **{"trust_remote_code": False, **settings, "weights_only": True}
+            )
+
     @property
     def model(self) -> PreTrainedModel:
         """The causal LM; `load` it first."""
@@ -109,7 +130,11 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         return model
 
     def configure_callbacks(self) -> list[Callback]:
-        """Turn training off if `recovery.mode` is `none`, in the first hook of a run; no callback is added."""
+        """Guard what is loaded, and turn training off if `recovery.mode` is `none`, in the first hook of a run.
+
+        No callback is added.
+        """
+        guard_loading(self.trainer.strategy)
         if self.recovery.mode == "none":
             self.trainer.limit_train_batches = 0
         return []

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from filelock import FileLock, Timeout
 
 from gqaprune.common.atomic_files import remove_lock, write_atomically
 from gqaprune.common.console import console
-from gqaprune.common.errors import first_line
 from gqaprune.common.stage_cache import describe_change
-from gqaprune.training.lightning_internals import HYPER_PARAMETERS, SHARDED, TRAINING_STATE, WEIGHTS
+from gqaprune.training.checkpoint_files import read_checkpoint
+from gqaprune.training.lightning_internals import HYPER_PARAMETERS, TRAINING_STATE, WEIGHTS
 
 UNFINISHED = Path("lightning_logs") / "unfinished"
 """Where, under a run's root folder, its note and its stages are until it ends."""
@@ -136,14 +135,16 @@ def read_plan(checkpoint: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: if it cannot be read.
     """
-    plan = _read(checkpoint).get(HYPER_PARAMETERS, {}).get("plan")
-    assert plan is None or isinstance(plan, dict)
+    settings = read_checkpoint(checkpoint).get(HYPER_PARAMETERS, {})
+    plan = settings.get("plan") if isinstance(settings, dict) else settings
+    if plan is not None and not isinstance(plan, dict):
+        raise ValueError(f"{checkpoint} is no checkpoint of gqaprune's: its plan is of type {type(plan).__name__}")
     return plan
 
 
 def read_strategy(checkpoint: Path) -> str:
     """The strategy that wrote a sharded checkpoint, a folder, which no other can read."""
-    return str(_read(checkpoint).get("strategy", "ModelParallelStrategy"))
+    return str(read_checkpoint(checkpoint).get("strategy", "ModelParallelStrategy"))
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -152,26 +153,7 @@ def is_whole(checkpoint: Path) -> bool:
     Raises:
         ValueError: if it cannot be read.
     """
-    return TRAINING_STATE in _read(checkpoint)
-
-
-def _read(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds; of a folder of shards, what it holds besides tensors.
-
-    Raises:
-        ValueError: if it is none, or a folder where nothing but unpickling could tell.
-    """
-    path = checkpoint / SHARDED if checkpoint.is_dir() else checkpoint
-    if not path.is_file():
-        raise ValueError(
-            f"{checkpoint} has no {SHARDED}: gqaprune goes on from Lightning's files and from folders of FSDP and "
-            "FSDP2, not from DeepSpeed's, which would have to be unpickled; begin anew with --ckpt_path null"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"{path} is cut short, or no checkpoint of Lightning's ({first_line(error)})") from None
-    return content if isinstance(content, dict) else {}
+    return TRAINING_STATE in read_checkpoint(checkpoint)
 
 
 def list_checkpoint_folders(writers: Iterable[object]) -> list[str]:
@@ -192,7 +174,7 @@ def find_checkpoint(folders: Iterable[str | Path], run: str) -> Path | None:
 
 def _can_go_on(path: Path, run: str) -> bool:
     try:
-        content = _read(path)
+        content = read_checkpoint(path)
     except (OSError, ValueError):
         return False
     weights = {} if path.is_dir() else content.get(WEIGHTS, {})
