@@ -300,7 +300,8 @@ def _is_rank_0() -> bool:
 
 def _list_settings(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     """All settings of a command as plain data, by their full names, without the place that it begins at."""
-    dumped = json.loads(parser.dump(config, format="json", skip_none=False, skip_link_targets=False))
+    text = parser.dump(config, format="json", skip_none=False, skip_link_targets=False)
+    dumped = json.loads(text, parse_constant=str)  # infinity is no JSON, which a run's note is
     flat: dict[str, Any] = {}
 
     def add(values: Mapping[str, Any], prefix: str) -> None:

@@ -1,11 +1,10 @@
 """Where a model's files are: a folder, a GGUF file, a name on the hub, or the embedded model."""
 
 import importlib.util
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
@@ -22,6 +21,7 @@ from transformers.utils import (
 )
 
 from gqaprune.common.errors import first_line
+from gqaprune.common.json_files import read_json
 from gqaprune.models.config_facts import drop_code_map
 from gqaprune.models.gguf_file import GgufHeader, read_header
 from gqaprune.models.gguf_reader import is_own, read_config
@@ -155,7 +155,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     if (folder / SAFE_WEIGHTS_NAME).is_file():  # which transformers reads too where there are both
         paths = [folder / SAFE_WEIGHTS_NAME]
     elif index.is_file():
-        paths = _read_index(index)
+        paths = read_index(index)
     else:
         raise ValueError(f"there is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, which hold the weights")
     files: dict[str, Path] = {}
@@ -208,12 +208,26 @@ def complete_name(name: str, names: Collection[str], model: PreTrainedModel) -> 
     return complete if complete in names else name
 
 
-def _read_index(index: Path) -> list[Path]:
+def read_index(index: Path) -> list[Path]:
+    """The files that an index of weights names, which lie beside it.
+
+    Raises:
+        ValueError: if it is broken, or names files elsewhere.
+    """
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (KeyError, TypeError, ValueError):
+        names = set(read_json(index, "map of weights")["weight_map"].values())
+        strange = [name for name in names if not isinstance(name, str) or name in ("", ".", "..") or name != _bare(name)]
+    except (AttributeError, KeyError, TypeError):
         raise ValueError(f"{index.name} does not say which file holds which tensor: fetch it again") from None
+    if not names or strange:
+        found = repr(strange[0])[:80] if strange else "none"
+        raise ValueError(f"{index.name} has to name files that lie beside it, got {found}: fetch it again")
     return sorted(index.parent / name for name in names)
+
+
+def _bare(name: str) -> str:
+    """A file's name without folder and drive, on any system."""
+    return PureWindowsPath(name).name
 
 
 def find_weights(source: str | Path, local_files_only: bool = False) -> list[Path]:
