@@ -19,14 +19,21 @@ from transformers import (
 
 from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import read_geometry
-from gqaprune.models.config_facts import correct_config
+from gqaprune.models.config_facts import check_kernel, correct_config
 from gqaprune.models.dtypes import DTYPES, check_dtype
 from gqaprune.models.families import get_family
 from gqaprune.models.gguf_file import GgufHeader
 from gqaprune.models.gguf_layout import HEAD
 from gqaprune.models.gguf_reader import read_weights
 from gqaprune.models.per_layer import get_per_layer_class
-from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error, read_own_header
+from gqaprune.models.sources import (
+    LOADING_ERRORS,
+    check_index,
+    load_config,
+    locate,
+    make_loading_error,
+    read_own_header,
+)
 from gqaprune.models.tokenizer import check_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -77,6 +84,7 @@ def load_model(
             package that is not installed.
     """
     check_dtype(dtype)
+    check_kernel(attn_implementation, trust_remote_code)
     place, gguf = locate(source)
     config = load_config(source, trust_remote_code)
     family = get_family(config)
@@ -100,6 +108,7 @@ def load_model(
         elif gguf:  # packed weights can be neither cut nor trained
             arguments = {"quantization_config": GgufConfig(dequantize=True), **arguments, **gguf}
         else:
+            check_index(place)
             arguments |= {"config": config, "use_safetensors": True}
         # What has another shape is refused below, by its name; transformers refuses it without.
         model, found = model_class.from_pretrained(
@@ -171,8 +180,9 @@ def build_model(
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ValueError: if the type is to be the config's own and it has none.
+        ValueError: if the type is to be the config's own and it has none, or the kernel is code on the hub.
     """
+    check_kernel(attn_implementation, trust_remote_code)
     if dtype == "auto" and (dtype := config.dtype) is None:
         raise ValueError("its config does not say which type the weights have: set dtype to bfloat16 or float32")
     arguments = {"dtype": dtype} | ({} if attn_implementation is None else {"attn_implementation": attn_implementation})

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -17,12 +18,13 @@ from transformers.utils import (
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
+    cached_file,
     find_adapter_config_file,
 )
 
 from gqaprune.common.errors import first_line
 from gqaprune.common.json_files import read_json
-from gqaprune.models.config_facts import drop_code_map
+from gqaprune.models.config_facts import drop_code_map, drop_kernels
 from gqaprune.models.gguf_file import GgufHeader, read_header
 from gqaprune.models.gguf_reader import is_own, read_config
 from gqaprune.models.nemotron_nas import MODEL_TYPE, read_nemotron_nas
@@ -124,7 +126,9 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
     drop_code_map(config, trust_remote_code)
-    config.__dict__.pop("model_file", None)  # names a file for mlx-lm, which other folders do not have
+    drop_kernels(config)
+    for name in ("model_file", "transformers_weights"):  # files for mlx-lm and transformers, read here by their names
+        config.__dict__.pop(name, None)
     return config
 
 
@@ -216,18 +220,25 @@ def read_index(index: Path) -> list[Path]:
     """
     try:
         names = set(read_json(index, "map of weights")["weight_map"].values())
-        strange = [name for name in names if not isinstance(name, str) or name in ("", ".", "..") or name != _bare(name)]
-    except (AttributeError, KeyError, TypeError):
+        strange = [name for name in names if name != PureWindowsPath(name).name or not name.endswith(".safetensors")]
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{index.name} does not say which file holds which tensor: fetch it again") from None
     if not names or strange:
-        found = repr(strange[0])[:80] if strange else "none"
-        raise ValueError(f"{index.name} has to name files that lie beside it, got {found}: fetch it again")
+        found = reprlib.repr(min(strange, default=None))
+        raise ValueError(f"{index.name} has to name safetensors files that lie beside it, got {found}: fetch it again")
     return sorted(index.parent / name for name in names)
 
 
-def _bare(name: str) -> str:
-    """A file's name without folder and drive, on any system."""
-    return PureWindowsPath(name).name
+def check_index(place: Path | str) -> None:
+    """Refuse a checkpoint whose weights lie anywhere but beside their index, which transformers would follow.
+
+    Raises:
+        ValueError: as `read_index`.
+        OSError: if it is a name on the hub, which cannot be reached.
+    """
+    index = cached_file(place, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        read_index(Path(index))
 
 
 def find_weights(source: str | Path, local_files_only: bool = False) -> list[Path]:
