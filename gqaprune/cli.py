@@ -44,6 +44,7 @@ from gqaprune.common.cpu import avoid_illegal_instructions
 from gqaprune.common.renamed import GROUPS, describe_rename, find_renamed_setting
 from gqaprune.common.run_log import RunLog
 from gqaprune.datamodules import TextDataModule
+from gqaprune.models.sources import name_at_revision
 from gqaprune.module import CausalLMModule
 from gqaprune.planning.allocation import describe_allocations
 from gqaprune.training.checkpoint_files import check_is_local
@@ -180,7 +181,7 @@ class PruningCLI(LightningCLI):
         parser.add_lightning_class_args(SampleGenerations, "samples")  # likewise its prompts
         parser.add_lightning_class_args(TaylorPruning, "pruning")
         parser.add_lightning_class_args(PerplexityGuard, "guard")  # after pruning: it judges what that left
-        parser.link_arguments("model.pretrained", "data.tokenizer")
+        parser.link_arguments(("model.pretrained", "model.revision"), "data.tokenizer", name_at_revision)
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
         parser.add_lightning_class_args(PruningTrainer, "trainer")
         parser.add_argument("--verbose", **VERBOSE)

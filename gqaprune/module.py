@@ -25,7 +25,7 @@ from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.generation import continue_greedily
 from gqaprune.evaluation.perplexity import CorpusPerplexities
 from gqaprune.models.fingerprint import find_fingerprint
-from gqaprune.models.sources import load_config, make_absolute
+from gqaprune.models.sources import load_config, make_absolute, pin
 from gqaprune.placement.fsdp import distribute_model
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.model_source import ModelSource
@@ -63,6 +63,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         max_new_tokens: tokens that `predict` adds to each prompt at most; loops take some fifty to show.
         plan: a pruning plan to apply on loading, instead of calibrating: the path of a `plan.json`, or its content, as
             a Lightning checkpoint carries it, whose weights are loaded next.
+        revision: branch, tag or commit of a model on the hub, of its tokenizer, config, weights and code.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         warmup_steps: int | None = None,
         max_new_tokens: int = 60,
         plan: str | dict[str, Any] | None = None,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
-        pretrained = make_absolute(pretrained)  # checkpoints, plan and report name it
+        pretrained = pin(make_absolute(pretrained), revision)  # checkpoints, plan and report name it
         self.save_hyperparameters(ignore=["optimizer", "plan", "recovery"])
         self.source = ModelSource(pretrained, dtype, attn_implementation, trust_remote_code)
         self.recovery = recovery

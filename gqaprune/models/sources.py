@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -53,15 +54,16 @@ _ADAPTER = (
 )
 """What is wrong with a place that transformers puts an adapter on a model for, which nothing else here reads."""
 
+_REVISION = "revision"
 _CHECKPOINT_FILES = [CONFIG_NAME, GENERATION_CONFIG_NAME, "model*.safetensors", "model.safetensors.index.json"]
 """What is fetched of a model on the hub whose files are read here."""
 
 
 def locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
-    """Where transformers finds a model: a folder or hub name, and the GGUF file in it if it is one.
+    """Where transformers finds a model: a folder or bare hub name, and the GGUF file in it if it is one.
 
     Args:
-        source: a folder, a `.gguf` file, a hub name, or `smollm2-135m` (the embedded model).
+        source: a folder, a `.gguf` file, a hub name, `owner/name@revision`, or `smollm2-135m` (the embedded model).
 
     Raises:
         ValueError: if there is no model, a PEFT adapter, or the embedded one is not installed.
@@ -92,9 +94,51 @@ def locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
         raise ValueError(f"{path} is a file: give a checkpoint folder, a .gguf file or a hub name")
     if path.is_dir():
         return path, {}
-    if path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2:
+    name, at, revision = str(source).partition("@")
+    if path.is_absolute() or name.startswith((".", "~")) or len(Path(name).parts) > 2:
         raise ValueError(f"no model at {source}: the folder does not exist")
-    return str(source), {}
+    if at and (not re.fullmatch(r"[\w./-]+", revision) or ".." in revision):
+        raise ValueError(
+            f"{revision!r} is no revision of {name}: give a branch, a tag or a commit, such as {name}@main"
+        )
+    return name, {}
+
+
+def pin(source: str, revision: str | None) -> str:
+    """Name a model on the hub at a revision, `owner/name@revision`, which is what plans, reports and runs know it by.
+
+    Args:
+        source: as for `load_model`.
+        revision: branch, tag or commit; null leaves the name as it is.
+
+    Raises:
+        ValueError: if the model is on this machine, or has another revision already.
+    """
+    if revision is None or find_revision(source) == {_REVISION: revision}:
+        return source
+    if not isinstance(locate(source)[0], str) or find_revision(source):
+        raise ValueError(
+            f"revision {revision!r} is one of a model on the hub, and {source} is on this machine or has one already: "
+            "leave it out"
+        )
+    pinned = name_at_revision(source, revision)
+    locate(pinned)
+    return pinned
+
+
+def name_at_revision(source: str, revision: str | None) -> str:
+    """The same of any name, unchecked."""
+    return source if revision is None else f"{source}@{revision}"
+
+
+def find_revision(source: str | Path) -> dict[str, str]:
+    """The revision of a model on the hub, as transformers' argument; empty where it is the newest, or on this machine.
+
+    Args:
+        source: as for `load_model`.
+    """
+    revision = "" if os.path.exists(source) else str(source).partition("@")[2]
+    return {_REVISION: revision} if revision else {}
 
 
 def make_absolute(source: str) -> str:
@@ -114,15 +158,16 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
         ValueError: if there is none, it is broken, or it is of a PEFT adapter.
     """
     place, gguf = locate(source)
+    arguments = {**gguf, **find_revision(source)}
     try:
-        if isinstance(place, str) and find_adapter_config_file(place) is not None:
+        if isinstance(place, str) and find_adapter_config_file(place, **find_revision(source)) is not None:
             raise ValueError(f"it {_ADAPTER}")
         if header := read_own_header(source):
             return read_config(header)
-        values = {} if gguf else PretrainedConfig.get_config_dict(place)[0]
+        values = {} if gguf else PretrainedConfig.get_config_dict(place, **arguments)[0]
         if values.get("model_type") == MODEL_TYPE:
             return read_nemotron_nas(values | {"name_or_path": str(place)})
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **arguments)
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
     drop_code_map(config, trust_remote_code)
@@ -229,14 +274,22 @@ def read_index(index: Path) -> list[Path]:
     return sorted(index.parent / name for name in names)
 
 
-def check_index(place: Path | str) -> None:
+def check_index(source: str | Path) -> None:
     """Refuse a checkpoint whose weights lie anywhere but beside their index, which transformers would follow.
+
+    Args:
+        source: as for `load_model`.
 
     Raises:
         ValueError: as `read_index`.
         OSError: if it is a name on the hub, which cannot be reached.
     """
-    index = cached_file(place, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    index = cached_file(
+        locate(source)[0],
+        SAFE_WEIGHTS_INDEX_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        **find_revision(source),
+    )
     if index is not None:
         read_index(Path(index))
 
@@ -255,16 +308,20 @@ def find_weights(source: str | Path, local_files_only: bool = False) -> list[Pat
     if gguf:
         return [Path(place) / gguf["gguf_file"]]
     try:
-        return sorted(set(find_tensors(fetch(place, local_files_only)).values()))
+        return sorted(set(find_tensors(fetch(source, local_files_only)).values()))
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
 
 
-def fetch(place: Path | str, local_files_only: bool = False) -> Path:
-    """The folder of a checkpoint with safetensors files, which comes from the hub if `place` is a name there."""
+def fetch(source: str | Path, local_files_only: bool = False) -> Path:
+    """The folder of a checkpoint with safetensors files, which comes from the hub if `source` is a name there."""
+    place = locate(source)[0]
     if isinstance(place, Path):
         return place
-    return Path(snapshot_download(place, allow_patterns=_CHECKPOINT_FILES, local_files_only=local_files_only))
+    revision = find_revision(source).get(_REVISION)
+    return Path(
+        snapshot_download(place, revision=revision, allow_patterns=_CHECKPOINT_FILES, local_files_only=local_files_only)
+    )
 
 
 def make_loading_error(what: str, source: str | Path, reason: str) -> ValueError:

@@ -8,28 +8,40 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.common.errors import first_line
 from gqaprune.models.gguf_reader import read_tokenizer
-from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error, read_own_header
+from gqaprune.models.sources import (
+    LOADING_ERRORS,
+    find_revision,
+    load_config,
+    locate,
+    make_loading_error,
+    pin,
+    read_own_header,
+)
 
 _VOCABULARY_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken*.json")
 """What a folder without a tokenizer has none of."""
 
 
-def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str | Path, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Args:
         source: as for `load_model`.
         trust_remote_code: run code that comes with the checkpoint.
+        revision: as for `load_model`.
 
     Raises:
         ValueError: if there is none, or it is broken.
     """
+    source = pin(str(source), revision)
     place, gguf = locate(source)
     try:
         if header := read_own_header(source):
             tokenizer = read_tokenizer(header)
         else:
-            known = gguf or {"config": load_config(source, trust_remote_code)}
+            known = gguf or {"config": load_config(source, trust_remote_code), **find_revision(source)}
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **known)
         if _is_empty(tokenizer):
             raise ValueError("it has no tokens but special ones")

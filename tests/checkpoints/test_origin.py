@@ -120,9 +120,7 @@ def test_names_that_are_no_folder_are_kept(tmp_path: Path, monkeypatch: pytest.M
     assert CalibrationSet([], source="owner/name").source == str(tmp_path / "owner/name")
 
 
-@pytest.mark.parametrize(
-    "name", ["org/model", "model", "//host/share/model", "\\\\host\\share\\model", "s3://model"]
-)
+@pytest.mark.parametrize("name", ["org/model", "model", "//host/share/model", "\\\\host\\share\\model", "s3://model"])
 def test_a_model_that_a_plan_names_is_not_fetched(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gqaprune.checkpoints.origin.load_config", lambda *_: pytest.fail("opened"))
     change_plan(Path("pruned"), model=name)
