@@ -48,8 +48,10 @@ from gqaprune.common.renamed import GROUPS, describe_rename, find_renamed_settin
 from gqaprune.common.run_log import RunLog
 from gqaprune.common.safe_text import for_log
 from gqaprune.datamodules import TextDataModule
+from gqaprune.models.sources import name_at_revision
 from gqaprune.module import CausalLMModule
 from gqaprune.planning.allocation import describe_allocations
+from gqaprune.training.checkpoint_files import check_is_local
 from gqaprune.training.lightning_internals import (
     SHARDED,
     add_subcommand,
@@ -160,8 +162,9 @@ class PruningCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """LightningCLI's commands, `prune` and `search`, with the arguments that are not settings."""
         own = {"model", "datamodule"}
-        # `verbose` of validate and test would hide their results.
-        of_lightning = {name: skipped | {"verbose"} for name, skipped in LightningCLI.subcommands().items()}
+        # `verbose` of validate and test would hide their results, `weights_only false` would run what files say.
+        hidden = {"verbose", "weights_only"}
+        of_lightning = {name: skipped | hidden for name, skipped in LightningCLI.subcommands().items()}
         return {**of_lightning, "prune": own, "search": own | {"settings"}}
 
     def setup_parser(self, add_subcommands: bool, *arguments: Any) -> None:
@@ -187,7 +190,7 @@ class PruningCLI(LightningCLI):
         parser.add_lightning_class_args(SampleGenerations, "samples")  # likewise its prompts
         parser.add_lightning_class_args(TaylorPruning, "pruning")
         parser.add_lightning_class_args(PerplexityGuard, "guard")  # after pruning: it judges what that left
-        parser.link_arguments("model.pretrained", "data.tokenizer")
+        parser.link_arguments(("model.pretrained", "model.revision"), "data.tokenizer", name_at_revision)
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
         parser.add_lightning_class_args(PruningTrainer, "trainer")
         parser.add_argument("--verbose", **VERBOSE)
@@ -217,6 +220,7 @@ class PruningCLI(LightningCLI):
         """
         settings = self.config.get(self.config.get("subcommand", ""), {})
         path = Path(settings.get("ckpt_path") or "")
+        check_is_local(settings.get("ckpt_path") or "")
         if path.is_file() or (path / SHARDED).is_file():
             settings.model.plan = read_plan(path) or settings.model.plan
 
@@ -330,7 +334,8 @@ def _is_rank_0() -> bool:
 
 def _list_settings(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     """All settings of a command as plain data, by their full names, without the place that it begins at."""
-    dumped = json.loads(parser.dump(config, format="json", skip_none=False, skip_link_targets=False))
+    text = parser.dump(config, format="json", skip_none=False, skip_link_targets=False)
+    dumped = json.loads(text, parse_constant=str)  # infinity is no JSON, which a run's note is
     flat: dict[str, Any] = {}
 
     def add(values: Mapping[str, Any], prefix: str) -> None:

@@ -25,13 +25,14 @@ from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.generation import continue_greedily
 from gqaprune.evaluation.perplexity import CorpusPerplexities
 from gqaprune.models.fingerprint import find_fingerprint
-from gqaprune.models.sources import load_config, make_absolute
+from gqaprune.models.sources import load_config, make_absolute, pin
 from gqaprune.placement.fsdp import distribute_model
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.model_source import ModelSource
 from gqaprune.plan import PruningPlan
 from gqaprune.surgery.cut_loading import load_cut_model
 from gqaprune.training.accumulation import count_round_steps
+from gqaprune.training.checkpoint_files import check_is_local, guard_loading, load_weights_alone
 from gqaprune.training.compilation import LayerCompiler
 from gqaprune.training.lightning_internals import HYPER_PARAMETERS, WEIGHTS, find_trainer
 from gqaprune.training.lora import Adapters
@@ -62,6 +63,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         max_new_tokens: tokens that `predict` adds to each prompt at most; loops take some fifty to show.
         plan: a pruning plan to apply on loading, instead of calibrating: the path of a `plan.json`, or its content, as
             a Lightning checkpoint carries it, whose weights are loaded next.
+        revision: branch, tag or commit of a model on the hub, of its tokenizer, config, weights and code.
     """
 
     def __init__(
@@ -78,9 +80,10 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         warmup_steps: int | None = None,
         max_new_tokens: int = 60,
         plan: str | dict[str, Any] | None = None,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
-        pretrained = make_absolute(pretrained)  # checkpoints, plan and report name it
+        pretrained = pin(make_absolute(pretrained), revision)  # checkpoints, plan and report name it
         self.save_hyperparameters(ignore=["optimizer", "plan", "recovery"])
         self.source = ModelSource(pretrained, dtype, attn_implementation, trust_remote_code)
         self.recovery = recovery
@@ -101,6 +104,26 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self._matrix_names: set[str] = set()
         self._perplexities = CorpusPerplexities([], self.device)
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **settings: Any) -> "CausalLMModule":
+        """Build a module from what a checkpoint says, as Lightning does; nothing in it runs code.
+
+        Args:
+            checkpoint_path: a file on this machine, or one that is open.
+            arguments: Lightning's.
+            settings: of the module, before those of the checkpoint; code that comes with the model is run if
+                `trust_remote_code` is here, whatever the checkpoint says.
+
+        Raises:
+            ValueError: if it is somewhere else.
+        """
+        if isinstance(checkpoint_path, (str, Path)):
+            check_is_local(checkpoint_path)
+        with load_weights_alone():
+            return super().load_from_checkpoint(
+                checkpoint_path, *arguments, **{"trust_remote_code": False, **settings, "weights_only": True}
+            )
+
     @property
     def model(self) -> PreTrainedModel:
         """The causal LM; `load` it first."""
@@ -109,7 +132,11 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         return model
 
     def configure_callbacks(self) -> list[Callback]:
-        """Turn training off if `recovery.mode` is `none`, in the first hook of a run; no callback is added."""
+        """Guard what is loaded, and turn training off if `recovery.mode` is `none`, in the first hook of a run.
+
+        No callback is added.
+        """
+        guard_loading(self.trainer.strategy)
         if self.recovery.mode == "none":
             self.trainer.limit_train_batches = 0
         return []

@@ -1,21 +1,32 @@
 """The pruning plan: which units of which layer stay, as plain data.
 
 Everything after a plan is mechanical: surgery cuts what it says, a checkpoint carries it, a second run re-applies it.
-This file imports no sibling but the one that writes files, so that a plan can be read and checked without a model.
+This file imports no sibling but those that read and write files, so that a plan can be checked without a model.
 """
 
 import json
+import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, NoReturn, cast
 
 from gqaprune.common.atomic_files import write_atomically
+from gqaprune.common.json_files import read_json
 
 PLAN_FILE = "plan.json"
 FORMAT = "gqaprune-plan/1"
+
+_LARGEST_SIZE = 2**24
+"""Of any width or count of a layer; the largest models have a hundredth."""
+_MOST_HEADS = 2**20
+"""Query heads of all layers together, which plans of a few bytes can ask for and code here lists; likewise."""
+_LONGEST_NAME = 4096
+"""Characters of a model's name or path."""
+_SEEDS = range(-(2**63), 2**64)
+"""What torch takes for a seed."""
 
 BlockKind = Literal["attention", "mlp"]
 
@@ -61,6 +72,12 @@ class Geometry:
         if len(lengths) != 1 or lengths == {0}:
             raise ValueError(
                 f"a geometry needs one count per layer of each kind, got lists of {sorted(lengths)} layers"
+            )
+        largest = max(self.hidden_size, self.head_dim, *self.query_heads, *self.kv_heads, *self.channels)
+        if largest > _LARGEST_SIZE or sum(self.query_heads) > _MOST_HEADS:
+            raise ValueError(
+                f"no model has such a geometry: sizes up to {largest:,} and {sum(self.query_heads):,} query heads, at "
+                f"most {_LARGEST_SIZE:,} and {_MOST_HEADS:,} are read"
             )
         for layer, (query, kv) in enumerate(zip(self.query_heads, self.kv_heads, strict=True)):
             if kv < 1 or query < kv or query % kv:
@@ -124,7 +141,7 @@ class Geometry:
         """Build a geometry from `asdict`'s output as JSON gives it back."""
         try:
             return cls(
-                family=str(data["family"]),
+                family=_text(data["family"], "family"),
                 hidden_size=_whole_numbers([data["hidden_size"]])[0],
                 head_dim=_whole_numbers([data["head_dim"]])[0],
                 query_heads=_whole_numbers(data["query_heads"]),
@@ -323,7 +340,7 @@ class PruningPlan:
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"not a pruning plan of format {FORMAT!r}: found {found!r}")
+            raise ValueError(f"not a pruning plan of format {FORMAT!r}: found {reprlib.repr(found)}")
         try:
             layers = tuple(
                 KeptUnits(
@@ -331,20 +348,20 @@ class PruningPlan:
                     channels=_whole_numbers(kept["channels"]),
                     queries=_whole_numbers(kept["queries"]) if "queries" in kept else None,
                 )
-                for kept in data["layers"]
+                for kept in _list(data["layers"], "layers")
             )
             return cls(
                 geometry=Geometry.from_dict(data["geometry"]),
                 layers=layers,
-                model=str(data["model"]),
-                criterion=str(data["criterion"]),
-                allocation=str(data["allocation"]),
-                rate=float(data["rate"]),
-                rate_base=str(data["rate_base"]),
-                kv_rate=float(data.get("kv_rate", 0.0)),  # old plans have neither it nor a fingerprint
-                seed=int(data["seed"]),
-                corpora=tuple(str(name) for name in data["corpora"]),
-                fingerprint=str(data.get("fingerprint", "")),
+                model=_text(data["model"], "model"),
+                criterion=_text(data["criterion"], "criterion"),
+                allocation=_text(data["allocation"], "allocation"),
+                rate=_share(data["rate"], "rate"),
+                rate_base=_text(data["rate_base"], "rate_base"),
+                kv_rate=_share(data.get("kv_rate", 0.0), "kv_rate"),  # old plans have neither it nor a fingerprint
+                seed=_seed(data["seed"]),
+                corpora=tuple(_text(name, "corpora") for name in _list(data["corpora"], "corpora")),
+                fingerprint=_text(data.get("fingerprint", ""), "fingerprint"),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"the pruning plan is incomplete or of the wrong type ({error})") from None
@@ -358,17 +375,11 @@ class PruningPlan:
         """Read a plan that `save` wrote.
 
         Raises:
-            ValueError: if the file is missing, is not JSON or is not a plan.
+            ValueError: if the file is missing, is not JSON that can be trusted, or is not a plan.
         """
-        path = Path(path)
+        data = read_json(path, "pruning plan")
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise ValueError(f"no pruning plan at {path}") from None
-        except OSError as error:
-            raise ValueError(f"cannot read a pruning plan from {path} ({error.strerror})") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a pruning plan: not JSON ({error})") from None
+            return cls.from_dict(data)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -393,8 +404,36 @@ def list_query_heads(groups: Sequence[int], ratio: int) -> tuple[int, ...]:
 def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...]:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"units and shapes must be whole numbers, got {value!r}")
+            raise ValueError(f"units and shapes must be whole numbers, got {reprlib.repr(value)}")
     return tuple(values)
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    _refuse(value, name, "a list")
+
+
+def _text(value: Any, name: str) -> str:
+    if isinstance(value, str) and len(value) <= _LONGEST_NAME:
+        return value
+    _refuse(value, name, f"text of at most {_LONGEST_NAME:,} characters")
+
+
+def _share(value: Any, name: str) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    _refuse(value, name, "a number from 0 to 1")
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value in _SEEDS:
+        return value
+    _refuse(value, "seed", "a whole number of at most 64 bits")
+
+
+def _refuse(value: Any, name: str, expected: str) -> NoReturn:
+    raise ValueError(f"the plan's {name} must be {expected}, got {reprlib.repr(value)}")
 
 
 def _check_indexes(kept: tuple[int, ...], count: int, what: str) -> None:

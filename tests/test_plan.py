@@ -101,11 +101,13 @@ def test_save_to_a_place_that_cannot_be_replaced_leaves_nothing_beside_it(tmp_pa
         (b"not json", "not JSON"),
         (b"", "not JSON"),
         (b"\xff\xfe{}", "not JSON"),
+        (b"[" * 100_000, "nested more than 64 deep"),
+        (b'{"seed": 1e999}', "number 1e999 is not finite"),
         (b"[1, 2]", "found 'list'"),
         (b"{}", "found None"),
         (b'{"format": "other/2"}', "found 'other/2'"),
     ],
-    ids=["text", "empty", "not UTF-8", "a list", "no format", "wrong format"],
+    ids=["text", "empty", "not UTF-8", "deep", "infinite", "a list", "no format", "wrong format"],
 )
 def test_load_refuses_a_file_that_is_no_plan_and_names_it(tmp_path: Path, content: bytes, trouble: str) -> None:
     path = tmp_path / "mine.json"
@@ -209,6 +211,48 @@ def test_kept_units_that_are_no_list_are_refused(groups: Any) -> None:
     data["layers"][0]["groups"] = groups
     with pytest.raises(ValueError, match="wrong type"):
         PruningPlan.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "bound"),
+    [
+        ("rate", 10**39, "a number from 0 to 1"),
+        ("rate", float("nan"), "a number from 0 to 1"),
+        ("rate", "0.3", "a number from 0 to 1"),
+        ("rate", True, "a number from 0 to 1"),
+        ("kv_rate", -0.1, "a number from 0 to 1"),
+        ("kv_rate", None, "a number from 0 to 1"),
+        ("seed", float("inf"), "a whole number of at most 64 bits"),
+        ("seed", 2**64, "a whole number of at most 64 bits"),
+        ("seed", "0", "a whole number of at most 64 bits"),
+        ("model", ["a"], "text of at most 4,096 characters"),
+        ("model", "a" * 5000, "text of at most 4,096 characters"),
+        ("fingerprint", 7, "text of at most 4,096 characters"),
+        ("corpora", "wikitext2", "a list"),
+        ("corpora", [{}], "text of at most 4,096 characters"),
+        ("layers", {"0": 1}, "a list"),
+    ],
+)
+def test_value_out_of_its_bounds_is_refused_by_name(key: str, value: Any, bound: str) -> None:
+    with pytest.raises(ValueError, match=f"the plan's {key} must be {bound}, got ") as caught:
+        PruningPlan.from_dict(to_json(make_plan()) | {key: value})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"query_heads": [10**8], "kv_heads": [1], "channels": [4]},
+        {"query_heads": [2**20] * 2, "kv_heads": [1] * 2, "channels": [4] * 2},
+        {"query_heads": [2], "kv_heads": [1], "channels": [10**39]},
+        {"hidden_size": 10**39},
+        {"head_dim": 2**63},
+    ],
+)
+def test_sizes_of_no_model_are_refused_before_anything_is_listed(sizes: dict[str, Any]) -> None:
+    geometry = {**to_json(make_plan())["geometry"], **sizes}
+    with pytest.raises(ValueError, match="no model has such a geometry"):
+        Geometry.from_dict(geometry)
 
 
 def test_wrong_number_of_layers_is_refused() -> None:

@@ -85,8 +85,14 @@ class PredictionJudge(Callback):
 
     def _load_dense(self, module: CausalLMModule, data: TextDataModule) -> PreTrainedModel:
         is_teacher = self._dense == module.recovery.teacher
-        dtype = module.recovery.teacher_dtype if is_teacher else module.source.dtype
-        dense = replace(module.source, pretrained=self._dense, dtype=dtype).load().eval()
+        source = replace(
+            module.source,
+            pretrained=self._dense,
+            dtype=module.recovery.teacher_dtype if is_teacher else module.source.dtype,
+            # A model that a plan alone names runs no code.
+            trust_remote_code=module.source.trust_remote_code and (is_teacher or module.plan is not None),
+        )
+        dense = source.load().eval()
         check_tokenizer(data.tokenizer, dense)
         return dense
 
@@ -105,7 +111,7 @@ def choose_dense(module: CausalLMModule) -> tuple[str, str]:
     alone = "no dense model to compare with, so that only what repeats itself is seen, not what makes no sense"
     way_out = "name it by --model.recovery.teacher"
     try:
-        return find_dense(module.source.pretrained, module.source.trust_remote_code), ""
+        return find_dense(module.source.pretrained), ""
     except ValueError as error:
         return "", f"{alone}: {error}; {way_out}"
 

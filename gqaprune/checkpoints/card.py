@@ -50,7 +50,7 @@ def write_card(
     asked = [f"{plan.rate:.1%} of its {_BASES[plan.rate_base]}"] if plan.rate else []
     asked += [f"{plan.kv_rate:.1%} of its KV heads"] if plan.kv_rate else []
     data = ModelCardData(
-        base_model=plan.model if _is_hub_name(plan.model) else None,
+        base_model=plan.model.partition("@")[0] if _is_hub_name(plan.model) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gqaprune", "pruned"],
@@ -98,8 +98,9 @@ def _describe_serving(command: str, folder: Path, written: Geometry) -> str:
 
 
 def _is_hub_name(model: str) -> bool:
-    """Whether a model is not a folder here but `owner/name` on the hub."""
-    return model.count("/") == 1 and not model.startswith((".", "~", "/")) and not os.path.exists(model)
+    """Whether a model is not a folder here but `owner/name` on the hub, at a revision or not."""
+    is_name = model.partition("@")[0].count("/") == 1
+    return is_name and not model.startswith((".", "~", "/")) and not os.path.exists(model)
 
 
 def _list_layers(plan: PruningPlan) -> list[tuple[str, ...]]:

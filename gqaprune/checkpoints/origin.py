@@ -5,18 +5,20 @@ from pathlib import Path
 
 from gqaprune.models.architecture import read_geometry
 from gqaprune.models.fingerprint import fingerprint_weights
-from gqaprune.models.sources import load_config
+from gqaprune.models.sources import load_config, locate
 from gqaprune.placement.model_source import ModelSource
 from gqaprune.plan import PLAN_FILE, PruningPlan
 from gqaprune.training.recovery import RecoveryConfig
 
+_NETWORK = ("//", "\\\\")
+"""What names of folders on other machines begin with, on Windows."""
 
-def find_dense(pretrained: str, trust_remote_code: bool = False) -> str:
-    """Where the model comes from that the plan beside a checkpoint cuts.
+
+def find_dense(pretrained: str) -> str:
+    """Where the model comes from that the plan beside a checkpoint cuts: on this machine, for a plan fetches nothing.
 
     Args:
         pretrained: the checkpoint, a folder or a file.
-        trust_remote_code: run code that comes with the dense model's config.
 
     Raises:
         ValueError: if no plan names it, it is not there, or another model has its name.
@@ -31,7 +33,9 @@ def find_dense(pretrained: str, trust_remote_code: bool = False) -> str:
     if Path(name).resolve() == place.resolve():
         raise ValueError(f"the plan of {pretrained} names itself")
     try:
-        config = load_config(name, trust_remote_code)
+        if name.startswith(_NETWORK) or isinstance(locate(name)[0], str):
+            raise ValueError("it is not on this machine, and a plan fetches nothing")
+        config = load_config(name)
         if difference := plan.geometry.difference(read_geometry(config)):
             raise ValueError(f"another model has this name: {difference}")
         if plan.fingerprint:
@@ -51,13 +55,13 @@ def find_teacher(student: ModelSource, recovery: RecoveryConfig) -> ModelSource:
     Raises:
         ValueError: if the student is a pruned checkpoint whose dense model is not found.
     """
-    name = recovery.teacher or student.pretrained
-    if recovery.teacher is None and _find_plan_file(student.pretrained) is not None:
-        try:
-            name = find_dense(student.pretrained, student.trust_remote_code)
-        except ValueError as error:
-            raise ValueError(f"no teacher to learn from: {error}; name one by model.recovery.teacher") from None
-    return replace(student, pretrained=name, dtype=recovery.teacher_dtype)
+    teacher = replace(student, pretrained=recovery.teacher or student.pretrained, dtype=recovery.teacher_dtype)
+    if recovery.teacher is not None or _find_plan_file(student.pretrained) is None:
+        return teacher
+    try:
+        return replace(teacher, pretrained=find_dense(student.pretrained), trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(f"no teacher to learn from: {error}; name one by model.recovery.teacher") from None
 
 
 def _find_plan_file(pretrained: str) -> Path | None:

@@ -35,8 +35,8 @@ def compare(
     All of them read the same text. Where tokenizers differ, bits per byte are comparable, perplexities per token not.
 
     Args:
-        models: two or more, dense or pruned: folders, `.gguf` files, hub names, or `smollm2-135m`; the others are
-            compared with the first.
+        models: two or more, dense or pruned: folders, `.gguf` files, hub names, also as `owner/name@revision`, or
+            `smollm2-135m`; the others are compared with the first.
         corpora: whose perplexity to measure, as `data.evaluation.test`; `[]` measures none.
         eval_window: tokens per window.
         eval_stride: tokens between the starts of windows; null means no overlap.

@@ -8,6 +8,7 @@ from gqaprune.checkpoints.save import SHARD_SIZE, measure_weights, save
 from gqaprune.common.console import console
 from gqaprune.models.architecture import find_blocks, read_geometry
 from gqaprune.models.loading import load_model
+from gqaprune.models.sources import pin
 from gqaprune.models.tokenizer import load_tokenizer
 from gqaprune.plan import find_plan
 
@@ -20,6 +21,7 @@ def export(
     quantization: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> None:
     """Write a model in another format: pruned or dense, a folder, a GGUF file or a hub name.
 
@@ -31,10 +33,12 @@ def export(
         quantization: `int8` stores the matrices of the decoder layers in 8 bits, through torchao.
         dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
         trust_remote_code: run code that comes with the model. Pruned checkpoints do not need it here.
+        revision: branch, tag or commit of a model on the hub.
 
     Raises:
         ValueError: if there is no such model, or the format cannot hold it.
     """
+    model = pin(model, revision)
     loaded = load_model(model, dtype, trust_remote_code=trust_remote_code)
     entry = FORMATS[choose_format(loaded.config, format, quantization)]
     find_blocks(loaded)  # refuses quantised weights

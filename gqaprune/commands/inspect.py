@@ -26,7 +26,7 @@ from gqaprune.data.windows import read_windows
 from gqaprune.models.architecture import find_blocks, read_context, read_geometry
 from gqaprune.models.dtypes import DTYPES, check_dtype, name_dtype, read_dtype
 from gqaprune.models.loading import build_without_weights, load
-from gqaprune.models.sources import load_config
+from gqaprune.models.sources import load_config, pin
 from gqaprune.planning.memory import GIB, PLACES, ModelSizes, estimate_memory, read_sizes
 from gqaprune.scoring.outliers import Outliers, find_outliers
 
@@ -42,6 +42,7 @@ def inspect(
     write_config: str | None = None,
     json: bool = False,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> None:
     """Print what a model holds, which rates it allows, its risks, and the memory that work on it needs.
 
@@ -61,6 +62,7 @@ def inspect(
         write_config: file to write a configuration to, that is right for this model to begin with.
         json: print one JSON object instead of tables.
         trust_remote_code: run code that comes with the model. Pruned checkpoints do not need it here.
+        revision: branch, tag or commit of a model on the hub.
 
     Raises:
         ValueError: if there is no such model, or a number is out of its bounds.
@@ -69,6 +71,7 @@ def inspect(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_dtype(dtype)
+    model = pin(model, revision)
     config = load_config(model, trust_remote_code)
     if Path(model).is_dir():
         correct_stored_head(Path(model), config, trust_remote_code)

@@ -1,6 +1,7 @@
 """Trials of a search for the best split of attention and MLP: kept in a file, shown as a table and a curve."""
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import matplotlib.figure
 from rich.table import Table
 
 from gqaprune.common.atomic_files import write_atomically
+from gqaprune.common.json_files import read_json
 
 FORMAT = "gqaprune-search/1"
 
@@ -56,14 +58,12 @@ class Trials:
             ValueError: if the file holds no search, or one of another origin.
         """
         assert self.path is not None
+        data = read_json(self.path, "search")
         try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
                 raise ValueError(f"found {data['format']!r}")
-            origin, trials = data["origin"], [Trial(**trial) for trial in data["trials"]]
-        except OSError as error:
-            raise ValueError(f"cannot read a search from {self.path} ({error.strerror})") from None
-        except (KeyError, TypeError, ValueError) as error:
+            origin, trials = dict(data["origin"]), [_read_trial(trial) for trial in data["trials"]]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path} is not a search of format {FORMAT!r} ({error})") from None
         same_name = {"model": self.origin.get("model")}  # whatever it is: the weights are compared
         if difference := _find_difference(origin | same_name, self.origin | same_name):
@@ -97,6 +97,14 @@ class Trials:
     def ordered(self) -> list[Trial]:
         """All trials by their share of attention."""
         return sorted(self.trials.values(), key=lambda trial: trial.attention)
+
+
+def _read_trial(data: Any) -> Trial:
+    trial = Trial(**data)
+    is_measured = isinstance(trial.perplexity, (int, float)) or trial.perplexity is None
+    if not is_measured or not isinstance(trial.reason, str) or not 0 <= trial.attention <= 10:
+        raise ValueError(f"found the trial {reprlib.repr(data)}")
+    return trial
 
 
 def build_trials_table(trials: Trials, protocol: str = "") -> Table:

@@ -1,7 +1,8 @@
 """Keep finished stages of a run on disk, each with what it depends on, so that a killed run resumes where it was.
 
-A stage is one file of a folder. What a killed run has finished is read back if it depends on the same things; else what
-changed is said, it is done again, and the file is replaced. A run that ends clears the folder.
+A stage is one file of a folder, with a checksum. What a killed run has finished is read back if it depends on the same
+things and is as it was written; else what changed is said, it is done again, and the file is replaced. A run that ends
+clears the folder.
 """
 
 import json
@@ -14,11 +15,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from gqaprune.common.atomic_files import write_atomically
+from gqaprune.common.checked_tensors import pack_tensors, read_tensors
 from gqaprune.common.console import console
 from gqaprune.common.distributed import get_rank_and_world_size, sum_across_ranks
 from gqaprune.common.errors import first_line
@@ -92,7 +92,7 @@ class StageCache:
         return stage
 
     def find(self, names: Sequence[str], inputs: Inputs, group: str) -> list[str]:
-        """Which of some stages are there with the same inputs; says so, and what has changed where others are there.
+        """Which of some stages are there with the same inputs; says so, and what is wrong with others that are there.
 
         Args:
             names: of the stages.
@@ -102,25 +102,24 @@ class StageCache:
         if self.folder is None:
             return []
         wanted = self._describe(inputs)
-        kept = {name: self._read_inputs(name) for name in names}
-        are_there = torch.tensor([kept[name] == wanted for name in names], dtype=torch.float32, device=self.device)
+        differences = [self._find_difference(name, wanted) for name in names]
+        is_same = [difference == "" for difference in differences]
+        are_there = torch.tensor(is_same, dtype=torch.float32, device=self.device)
         are_there = sum_across_ranks({"there": are_there})["there"] == get_rank_and_world_size()[1]
         found = [name for name, is_there in zip(names, are_there.tolist(), strict=True) if is_there]
-        others = [own for own in kept.values() if own is not None and own != wanted]
+        reasons = [difference for difference in differences if difference]
         if get_rank_and_world_size()[0] == 0:
             if found:
                 part = f"{len(found)} of {len(names)} are" if len(names) > 1 else "is"
                 console.print(f"{self._part}{group}: {part} there already, from a run that did not end")
-            if others:
-                console.print(f"{self._part}{group}: done again, for {describe_change(others[0], wanted)}")
+            if reasons:
+                console.print(f"{self._part}{group}: done again, for {reasons[0]}")
         return found
 
     def read(self, name: str) -> StageResult:
         """A stage that `find` has found."""
-        path = self._locate(name)
-        with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-        return StageResult(facts, load_file(path))
+        tensors, metadata = read_tensors(self._locate(name))
+        return StageResult(json.loads(metadata["facts"]), tensors)
 
     def write(self, name: str, inputs: Inputs, stage: StageResult) -> None:
         """Keep a stage, whole or not at all; a folder that cannot be written is said, and no error."""
@@ -130,7 +129,7 @@ class StageCache:
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in stage.tensors.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._locate(name), save(tensors, metadata))
+            write_atomically(self._locate(name), pack_tensors(tensors, metadata))
         except OSError as error:  # the run itself needs no file
             console.print(f"{name} is not kept for a resumed run: {first_line(error)}")
 
@@ -155,13 +154,14 @@ class StageCache:
         described: dict[str, Any] = json.loads(json.dumps({**self._inputs, **inputs, **versions, **processes}))
         return described
 
-    def _read_inputs(self, name: str) -> dict[str, Any] | None:
+    def _find_difference(self, name: str, wanted: Inputs) -> str | None:
+        """Why a stage on disk is not the one that is wanted, empty where it is; null where there is none."""
         try:
-            with safe_open(self._locate(name), "pt") as file:
-                inputs = json.loads(file.metadata()["inputs"])
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+            return describe_change(json.loads(read_tensors(self._locate(name))[1]["inputs"]), wanted)
+        except FileNotFoundError:
             return None
-        return inputs if isinstance(inputs, dict) else None
+        except (OSError, ValueError):
+            return "its file is damaged"
 
 
 def describe_change(old: Inputs, new: Inputs) -> str:

@@ -209,8 +209,8 @@ def _read_jsonl(path: Path) -> list[str]:
 def _parse_line(line: str, place: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON ({error.msg})") from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{place} is not JSON ({getattr(error, 'msg', error)})") from None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise ValueError(f"{place} has no string field `text`")
     return replace_halves(row["text"])

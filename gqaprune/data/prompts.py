@@ -67,7 +67,7 @@ def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
 def _read_line(line: str, place: str) -> Prompt:
     try:
         value: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{place} is not JSON: {error}") from None
     if isinstance(value, dict):
         value = value.get("messages", value.get("prompt"))

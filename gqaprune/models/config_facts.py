@@ -10,6 +10,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from gqaprune.models.per_layer import MODELING_FILE
 from gqaprune.models.wrapping import unwrap_name
 
+_LOCAL_ATTENTION = (None, "eager", "flex_attention", "sdpa")
+_LOCAL_EXPERTS = (None, "batched_mm", "eager", "grouped_mm")
+"""Implementations that are part of torch and transformers."""
+
 
 def correct_config(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """Make a model's config tell whether its head is its embedding, is quantised, and comes with code of its own.
@@ -32,6 +36,28 @@ def drop_code_map(config: PretrainedConfig, is_trusted: bool) -> None:
     """Forget which files hold a model's code where classes of transformers, or of this package, are used instead."""
     if not is_trusted or f"{Path(MODELING_FILE).stem}." in str(getattr(config, "auto_map", "")):
         config.__dict__.pop("auto_map", None)
+
+
+def drop_kernels(config: PretrainedConfig) -> None:
+    """Forget attention and experts of kernels that a config names, which transformers would fetch from the hub."""
+    for own in (config, config.get_text_config()):
+        if own._attn_implementation not in _LOCAL_ATTENTION:
+            own._attn_implementation = None
+        if own._experts_implementation not in _LOCAL_EXPERTS:
+            own._experts_implementation = None
+
+
+def check_kernel(attn_implementation: str | None, trust_remote_code: bool) -> None:
+    """Refuse an attention kernel on the hub, which is code, unless code that comes from there is to be run.
+
+    Raises:
+        ValueError: with what can be asked for instead.
+    """
+    if "/" in (attn_implementation or "") and not trust_remote_code:
+        raise ValueError(
+            f"attn_implementation {attn_implementation} is code on the hub: set trust_remote_code to run it, or take "
+            "sdpa or eager"
+        )
 
 
 def has_own_code(config: PretrainedConfig) -> bool:

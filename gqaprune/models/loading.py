@@ -19,14 +19,23 @@ from transformers import (
 
 from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import read_geometry
-from gqaprune.models.config_facts import correct_config
+from gqaprune.models.config_facts import check_kernel, correct_config
 from gqaprune.models.dtypes import DTYPES, check_dtype
 from gqaprune.models.families import get_family
 from gqaprune.models.gguf_file import GgufHeader
 from gqaprune.models.gguf_layout import HEAD
 from gqaprune.models.gguf_reader import read_weights
 from gqaprune.models.per_layer import get_per_layer_class
-from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error, read_own_header
+from gqaprune.models.sources import (
+    LOADING_ERRORS,
+    check_index,
+    find_revision,
+    load_config,
+    locate,
+    make_loading_error,
+    pin,
+    read_own_header,
+)
 from gqaprune.models.tokenizer import check_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -37,7 +46,7 @@ QUANTIZATIONS = ("int8",)
 
 
 def load(
-    source: str | Path, dtype: str = "auto", trust_remote_code: bool = False
+    source: str | Path, dtype: str = "auto", trust_remote_code: bool = False, revision: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, and check that they belong together.
 
@@ -45,10 +54,12 @@ def load(
         source: as for `load_model`.
         dtype: likewise.
         trust_remote_code: run code that comes with the checkpoint.
+        revision: as for `load_model`.
 
     Raises:
         ValueError: as `load_model`, `load_tokenizer` and `check_tokenizer`.
     """
+    source = pin(str(source), revision)
     model = load_model(source, dtype, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code)
     check_tokenizer(tokenizer, model)
@@ -61,6 +72,7 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     quantization: str | None = None,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a dense or pruned causal LM of a supported family.
 
@@ -71,12 +83,16 @@ def load_model(
         trust_remote_code: run code that comes with the checkpoint. Pruned checkpoints do not need it here.
         quantization: `int8` stores the matrices of the decoder layers in 8 bits, each row with its own scale; such a
             model can be run, not pruned or trained.
+        revision: branch, tag or commit of a model on the hub, of its config, weights and code; `owner/name@revision` as
+            the source is the same.
 
     Raises:
         ValueError: if there is no such model, its files are broken, its family is not supported, or loading needs a
             package that is not installed.
     """
     check_dtype(dtype)
+    check_kernel(attn_implementation, trust_remote_code)
+    source = pin(str(source), revision)
     place, gguf = locate(source)
     config = load_config(source, trust_remote_code)
     family = get_family(config)
@@ -100,7 +116,8 @@ def load_model(
         elif gguf:  # packed weights can be neither cut nor trained
             arguments = {"quantization_config": GgufConfig(dequantize=True), **arguments, **gguf}
         else:
-            arguments |= {"config": config, "use_safetensors": True}
+            check_index(source)
+            arguments |= {"config": config, "use_safetensors": True, **find_revision(source)}
         # What has another shape is refused below, by its name; transformers refuses it without.
         model, found = model_class.from_pretrained(
             None if header else place, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
@@ -109,7 +126,8 @@ def load_model(
         correct_config(model)
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
-    model.name_or_path = model.config.name_or_path = str(place)
+    model.config.name_or_path = str(place)
+    model.name_or_path = source if isinstance(place, str) else str(place)
     return model
 
 
@@ -171,14 +189,18 @@ def build_model(
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ValueError: if the type is to be the config's own and it has none.
+        ValueError: if the type is to be the config's own and it has none, or the kernel is code on the hub.
     """
+    check_kernel(attn_implementation, trust_remote_code)
     if dtype == "auto" and (dtype := config.dtype) is None:
         raise ValueError("its config does not say which type the weights have: set dtype to bfloat16 or float32")
     arguments = {"dtype": dtype} | ({} if attn_implementation is None else {"attn_implementation": attn_implementation})
     config = copy.deepcopy(config)  # which transformers writes the type into
     if config.is_heterogeneous:
         return get_per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])._from_config(config, **arguments)
+    code = getattr(config, "auto_map", {}).get("AutoModelForCausalLM", "")
+    if code and "--" not in code and config._commit_hash is not None:  # beside the config, at the same revision
+        arguments["code_revision"] = config._commit_hash
     return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **arguments)
 
 

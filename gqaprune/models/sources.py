@@ -1,11 +1,12 @@
 """Where a model's files are: a folder, a GGUF file, a name on the hub, or the embedded model."""
 
 import importlib.util
-import json
 import os
+import re
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
@@ -18,11 +19,13 @@ from transformers.utils import (
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
+    cached_file,
     find_adapter_config_file,
 )
 
 from gqaprune.common.errors import first_line
-from gqaprune.models.config_facts import drop_code_map
+from gqaprune.common.json_files import read_json
+from gqaprune.models.config_facts import drop_code_map, drop_kernels
 from gqaprune.models.gguf_file import GgufHeader, read_header
 from gqaprune.models.gguf_reader import is_own, read_config
 from gqaprune.models.nemotron_nas import MODEL_TYPE, read_nemotron_nas
@@ -51,15 +54,16 @@ _ADAPTER = (
 )
 """What is wrong with a place that transformers puts an adapter on a model for, which nothing else here reads."""
 
+_REVISION = "revision"
 _CHECKPOINT_FILES = [CONFIG_NAME, GENERATION_CONFIG_NAME, "model*.safetensors", "model.safetensors.index.json"]
 """What is fetched of a model on the hub whose files are read here."""
 
 
 def locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
-    """Where transformers finds a model: a folder or hub name, and the GGUF file in it if it is one.
+    """Where transformers finds a model: a folder or bare hub name, and the GGUF file in it if it is one.
 
     Args:
-        source: a folder, a `.gguf` file, a hub name, or `smollm2-135m` (the embedded model).
+        source: a folder, a `.gguf` file, a hub name, `owner/name@revision`, or `smollm2-135m` (the embedded model).
 
     Raises:
         ValueError: if there is no model, a PEFT adapter, or the embedded one is not installed.
@@ -90,9 +94,51 @@ def locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
         raise ValueError(f"{path} is a file: give a checkpoint folder, a .gguf file or a hub name")
     if path.is_dir():
         return path, {}
-    if path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2:
+    name, at, revision = str(source).partition("@")
+    if path.is_absolute() or name.startswith((".", "~")) or len(Path(name).parts) > 2:
         raise ValueError(f"no model at {source}: the folder does not exist")
-    return str(source), {}
+    if at and (not re.fullmatch(r"[\w./-]+", revision) or ".." in revision):
+        raise ValueError(
+            f"{revision!r} is no revision of {name}: give a branch, a tag or a commit, such as {name}@main"
+        )
+    return name, {}
+
+
+def pin(source: str, revision: str | None) -> str:
+    """Name a model on the hub at a revision, `owner/name@revision`, which is what plans, reports and runs know it by.
+
+    Args:
+        source: as for `load_model`.
+        revision: branch, tag or commit; null leaves the name as it is.
+
+    Raises:
+        ValueError: if the model is on this machine, or has another revision already.
+    """
+    if revision is None or find_revision(source) == {_REVISION: revision}:
+        return source
+    if not isinstance(locate(source)[0], str) or find_revision(source):
+        raise ValueError(
+            f"revision {revision!r} is one of a model on the hub, and {source} is on this machine or has one already: "
+            "leave it out"
+        )
+    pinned = name_at_revision(source, revision)
+    locate(pinned)
+    return pinned
+
+
+def name_at_revision(source: str, revision: str | None) -> str:
+    """The same of any name, unchecked."""
+    return source if revision is None else f"{source}@{revision}"
+
+
+def find_revision(source: str | Path) -> dict[str, str]:
+    """The revision of a model on the hub, as transformers' argument; empty where it is the newest, or on this machine.
+
+    Args:
+        source: as for `load_model`.
+    """
+    revision = "" if os.path.exists(source) else str(source).partition("@")[2]
+    return {_REVISION: revision} if revision else {}
 
 
 def make_absolute(source: str) -> str:
@@ -112,19 +158,22 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
         ValueError: if there is none, it is broken, or it is of a PEFT adapter.
     """
     place, gguf = locate(source)
+    arguments = {**gguf, **find_revision(source)}
     try:
-        if isinstance(place, str) and find_adapter_config_file(place) is not None:
+        if isinstance(place, str) and find_adapter_config_file(place, **find_revision(source)) is not None:
             raise ValueError(f"it {_ADAPTER}")
         if header := read_own_header(source):
             return read_config(header)
-        values = {} if gguf else PretrainedConfig.get_config_dict(place)[0]
+        values = {} if gguf else PretrainedConfig.get_config_dict(place, **arguments)[0]
         if values.get("model_type") == MODEL_TYPE:
             return read_nemotron_nas(values | {"name_or_path": str(place)})
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **arguments)
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
     drop_code_map(config, trust_remote_code)
-    config.__dict__.pop("model_file", None)  # names a file for mlx-lm, which other folders do not have
+    drop_kernels(config)
+    for name in ("model_file", "transformers_weights"):  # files for mlx-lm and transformers, read here by their names
+        config.__dict__.pop(name, None)
     return config
 
 
@@ -155,7 +204,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     if (folder / SAFE_WEIGHTS_NAME).is_file():  # which transformers reads too where there are both
         paths = [folder / SAFE_WEIGHTS_NAME]
     elif index.is_file():
-        paths = _read_index(index)
+        paths = read_index(index)
     else:
         raise ValueError(f"there is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, which hold the weights")
     files: dict[str, Path] = {}
@@ -208,12 +257,41 @@ def complete_name(name: str, names: Collection[str], model: PreTrainedModel) -> 
     return complete if complete in names else name
 
 
-def _read_index(index: Path) -> list[Path]:
+def read_index(index: Path) -> list[Path]:
+    """The files that an index of weights names, which lie beside it.
+
+    Raises:
+        ValueError: if it is broken, or names files elsewhere.
+    """
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (KeyError, TypeError, ValueError):
+        names = set(read_json(index, "map of weights")["weight_map"].values())
+        strange = [name for name in names if name != PureWindowsPath(name).name or not name.endswith(".safetensors")]
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{index.name} does not say which file holds which tensor: fetch it again") from None
+    if not names or strange:
+        found = reprlib.repr(min(strange, default=None))
+        raise ValueError(f"{index.name} has to name safetensors files that lie beside it, got {found}: fetch it again")
     return sorted(index.parent / name for name in names)
+
+
+def check_index(source: str | Path) -> None:
+    """Refuse a checkpoint whose weights lie anywhere but beside their index, which transformers would follow.
+
+    Args:
+        source: as for `load_model`.
+
+    Raises:
+        ValueError: as `read_index`.
+        OSError: if it is a name on the hub, which cannot be reached.
+    """
+    index = cached_file(
+        locate(source)[0],
+        SAFE_WEIGHTS_INDEX_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        **find_revision(source),
+    )
+    if index is not None:
+        read_index(Path(index))
 
 
 def find_weights(source: str | Path, local_files_only: bool = False) -> list[Path]:
@@ -230,16 +308,20 @@ def find_weights(source: str | Path, local_files_only: bool = False) -> list[Pat
     if gguf:
         return [Path(place) / gguf["gguf_file"]]
     try:
-        return sorted(set(find_tensors(fetch(place, local_files_only)).values()))
+        return sorted(set(find_tensors(fetch(source, local_files_only)).values()))
     except LOADING_ERRORS as error:
         raise make_loading_error("model", source, first_line(error)) from None
 
 
-def fetch(place: Path | str, local_files_only: bool = False) -> Path:
-    """The folder of a checkpoint with safetensors files, which comes from the hub if `place` is a name there."""
+def fetch(source: str | Path, local_files_only: bool = False) -> Path:
+    """The folder of a checkpoint with safetensors files, which comes from the hub if `source` is a name there."""
+    place = locate(source)[0]
     if isinstance(place, Path):
         return place
-    return Path(snapshot_download(place, allow_patterns=_CHECKPOINT_FILES, local_files_only=local_files_only))
+    revision = find_revision(source).get(_REVISION)
+    return Path(
+        snapshot_download(place, revision=revision, allow_patterns=_CHECKPOINT_FILES, local_files_only=local_files_only)
+    )
 
 
 def make_loading_error(what: str, source: str | Path, reason: str) -> ValueError:

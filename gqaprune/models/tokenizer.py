@@ -16,7 +16,15 @@ from gqaprune.common.errors import first_line
 from gqaprune.common.limited import run_limited
 from gqaprune.models.families import begins_with_bos
 from gqaprune.models.gguf_reader import read_tokenizer
-from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error, read_own_header
+from gqaprune.models.sources import (
+    LOADING_ERRORS,
+    find_revision,
+    load_config,
+    locate,
+    make_loading_error,
+    pin,
+    read_own_header,
+)
 
 _VOCABULARY_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken*.json")
 """What a folder without a tokenizer has none of."""
@@ -35,16 +43,20 @@ _GEMMA_CLASSES = ("GemmaTokenizer", "GemmaTokenizerFast")
 """What transformers loads the tokenizers of Gemma as, where they come from elsewhere than `load_tokenizer`."""
 
 
-def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str | Path, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, which then knows whether the model's windows begin with its BOS (`find_bos`).
 
     Args:
         source: as for `load_model`.
         trust_remote_code: run code that comes with the checkpoint.
+        revision: as for `load_model`.
 
     Raises:
         ValueError: if there is none, or it is broken.
     """
+    source = pin(str(source), revision)
     place, gguf = locate(source)
     read = partial(_read_tokenizer, source, trust_remote_code)
     try:
@@ -70,7 +82,7 @@ def _read_tokenizer(source: str | Path, trust_remote_code: bool) -> PreTrainedTo
     if header := read_own_header(source):
         tokenizer: PreTrainedTokenizerBase = read_tokenizer(header)
     else:
-        known = gguf or {"config": config}
+        known = gguf or {"config": config, **find_revision(source)}
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **known)
     if _is_empty(tokenizer):
         raise ValueError("it has no tokens but special ones")

@@ -126,10 +126,10 @@ def _load_by_layer(
     if obstacle := _find_obstacle(source, trust_remote_code):
         raise ValueError(obstacle)
     config = load_config(source, trust_remote_code)
-    family, (place, _) = get_family(config), locate(source)
+    family = get_family(config)
     try:
         read_geometry(config)
-        checkpoint = fetch(place)
+        checkpoint = fetch(source)
         files = find_tensors(checkpoint)
         with init_empty_weights(include_buffers=False):
             model = build_model(config, DTYPES[dtype], attn_implementation, trust_remote_code)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from gqaprune.common.atomic_files import check_can_be_folder, write_atomically
 from gqaprune.common.console import track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
+from gqaprune.common.json_files import read_json
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, compute_addition, find_adder, read_geometry
 from gqaprune.models.gates import freeze_parameters
@@ -111,12 +112,9 @@ class Sensitivity:
         Raises:
             ValueError: if the file is missing or is no sensitivity.
         """
+        data = read_json(path, "sensitivity")
         try:
-            return cls._from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ValueError(f"cannot read a sensitivity from {path} ({error.strerror})") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a sensitivity: not JSON ({error})") from None
+            return cls._from_dict(data)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a sensitivity of format {FORMAT!r} ({error})") from None
 

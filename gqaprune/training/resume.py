@@ -5,22 +5,24 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
 from gqaprune.common.atomic_files import remove_lock, write_atomically
+from gqaprune.common.checked_tensors import hash_text
 from gqaprune.common.console import console
-from gqaprune.common.errors import first_line
+from gqaprune.common.json_files import read_json
 from gqaprune.common.stage_cache import describe_change
-from gqaprune.training.lightning_internals import HYPER_PARAMETERS, SHARDED, TRAINING_STATE, WEIGHTS
+from gqaprune.training.checkpoint_files import read_checkpoint
+from gqaprune.training.lightning_internals import HYPER_PARAMETERS, TRAINING_STATE, WEIGHTS
 
 UNFINISHED = Path("lightning_logs") / "unfinished"
 """Where, under a run's root folder, its note and its stages are until it ends."""
 _NOTE = "run.json"
 _LOCK = "run.lock"
+_CHECKSUM = "checksum"
 _PATIENCE = 1.0
 """Seconds to wait for the lock of a run, which others hold for a moment to see whether it is held."""
 
@@ -45,16 +47,45 @@ class RunNote:
         """Leave the note under a root folder."""
         path = root / UNFINISHED / _NOTE
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        data = asdict(self)
+        write_atomically(path, (json.dumps({**data, _CHECKSUM: _hash(data)}, indent=1) + "\n").encode())
 
     @staticmethod
     def load(root: Path) -> "RunNote | None":
-        """The note under a root folder, if there is a whole one."""
-        try:
-            data = json.loads((root / UNFINISHED / _NOTE).read_text(encoding="utf-8"))
-            return RunNote(**data | {"checkpoints": tuple(data["checkpoints"])})
-        except (OSError, ValueError, KeyError, TypeError):
+        """The note under a root folder, if there is one.
+
+        Raises:
+            ValueError: if it is not as it was written.
+        """
+        path = root / UNFINISHED / _NOTE
+        if not path.exists():
             return None
+        try:
+            data = read_json(path, "note of a run")
+            if data.pop(_CHECKSUM) != _hash(data):
+                raise ValueError("it is not what its checksum was made from")
+            return RunNote(**data | {"checkpoints": tuple(data["checkpoints"])})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it to begin anew") from None
+
+    def check_places(self, root: Path, settings: Mapping[str, Any]) -> None:
+        """Refuse a note of folders that are neither under the run's root folder nor those that its settings name.
+
+        Args:
+            root: the run's root folder.
+            settings: of the command that goes on with the run, as plain data.
+
+        Raises:
+            ValueError: naming the first such folder.
+        """
+        named = _list_texts([value for name, value in settings.items() if name.startswith("trainer.")])
+        homes = [root.resolve(), *(Path(text).resolve() for text in named if text)]
+        for folder in (self.folder, *self.checkpoints):
+            if not any(Path(folder).resolve().is_relative_to(home) for home in homes):
+                raise ValueError(
+                    f"{root / UNFINISHED / _NOTE} names {folder}, outside of the run's folder {root}: name a "
+                    "checkpoint by --ckpt_path, or remove the file to begin anew"
+                )
 
     @staticmethod
     def remove(root: Path, lock: FileLock) -> None:
@@ -111,10 +142,14 @@ def find_run(root: Path, settings: Mapping[str, Any], asked: str | None, is_firs
         settings: of this run, as plain data.
         asked: a checkpoint; `last` is that of a stopped run, whatever its settings; null is the same, of this run's.
         is_first: whether this is rank 0, which alone can tell a run that goes on from its own, and says what is found.
+
+    Raises:
+        ValueError: if the note of a stopped run is damaged, or names folders that are not the run's.
     """
-    note = RunNote.load(root)
-    if asked not in (None, "last") or note is None or (is_first and _is_locked(root)):
+    note = RunNote.load(root) if asked in (None, "last") else None
+    if note is None or (is_first and _is_locked(root)):
         return FoundRun(checkpoint=asked)
+    note.check_places(root, settings)
     change = describe_change(note.settings, settings)
     if change and asked is None:
         found, sentence = FoundRun(), f"a run that did not end had other settings: {change}; training begins anew"
@@ -136,14 +171,16 @@ def read_plan(checkpoint: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: if it cannot be read.
     """
-    plan = _read(checkpoint).get(HYPER_PARAMETERS, {}).get("plan")
-    assert plan is None or isinstance(plan, dict)
+    settings = read_checkpoint(checkpoint).get(HYPER_PARAMETERS, {})
+    plan = settings.get("plan") if isinstance(settings, dict) else settings
+    if plan is not None and not isinstance(plan, dict):
+        raise ValueError(f"{checkpoint} is no checkpoint of gqaprune's: its plan is of type {type(plan).__name__}")
     return plan
 
 
 def read_strategy(checkpoint: Path) -> str:
     """The strategy that wrote a sharded checkpoint, a folder, which no other can read."""
-    return str(_read(checkpoint).get("strategy", "ModelParallelStrategy"))
+    return str(read_checkpoint(checkpoint).get("strategy", "ModelParallelStrategy"))
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -152,26 +189,7 @@ def is_whole(checkpoint: Path) -> bool:
     Raises:
         ValueError: if it cannot be read.
     """
-    return TRAINING_STATE in _read(checkpoint)
-
-
-def _read(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds; of a folder of shards, what it holds besides tensors.
-
-    Raises:
-        ValueError: if it is none, or a folder where nothing but unpickling could tell.
-    """
-    path = checkpoint / SHARDED if checkpoint.is_dir() else checkpoint
-    if not path.is_file():
-        raise ValueError(
-            f"{checkpoint} has no {SHARDED}: gqaprune goes on from Lightning's files and from folders of FSDP and "
-            "FSDP2, not from DeepSpeed's, which would have to be unpickled; begin anew with --ckpt_path null"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"{path} is cut short, or no checkpoint of Lightning's ({first_line(error)})") from None
-    return content if isinstance(content, dict) else {}
+    return TRAINING_STATE in read_checkpoint(checkpoint)
 
 
 def list_checkpoint_folders(writers: Iterable[object]) -> list[str]:
@@ -185,14 +203,28 @@ def find_checkpoint(folders: Iterable[str | Path], run: str) -> Path | None:
 
     It is the run's own, whole, with the optimizer's state; its weights are all finite, if they are in one file.
     """
-    paths = [path for folder in set(folders) for path in Path(folder).glob("*.ckpt")]
+    found = ((Path(folder).resolve(), path) for folder in set(folders) for path in Path(folder).glob("*.ckpt"))
+    paths = [path for home, path in found if path.resolve().is_relative_to(home)]  # no link to elsewhere
     newest_first = sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     return next((path for path in newest_first if _can_go_on(path, run)), None)
 
 
+def _hash(data: Mapping[str, Any]) -> str:
+    return hash_text(json.dumps(data, sort_keys=True))
+
+
+def _list_texts(value: Any) -> list[str]:
+    """All texts in plain data."""
+    if isinstance(value, (list, tuple)):
+        return [text for one in value for text in _list_texts(one)]
+    if isinstance(value, dict):
+        return _list_texts(list(value.values()))
+    return [value] if isinstance(value, str) else []
+
+
 def _can_go_on(path: Path, run: str) -> bool:
     try:
-        content = _read(path)
+        content = read_checkpoint(path)
     except (OSError, ValueError):
         return False
     weights = {} if path.is_dir() else content.get(WEIGHTS, {})

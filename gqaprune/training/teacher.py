@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.common.atomic_files import write_atomically
+from gqaprune.common.checked_tensors import pack_tensors, read_tensors
 from gqaprune.common.console import track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere
 from gqaprune.placement.model_hash import hash_model
@@ -90,7 +90,7 @@ def cache_teacher(
     folder = cache / hash_model(teacher, [text, top_k, temperature])
     folder.mkdir(parents=True, exist_ok=True)
     parts, (rank, world_size) = windows_NT.split(_WINDOWS_PER_FILE), get_rank_and_world_size()
-    missing = [number for number in range(rank, len(parts), world_size) if not _name_file(folder, number).exists()]
+    missing = [number for number in range(rank, len(parts), world_size) if not _is_whole(_name_file(folder, number))]
     device, error = next(teacher.parameters()).device, None
     try:
         for number in track(missing, "predictions of the teacher", f"x {_WINDOWS_PER_FILE} windows"):
@@ -101,7 +101,7 @@ def cache_teacher(
                     f"the teacher's logits are not finite in training windows {number * _WINDOWS_PER_FILE} and on (it "
                     f"computes in {teacher.dtype}): set recovery.teacher_dtype to bfloat16 or float32"
                 )
-            content = save({"log_probability": log_probability.half(), "token": token.int()})
+            content = pack_tensors({"log_probability": log_probability.half(), "token": token.int()}, {})
             write_atomically(_name_file(folder, number), content)
     except (OSError, ValueError) as failure:  # a full disk, an overflow
         error = failure
@@ -118,6 +118,14 @@ def _predict(teacher: PreTrainedModel, ids_BT: Tensor, top_k: int, temperature: 
     values_BTK, token_BTK = logits_BTV.float().topk(top_k)
     total_BT1 = torch.stack([(row.float() / temperature).logsumexp(-1, keepdim=True) for row in logits_BTV])
     return (values_BTK / temperature - total_BT1).cpu(), token_BTK.cpu()
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_tensors(path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _name_file(folder: Path, number: int) -> Path:

@@ -118,3 +118,19 @@ def test_names_that_are_no_folder_are_kept(tmp_path: Path, monkeypatch: pytest.M
     Path("owner/name").mkdir(parents=True)
     assert CalibrationSet([], source="smollm2-135m").source == "smollm2-135m"
     assert CalibrationSet([], source="owner/name").source == str(tmp_path / "owner/name")
+
+
+@pytest.mark.parametrize("name", ["org/model", "model", "//host/share/model", "\\\\host\\share\\model", "s3://model"])
+def test_a_model_that_a_plan_names_is_not_fetched(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gqaprune.checkpoints.origin.load_config", lambda *_: pytest.fail("opened"))
+    change_plan(Path("pruned"), model=name)
+    with pytest.raises(ValueError, match="it is not on this machine, and a plan fetches nothing"):
+        find_dense("pruned")
+    with pytest.raises(ValueError, match=r"no teacher to learn from: .*; name one by model\.recovery\.teacher"):
+        find_students_teacher("pruned")
+
+
+def test_code_of_a_model_that_a_plan_names_is_not_trusted(place: Path) -> None:
+    student = ModelSource("pruned", trust_remote_code=True)
+    assert not find_teacher(student, RecoveryConfig("distill")).trust_remote_code
+    assert find_teacher(student, RecoveryConfig("distill", teacher="any")).trust_remote_code

@@ -173,6 +173,22 @@ def test_broken_files_are_done_again(tmp_path: Path) -> None:
     assert_same(run(tmp_path), run(None))
 
 
+def test_a_flipped_bit_anywhere_in_a_stage_is_said_and_the_stage_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "quiet", False)
+    result, stages = StageResult({"loss": 0.5}, {"weight": torch.arange(6.0)}), StageCache(tmp_path)
+    stages.write("work", {"rate": 0.3}, result)
+    path = tmp_path / "work.stage"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        with console.capture() as capture:
+            again = stages.recall("work", {"rate": 0.3}, lambda: result)
+        assert capture.get() == "work: done again, for its file is damaged\n", place
+        assert again is result
+
+
 def test_a_folder_that_cannot_be_written_is_said_and_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -262,7 +262,7 @@ def test_file_that_is_no_sensitivity_is_refused(tmp_path: Path, content: str, me
 
 
 def test_missing_file_and_unknown_block_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot read a sensitivity from .*No such file"):
+    with pytest.raises(ValueError, match="no sensitivity at "):
         Sensitivity.load(tmp_path / "none.json")
     origin = Origin("removal", "tiny", read_geometry(make_model().config), (), 3, 16, 3, "ab", "cd")
     path = tmp_path / "file.json"

@@ -18,6 +18,7 @@ from gqaprune.training.lightning_internals import (
     HYPER_PARAMETERS,
     SHARDED,
     TRAINING_STATE,
+    VERSION,
     WEIGHTS,
     add_subcommand,
     count_batches_done,
@@ -108,6 +109,7 @@ def test_checkpoints_have_keys_for_weights_and_hyperparameters_and_for_training_
     for checkpoint in (whole, weights):
         assert checkpoint[WEIGHTS].keys() == Model().state_dict().keys()
         assert checkpoint[HYPER_PARAMETERS] == {"width": 32}
+    assert {VERSION, WEIGHTS} <= whole.keys() & weights.keys()
     assert TRAINING_STATE in whole and TRAINING_STATE not in weights
 
 

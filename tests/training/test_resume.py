@@ -1,5 +1,6 @@
 """Runs that are killed: the same command goes on, and ends with the files of a run that nobody killed."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -15,7 +16,8 @@ import yaml
 
 from gqaprune.cli import main
 from gqaprune.common.atomic_files import remove_lock
-from gqaprune.training.resume import UNFINISHED, lock_note
+from gqaprune.training.lightning_internals import TRAINING_STATE
+from gqaprune.training.resume import UNFINISHED, RunNote, find_checkpoint, find_run, lock_note
 
 from tiny import DATA, PLAIN, merge_settings
 
@@ -270,3 +272,66 @@ def test_a_run_beside_one_that_goes_on_is_a_run_of_its_own(
     assert run(tmp_path) == 0, read_output(tmp_path)
     assert ", from lightning_logs/version_0" in read_output(tmp_path)
     assert list_left(tmp_path) == []
+
+
+def make_note(root: Path, **changes: Any) -> RunNote:
+    note = RunNote(
+        {"model.pretrained": "a", "trainer.callbacks": []}, str(root / "logs"), (str(root / "shared"),), "me"
+    )
+    note = dataclasses.replace(note, **changes)
+    note.save(root)
+    return note
+
+
+def test_a_note_is_read_back_and_no_other(tmp_path: Path) -> None:
+    assert RunNote.load(tmp_path) is None
+    note = make_note(tmp_path)
+    assert RunNote.load(tmp_path) == note
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"[]", b"{}", b"[" * 10**5, b"\xff", b'{"checkpoints": 1}', b'{"checksum": 1, "checksum": 2}',
+        b'{"checksum": "", "settings": {}, "folder": "a", "checkpoints": [], "run": "b"}',
+    ],
+)  # fmt: skip
+def test_a_note_that_nobody_wrote_is_refused(tmp_path: Path, content: bytes) -> None:
+    make_note(tmp_path)
+    (tmp_path / UNFINISHED / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.json is damaged .*: remove it to begin anew"):
+        find_run(tmp_path, {}, None, is_first=True)
+
+
+def test_a_changed_note_is_refused(tmp_path: Path) -> None:
+    make_note(tmp_path)
+    path = tmp_path / UNFINISHED / "run.json"
+    path.write_text(path.read_text().replace('"me"', '"us"'))
+    with pytest.raises(ValueError, match="is not what its checksum was made from"):
+        find_run(tmp_path, {}, "last", is_first=True)
+
+
+@pytest.mark.parametrize("asked", [None, "last"])
+@pytest.mark.parametrize("name", ["folder", "checkpoints"])
+def test_a_note_names_no_folder_outside_of_its_run(tmp_path: Path, name: str, asked: str | None) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (root / "link").parent.mkdir()
+    (root / "link").symlink_to(elsewhere)
+    for place in (str(elsewhere), str(root / ".." / "elsewhere"), str(root / "link")):
+        note = make_note(root, **{name: place if name == "folder" else (place,)})
+        with pytest.raises(ValueError, match="outside of the run's folder"):
+            find_run(root, note.settings, asked, is_first=True)
+        named = {"trainer.callbacks": [{"init_args": {"dirpath": str(elsewhere)}}]}
+        find_run(root, named, asked, is_first=True)
+
+
+def test_a_checkpoint_that_is_a_link_to_elsewhere_is_not_gone_on_from(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    content = {"run": "me", TRAINING_STATE: {}, "state_dict": {}}
+    torch.save(content, tmp_path / "other.ckpt")
+    (tmp_path / "own/epoch=1.ckpt").symlink_to(tmp_path / "other.ckpt")
+    assert find_checkpoint([tmp_path / "own"], "me") is None
+    torch.save(content, tmp_path / "own/epoch=0.ckpt")
+    (tmp_path / "own/last.ckpt").symlink_to("epoch=0.ckpt")
+    assert find_checkpoint([tmp_path / "own"], "me") is not None

@@ -30,14 +30,18 @@ def test_predictions_are_the_teachers(tmp_path: Path, temperature: float) -> Non
     assert sum(file.stat().st_size for file in cached.folder.iterdir()) == pytest.approx(70 * 11 * 5 * 6, rel=0.05)
 
 
-def test_what_is_on_disk_is_not_computed_again_and_what_is_missing_is(tmp_path: Path) -> None:
+def test_what_is_on_disk_is_not_computed_again_and_what_is_missing_or_damaged_is(tmp_path: Path) -> None:
     teacher, windows = make_model("llama").eval(), make_tokens(130, 12)
     folder = cache_teacher(teacher, windows, 5, cache=tmp_path).folder
     files = sorted(folder.iterdir())
     kept, before = files[0].stat().st_mtime_ns, files[1].read_bytes()
     files[1].unlink()
+    flipped = bytearray(files[2].read_bytes())
+    flipped[-1] ^= 1
+    files[2].write_bytes(flipped)
     assert cache_teacher(teacher, windows, 5, cache=tmp_path).folder == folder
     assert files[0].stat().st_mtime_ns == kept and files[1].read_bytes() == before
+    assert files[2].read_bytes()[-1] == flipped[-1] ^ 1
     others = [(make_model("qwen3").eval(), windows, 5, 1.0), (teacher, windows + 0, 6, 1.0), (teacher, windows, 5, 2.0)]
     folders = {cache_teacher(*other, cache=tmp_path).folder for other in others}  # type: ignore[arg-type]
     assert len(folders | {folder}) == 4
