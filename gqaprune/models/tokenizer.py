@@ -1,17 +1,19 @@
 """A model's tokenizer, and whether the two belong together."""
 
 import json
+from operator import itemgetter
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from gqaprune.common.errors import first_line
-from gqaprune.models.gguf_reader import read_tokenizer
-from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error, read_own_header
+from gqaprune.models.gguf_reader import is_own, read_tokenizer
+from gqaprune.models.loading_guard import guard_loading
+from gqaprune.models.sources import load_config, locate, read_gguf_header
 
 _VOCABULARY_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken*.json")
 """What a folder without a tokenizer has none of."""
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -25,8 +27,10 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
         ValueError: if there is none, or it is broken.
     """
     place, gguf = locate(source)
-    try:
-        if header := read_own_header(source):
+    with guard_loading("tokenizer", source):
+        if isinstance(place, Path) and not gguf and not any(any(place.glob(name)) for name in _VOCABULARY_FILES):
+            raise ValueError("it has no tokenizer files; copy them from the model that it comes from")
+        if (header := read_gguf_header(source)) is not None and is_own(header):
             tokenizer = read_tokenizer(header)
         else:
             known = gguf or {"config": load_config(source, trust_remote_code)}
@@ -35,25 +39,28 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
             raise ValueError("it has no tokens but special ones")
         if gguf:
             _drop_appended(tokenizer)
-    except LOADING_ERRORS as error:
-        reason = first_line(error)
-        if isinstance(place, Path) and not gguf and not any(any(place.glob(name)) for name in _VOCABULARY_FILES):
-            reason = "it has no tokenizer files; copy them from the model that it comes from"
-        raise make_loading_error("tokenizer", source, reason) from None
     return tokenizer
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Refuse a tokenizer that makes ids the model has no embedding for.
+    """Refuse a tokenizer that makes ids the model has no embedding for, and special tokens that it has none for.
 
     Raises:
-        ValueError: with both sizes.
+        ValueError: with the first id and the rows of the embedding.
     """
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    token, largest = max(tokenizer.get_vocab().items(), key=itemgetter(1))
+    if largest >= rows:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer):,} tokens but the model embeds {rows:,}: it belongs to another model"
+            f"the tokenizer has id {largest:,} for {token!r} but the model embeds ids below {rows:,}: it belongs to "
+            "another model"
         )
+    for name, config in (("config", model.config), ("generation config", model.generation_config)):
+        for setting in _SPECIAL_IDS:
+            value = getattr(config, setting, None)
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None and not (isinstance(one, int) and one < rows):
+                    raise ValueError(f"the model's {name} has {setting} {one!r}, but it embeds ids below {rows:,}")
 
 
 def _is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
