@@ -15,7 +15,7 @@ _FOR_READERS = (ImportError, OSError, SafetensorError, StrictDataclassError, Val
 _PANIC = "PanicException"
 """What Rust libraries throw, which is no `Exception`; its class cannot be imported."""
 _LONGEST = 400
-"""Characters of a reason: some libraries repeat what they could not read."""
+"""Characters of a reason, or of a name: some libraries repeat what they could not read."""
 
 
 class LoadingError(ValueError):
@@ -48,11 +48,15 @@ def make_loading_error(what: str, source: str | Path, reason: str, file: str = "
     """Why something cannot be loaded, and that a hub name is no folder, for it may be one that is mistyped."""
     place = "" if os.path.lexists(source) or str(source).endswith(".gguf") else ", which is no folder here"
     where = f"{file}: " if file and file not in reason else ""
-    return LoadingError(f"cannot load a {what} from {str(source)!r}{place}: {where}{reason}")
+    return LoadingError(f"cannot load a {what} from {_cut(repr(str(source)))}{place}: {where}{reason}")
 
 
 def _describe(error: BaseException) -> str:
     reason, kind = first_line(error), type(error).__name__
     if not isinstance(error, _FOR_READERS) and reason != kind:
         reason = f"{kind}: {reason}"
-    return reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}…"
+    return _cut(reason)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

