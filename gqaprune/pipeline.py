@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -11,6 +12,7 @@ from gqaprune.common.distributed import check_same_on_all_ranks, get_rank_and_wo
 from gqaprune.common.renamed import ARGUMENTS, name_successors
 from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.data.calibration import CalibrationSet
+from gqaprune.data.call_checks import check_evaluation, check_model, list_corpora
 from gqaprune.evaluation.perplexity import Evaluation, measure_perplexity
 from gqaprune.models.architecture import describe_experts
 from gqaprune.models.fingerprint import find_fingerprint
@@ -27,7 +29,7 @@ from gqaprune.planning.counts import (
     measure_options,
     refine_counts,
 )
-from gqaprune.planning.preflight import check_goes_by_layer, check_reachable, check_repair, check_text
+from gqaprune.planning.preflight import check_config, check_goes_by_layer, check_reachable, check_repair, check_text
 from gqaprune.planning.selection import (
     budget_blocks,
     keep_everything,
@@ -72,9 +74,10 @@ def prune(
             scores after an earlier step, the activations under repair or the pruned perplexity are not finite, or
             ranks end with different plans or weights.
     """
-    pruner = Pruner(model, CalibrationSet.wrap(calibration), config, evaluation=evaluation, stages=stages)
-    pruner.measure("dense")
-    pruner.spend()
+    with torch.inference_mode(False), torch.enable_grad():  # which scores are made of, whatever the caller forbids
+        pruner = Pruner(model, CalibrationSet.wrap(calibration), config, evaluation=evaluation, stages=stages)
+        pruner.measure("dense")
+        pruner.spend()
     return pruner.plan, pruner.report
 
 
@@ -110,17 +113,21 @@ class Pruner:
         held_out: Sequence[Mapping[str, Tensor]] = (),
         stages: StageCache | None = None,
     ) -> None:
+        check_model(model)
+        check_config(config)
         check_goes_by_layer(config, find_store(model).placement)
         check_compatibility(model)
         self.dense_blocks, self.budget = select_blocks(model, config), read_budget(model, config)
         check_finite_weights(model)  # not before the blocks, which refuse quantised weights
         self.model, self.calibration, self.config = model, calibration, config
-        self.evaluation = evaluation or {}
+        self.evaluation = list_corpora(evaluation or {})
         self.held_out = {_HELD_OUT: held_out} if held_out else {}
         self.stages = stages or StageCache()
+        for name, batches in {**self.evaluation, **self.held_out}.items():
+            check_evaluation(model, batches, name)
         if config.removes_something:
             check_reachable(self.dense_blocks, self.budget, config)
-            check_text(model.config, calibration.batches, config)
+            check_text(model, calibration.batches, config)
             check_repair(model.config, self.dense_blocks, config)
         source = calibration.source
         self.plan = replace(keep_everything(model), model=source, fingerprint=find_fingerprint(source))

@@ -22,7 +22,6 @@ from gqaprune.common.atomic_files import check_can_be_folder, replace_folder
 from gqaprune.common.distributed import get_rank_and_world_size
 from gqaprune.common.errors import first_line
 from gqaprune.models.config_facts import correct_config, has_own_code
-from gqaprune.models.sources import LOADING_ERRORS
 from gqaprune.models.wrapping import check_no_adapters
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.writing_by_layer import attend_writing
@@ -121,7 +120,7 @@ def check_can_be_saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
             try:
                 if part is not None:
                     part.save_pretrained(folder)
-            except LOADING_ERRORS as error:
+            except Exception as error:  # whatever it checks only then
                 reason = first_line(error).rstrip(".")
                 raise ValueError(f"transformers refuses to save the model: {reason}; correct its {file}") from None
 

@@ -12,7 +12,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from gqaprune.models.architecture import find_layer, read_geometry
 from gqaprune.models.families import get_family
-from gqaprune.models.loading import build_without_weights, find_other_storage
+from gqaprune.models.loading import build_without_weights, check_stored, find_other_storage
 from gqaprune.models.sources import complete_name, find_tensors, find_weights, match_tensors
 from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
 
@@ -79,8 +79,8 @@ def check_layers(
     return checks
 
 
-def correct_stored_head(folder: Path, config: PretrainedConfig, trust_remote_code: bool = False) -> None:
-    """Make a config that ties the head to the embedding say what the files say, where they hold two that differ.
+def correct_by_weights(folder: Path, config: PretrainedConfig, trust_remote_code: bool = False) -> None:
+    """Make a config say what the files say: the type of their weights, and whether the head is the embedding.
 
     Args:
         folder: the checkpoint.
@@ -88,11 +88,15 @@ def correct_stored_head(folder: Path, config: PretrainedConfig, trust_remote_cod
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        ValueError: if a file is broken.
+        ValueError: if a file is broken, or holds tensors of a type that the config does not explain.
     """
-    if getattr(config, "tie_word_embeddings", False) and _has_weights(folder):
+    if not _has_weights(folder):
+        return
+    files = find_tensors(folder)
+    config.dtype = check_stored(files, config, "auto", trust_remote_code)
+    if getattr(config, "tie_word_embeddings", False):
         model = build_without_weights(config, trust_remote_code)
-        stored = match_tensors(find_tensors(folder), model)
+        stored = match_tensors(files, model)
         pairs = (model._tied_weights_keys or {}).items()
         held = [(stored[head], stored[embedding]) for head, embedding in pairs if {head, embedding} <= stored.keys()]
         config.tie_word_embeddings = all(torch.equal(head.read(), embedding.read()) for head, embedding in held)

@@ -14,7 +14,7 @@ from gqaprune.commands.bos_check import check_bos
 from gqaprune.commands.checkup import (
     build_layers_table,
     check_layers,
-    correct_stored_head,
+    correct_by_weights,
     find_wrong_tensors,
     read_plan_of,
 )
@@ -26,6 +26,7 @@ from gqaprune.data.windows import read_windows
 from gqaprune.models.architecture import find_blocks, read_context, read_geometry
 from gqaprune.models.dtypes import DTYPES, check_dtype, name_dtype, read_dtype
 from gqaprune.models.loading import build_without_weights, load
+from gqaprune.models.loading_guard import guard_loading
 from gqaprune.models.sources import load_config, pin
 from gqaprune.planning.memory import GIB, PLACES, ModelSizes, estimate_memory, read_sizes
 from gqaprune.scoring.outliers import Outliers, find_outliers
@@ -72,26 +73,27 @@ def inspect(
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_dtype(dtype)
     model = pin(model, revision)
-    config = load_config(model, trust_remote_code)
-    if Path(model).is_dir():
-        correct_stored_head(Path(model), config, trust_remote_code)
-    geometry, sizes = read_geometry(config), read_sizes(config, trust_remote_code)
-    kind = (read_dtype(config) or torch.float32) if dtype == "auto" else DTYPES[dtype]
-    assert isinstance(kind, torch.dtype)
+    config, folder = load_config(model, trust_remote_code), Path(model) if Path(model).is_dir() else None
+    with guard_loading("model", model):
+        if folder is not None:
+            correct_by_weights(folder, config, trust_remote_code)
+        geometry, sizes = read_geometry(config), read_sizes(config, trust_remote_code)
+        kind = (read_dtype(config) or torch.float32) if dtype == "auto" else DTYPES[dtype]
+        assert isinstance(kind, torch.dtype)
+        reach = measure_reach(build_without_weights(config, trust_remote_code))
+        found = look_for_outliers(model, trust_remote_code) if outliers else None
+        outside = 1 - sizes.decoder_parameters / sizes.parameters
+        risks = list_risks(config, geometry, outside, name_dtype(kind), found)
+        bos = check_bos(model, config, sizes.parameters, trust_remote_code)
+        if bos is not None and bos.matters:
+            risks.insert(0, bos.describe())
+        plan = read_plan_of(folder) if folder is not None else None
+        wrong = find_wrong_tensors(folder, config, trust_remote_code) if folder is not None else {}
+        checks = check_layers(config, plan, wrong) if folder is not None else []
     type_name = name_dtype(kind)
     bytes_needed = estimate_memory(sizes, kind.itemsize, devices, tokens, calibration_tokens, gradient_checkpointing)
     weights = {name: sizes.parameters * of.itemsize for name, of in DTYPES.items() if isinstance(of, torch.dtype)}
     cache = geometry.kv_cache_bytes_per_token(kind.itemsize)
-    reach = measure_reach(build_without_weights(config, trust_remote_code))
-    found = look_for_outliers(model, trust_remote_code) if outliers else None
-    outside = 1 - sizes.decoder_parameters / sizes.parameters
-    risks = list_risks(config, geometry, outside, type_name, found)
-    bos = check_bos(model, config, sizes.parameters, trust_remote_code)
-    if bos is not None and bos.matters:
-        risks.insert(0, bos.describe())
-    plan = read_plan_of(Path(model)) if Path(model).is_dir() else None
-    wrong = find_wrong_tensors(Path(model), config, trust_remote_code) if Path(model).is_dir() else {}
-    checks = check_layers(config, plan, wrong) if Path(model).is_dir() else []
     if write_config is not None:
         own = name_dtype(read_dtype(config) or "bfloat16")
         advice = write_advice(model, geometry, sizes.parameters, own, read_context(config), reach, risks)

@@ -147,7 +147,7 @@ def find_best_split(
         raise ValueError("search needs a rate above 0, got 0: there is nothing to split")
     if not any(validation.values()):
         raise ValueError("search compares splits on validation text, got none: name a corpus in data.evaluation.val")
-    check_text(model.config, calibration.batches, config)
+    check_text(model, calibration.batches, config)
     check_compatibility(model)
     blocks, budget = select_blocks(model, config), read_budget(model, config)
     check_finite_weights(model)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gqaprune.common.distributed import get_rank_and_world_size
+from gqaprune.data.call_checks import list_items
 from gqaprune.models.sources import make_absolute
 
 
@@ -15,14 +16,15 @@ class CalibrationSet:
     """Calibration text as token batches, with what has to be known to choose it again.
 
     Args:
-        batches: token ids, each `[batch, tokens]`; in a process group the same list on every rank.
+        batches: token ids, each `[batch, tokens]`; in a process group the same list on every rank. What a generator
+            yields is kept.
         accumulation: micro-batches whose gate gradients are summed before they are squared or their size is taken.
         seed: seed that chose the windows; of `random` scores and of swaps, too.
         corpora: names of the corpora.
         source: name or folder of the model; of a folder the absolute path is kept.
 
     Raises:
-        ValueError: if the accumulation is below 1.
+        ValueError: if the accumulation is below 1, or there are no batches to go through.
 
     Example::
 
@@ -38,6 +40,7 @@ class CalibrationSet:
     def __post_init__(self) -> None:
         if self.accumulation < 1:
             raise ValueError(f"accumulation must be at least 1 micro-batch, got {self.accumulation}")
+        object.__setattr__(self, "batches", list_items(self.batches, "calibration"))
         object.__setattr__(self, "source", make_absolute(self.source))
 
     @classmethod

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from gqaprune.data.call_checks import check_ids
 from gqaprune.models.architecture import read_context
 from gqaprune.models.losses import IGNORED, measure_losses
 
@@ -23,9 +24,10 @@ def continue_greedily(model: PreTrainedModel, ids_1T: Tensor, max_new_tokens: in
         max_new_tokens: tokens to add at most; fewer where the model's context is full.
 
     Raises:
-        ValueError: if the prompt alone fills the context.
+        ValueError: if the prompt is empty, alone fills the context or holds what the model does not embed.
     """
     context, ends = read_context(model.config), list_ends(model)
+    check_ids(model, ids_1T, "a prompt")
     check_prompt(ids_1T, context)
     cache, new_1T = DynamicCache(config=model.config), ids_1T
     for _ in range(min(max_new_tokens, context - ids_1T.shape[1])):
@@ -43,7 +45,9 @@ def check_prompt(ids_1T: Tensor, context: int) -> None:
     Raises:
         ValueError: with its tokens and the context.
     """
-    if (tokens := ids_1T.shape[1]) >= context:
+    if not (tokens := ids_1T.shape[1]):
+        raise ValueError("a prompt has no tokens: give it at least one word")
+    if tokens >= context:
         raise ValueError(f"a prompt has {tokens:,} tokens and the model's context {context:,}: give a shorter prompt")
 
 

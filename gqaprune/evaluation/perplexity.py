@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.common.console import track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere
-from gqaprune.models.architecture import check_context
+from gqaprune.data.call_checks import check_evaluation, check_model, list_corpora
 from gqaprune.models.losses import measure_head_losses, measure_losses
 from gqaprune.placement.layer_store import find_store
 
@@ -89,11 +89,12 @@ def measure_perplexity(
         Perplexity by corpus.
 
     Raises:
-        ValueError: if a window is longer than the model's context, or a loss is NaN or infinite, with corpus and batch.
+        ValueError: if the model or a batch cannot be worked on, or a loss is NaN or infinite, with corpus and batch.
     """
+    check_model(model)
+    corpora = list_corpora(corpora)
     for name, batches in corpora.items():
-        longest = max((batch["input_ids"].shape[1] for batch in batches), default=0)
-        check_context(model.config, longest, f"a window of {name}")
+        check_evaluation(model, batches, name)
     rank, world_size = get_rank_and_world_size()
     was_training = model.training
     device = next(model.parameters()).device

@@ -5,7 +5,7 @@ Source: the format, github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 _VERSIONS = (2, 3)
 _MOST_DIMENSIONS = 4
+_ALIGNMENTS = tuple(2**power for power in range(21))
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """The format's types of numbers -> what `struct` calls them."""
 _STRING, _ARRAY = 8, 9
@@ -57,6 +58,11 @@ class GgufHeader:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
 
+    @property
+    def most_weights(self) -> int:
+        """Weights that all its tensors hold together."""
+        return sum(prod(tensor.shape) for tensor in self.tensors.values())
+
 
 def read_header(path: Path) -> GgufHeader:
     """Read a file's header; every tensor is then known to lie within the file.
@@ -71,7 +77,7 @@ def read_header(path: Path) -> GgufHeader:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _parse(path, _Cursor(data))
-            except (struct.error, IndexError, OverflowError, UnicodeDecodeError):
+            except (struct.error, MemoryError, OverflowError, UnicodeDecodeError):
                 raise ValueError(f"the header of {path.name} is broken or cut off: fetch or write it again") from None
 
 
@@ -113,6 +119,16 @@ class _Cursor:
             return [self.read_string() for _ in range(count)]
         return list(self.read(f"{count}{_name_scalar(kind)}"))
 
+    def read_entries(self, count: int, what: str) -> Iterator[str]:
+        """Names of entries, each once, for a caller that reads what follows a name before it asks for the next one."""
+        names = set()
+        for _ in range(count):
+            name = self.read_string()
+            if name in names:
+                raise ValueError(f"{what} {name[:80]!r} is there twice: fetch or write the file again")
+            names.add(name)
+            yield name
+
 
 def _name_scalar(kind: int) -> str:
     if kind not in _SCALARS:
@@ -124,19 +140,17 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
     version, tensor_count, value_count = cursor.read("IQQ")
     if version not in _VERSIONS:
         raise ValueError(f"{path.name} is of version {version} of the format, only {_VERSIONS} can be read")
-    metadata = {}
-    for _ in range(value_count):
-        key = cursor.read_string()
-        metadata[key] = cursor.read_value(*cursor.read("I"))
+    metadata = {key: cursor.read_value(*cursor.read("I")) for key in cursor.read_entries(value_count, "setting")}
     places: dict[str, tuple[tuple[int, ...], int, int]] = {}
-    for _ in range(tensor_count):
-        name = cursor.read_string()
+    for name in cursor.read_entries(tensor_count, "tensor"):
         (dimensions,) = cursor.read("I")
-        if not 1 <= dimensions <= _MOST_DIMENSIONS or name in places:
-            raise ValueError(f"{name} is there twice or has {dimensions} dimensions: fetch or write {path.name} again")
+        if not 1 <= dimensions <= _MOST_DIMENSIONS:
+            raise ValueError(f"{name[:80]!r} has {dimensions} dimensions: fetch or write {path.name} again")
         shape = cursor.read(f"{dimensions}Q")[::-1]
         places[name] = (shape, *cursor.read("IQ"))
     alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    if alignment not in _ALIGNMENTS:
+        raise ValueError(f"general.alignment of {path.name} must be a power of two, got {str(alignment)[:40]!r}")
     begin = -(-cursor.at // alignment) * alignment
     tensors = {
         name: GgufTensor(shape, gguf.GGMLQuantizationType(kind), begin + offset)

@@ -14,7 +14,9 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerFa
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
 from gqaprune.common.errors import first_line
+from gqaprune.common.json_files import parse_json
 from gqaprune.models.architecture import find_layer, read_geometry
+from gqaprune.models.config_bounds import check_bounds
 from gqaprune.models.gguf_file import GgufHeader, read_tensor
 from gqaprune.models.gguf_layout import ARCHITECTURES, CONFIG_KEY, FAMILIES, unpack_tensor
 
@@ -27,6 +29,19 @@ _OF_A_CHECKPOINT = {"architectures", "dtype"}
 def is_own(header: GgufHeader) -> bool:
     """Whether gqaprune wrote a file."""
     return CONFIG_KEY in header.metadata
+
+
+def count_layers(header: GgufHeader) -> int:
+    """Decoder layers that a file, by whomever, holds tensors of.
+
+    Raises:
+        ValueError: if one is left out, or its metadata promises another number of them.
+    """
+    layers = {find_layer(name, "blk") for name in header.tensors} - {None}
+    promised = header.metadata.get(f"{header.metadata.get('general.architecture')}.block_count", len(layers))
+    if layers != set(range(len(layers))) or promised != len(layers):
+        raise ValueError(f"its metadata promises {promised} layers, it holds {len(layers)}")
+    return len(layers)
 
 
 def describe_config(config: PretrainedConfig) -> str:
@@ -42,15 +57,15 @@ def read_config(header: GgufHeader) -> PretrainedConfig:
     Raises:
         ValueError: if it is broken, or its layers are not those of the file.
     """
-    settings = json.loads(header.metadata[CONFIG_KEY])
+    settings = parse_json(header.metadata[CONFIG_KEY])
+    check_bounds(settings)
     family = settings.get("model_type")
     architecture = header.metadata.get("general.architecture")
     for what, value, known in (("model type", family, FAMILIES), ("architecture", architecture, ARCHITECTURES)):
         if value not in known:
             raise ValueError(f"its {what} must be one of {', '.join(known)}, got {value!r}")
-    layers = {find_layer(name, "blk") for name in header.tensors} - {None}
-    if layers != set(range(len(layers))) or settings.get("num_hidden_layers") != len(layers):
-        raise ValueError(f"its config promises {settings.get('num_hidden_layers')} layers, it holds {len(layers)}")
+    if settings.get("num_hidden_layers") != (layers := count_layers(header)):
+        raise ValueError(f"its config promises {settings.get('num_hidden_layers')} layers, it holds {layers}")
     config_class = CONFIG_MAPPING[family]
     taken = _list_settings(config_class)
     return config_class(**{name: value for name, value in settings.items() if name in taken})

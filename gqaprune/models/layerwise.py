@@ -180,8 +180,10 @@ def run_head(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
     """Logits `[batch, tokens, vocabulary]` of what the last decoder layer gave: final norm, head, scaling."""
     # Any token ids of that shape: what becomes of them is thrown away.
     ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden_BTD.device)
+    # Experts do not run, so that nothing is there to balance.
+    routing = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
     with resume_at(model, len(get_layers(model)), hidden_BTD):
-        logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False).logits
+        logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False, return_dict=True, **routing).logits
     return logits_BTV
 
 

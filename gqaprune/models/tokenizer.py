@@ -7,24 +7,17 @@ years. It is therefore tried in a child process first, which costs some millisec
 import json
 import time
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from gqaprune.common.errors import first_line
 from gqaprune.common.limited import run_limited
 from gqaprune.models.families import begins_with_bos
-from gqaprune.models.gguf_reader import read_tokenizer
-from gqaprune.models.sources import (
-    LOADING_ERRORS,
-    find_revision,
-    load_config,
-    locate,
-    make_loading_error,
-    pin,
-    read_own_header,
-)
+from gqaprune.models.gguf_reader import is_own, read_tokenizer
+from gqaprune.models.loading_guard import guard_loading
+from gqaprune.models.sources import find_revision, load_config, locate, pin, read_gguf_header
 
 _VOCABULARY_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken*.json")
 """What a folder without a tokenizer has none of."""
@@ -41,6 +34,7 @@ _PROBE_SECONDS = 1.0
 """Time of a core for some 4,000 characters, which take a tokenizer a few milliseconds."""
 _GEMMA_CLASSES = ("GemmaTokenizer", "GemmaTokenizerFast")
 """What transformers loads the tokenizers of Gemma as, where they come from elsewhere than `load_tokenizer`."""
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def load_tokenizer(
@@ -59,7 +53,9 @@ def load_tokenizer(
     source = pin(str(source), revision)
     place, gguf = locate(source)
     read = partial(_read_tokenizer, source, trust_remote_code)
-    try:
+    with guard_loading("tokenizer", source):
+        if isinstance(place, Path) and not gguf and not any(any(place.glob(name)) for name in _VOCABULARY_FILES):
+            raise ValueError("it has no tokenizer files; copy them from the model that it comes from")
         if isinstance(place, Path) and not gguf and not trust_remote_code:  # else it is data alone, or code runs
             files = {file for name in _VOCABULARY_FILES for file in place.glob(name)}
             size = sum(file.stat().st_size for file in files) / 1e6
@@ -68,18 +64,13 @@ def load_tokenizer(
         else:
             tokenizer = read()
             run_limited(lambda: _try_tokenizer(tokenizer))
-    except LOADING_ERRORS as error:
-        reason = first_line(error)
-        if isinstance(place, Path) and not gguf and not any(any(place.glob(name)) for name in _VOCABULARY_FILES):
-            reason = "it has no tokenizer files; copy them from the model that it comes from"
-        raise make_loading_error("tokenizer", source, reason) from None
     return tokenizer
 
 
 def _read_tokenizer(source: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     place, gguf = locate(source)
     config = load_config(source, trust_remote_code)
-    if header := read_own_header(source):
+    if (header := read_gguf_header(source)) is not None and is_own(header):
         tokenizer: PreTrainedTokenizerBase = read_tokenizer(header)
     else:
         known = gguf or {"config": config, **find_revision(source)}
@@ -141,16 +132,24 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Refuse a tokenizer that makes ids the model has no embedding for.
+    """Refuse a tokenizer that makes ids the model has no embedding for, and special tokens that it has none for.
 
     Raises:
-        ValueError: with both sizes.
+        ValueError: with the first id and the rows of the embedding.
     """
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    token, largest = max(tokenizer.get_vocab().items(), key=itemgetter(1))
+    if largest >= rows:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer):,} tokens but the model embeds {rows:,}: it belongs to another model"
+            f"the tokenizer has id {largest:,} for {token!r} but the model embeds ids below {rows:,}: it belongs to "
+            "another model"
         )
+    for name, config in (("config", model.config), ("generation config", model.generation_config)):
+        for setting in _SPECIAL_IDS:
+            value = getattr(config, setting, None)
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None and not (isinstance(one, int) and one < rows):
+                    raise ValueError(f"the model's {name} has {setting} {one!r}, but it embeds ids below {rows:,}")
 
 
 def _is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -9,20 +9,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import read_geometry
 from gqaprune.models.config_facts import correct_config
-from gqaprune.models.dtypes import DTYPES, check_dtype
+from gqaprune.models.dtypes import check_dtype
 from gqaprune.models.families import get_family
-from gqaprune.models.loading import build_model, check_keys, find_other_storage
+from gqaprune.models.loading import build_model, check_keys, check_stored, find_other_storage
+from gqaprune.models.loading_guard import guard_loading
 from gqaprune.models.sources import (
-    LOADING_ERRORS,
     StoredTensor,
     fetch,
     find_tensors,
     load_config,
     locate,
-    make_loading_error,
     match_tensors,
 )
 from gqaprune.placement.disk_store import offload_layers
@@ -126,13 +124,13 @@ def _load_by_layer(
     if obstacle := _find_obstacle(source, trust_remote_code):
         raise ValueError(obstacle)
     config = load_config(source, trust_remote_code)
-    family = get_family(config)
-    try:
-        read_geometry(config)
+    with guard_loading("model", source):
+        family, _ = get_family(config), read_geometry(config)
         checkpoint = fetch(source)
         files = find_tensors(checkpoint)
+        own_dtype = check_stored(files, config, dtype, trust_remote_code)
         with init_empty_weights(include_buffers=False):
-            model = build_model(config, DTYPES[dtype], attn_implementation, trust_remote_code)
+            model = build_model(config, own_dtype, attn_implementation, trust_remote_code)
         stored = match_tensors(files, model)
         read(model, stored)
         missing = model.state_dict().keys() - stored.keys()
@@ -142,6 +140,4 @@ def _load_by_layer(
         correct_config(model)
         if (checkpoint / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint)
-    except LOADING_ERRORS as error:
-        raise make_loading_error("model", source, first_line(error)) from None
     return model.eval()

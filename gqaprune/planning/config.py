@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+from gqaprune.common.field_types import check_field_types
 from gqaprune.common.renamed import RenamedAttributes, build_group, name_successors
 from gqaprune.models.architecture import GRANULARITIES
 from gqaprune.planning.allocation import ALLOCATIONS, parse_split
@@ -68,6 +69,7 @@ class PruningConfig(RenamedAttributes):
 
     def __post_init__(self) -> None:
         self._build_groups()
+        check_field_types(self)
         self._check_names()
         self._check_bounds()
         self._check_combinations()

@@ -1,7 +1,9 @@
 """Groups of pruning settings: limits, sensitivity, swaps. `gqaprune.scoring` and `gqaprune.surgery` have their own."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
+from gqaprune.common.field_types import check_field_types
 from gqaprune.planning.allocation import AllocationOptions
 from gqaprune.scoring.sensitivity import SENSITIVITIES
 
@@ -37,6 +39,7 @@ class LimitsConfig:
     channel_multiple: int = 1
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         if not 0 <= self.min_rate <= self.max_rate <= 1:
             raise ValueError(
                 "min_rate and max_rate must satisfy 0 <= min_rate <= max_rate <= 1, "
@@ -45,7 +48,18 @@ class LimitsConfig:
         for name in ("min_groups", "min_channels", "channel_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("attention_layers", "mlp_layers"):
+            ends = getattr(self, name)
+            if ends is not None and not _is_range(ends):
+                raise ValueError(
+                    f"{name} must be two layers, the first and the end, such as (4, 28), got {str(ends)[:40]!r}"
+                )
         AllocationOptions(frozen_layers=self.frozen_layers)
+
+
+def _is_range(ends: object) -> bool:
+    is_pair = isinstance(ends, (list, tuple)) and len(ends) == 2
+    return is_pair and all(isinstance(end, Integral) and not isinstance(end, bool) for end in ends)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,7 @@ class SensitivityConfig:
     log: bool = False
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         if self.method not in SENSITIVITIES:
             raise ValueError(f"sensitivity.method must be one of {', '.join(SENSITIVITIES)}, got {self.method!r}")
         AllocationOptions(alpha=self.alpha)
@@ -95,6 +110,7 @@ class SwapsConfig:
     offspring: int = 8
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         if self.generations < 0:
             raise ValueError(f"swaps.generations must be at least 0, got {self.generations}")
         if self.offspring < 1:

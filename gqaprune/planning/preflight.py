@@ -5,10 +5,11 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from gqaprune.common.sentences import join_choices
-from gqaprune.models.architecture import Block, check_biases, check_context, read_geometry
+from gqaprune.data.call_checks import check_windows
+from gqaprune.models.architecture import Block, check_biases, read_geometry
 from gqaprune.placement.layer_store import Placement
 from gqaprune.planning.allocation import ALLOCATIONS, AllocationOptions, Budget
 from gqaprune.planning.config import PruningConfig
@@ -17,13 +18,25 @@ from gqaprune.planning.selection import budget_blocks, keeps_equal_counts, list_
 from gqaprune.scoring.scores import CRITERIA, parse_criterion
 
 
-def check_text(model_config: PretrainedConfig, batches: Sequence[Tensor], config: PruningConfig) -> None:
+def check_config(config: object) -> None:
+    """Refuse settings that are not a `PruningConfig`, whose own checks have not seen them.
+
+    Raises:
+        ValueError: with how to make one.
+    """
+    if not isinstance(config, PruningConfig):
+        raise ValueError(
+            f"config must be a PruningConfig, such as PruningConfig(rate=0.2), got {type(config).__name__}"
+        )
+
+
+def check_text(model: PreTrainedModel, batches: Sequence[Tensor], config: PruningConfig) -> None:
     """Refuse to measure on no text, or on text that the model cannot read.
 
     Raises:
-        ValueError: if the config needs calibration text and there is none, or a window is longer than the context.
+        ValueError: if the config needs calibration text and there is none, or as `check_windows`.
     """
-    check_context(model_config, max((batch.shape[1] for batch in batches), default=0), "a calibration window")
+    check_windows(model, batches, "the calibration text")
     if config.needs_text and not batches:
         free = ", ".join(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
         raise ValueError(

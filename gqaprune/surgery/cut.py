@@ -28,6 +28,11 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
             then.
     """
     check_plan(model, plan)
+    with torch.inference_mode(False):  # what is made in that mode could never require gradients again
+        _apply_plan(model, plan)
+
+
+def _apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     pairs = list(zip(find_blocks(model), find_blocks(model, "query"), strict=True))
     cut = {block.key.layer for block, _ in pairs if len(list_kept_columns(plan, block)) < block.output.in_features}
     for layer in find_store(model).hold_each(sorted(cut), cut):
@@ -41,8 +46,10 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     """Refuse a plan that cannot be applied to a model.
 
     Raises:
-        ValueError: if it was made for other shapes, or cuts attention that the family cannot lose.
+        ValueError: if it is none, was made for other shapes, or cuts attention that the family cannot lose.
     """
+    if not isinstance(plan, PruningPlan):
+        raise ValueError(f"the plan must be a PruningPlan, such as PruningPlan.load(file), got {type(plan).__name__}")
     plan.check_fits(read_geometry(model.config))
     whole, geometry = get_family(model.config).whole, plan.geometry
     if "attention" in whole and plan.pruned_geometry.query_heads != geometry.query_heads:

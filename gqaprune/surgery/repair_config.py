@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from gqaprune.common.field_types import check_field_types
+
 METHODS = ("least_squares", "bias", "none")
 
 
@@ -40,6 +42,7 @@ class RepairConfig:
     learning_rate: float = 0.02
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         if self.method not in METHODS:
             raise ValueError(f"repair.method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if not self.ridges or not all(0 < ridge < float("inf") for ridge in self.ridges):

@@ -132,9 +132,9 @@ def test_a_broken_index_and_what_it_names_in_vain_are_said_in_a_sentence(tmp_pat
     next(tmp_path.glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match=r"safetensors is missing, broken or cut off \(No such file"):
         inspect(str(tmp_path))
-    for text in ("{", "[]", "{}"):
+    for text in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 10**5):
         (tmp_path / "model.safetensors.index.json").write_text(text)
-        with pytest.raises(ValueError, match="does not say which file holds which tensor: fetch it again"):
+        with pytest.raises(ValueError, match=r"not say which file holds which tensor|index\.json is not a safeten"):
             inspect(str(tmp_path))
 
 

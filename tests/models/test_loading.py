@@ -48,6 +48,9 @@ def test_a_package_that_weights_need_is_said_in_a_sentence(tmp_path: Path) -> No
     model = make_model("llama")
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     model.config.save_pretrained(tmp_path)
+    packed = {name.replace("proj.weight", "proj.qweight"): tensor for name, tensor in model.state_dict().items()}
+    packed = {name: tensor.int() if name.endswith("qweight") else tensor for name, tensor in packed.items()}
+    save_file(packed, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"cannot load a model from .* GPTQ"):
         load_model(tmp_path)
 

@@ -18,7 +18,7 @@ def test_tokenizer_that_makes_unknown_ids_is_refused(tokenizer: PreTrainedTokeni
     model = make_model("llama")
     check_tokenizer(tokenizer, model)
     model.resize_token_embeddings(200)
-    with pytest.raises(ValueError, match="the tokenizer has 258 tokens but the model embeds 200"):
+    with pytest.raises(ValueError, match="the tokenizer has id 257 for '</s>' but the model embeds ids below 200"):
         check_tokenizer(tokenizer, model)
 
 

@@ -14,19 +14,21 @@ from tiny import make_model, make_plain, make_tokens
 
 
 def test_text_is_asked_for_only_where_something_is_measured() -> None:
-    config = make_model().config
-    check_text(config, [], make_plain(criterion="l1+random"))
-    check_text(config, [], make_plain(rate=0.0))
-    check_text(config, [make_tokens()], make_plain())
+    model = make_model()
+    check_text(model, [], make_plain(criterion="l1+random"))
+    check_text(model, [], make_plain(rate=0.0))
+    check_text(model, [make_tokens()], make_plain())
     with pytest.raises(ValueError, match="only l1, l2, random need no text, with repair.method none and where nothing"):
-        check_text(config, [], make_plain())
+        check_text(model, [], make_plain())
 
 
 def test_calibration_text_longer_than_the_context_is_refused() -> None:
-    config = make_model().config
-    check_text(config, [make_tokens(1, 256)], make_plain())
-    with pytest.raises(ValueError, match="calibration window is 257 tokens, the model's context 256: set it to 256 or"):
-        check_text(config, [make_tokens(1, 32), make_tokens(1, 257)], make_plain())
+    model = make_model()
+    check_text(model, [make_tokens(1, 256)], make_plain())
+    with pytest.raises(
+        ValueError, match="a window of the calibration text is 257 tokens, the model's context 256: set it to 256 or"
+    ):
+        check_text(model, [make_tokens(1, 32), make_tokens(1, 257)], make_plain())
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.9])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gqaprune.common.field_types import check_field_types
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block
 from gqaprune.plan import BlockKey
@@ -58,6 +59,7 @@ class ScoringConfig:
     protect_outliers: bool = True
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         for name, members in (("reduction", REDUCTIONS), ("normalization", NORMALIZATIONS)):
             if getattr(self, name) not in members:
                 raise ValueError(f"{name} must be one of {', '.join(members)}, got {getattr(self, name)!r}")
