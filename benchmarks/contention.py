@@ -107,7 +107,8 @@ def describe(seconds: Seconds, others: float, options: argparse.Namespace) -> st
         lines.append([way, *(f"{seconds[way, place]:.2f} ({r:.2f}×)" for place, r in zip(PLACES, ratios, strict=True))])
     about = (
         f"Medians of {options.turns} turns, in seconds (times one thread's). Loaded: {os.cpu_count()} processes that "
-        f"never rest on {os.cpu_count()} cores. Load average before: {others:.1f}. torch {read_versions(['torch'])['torch']}."
+        f"never rest on {os.cpu_count()} cores. Load average before: {others:.1f}. "
+        f"torch {read_versions(['torch'])['torch']}."
     )
     return "\n".join([about, "", *format_table(["", *PLACES], lines)])
 

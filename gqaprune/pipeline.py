@@ -41,6 +41,7 @@ from gqaprune.scoring.criteria.base import Scores
 from gqaprune.scoring.scores import check_finite_weights
 from gqaprune.scoring.sensitivity import Importance
 from gqaprune.surgery.compatibility import check_compatibility
+from gqaprune.surgery.products import settle_products
 from gqaprune.surgery.repair import BlockRepair, apply_plan_with_repair
 
 _HELD_OUT = "held-out calibration text"
@@ -122,9 +123,10 @@ class Pruner:
             check_reachable(self.dense_blocks, self.budget, config)
             check_text(model.config, calibration.batches, config)
             check_repair(model.config, self.dense_blocks, config)
+            self.config = replace(config, repair=settle_products(config.repair, model.device, self.stages))
         source = calibration.source
         self.plan = replace(keep_everything(model), model=source, fingerprint=find_fingerprint(source))
-        self.report = Report(source, asdict(config), note=describe_experts(model))
+        self.report = Report(source, asdict(self.config), note=describe_experts(model))
         self.share = 0.0
         self.spending: Spending | None = None
         self.scores: Scores = {}

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from gqaprune.common.atomic_files import check_can_be_folder, write_atomically
 from gqaprune.common.console import track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
+from gqaprune.common.precision import multiply_exactly
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, compute_addition, find_adder, read_geometry
 from gqaprune.models.gates import freeze_parameters
@@ -141,6 +142,7 @@ class Sensitivity:
         return cls(origin, {BlockKey(int(entry["layer"]), entry["kind"]): float(entry["value"]) for entry in entries})
 
 
+@multiply_exactly()
 def measure_sensitivity(
     model: PreTrainedModel,
     blocks: Sequence[Block],

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 METHODS = ("least_squares", "bias", "none")
+PRODUCTS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class RepairConfig:
             the same targets, all its weights; no loss of the language model takes part. 0 leaves it out.
         learning_rate: peak learning rate of that, in units of each matrix's root mean square; it warms up and decays to
             0 as a cosine.
+        products: type that this training multiplies in: `float32`, `bfloat16`, or `auto`, the faster one. What `auto`
+            is found to mean is said, in the report, and kept for a resumed run.
 
     Raises:
         ValueError: if a setting is out of its bounds.
@@ -38,10 +41,13 @@ class RepairConfig:
     bias: bool = False
     epochs: int = 3
     learning_rate: float = 0.02
+    products: str = "auto"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"repair.method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.products not in PRODUCTS:
+            raise ValueError(f"repair.products must be one of {', '.join(PRODUCTS)}, got {self.products!r}")
         if not self.ridges or not all(0 < ridge < float("inf") for ridge in self.ridges):
             raise ValueError(f"repair.ridges must be one or more numbers above 0, got {self.ridges}; try [0.1, 0.3, 1]")
         if not 0 < self.holdout < 1:
