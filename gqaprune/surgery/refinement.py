@@ -40,6 +40,10 @@ _LEAST = 1e-12
 """The same where every token counts as any other."""
 
 
+_TELLING = 1e-3
+"""Share of the largest matrix's root mean square up to which a parameter's own counts as 0."""
+
+
 @dataclass(frozen=True)
 class Refinement:
     """What refinement did to one MLP.
@@ -193,8 +197,7 @@ def _train(
     if energy == 0:
         return
     steps_per_epoch = max(1, tokens // _STEP_TOKENS)
-    parameters = dict(mlp.named_parameters())
-    sizes = {name: float(parameter.detach().square().mean().sqrt()) for name, parameter in parameters.items()}
+    parameters, sizes = dict(mlp.named_parameters()), _measure_sizes(mlp)
     adam = torch.optim.Adam(
         [{"params": [parameters[name]], "lr": config.learning_rate * size} for name, size in sizes.items()],
         betas=(0.9, 0.95),
@@ -216,6 +219,13 @@ def _train(
             parameters[name].grad = gradient
         adam.step()
         schedule.step()
+
+
+def _measure_sizes(mlp: nn.Module) -> dict[str, float]:
+    """Root mean square of each parameter; of zeros, which do not say how far they may move, that of the matrices."""
+    sizes = {name: float(parameter.detach().square().mean().sqrt()) for name, parameter in mlp.named_parameters()}
+    largest = max(sizes[name] for name, parameter in mlp.named_parameters() if parameter.ndim > 1)
+    return {name: size if size > _TELLING * largest else largest for name, size in sizes.items()}
 
 
 def _draw_steps(tokens: int, steps_per_epoch: int, epochs: int, seed: int) -> Iterator[Tensor]:

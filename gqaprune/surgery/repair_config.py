@@ -24,8 +24,8 @@ class RepairConfig:
         bias: fit a bias too, where the family's checkpoints have a place for it.
         epochs: passes over the calibration text in which each MLP, after least squares, is trained by itself towards
             the same targets, all its weights; no loss of the language model takes part. 0 leaves it out.
-        learning_rate: peak learning rate of that, in units of each matrix's root mean square; it warms up and decays to
-            0 as a cosine.
+        learning_rate: peak learning rate of that, in units of each matrix's root mean square (of biases that are 0, the
+            largest matrix's); it warms up and decays to 0 as a cosine.
         products: type that this training multiplies in: `float32`, `bfloat16`, or `auto`, the faster one. What `auto`
             is found to mean is said, in the report, and kept for a resumed run.
 

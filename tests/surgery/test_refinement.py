@@ -178,6 +178,20 @@ def test_products_in_bfloat16_give_nearly_the_same_weights_as_in_float32() -> No
     assert 1e-5 < difference < 1e-2
 
 
+@pytest.mark.parametrize("zeros", [["up_proj.bias", "down_proj.bias"], ["down_proj.weight"], ["gate_proj.bias"]])
+@pytest.mark.parametrize("size", [0.0, 1e-9])
+def test_parameters_that_begin_at_zero_are_trained_like_others(zeros: list[str], size: float) -> None:
+    target = copy.deepcopy(make_model("llama-biases").model.layers[0].mlp).requires_grad_(False)
+    mlp = copy.deepcopy(target)
+    for name in zeros:
+        mlp.get_parameter(name).fill_(size)
+    fit, held = make_pairs(target, 2000, 1), make_pairs(target, 500, 2)
+    refinement = refine_mlp(mlp, fit, held, OPTIONS, seed=0)
+    assert refinement.error_after < 0.7 * refinement.error_before
+    for name in zeros:
+        assert mlp.get_parameter(name).abs().mean() > 0.1 * target.get_parameter(name).abs().mean()
+
+
 def test_targets_of_zeros_change_nothing() -> None:
     mlp = make_mlp()
     weights = copy_weights(mlp)
