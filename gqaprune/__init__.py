@@ -2,6 +2,9 @@
 
 import logging
 
+from gqaprune.common.threads import let_threads_sleep
+
+let_threads_sleep()  # before anything imports torch
 for _name in ("torchao", "torch.utils._pytree"):
     # transformers imports torchao wherever it is, which then warns of kernels for hardware that is not there.
     logging.getLogger(_name).setLevel(logging.ERROR)

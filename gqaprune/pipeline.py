@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gqaprune.common.console import console
 from gqaprune.common.distributed import check_same_on_all_ranks, get_rank_and_world_size
 from gqaprune.common.renamed import ARGUMENTS, name_successors
 from gqaprune.common.stage_cache import StageCache, StageResult
@@ -19,7 +20,7 @@ from gqaprune.models.fingerprint import find_fingerprint
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.model_hash import hash_model, hash_tensors
 from gqaprune.plan import BlockKey, PruningPlan
-from gqaprune.planning.allocation import AllocationOptions
+from gqaprune.planning.allocation import AllocationOptions, Removed
 from gqaprune.planning.allocation.steps import Spending, spend_share
 from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.counts import (
@@ -30,6 +31,7 @@ from gqaprune.planning.counts import (
     refine_counts,
 )
 from gqaprune.planning.preflight import check_config, check_goes_by_layer, check_reachable, check_repair, check_text
+from gqaprune.planning.rounding import describe_rounding
 from gqaprune.planning.selection import (
     budget_blocks,
     keep_everything,
@@ -43,6 +45,7 @@ from gqaprune.scoring.criteria.base import Scores
 from gqaprune.scoring.scores import check_finite_weights
 from gqaprune.scoring.sensitivity import Importance
 from gqaprune.surgery.compatibility import check_compatibility
+from gqaprune.surgery.products import settle_products
 from gqaprune.surgery.repair import BlockRepair, apply_plan_with_repair
 
 _HELD_OUT = "held-out calibration text"
@@ -125,13 +128,17 @@ class Pruner:
         self.stages = stages or StageCache()
         for name, batches in {**self.evaluation, **self.held_out}.items():
             check_evaluation(model, batches, name)
+        removed = None
         if config.removes_something:
-            check_reachable(self.dense_blocks, self.budget, config)
+            removed = check_reachable(self.dense_blocks, self.budget, config)
             check_text(model, calibration.batches, config)
             check_repair(model.config, self.dense_blocks, config)
+            self.config = replace(config, repair=settle_products(config.repair, model.device, self.stages))
         source = calibration.source
         self.plan = replace(keep_everything(model), model=source, fingerprint=find_fingerprint(source))
-        self.report = Report(source, asdict(config), note=describe_experts(model))
+        self.report = Report(source, asdict(self.config), note=describe_experts(model))
+        if removed is not None:
+            self._note_rounding(removed)
         self.share = 0.0
         self.spending: Spending | None = None
         self.scores: Scores = {}
@@ -218,6 +225,13 @@ class Pruner:
             self._options = options
         return self._options
 
+    def _note_rounding(self, removed: Removed) -> None:
+        """Say and report what whole units make of the budget."""
+        rounding = describe_rounding(self.dense_blocks, self.budget, removed, self.config)
+        if rounding and rounding != self.report.rounding and get_rank_and_world_size()[0] == 0:
+            console.print(rounding)
+        self.report.rounding = rounding
+
     def _cut(self, share: float) -> list[BlockRepair]:
         """Choose, cut and repair until `share` of the budget is spent."""
         options = self._measure_options()
@@ -240,6 +254,8 @@ class Pruner:
                 Outlier(BlockKey(*key), *unit) for *key, units in facts["outliers"] for unit in units
             ]
         self.spending = spending
+        if share == 1:
+            self._note_rounding(spending.so_far)
         self.scores = {BlockKey.parse(name): score_U for name, score_U in chosen.tensors.items()}
         self.plan = self.plan.then(plan)
         return apply_plan_with_repair(self.model, plan, self.calibration.batches, self.config.repair, stages)

@@ -1,5 +1,6 @@
 """Prune before fit, while Lightning has not built the optimizer yet; accumulate gradients during fit; prune on."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
                 self.report = Report(module.source.pretrained, protocol=data.protocol)
                 self.report.add_stage("pruned", model, data.evaluation_batches())
             return
-        self._pruner = self._start(module, data, model, self._open_stages(trainer))
+        self._pruner = self._start(module, data, model, self._open_stages(trainer), self.config)
         self._pruner.measure("dense")
         try:
             self._pruner.spend(1 / module.recovery.rounds if trainer.limit_train_batches != 0 else 1.0)
@@ -243,14 +244,19 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         )
 
     def _start(
-        self, module: CausalLMModule, data: TextDataModule, dense: PreTrainedModel, stages: StageCache
+        self,
+        module: CausalLMModule,
+        data: TextDataModule,
+        dense: PreTrainedModel,
+        stages: StageCache,
+        config: PruningConfig,
     ) -> Pruner:
         pruner = Pruner(
             dense,
-            self.read_calibration_set(module, data, dense, self.config),
-            self.config,
+            self.read_calibration_set(module, data, dense, config),
+            config,
             evaluation=data.evaluation_batches(),
-            held_out=data.held_out_batches() if self.config.needs_text else (),
+            held_out=data.held_out_batches() if config.needs_text else (),
             stages=stages,
         )
         pruner.report.protocol = data.protocol
@@ -259,7 +265,9 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
     def _resume(self, module: CausalLMModule, data: TextDataModule, share: float, stages: StageCache) -> Pruner:
         """Go on from what the checkpoint carries."""
         assert module.plan is not None and self._spending is not None and self.report is not None
-        pruner = self._start(module, data, module.source.load().to(module.device), stages)
+        settled = self.report.settings["repair"]["products"]  # by the run's first cut
+        config = replace(self.config, repair=replace(self.config.repair, products=settled))
+        pruner = self._start(module, data, module.source.load().to(module.device), stages, config)
         pruner.resume(module.model, module.plan, share, self._spending)
         pruner.report = self.report
         return pruner

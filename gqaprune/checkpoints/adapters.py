@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
+from gqaprune.common.precision import multiply_exactly
 from gqaprune.models.wrapping import ADAPTED, unwrap_name
 
 ADAPTER_FOLDER = "adapter"
@@ -26,6 +27,7 @@ def save_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor], folder: 
     adapted.save_pretrained(str(folder), state_dict=named)
 
 
+@multiply_exactly()
 @torch.no_grad()
 def merge_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights that a model without adapters needs to compute the same; nothing is changed.

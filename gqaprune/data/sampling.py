@@ -22,6 +22,7 @@ from gqaprune.common.atomic_files import write_atomically
 from gqaprune.common.console import console, track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
 from gqaprune.common.errors import first_line
+from gqaprune.common.precision import multiply_exactly
 from gqaprune.data.prompts import encode_beginning
 from gqaprune.models.architecture import check_context
 from gqaprune.models.gates import freeze_parameters
@@ -36,6 +37,7 @@ _SCHEME = 2
 """Raised where the same settings come to write other text, so that what was kept before is not read back."""
 
 
+@multiply_exactly()
 def sample_from_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

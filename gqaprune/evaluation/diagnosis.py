@@ -16,6 +16,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gqaprune.common.precision import multiply_exactly
 from gqaprune.evaluation.gated_plan import GatedPlan, measure_perplexity_or_infinity
 from gqaprune.models.architecture import get_layers, name_parameter_place
 from gqaprune.models.dtypes import name_dtype
@@ -83,6 +84,7 @@ class Diagnosis:
         return f"{self.verdict.sentence}; {self.verdict.setting}"
 
 
+@multiply_exactly()
 def diagnose(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,

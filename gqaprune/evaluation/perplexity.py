@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.common.console import track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere
+from gqaprune.common.precision import multiply_exactly
 from gqaprune.data.call_checks import check_evaluation, check_model, list_corpora
 from gqaprune.models.losses import measure_head_losses, measure_losses
 from gqaprune.placement.layer_store import find_store
@@ -72,6 +73,7 @@ class CorpusPerplexities:
         return {name: metric.compute().float() for name, metric in self._metrics.items()}
 
 
+@multiply_exactly()
 @torch.inference_mode()
 def measure_perplexity(
     model: PreTrainedModel, corpora: Evaluation, description: str = "perplexity"

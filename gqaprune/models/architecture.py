@@ -279,6 +279,14 @@ def count_parameters(model: PreTrainedModel) -> int:
     return _count_without_adapters(model)
 
 
+def measure_parameter_size(model: PreTrainedModel) -> float:
+    """Bytes of a parameter, the mean over all that this process holds, LoRA adapters left out."""
+    own = [parameter for name, parameter in model.named_parameters() if ".lora_" not in name]
+    size: int = sum(parameter.numel() * parameter.itemsize for parameter in own)
+    count: int = sum(parameter.numel() for parameter in own)
+    return size / count
+
+
 def count_layer_parameters(model: PreTrainedModel) -> list[int]:
     """Parameters of each decoder layer, norms and biases included, LoRA adapters left out."""
     return [_count_without_adapters(layer) for layer in get_layers(model)]

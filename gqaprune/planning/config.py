@@ -21,8 +21,8 @@ class PruningConfig(RenamedAttributes):
     Args:
         rate: share of parameters to remove, 0 to below 1. 0 leaves the model as it is; with a `kv_rate` only groups go.
         rate_base: what `rate` is a share of: `decoder` (parameters of all decoder layers) or `all` (embeddings too).
-        kv_rate: share of the KV heads, and so of the KV cache, to remove, to the nearest group; 0 lets the allocation
-            choose.
+        kv_rate: share of the KV heads, and so of the KV cache, to remove, to the nearest group (with
+            `uniform` one of every layer); 0 lets the allocation choose.
         split: attention : MLP shares of what is removed, such as `2:8` (in YAML in quotes), within one GQA group
             (with `uniform` one of every layer); `free` lets the allocation choose. Null means channels alone, which
             cost least, unless `kv_rate` or `granularity: query` ask attention to give.

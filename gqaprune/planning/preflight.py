@@ -11,7 +11,7 @@ from gqaprune.common.sentences import join_choices
 from gqaprune.data.call_checks import check_windows
 from gqaprune.models.architecture import Block, check_biases, read_geometry
 from gqaprune.placement.layer_store import Placement
-from gqaprune.planning.allocation import ALLOCATIONS, AllocationOptions, Budget
+from gqaprune.planning.allocation import ALLOCATIONS, AllocationOptions, Budget, Removed
 from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.counts import bind_allocation, make_options
 from gqaprune.planning.selection import budget_blocks, keeps_equal_counts, list_allowed_layers
@@ -87,7 +87,7 @@ def check_goes_by_layer(config: PruningConfig, placement: Placement) -> None:
 
 def check_reachable(
     dense_blocks: Sequence[Block], budget: Budget, config: PruningConfig, options: AllocationOptions | None = None
-) -> None:
+) -> Removed | None:
     """Refuse a budget that no scores can meet, before the long work.
 
     With `limits.frozen_layers` the blocks that may shrink follow from importance: until it is known, nothing more is
@@ -99,16 +99,20 @@ def check_reachable(
         config: limits and allocation.
         options: what the allocation looks at; None before importance is measured.
 
+    Returns:
+        Counts that meet it, of which scores and importance may change how they spread over layers; None where they do
+        not follow yet.
+
     Raises:
         ValueError: with the nearest reachable rate.
     """
     if not dense_blocks:
         raise budget.unreachable("limits.attention_layers and limits.mlp_layers leave no block to prune")
     if config.limits.frozen_layers and options is None:
-        return
+        return None
     scores = {block.key: torch.linspace(0, block.unit_parameters, block.units) for block in dense_blocks}
     options = options or make_options(config, dict.fromkeys(scores, 0.0))
-    bind_allocation(config, options)(budget_blocks(dense_blocks, scores, config), budget)
+    return bind_allocation(config, options)(budget_blocks(dense_blocks, scores, config), budget)
 
 
 def check_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -> None:

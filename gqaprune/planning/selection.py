@@ -46,6 +46,12 @@ def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
             "leave split, kv_rate and granularity at their defaults to remove MLP channels"
         )
     blocks = find_blocks(model, config.granularity)
+    heads = [block.units // block.groups for block in blocks if block.key.kind == "attention"]
+    if config.granularity == "query" and config.attention_share != 0 and max(heads, default=2) == 1:
+        raise ValueError(
+            "granularity query leaves one query head to every KV head, and this model has no more: set granularity: "
+            "group, or split: 0:10 to remove MLP channels alone"
+        )
     allowed = list_allowed_layers(model.config, config)
     return [block for block in blocks if block.key.layer in allowed.get(block.key.kind, ())]
 

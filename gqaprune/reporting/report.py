@@ -11,7 +11,12 @@ from transformers import PreTrainedModel
 
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.evaluation.perplexity import Evaluation, measure_perplexity
-from gqaprune.models.architecture import count_layer_parameters, count_parameters, read_geometry
+from gqaprune.models.architecture import (
+    count_layer_parameters,
+    count_parameters,
+    measure_parameter_size,
+    read_geometry,
+)
 from gqaprune.plan import BlockKey
 from gqaprune.surgery.repair import BlockRepair
 
@@ -30,6 +35,7 @@ class Stage:
         perplexity: by corpus.
         weight_bytes: size of the weights.
         held_out: perplexity on text like that of calibration, which settings may be judged by; None if not measured.
+        kv_heads: KV heads of all layers; 0 if not counted.
     """
 
     name: str
@@ -39,6 +45,7 @@ class Stage:
     perplexity: Mapping[str, float] = field(default_factory=dict)
     weight_bytes: int = 0
     held_out: float | None = None
+    kv_heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class Report:
         repairs: what repair did to each block, in the last cut.
         note: what else has to be known of the model, in a sentence.
         outliers: units that carry massive activations and were kept for it, as long as others were left.
+        rounding: what whole units made of the request, in a sentence; empty where they came near enough.
     """
 
     model: str = ""
@@ -86,6 +94,7 @@ class Report:
     repairs: list[BlockRepair] = field(default_factory=list)
     note: str = ""
     outliers: list[Outlier] = field(default_factory=list)
+    rounding: str = ""
 
     @property
     def rate_reached(self) -> float | None:
@@ -101,7 +110,8 @@ class Report:
     ) -> None:
         """Measure a model as the next stage; its counts are those of the stage before, if there is one.
 
-        Training changes no shape, and parameters that are split over devices do not tell theirs.
+        Training changes no shape, and parameters that are split over devices do not tell theirs. Their type may be
+        another one, as a trainer's precision of `bf16-true` makes it.
 
         Args:
             name: of the stage.
@@ -117,8 +127,20 @@ class Report:
             self.stages.append(describe_model(name, model, perplexity, weight_bytes))
             return
         last = self.stages[-1]
-        size = last.weight_bytes if weight_bytes is None else weight_bytes
-        self.stages.append(replace(last, name=name, perplexity=perplexity, weight_bytes=size, held_out=None))
+        cache = last.kv_cache_bytes_per_token
+        if weight_bytes is None:
+            weight_bytes = round(last.parameters * measure_parameter_size(model))
+            cache = read_geometry(model.config).kv_cache_bytes_per_token(model.dtype.itemsize)
+        self.stages.append(
+            replace(
+                last,
+                name=name,
+                kv_cache_bytes_per_token=cache,
+                perplexity=perplexity,
+                weight_bytes=weight_bytes,
+                held_out=None,
+            )
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, as `report.json` holds them."""
@@ -132,6 +154,7 @@ class Report:
             "stages": stages,
             "repairs": [repair.to_dict() for repair in self.repairs],
             "outliers": [outlier.to_dict() for outlier in self.outliers],
+            "rounding": self.rounding,
         }
 
     @classmethod
@@ -140,7 +163,16 @@ class Report:
         repairs = [BlockRepair.from_dict(repair) for repair in data["repairs"]]
         stages = [Stage(**stage) for stage in data["stages"]]
         outliers = [Outlier.from_dict(outlier) for outlier in data["outliers"]]
-        return cls(data["model"], dict(data["settings"]), data["protocol"], stages, repairs, data["note"], outliers)
+        return cls(
+            data["model"],
+            dict(data["settings"]),
+            data["protocol"],
+            stages,
+            repairs,
+            data["note"],
+            outliers,
+            data.get("rounding", ""),
+        )
 
     def describe_repair(self) -> str:
         """What repair did to the blocks, in a sentence."""
@@ -181,15 +213,16 @@ def describe_model(
     held_out: float | None = None,
 ) -> Stage:
     """Count what a model holds; its weights' size is that of its parameters unless it is given."""
-    parameters = count_parameters(model)
+    parameters, geometry = count_parameters(model), read_geometry(model.config)
     return Stage(
         name=name,
         parameters=parameters,
         decoder_parameters=sum(count_layer_parameters(model)),
-        kv_cache_bytes_per_token=read_geometry(model.config).kv_cache_bytes_per_token(model.dtype.itemsize),
+        kv_cache_bytes_per_token=geometry.kv_cache_bytes_per_token(model.dtype.itemsize),
         perplexity=dict(perplexity),
-        weight_bytes=parameters * model.dtype.itemsize if weight_bytes is None else weight_bytes,
+        weight_bytes=round(parameters * measure_parameter_size(model)) if weight_bytes is None else weight_bytes,
         held_out=held_out,
+        kv_heads=sum(geometry.kv_heads),
     )
 
 
@@ -197,7 +230,7 @@ def build_table(report: Report) -> Table:
     """One row per quantity, one column per stage."""
     table = Table(
         title=describe_request(report),
-        caption="; ".join(filter(None, (report.protocol, report.note))) or None,
+        caption="; ".join(filter(None, (report.rounding, report.protocol, report.note))) or None,
         caption_style="dim",
         title_justify="left",
     )
@@ -236,7 +269,8 @@ def describe_request(report: Report) -> str:
         base = "all parameters" if report.settings.get("rate_base") == "all" else "decoder-layer parameters"
         parts.append(f"{rate:.2%} of {base}, removed {report.rate_reached:.2%}")
     if kv_rate:
-        before, after = (report.stages[i].kv_cache_bytes_per_token for i in (0, -1))
+        ends = (report.stages[i] for i in (0, -1))
+        before, after = (stage.kv_heads or stage.kv_cache_bytes_per_token for stage in ends)  # bytes follow the type
         parts.append(f"{kv_rate:.2%} of the KV heads, removed {1 - after / before:.2%}")
     return f"asked to remove {'; '.join(parts)}"
 

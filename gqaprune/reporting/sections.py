@@ -61,7 +61,7 @@ def describe_results(report: Report | None) -> Facts | None:
     return {
         "table": Table(["", *(stage.name for stage in report.stages)], rows),
         "picture": None if figure is None else _picture(figure, "Perplexity of every stage"),
-        "notes": [f"{text.rstrip('.')}." for text in (report.protocol, report.note) if text],
+        "notes": [f"{text.rstrip('.')}." for text in (report.rounding, report.protocol, report.note) if text],
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from gqaprune.common.precision import multiply_exactly
 from gqaprune.models.architecture import Block
 from gqaprune.models.gates import Gates, apply_gates
 from gqaprune.models.layerwise import record_layer_inputs, resume_at
@@ -30,6 +31,7 @@ class _Point(NamedTuple):
         return f"{self.key} without {self.removed} units"
 
 
+@multiply_exactly()
 def measure_damage_curves(
     model: PreTrainedModel,
     blocks: Sequence[Block],
@@ -73,6 +75,7 @@ def measure_damage_curves(
     }
 
 
+@multiply_exactly()
 def measure_damage(
     model: PreTrainedModel,
     blocks: Sequence[Block],

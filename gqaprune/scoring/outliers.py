@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.common.distributed import get_rank_and_world_size, sum_across_ranks
+from gqaprune.common.precision import multiply_exactly
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block
 from gqaprune.plan import BlockKey
@@ -64,6 +65,7 @@ class LargestOutput(ActivationCriterion[Tensor]):
         return output_U / median if median else torch.zeros_like(output_U)
 
 
+@multiply_exactly()
 def find_outliers(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Outliers:
     """Find the units whose largest output on any token is `OUTLIER_RATIO` times that of their block's median unit.
 

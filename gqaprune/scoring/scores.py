@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gqaprune.common.precision import multiply_exactly
 from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, name_parameter_place
@@ -50,6 +51,7 @@ CRITERIA: Mapping[str, type[Criterion]] = {
 """Name -> criterion."""
 
 
+@multiply_exactly()
 def score_units(
     model: PreTrainedModel,
     blocks: Sequence[Block],

@@ -21,6 +21,7 @@ from gqaprune.common.atomic_files import check_can_be_folder, write_atomically
 from gqaprune.common.console import track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
 from gqaprune.common.json_files import read_json
+from gqaprune.common.precision import multiply_exactly
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, compute_addition, find_adder, read_geometry
 from gqaprune.models.gates import freeze_parameters
@@ -139,6 +140,7 @@ class Sensitivity:
         return cls(origin, {BlockKey(int(entry["layer"]), entry["kind"]): float(entry["value"]) for entry in entries})
 
 
+@multiply_exactly()
 def measure_sensitivity(
     model: PreTrainedModel,
     blocks: Sequence[Block],

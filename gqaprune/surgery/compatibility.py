@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gqaprune.common.errors import first_line
+from gqaprune.common.precision import multiply_exactly
 from gqaprune.models.architecture import Block, compute_addition, find_blocks, get_layers, read_geometry, write_heads
 from gqaprune.models.families import FAMILIES, get_family
 from gqaprune.models.gates import apply_gates, freeze_parameters
@@ -22,6 +23,7 @@ _TOLERANCE = 1e-3
 _TOKENS = 8
 
 
+@multiply_exactly()
 @torch.no_grad()
 def check_compatibility(model: PreTrainedModel) -> None:
     """Refuse a model of an unknown family that only looks like a Llama; nothing is done to one of a known family.

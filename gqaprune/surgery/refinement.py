@@ -20,8 +20,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from gqaprune.common.cpu import is_faster_in_bfloat16
 from gqaprune.common.distributed import sum_across_ranks
+from gqaprune.surgery.products import multiply_in, settle_products
 from gqaprune.surgery.repair_config import RepairConfig
 
 _STEP_TOKENS = 1024
@@ -38,6 +38,10 @@ _MASSIVE = 4.0
 """A token whose target's square is more than so many times the median weighs as if it were that: others count too."""
 _LEAST = 1e-12
 """The same where every token counts as any other."""
+
+
+_TELLING = 1e-3
+"""Share of the largest matrix's root mean square up to which a parameter's own counts as 0."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def refine_mlp(
 ) -> Refinement:
     """Train an MLP towards targets, in place; every rank ends with the same weights.
 
-    Works on a float32 copy, with products in bfloat16 where the hardware is faster in it.
+    Works on a float32 copy, with products in the type of the config.
 
     Args:
         mlp: the module, already cut.
@@ -139,6 +143,7 @@ def refine_mlp(
         The errors before and after. The module keeps its weights where the new ones are no better or not finite.
     """
     device = next(mlp.parameters()).device
+    config = settle_products(config, device)
     energy_N = torch.cat(
         [y_ND.square().sum(-1) for _, y_ND in fit.take_chunks(device)] or [torch.zeros(0, device=device)]
     )
@@ -147,7 +152,7 @@ def refine_mlp(
     limit = (_LEAST if is_normed else _MASSIVE) * sums["median"] / sums["tokens"]
     judged = held_out if sums["held out"] > 0 else fit
 
-    before = _measure_error(mlp, judged, limit)
+    before = _measure_error(mlp, judged, limit, config.products)
     trained = copy.deepcopy(mlp).float()
     with torch.enable_grad():
         _train(trained.requires_grad_(True), fit, energy_N, limit, int(sums["tokens"]), config, seed)
@@ -159,7 +164,7 @@ def refine_mlp(
     candidate, best, after = copy.deepcopy(mlp), 0.0, before
     for share in _SHARES:
         move(candidate, share)
-        error = _measure_error(candidate, judged, limit)  # judged as it will be stored
+        error = _measure_error(candidate, judged, limit, config.products)  # judged as it will be stored
         if error < after:
             best, after = share, error
     if best > 0:
@@ -192,8 +197,7 @@ def _train(
     if energy == 0:
         return
     steps_per_epoch = max(1, tokens // _STEP_TOKENS)
-    parameters = dict(mlp.named_parameters())
-    sizes = {name: float(parameter.detach().square().mean().sqrt()) for name, parameter in parameters.items()}
+    parameters, sizes = dict(mlp.named_parameters()), _measure_sizes(mlp)
     adam = torch.optim.Adam(
         [{"params": [parameters[name]], "lr": config.learning_rate * size} for name, size in sizes.items()],
         betas=(0.9, 0.95),
@@ -205,7 +209,7 @@ def _train(
     )
     for step_N in _draw_steps(len(energy_N), steps_per_epoch, config.epochs, seed):
         x_ND, y_ND = fit.take(step_N, device)
-        with _choose_products(device):
+        with multiply_in(config.products, device):
             output_ND = mlp(x_ND.float())
         # The slope of the weighted squared error, whose value is not needed.
         slope_ND = output_ND.detach().float() - y_ND
@@ -217,6 +221,13 @@ def _train(
         schedule.step()
 
 
+def _measure_sizes(mlp: nn.Module) -> dict[str, float]:
+    """Root mean square of each parameter; of zeros, which do not say how far they may move, that of the matrices."""
+    sizes = {name: float(parameter.detach().square().mean().sqrt()) for name, parameter in mlp.named_parameters()}
+    largest = max(sizes[name] for name, parameter in mlp.named_parameters() if parameter.ndim > 1)
+    return {name: size if size > _TELLING * largest else largest for name, size in sizes.items()}
+
+
 def _draw_steps(tokens: int, steps_per_epoch: int, epochs: int, seed: int) -> Iterator[Tensor]:
     """Token indexes of every step, each token once per epoch; the same number of steps whatever the tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -225,12 +236,12 @@ def _draw_steps(tokens: int, steps_per_epoch: int, epochs: int, seed: int) -> It
 
 
 @torch.no_grad()
-def _measure_error(mlp: nn.Module, pairs: TokenPairs, limit: float) -> float:
+def _measure_error(mlp: nn.Module, pairs: TokenPairs, limit: float, products: str) -> float:
     device, error, energy = next(mlp.parameters()).device, 0.0, 0.0
     for x_ND, y_ND in pairs.take_chunks(device):
         energy_N = y_ND.square().sum(-1)
         weight_N = _weigh(energy_N, limit)
-        with _choose_products(device):
+        with multiply_in(products, device):
             output_ND = mlp(x_ND)
         error += float(weight_N @ (output_ND.float() - y_ND).square().sum(-1))
         energy += float(weight_N @ energy_N)
@@ -240,17 +251,6 @@ def _measure_error(mlp: nn.Module, pairs: TokenPairs, limit: float) -> float:
 
 def _weigh(energy_N: Tensor, limit: float) -> Tensor:
     return (limit / energy_N).nan_to_num(1.0).clamp(max=1)
-
-
-def _choose_products(device: torch.device) -> torch.autocast:
-    """Context of an MLP's forward: float32 modules multiply in bfloat16, too, where the hardware is faster in it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=_multiplies_bfloat16(device))
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and is_faster_in_bfloat16()
 
 
 def _sum(values: Mapping[str, float], device: torch.device) -> dict[str, float]:

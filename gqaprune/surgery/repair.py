@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.common.console import console, track
 from gqaprune.common.distributed import get_rank_and_world_size
+from gqaprune.common.precision import multiply_exactly
 from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.models.architecture import Block, add_biases, find_blocks, get_layers, get_module
 from gqaprune.models.families import get_family
@@ -29,6 +30,7 @@ from gqaprune.surgery.block_refit import refit_block
 from gqaprune.surgery.block_targets import measure_moments
 from gqaprune.surgery.cut import apply_plan, check_plan, cut_block, list_kept_columns, write_shapes
 from gqaprune.surgery.gram import Memory
+from gqaprune.surgery.products import settle_products
 from gqaprune.surgery.refinement import Refinement, refine_mlp, reserve_pairs
 from gqaprune.surgery.repair_config import RepairConfig
 from gqaprune.surgery.streams import LayerStreams, Streams
@@ -65,6 +67,7 @@ class BlockRepair:
         return cls(**dict(data) | {"key": BlockKey.parse(data["key"]), "refinement": refinement})
 
 
+@multiply_exactly()
 def apply_plan_with_repair(
     model: PreTrainedModel,
     plan: PruningPlan,
@@ -105,6 +108,7 @@ def apply_plan_with_repair(
         return []
     if not batches:
         raise ValueError("repair needs at least one calibration batch, got none")
+    config = settle_products(config, model.device, stages)
     if config.fits_biases:
         kinds: tuple[BlockKind, ...] = ("attention", "mlp")
         add_biases(model, [kind for kind in kinds if any(key.kind == kind for key in repaired)])

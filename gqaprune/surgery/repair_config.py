@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from gqaprune.common.field_types import check_field_types
 
 METHODS = ("least_squares", "bias", "none")
+PRODUCTS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class RepairConfig:
         bias: fit a bias too, where the family's checkpoints have a place for it.
         epochs: passes over the calibration text in which each MLP, after least squares, is trained by itself towards
             the same targets, all its weights; no loss of the language model takes part. 0 leaves it out.
-        learning_rate: peak learning rate of that, in units of each matrix's root mean square; it warms up and decays to
-            0 as a cosine.
+        learning_rate: peak learning rate of that, in units of each matrix's root mean square (of biases that are 0, the
+            largest matrix's); it warms up and decays to 0 as a cosine.
+        products: type that this training multiplies in: `float32`, `bfloat16`, or `auto`, the faster one. What `auto`
+            is found to mean is said, in the report, and kept for a resumed run.
 
     Raises:
         ValueError: if a setting is out of its bounds.
@@ -40,11 +43,14 @@ class RepairConfig:
     bias: bool = False
     epochs: int = 3
     learning_rate: float = 0.02
+    products: str = "auto"
 
     def __post_init__(self) -> None:
         check_field_types(self)
         if self.method not in METHODS:
             raise ValueError(f"repair.method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.products not in PRODUCTS:
+            raise ValueError(f"repair.products must be one of {', '.join(PRODUCTS)}, got {self.products!r}")
         if not self.ridges or not all(0 < ridge < float("inf") for ridge in self.ridges):
             raise ValueError(f"repair.ridges must be one or more numbers above 0, got {self.ridges}; try [0.1, 0.3, 1]")
         if not 0 < self.holdout < 1:

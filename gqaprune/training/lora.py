@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from gqaprune.common.precision import multiply_exactly
 from gqaprune.models.families import get_family
 from gqaprune.placement.sharded_store import show_whole_shapes
 from gqaprune.training.recovery import RecoveryConfig
@@ -35,6 +36,7 @@ class Adapters:
             seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) + rounds_done
             self.view = add_adapters(model, settings, seed)
 
+    @multiply_exactly()
     def merge(self, model: PreTrainedModel) -> PreTrainedModel:
         """Fold the adapters into a model's weights, if it has any, and return it without them."""
         if self.view is None:

@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import contention
 import gpu
 import growth
 import inference
@@ -351,3 +352,11 @@ def test_watched_memory_is_the_most_that_it_grew_and_of_which_kind(tmp_path: Pat
         time.sleep(0.1)
         del mapped
     assert growth["RssFile"] > size / 2 > growth["RssAnon"]
+
+
+def test_threads_are_compared_with_one_thread_in_the_same_place() -> None:
+    keys = [(way, place) for way in contention.WAYS for place in contention.PLACES]
+    seconds = dict(zip(keys, (2.0, 4.0, 1.0, 40.0, 1.5, 3.0), strict=True))
+    table = contention.describe(seconds, 0.5, argparse.Namespace(turns=3))
+    assert "| two threads, torch's wait policy | 1.00 (0.50×) | 40.00 (10.00×) |" in table
+    assert "| two threads, ours | 1.50 (0.75×) | 3.00 (0.75×) |" in table

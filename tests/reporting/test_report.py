@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from gqaprune.reporting.report import Report, Stage, build_table, describe_model
+from gqaprune.reporting.report import Report, Stage, build_table, describe_model, describe_request
 
 from tiny import make_model
 
@@ -71,6 +71,7 @@ def test_report_as_data_survives_json() -> None:
         "perplexity": {"val/embedded": 23.456},
         "weight_bytes": 226_548_864,
         "held_out": None,
+        "kv_heads": 0,
     }
 
 
@@ -88,6 +89,28 @@ def test_stage_counts_what_a_model_holds() -> None:
     assert stage.kv_cache_bytes_per_token == 2 * 3 * 2 * 8 * 4  # keys and values, layers, KV heads, head_dim, float32
     assert stage.perplexity == {"val/text": 3.0}
     assert describe_model("half", model.to(torch.bfloat16), {}).kv_cache_bytes_per_token == 2 * 3 * 2 * 8 * 2
+
+
+def test_stage_that_training_left_in_another_type_is_counted_in_it() -> None:
+    model = make_model("qwen2")
+    report = Report(settings={"rate": 0.0, "kv_rate": 0.5}, stages=[describe_model("dense", model, {})])
+    dense = report.stages[0]
+    assert dense.weight_bytes == 4 * dense.parameters
+    report.add_stage("recovered", model.to(torch.bfloat16), {})
+    recovered = report.stages[-1]
+    assert recovered.weight_bytes == 2 * dense.parameters
+    assert recovered.kv_cache_bytes_per_token * 2 == dense.kv_cache_bytes_per_token
+    assert "50.00% of the KV heads, removed 0.00%" in describe_request(report)
+    report.add_stage("recovered, int8", model, {}, weight_bytes=123)
+    assert report.stages[-1].weight_bytes == 123
+
+
+def test_weights_of_several_types_are_added_up() -> None:
+    model = make_model("llama")
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    model.lm_head.to(torch.float16)
+    half = model.lm_head.weight.numel()
+    assert describe_model("dense", model, {}).weight_bytes == 4 * (whole - half) + 2 * half
 
 
 def test_table_has_a_column_for_every_stage_and_a_row_for_every_corpus() -> None:

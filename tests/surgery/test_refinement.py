@@ -1,6 +1,7 @@
 """Refinement: every MLP comes nearer to its target on held-out tokens or stays to the bit, alike on every rank."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,17 +166,30 @@ def test_tokens_on_the_host_give_what_those_on_the_gpu_give() -> None:
     torch.testing.assert_close(*weights)
 
 
-def test_products_are_bfloat16_only_where_these_are_the_faster_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_in_bfloat16_give_nearly_the_same_weights_as_in_float32() -> None:
     target = make_mlp()
     fit = make_pairs(target, 2000, 1)
     weights = {}
-    for is_faster in (False, True):
-        monkeypatch.setattr("gqaprune.surgery.refinement.is_faster_in_bfloat16", lambda faster=is_faster: faster)
+    for products in ("float32", "bfloat16"):
         mlp = move(make_mlp())
-        refine_mlp(mlp, fit, fit, OPTIONS, seed=0)
-        weights[is_faster] = mlp.up_proj.weight.detach()
-    difference = (weights[True] - weights[False]).norm() / weights[False].norm()
+        refine_mlp(mlp, fit, fit, replace(OPTIONS, products=products), seed=0)
+        weights[products] = mlp.up_proj.weight.detach()
+    difference = (weights["bfloat16"] - weights["float32"]).norm() / weights["float32"].norm()
     assert 1e-5 < difference < 1e-2
+
+
+@pytest.mark.parametrize("zeros", [["up_proj.bias", "down_proj.bias"], ["down_proj.weight"], ["gate_proj.bias"]])
+@pytest.mark.parametrize("size", [0.0, 1e-9])
+def test_parameters_that_begin_at_zero_are_trained_like_others(zeros: list[str], size: float) -> None:
+    target = copy.deepcopy(make_model("llama-biases").model.layers[0].mlp).requires_grad_(False)
+    mlp = copy.deepcopy(target)
+    for name in zeros:
+        mlp.get_parameter(name).fill_(size)
+    fit, held = make_pairs(target, 2000, 1), make_pairs(target, 500, 2)
+    refinement = refine_mlp(mlp, fit, held, OPTIONS, seed=0)
+    assert refinement.error_after < 0.7 * refinement.error_before
+    for name in zeros:
+        assert mlp.get_parameter(name).abs().mean() > 0.1 * target.get_parameter(name).abs().mean()
 
 
 def test_targets_of_zeros_change_nothing() -> None:

@@ -54,8 +54,8 @@ class Budget:
         max_rate: largest share of any layer that may go.
         attention_share: share of the removed parameters that attention gives (0.2 is 2:8), within one GQA group
             (with `uniform` one of every layer); null lets the allocation choose.
-        kv_rate: share of the KV heads, and so of the KV-cache bytes of each token, to remove, to the nearest group; 0
-            lets the allocation choose.
+        kv_rate: share of the KV heads, and so of the KV-cache bytes of each token, to remove, to the nearest group
+            (with `uniform` one of every layer); 0 lets the allocation choose.
         kv_heads: KV heads of all layers, that `kv_rate` is a share of.
         spared_attention: numbers of kept units that `uniform` avoids in attention blocks, for no stock class has them.
 
@@ -126,12 +126,13 @@ class Budget:
 
         Args:
             reason: why, in words.
-            nearest: the nearest reachable removal in KV heads.
+            nearest: the nearest reachable removal in KV heads; 0 where none can go.
         """
         scale = 10 ** max(4, len(str(self.kv_heads)))
+        rate = math.floor(nearest / self.kv_heads * scale) / scale
+        way_out = f"the nearest reachable kv_rate is {rate}; change `kv_rate` to it, or loosen" if nearest else "loosen"
         return ValueError(
-            f"cannot remove {self.kv_rate:.2%} of {self.kv_heads:,} KV heads: {reason}; the nearest reachable kv_rate "
-            f"is {math.floor(nearest / self.kv_heads * scale) / scale}; change `kv_rate` to it, or loosen min_groups, "
+            f"cannot remove {self.kv_rate:.2%} of {self.kv_heads:,} KV heads: {reason}; {way_out} min_groups, "
             "max_rate, attention_layers or frozen_layers of pruning.limits"
         )
 

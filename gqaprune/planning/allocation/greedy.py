@@ -198,9 +198,15 @@ def _take_attention(tally: Tally, steps: Sequence[Step], budget: Budget) -> None
         if tally.can_take(step) and fits and sizes[step.key] / 2 <= wanted - reached:
             tally.take(step)
             reached += sizes[step.key]
-    if abs(wanted - reached) <= max(sizes.values(), default=0):
+    size = max(sizes.values(), default=0)
+    is_none = budget.kv_rate > 0 and reached == 0
+    if abs(wanted - reached) <= size and not is_none:
         return
     reason = "the limits leave too few GQA groups" if reached < wanted else f"min_rate {budget.min_rate:.2%} takes more"
+    if not steps:
+        reason = "no GQA group may go"
+    elif is_none and wanted < size:
+        reason, reached = "it rounds to none", size
     if budget.kv_rate:
         raise budget.unreachable_kv(reason, reached)
     raise budget.unreachable(f"{reason} for an attention_share of {budget.attention_share}")

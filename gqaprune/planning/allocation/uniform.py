@@ -76,7 +76,7 @@ def _remove_equal_counts(blocks: Sequence[BlockBudget], budget: Budget) -> Remov
 
 
 def _list_group_counts(attention: Sequence[BlockBudget], budget: Budget) -> list[int]:
-    """Counts of groups that may go from every attention block, within one group of the KV-cache budget if there is one.
+    """Counts of groups that may go from every attention block: of a KV-cache budget the nearest, within half a step.
 
     Raises:
         ValueError: if no count meets the KV-cache budget, with the nearest reachable one.
@@ -84,11 +84,11 @@ def _list_group_counts(attention: Sequence[BlockBudget], budget: Budget) -> list
     counts = _common_counts(attention)
     if not budget.kv_rate:
         return counts
-    kv_heads = sum(block.unit_kv_heads for block in attention)
-    nearest = min(counts, key=lambda groups: abs(groups * kv_heads - budget.attention_target()))
-    if abs(nearest * kv_heads - budget.attention_target()) > max(
-        (block.unit_kv_heads for block in attention), default=0
-    ):
+    kv_heads, wanted = sum(block.unit_kv_heads for block in attention), budget.attention_target()
+    nearest = min(counts[1:], key=lambda groups: abs(groups * kv_heads - wanted), default=0)
+    if nearest == 0:
+        raise budget.unreachable_kv("no GQA group may go", 0)
+    if abs(nearest * kv_heads - wanted) > kv_heads / 2:
         raise budget.unreachable_kv("equal counts in every layer do not come nearer", nearest * kv_heads)
     return [nearest]
 
@@ -103,8 +103,10 @@ def _choose_split(
         return min(options, key=lambda option: (abs(option.groups / units - share), option.miss))
     group_step, wanted = _sum_unit_parameters(attention), budget.attention_target()
     best = min(options, key=lambda option: (abs(option.groups * group_step - wanted), option.miss))
-    if abs(best.groups * group_step - wanted) > group_step:
-        raise budget.unreachable(f"no equal counts come nearer to an attention_share of {budget.attention_share}")
+    can_give = len(_common_counts(attention)) > 1
+    if abs(best.groups * group_step - wanted) > group_step * can_give:
+        reason = "no equal counts come nearer to" if can_give else "no GQA group may go for"
+        raise budget.unreachable(f"{reason} an attention_share of {budget.attention_share}")
     return best
 
 
