@@ -14,6 +14,7 @@ from gqaprune.data.calibration import CalibrationSet
 from gqaprune.evaluation.perplexity import Evaluation, measure_perplexity
 from gqaprune.models.architecture import describe_experts
 from gqaprune.models.fingerprint import find_fingerprint
+from gqaprune.models.saving import check_saves
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.model_hash import hash_model, hash_tensors
 from gqaprune.plan import BlockKey, PruningPlan
@@ -72,6 +73,7 @@ def prune(
             scores after an earlier step, the activations under repair or the pruned perplexity are not finite, or
             ranks end with different plans or weights.
     """
+    check_saves(model)  # what cannot be written is not worth the work
     pruner = Pruner(model, CalibrationSet.wrap(calibration), config, evaluation=evaluation, stages=stages)
     pruner.measure("dense")
     pruner.spend()

@@ -3,10 +3,12 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gqaprune.callbacks.lookup import get_parts
+from gqaprune.callbacks.order import Phase
 from gqaprune.callbacks.pruning import TaylorPruning
 from gqaprune.commands.search import FIGURE_FILE, SEARCH_FILE, SearchSettings, find_best_split
 from gqaprune.commands.trials import Trials, build_trials_table, draw_trials
@@ -24,6 +26,8 @@ class SplitSearch(Callback):
         pruning: the pruning whose settings are searched for.
         settings: steps, patience and folder of the search.
     """
+
+    phase: ClassVar = Phase.WORK
 
     def __init__(self, pruning: TaylorPruning, settings: SearchSettings) -> None:
         self.pruning = pruning
