@@ -33,15 +33,19 @@ class SplitSearch(Callback):
         self.pruning = pruning
         self.settings = settings
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Search on validation text; write the trials, their curve and the best split."""
-        module, data = get_parts(trainer, pl_module)
+    def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what has no splits to search, and a folder that cannot be written, before any work."""
+        module, _ = get_parts(trainer, pl_module)
         if module.plan is not None:
             raise ValueError("search needs the dense model, got one with a plan: leave model.plan unset")
         for name in ("offload", "sharded"):
             if getattr(self.pruning, name):
                 raise ValueError(f"search tries splits on the whole model in memory: set pruning.{name} to false")
         check_can_be_folder(Path(self.settings.folder))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Search on validation text; write the trials, their curve and the best split."""
+        module, data = get_parts(trainer, pl_module)
         config = replace(self.pruning.config, repair=RepairConfig("none"))
         if trainer.is_global_zero and (config.steps > 1 or config.swaps.generations):
             console.print("search tries single cuts: pruning.steps and pruning.swaps are ignored")

@@ -153,8 +153,10 @@ def make_trainer(**settings: Any) -> Any:
     ],
 )
 def test_what_a_device_would_refuse_is_said_before(settings: dict[str, Any], sentence: str, tiny_folder: Path) -> None:
+    module, trainer = CausalLMModule(str(tiny_folder)), make_trainer(**settings)
+    module._trainer = trainer
     with pytest.raises(ValueError, match=sentence):
-        check_trainer(make_trainer(**settings), CausalLMModule(str(tiny_folder)))
+        check_trainer(trainer, module)
 
 
 @pytest.mark.parametrize(("ranks", "is_refused"), [(1, False), (4, True)])
