@@ -18,7 +18,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from safetensors import SafetensorError
 
@@ -232,7 +232,10 @@ class PruningCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(root, version=version, default_hp_metric=False)
         if self.subcommand == "predict":
             kwargs["use_distributed_sampler"] = False  # every rank writes every text: models split over them need it
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (RuntimeError, TypeError, NotImplementedError, ImportError) as error:
+            raise ValueError(f"trainer: {first_line(error)}") from None
         for own in trainer.loggers:
             keep_going_without(own)
         return trainer
@@ -243,13 +246,19 @@ class PruningCLI(LightningCLI):
             check_checkpoint(Path(path), self.trainer)
         split_over_all(self.trainer)
         for own in self.trainer.loggers:
-            if isinstance(own, TensorBoardLogger):
+            if isinstance(own, (TensorBoardLogger, CSVLogger)):
                 check_can_be_folder(Path(own.log_dir))
-        path = Path(self.trainer.default_root_dir) / "config.yaml"
-        if not self.trainer.loggers and path.exists() and not self.save_config_kwargs.get("overwrite"):
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        check_can_be_folder(folder)
+        path = folder / "config.yaml"
+        if (
+            path.exists()
+            and not self.save_config_kwargs.get("overwrite")
+            and not getattr(self.trainer, "fast_dev_run", 0)
+        ):
             raise ValueError(
-                f"{path} is there already, and a run without a logger writes its settings there: move it away, set "
-                "trainer.default_root_dir to another folder, or leave trainer.logger out"
+                f"{path} is there already, and this run would write its settings there: move it away, set "
+                "trainer.default_root_dir to another folder, or leave trainer.logger out, which numbers its runs"
             )
         if self._log is not None and self.trainer.is_global_zero:
             self._log.open(get_run_folder(self.trainer))
@@ -294,8 +303,10 @@ def check_checkpoint(path: Path, trainer: Trainer) -> None:
     Raises:
         ValueError: with what can.
     """
+    if not path.exists() and str(path) not in ("last", "best", "hpc"):
+        raise ValueError(f"no checkpoint at {path}: name one, or leave --ckpt_path out to begin anew")
     if not path.exists():
-        return  # Lightning says so
+        return
     name = type(trainer.strategy).__name__
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         raise ValueError(f"{name} goes on from nothing but files that have to be unpickled: begin anew, or under FSDP")

@@ -1,12 +1,13 @@
 """The LightningModule around a causal LM: fine-tuning, perplexity, generation."""
 
 from dataclasses import asdict, replace
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 from uuid import uuid4
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from gqaprune.checkpoints.origin import find_teacher
+from gqaprune.common.atomic_files import remove_leftovers
 from gqaprune.common.renamed import RenamedAttributes
 from gqaprune.common.unregistered import Unregistered
 from gqaprune.data.windows import Batch
@@ -34,13 +36,21 @@ from gqaprune.surgery.cut_loading import load_cut_model
 from gqaprune.training.accumulation import count_round_steps
 from gqaprune.training.checkpoint_files import check_is_local, guard_loading, load_weights_alone
 from gqaprune.training.compilation import LayerCompiler
-from gqaprune.training.lightning_internals import HYPER_PARAMETERS, WEIGHTS, find_trainer
+from gqaprune.training.lightning_internals import HYPER_PARAMETERS, WEIGHTS, find_trainer, unwrap_factory
 from gqaprune.training.lora import Adapters
 from gqaprune.training.objective import Objective, check_loss
 from gqaprune.training.optimizers import OptimizerConfig, clip_gradients, name_matrices
 from gqaprune.training.recovery import RecoveryConfig
-from gqaprune.training.resume import list_checkpoint_folders
+from gqaprune.training.resume import list_checkpoint_folders, list_run_folders
 from gqaprune.training.seeding import seed_by_place
+
+
+@runtime_checkable
+class ChecksSettings(Protocol):
+    """A callback that refuses settings in the first hook of a fit, before text is read or a model is loaded."""
+
+    def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what would end the run later, by a `ValueError` with a setting that works."""
 
 
 class CausalLMModule(RenamedAttributes, LightningModule):
@@ -87,7 +97,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self.save_hyperparameters(ignore=["optimizer", "plan", "recovery"])
         self.source = ModelSource(pretrained, dtype, attn_implementation, trust_remote_code)
         self.recovery = recovery
-        self.optimizer_config = OptimizerConfig(optimizer, schedule, warmup_steps)
+        self.optimizer_config = OptimizerConfig(unwrap_factory(optimizer), schedule, warmup_steps)
         self.adapters = Adapters()
         self.layer_compiler = LayerCompiler(compile)
         self.gradient_checkpointing = gradient_checkpointing
@@ -132,14 +142,27 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         return model
 
     def configure_callbacks(self) -> list[Callback]:
-        """Guard what is loaded, and turn training off if `recovery.mode` is `none`, in the first hook of a run.
+        """Begin a run: guard what is loaded, remove what killed runs were writing, let callbacks check the settings.
 
-        No callback is added.
+        No callback is added, no text is read yet, no model loaded. `recovery.mode` `none` turns training off.
         """
         guard_loading(self.trainer.strategy)
         if self.recovery.mode == "none":
             self.trainer.limit_train_batches = 0
+        if self.trainer.is_global_zero:
+            remove_leftovers(*list_run_folders(Path(self.trainer.default_root_dir)))
+        for callback in list(self.trainer.callbacks):  # type: ignore[attr-defined]
+            if self.trainer.state.fn == "fit" and isinstance(callback, ChecksSettings):
+                callback.check_settings(self.trainer, self)
         return []
+
+    def name_metrics(self) -> list[str]:
+        """Names of what training logs, which callbacks may monitor."""
+        names = ["train/loss", "train/learning_rate", *(f"train/{part}" for part in self._objective.parts)]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.trainer.limit_val_batches != 0 and isinstance(data, TextDataModule):
+            names += [f"ppl/{corpus}" for corpus in data.get_labels("val")]
+        return names
 
     def load(self, offload: Path | None = None, sharded: bool = False) -> None:
         """Load the model, pruned if there is a plan. Does nothing the second time.
@@ -302,3 +325,8 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         corpora = range(loaders) if data is None else data.get_labels(stream)
         self._perplexities = CorpusPerplexities([f"ppl/{corpus}" for corpus in corpora], self.device)
+
+
+# jsonargparse reads the default optimizer's settings from the source of a lambda, which pickles only under a name.
+build_default_optimizer = signature(CausalLMModule).parameters["optimizer"].default
+build_default_optimizer.__qualname__ = "build_default_optimizer"

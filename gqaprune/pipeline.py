@@ -17,6 +17,7 @@ from gqaprune.data.call_checks import check_evaluation, check_model, list_corpor
 from gqaprune.evaluation.perplexity import Evaluation, measure_perplexity
 from gqaprune.models.architecture import describe_experts
 from gqaprune.models.fingerprint import find_fingerprint
+from gqaprune.models.saving import check_saves
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.model_hash import hash_model, hash_tensors
 from gqaprune.plan import BlockKey, PruningPlan
@@ -79,6 +80,7 @@ def prune(
     """
     with torch.inference_mode(False), torch.enable_grad():  # which scores are made of, whatever the caller forbids
         pruner = Pruner(model, CalibrationSet.wrap(calibration), config, evaluation=evaluation, stages=stages)
+        check_saves(model)  # what cannot be written is not worth the work
         pruner.measure("dense")
         pruner.spend()
     return pruner.plan, pruner.report

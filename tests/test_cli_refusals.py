@@ -257,3 +257,14 @@ def test_windows_beyond_the_context_are_not_scored(run: Run, capsys: pytest.Capt
     assert run(command, "--data.evaluation.window", "257") == 1
     assert "data.evaluation.window is 257 tokens, the model's context 256: set it to 256" in capsys.readouterr().err
     assert run(command, "--data.evaluation.window", "256") == 0
+
+
+@pytest.mark.parametrize("command", ["prune", "validate"])
+def test_what_a_killed_run_was_writing_goes_when_the_next_one_with_its_root_begins(run: Run, command: str) -> None:
+    folder, held = Path("lightning_logs/version_7"), Path("lightning_logs/.offloaded.x.scratch/.held")
+    for path in (folder / ".checkpoint.gqaprune.tmp/model.safetensors", folder / ".checkpoint.gqaprune.lock", held):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (folder / "report.json").touch()
+    assert run(command) == 0
+    assert [path.name for path in folder.iterdir()] == ["report.json"] and not held.parent.exists()

@@ -154,13 +154,14 @@ def test_strategies_that_accumulate_by_themselves_get_one_factor_before_training
     trainer: Any = SimpleNamespace(
         datamodule=make_data(tiny_folder),
         strategy=SimpleNamespace(handles_gradient_accumulation=True),
+        callbacks=[],
         max_epochs=1,
+        limit_train_batches=0,
     )
     module = CausalLMModule(str(tiny_folder))
     with pytest.raises(ValueError, match=r"pruning.scheduling has \{0: 4, 2: 8\}: leave one, such as \{0: 4\}"):
-        TaylorPruning(scheduling={0: 4, 2: 8}).setup(trainer, module, "fit")
-    with pytest.raises(AttributeError):  # past the check, there being no device to work on
-        TaylorPruning(scheduling={0: 4}, criterion="l1").setup(trainer, module, "fit")
+        TaylorPruning(scheduling={0: 4, 2: 8}).check_settings(trainer, module)
+    TaylorPruning(scheduling={0: 4}).check_settings(trainer, module)
     assert trainer.accumulate_grad_batches == 4
 
 

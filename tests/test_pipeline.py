@@ -374,3 +374,12 @@ def test_biases_without_a_place_are_refused_before_anything_is_scored(
     monkeypatch.setattr("gqaprune.planning.selection.score_units", lambda *_: pytest.fail("scored"))
     with pytest.raises(ValueError, match="qwen2 checkpoints have no place for a bias of .*; repair without bias"):
         prune(make_model("qwen2"), BATCHES, make_plain(rate=0.2, **settings))
+
+
+def test_a_model_that_transformers_does_not_save_is_refused_untouched() -> None:
+    model = make_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    model.config.output_attentions = True  # which sdpa does not give
+    with pytest.raises(ValueError, match=r"transformers refuses to save the model: .*; correct its config.json"):
+        prune(model, [make_tokens()], make_plain(rate=0.3))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())

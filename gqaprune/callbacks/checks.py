@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import (
 
 from gqaprune.callbacks.lookup import get_parts
 from gqaprune.checkpoints.origin import find_teacher
+from gqaprune.common.atomic_files import check_can_be_folder
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.architecture import check_context
 from gqaprune.models.sources import load_config
@@ -18,6 +19,8 @@ from gqaprune.module import CausalLMModule
 from gqaprune.placement.layer_store import Placement
 from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.preflight import check_goes_by_layer
+from gqaprune.training.lora import check_targets
+from gqaprune.training.teacher import CACHE_FOLDER, check_top_k
 
 
 def check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfig) -> None:
@@ -69,19 +72,31 @@ def check_teacher(trainer: Trainer, module: CausalLMModule, config: PruningConfi
         own, other = getattr(student, name), getattr(teacher, name)
         if own != other:
             raise ValueError(f"{source} has {name} {other}, {own_source} has {own}: take a teacher with the same")
+    if settings.teacher_top_k:
+        check_top_k(settings.teacher_top_k, teacher.vocab_size)
+        check_can_be_folder(CACHE_FOLDER)
     check_context(teacher, get_parts(trainer, module)[1].training.window, f"data.training.window for {source}")
     layers = min(student.num_hidden_layers, teacher.num_hidden_layers)
     if settings.hidden_weight and max(settings.hidden_layers or [0]) >= layers:
         raise ValueError(f"recovery.hidden_layers has to be of 0 to {layers - 1}, got {settings.hidden_layers}")
 
 
+def check_adapters(trainer: Trainer, module: CausalLMModule) -> None:
+    """Refuse adapters of what is no projection of the model, before any work."""
+    if module.recovery.uses_lora and trainer.limit_train_batches != 0:
+        source = module.source
+        check_targets(load_config(source.pretrained, source.trust_remote_code).get_text_config(), module.recovery)
+
+
 def check_compile(trainer: Trainer, module: CausalLMModule) -> None:
-    """Refuse to compile layers that a strategy is going to shard, before any work."""
+    """Refuse to compile layers that a strategy is going to shard, or where torch cannot compile, before any work."""
     if module.layer_compiler.is_on and isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy)):
         raise ValueError(
             f"model.compile compiles whole layers, which {type(trainer.strategy).__name__} shards: set it to false, or "
             "trainer.strategy to ddp or auto"
         )
+    if trainer.limit_train_batches != 0:
+        module.layer_compiler.rehearse(trainer.strategy.root_device)
 
 
 def check_offload(trainer: Trainer, module: CausalLMModule) -> None:

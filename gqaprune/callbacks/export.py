@@ -1,12 +1,14 @@
 """Write the model as a Hugging Face checkpoint once training, or pruning alone, is done."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from gqaprune.callbacks.lookup import get_parts, get_run_folder
+from gqaprune.callbacks.order import Phase, order_callbacks
 from gqaprune.callbacks.pruning import TaylorPruning
 from gqaprune.checkpoints.formats import (
     AUTO,
@@ -16,6 +18,7 @@ from gqaprune.checkpoints.formats import (
     needs_equal_counts,
 )
 from gqaprune.checkpoints.save import SHARD_SIZE, check_can_be_saved, check_output_folder, check_shard_size, save
+from gqaprune.common.atomic_files import remove_leftovers
 from gqaprune.common.console import console
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.sources import load_config
@@ -42,6 +45,8 @@ class CheckpointExport(Callback):
             measured so, too.
     """
 
+    phase: ClassVar = Phase.EXPORT
+
     def __init__(
         self,
         folder: str | None = None,
@@ -58,11 +63,16 @@ class CheckpointExport(Callback):
         self.written_plan: PruningPlan | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse an unusable folder or format before hours of work, not after."""
+        """Begin anew."""
         self.written = None
-        if stage != "fit":
-            return
-        check_output_folder(self._get_folder(trainer))
+
+    def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse an unusable folder or format before hours of work, not after; put callbacks into order."""
+        order_callbacks(trainer)
+        folder = self._get_folder(trainer)
+        if trainer.is_global_zero:
+            remove_leftovers(folder.parent)
+        check_output_folder(folder)
         module, data = get_parts(trainer, pl_module)
         config = load_config(module.source.pretrained, module.source.trust_remote_code)
         format = choose_format(config, self.format, self.quantization)

@@ -2,12 +2,13 @@
 
 import json
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gqaprune.callbacks.lookup import get_parts, get_run_folder
+from gqaprune.callbacks.order import Phase
 from gqaprune.callbacks.pruning import get_pruning
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.common.console import console, keep_going
@@ -46,6 +47,8 @@ class PerplexityGuard(Callback):
     Raises:
         ValueError: if a bound makes no sense.
     """
+
+    phase: ClassVar = Phase.WORK
 
     def __init__(
         self,

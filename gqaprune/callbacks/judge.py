@@ -2,13 +2,14 @@
 
 import os
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.callbacks.lookup import get_parts, get_run_folder
+from gqaprune.callbacks.order import Phase
 from gqaprune.checkpoints.origin import find_dense
 from gqaprune.common.console import console, track
 from gqaprune.datamodules import TextDataModule
@@ -32,6 +33,8 @@ class PredictionJudge(Callback):
     Args:
         releases: let the pruned model go for good instead, in a program that does not need it afterwards.
     """
+
+    phase: ClassVar = Phase.EXPORT
 
     def __init__(self, releases: bool = False) -> None:
         self.releases = releases

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
 from gqaprune.callbacks.checks import (
+    check_adapters,
     check_compile,
     check_offload,
     check_placement,
@@ -20,6 +21,8 @@ from gqaprune.callbacks.checks import (
     check_teacher,
 )
 from gqaprune.callbacks.lookup import get_parts
+from gqaprune.callbacks.order import Phase, order_callbacks
+from gqaprune.callbacks.trainer_checks import check_batches, check_trainer
 from gqaprune.common.console import console
 from gqaprune.common.renamed import RenamedAttributes, name_successors
 from gqaprune.common.stage_cache import StageCache
@@ -68,6 +71,8 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         Trainer(callbacks=[TaylorPruning(scheduling={0: 4}, rate=0.2, allocation="global")])
     """
 
+    phase: ClassVar = Phase.WORK
+
     @name_successors("pruning")
     def __init__(
         self,
@@ -86,25 +91,35 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         self._pruner: Pruner | None = None
         self._spending: Spending | None = None
 
+    def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what excludes one another, and what would end training; put callbacks into order."""
+        order_callbacks(trainer)
+        module, data = get_parts(trainer, pl_module)
+        check_rounds(trainer, module, self.config)
+        check_schedule(trainer, module)
+        check_teacher(trainer, module, self.config)
+        check_adapters(trainer, module)
+        check_compile(trainer, module)
+        if trainer.limit_train_batches != 0:
+            check_trainer(trainer, module)
+        if trainer.strategy.handles_gradient_accumulation:
+            trainer.accumulate_grad_batches = self._get_only_factor(trainer)
+        if self.offload:
+            check_offload(trainer, module)
+        if self.placement is not Placement.MEMORY:
+            check_placement(trainer, module, data, self.config, self.placement)
+            if trainer.limit_train_batches == 0:
+                trainer.limit_val_batches = 0  # Lightning's own check would run the whole model
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prune, unless the module already is: by a plan that it was given, or that its checkpoint carries."""
         if stage != "fit":
             return
         module, data = get_parts(trainer, pl_module)
-        check_rounds(trainer, module, self.config)
-        check_schedule(trainer, module)
-        check_teacher(trainer, module, self.config)
-        check_compile(trainer, module)
-        if trainer.strategy.handles_gradient_accumulation:
-            trainer.accumulate_grad_batches = self._get_only_factor(trainer)
-        if self.offload:
-            check_offload(trainer, module)
+        if trainer.limit_train_batches != 0:
+            check_batches(trainer, data)
         if self.sharded:
             check_sharded(trainer)
-        if self.placement is not Placement.MEMORY:
-            check_placement(trainer, module, data, self.config, self.placement)
-            if trainer.limit_train_batches == 0:
-                trainer.limit_val_batches = 0  # Lightning's own check would run the whole model
         self._pruner = self.report = None
         calibrates = module.plan is None and self.config.needs_text
         if calibrates:

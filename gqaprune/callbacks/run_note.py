@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gqaprune.callbacks.lookup import get_parts, get_run_folder
+from gqaprune.callbacks.order import Phase
 from gqaprune.common.atomic_files import remove_lock
 from gqaprune.common.console import console
 from gqaprune.training.resume import UNFINISHED, RunNote, list_checkpoint_folders, lock_note
@@ -22,6 +23,8 @@ class KeepRunNote(Callback):
         before: folders with checkpoints of the run that it goes on with.
         run: what those are known by; empty where a run begins.
     """
+
+    phase: ClassVar = Phase.EXPORT
 
     def __init__(self, root: Path, settings: Mapping[str, Any], before: Sequence[str] = (), run: str = "") -> None:
         self.root, self.settings, self.before, self.run = root, settings, before, run

@@ -1,9 +1,12 @@
 """Show in TensorBoard what the model makes of a few prompts, while it is trained."""
 
+from typing import ClassVar
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from gqaprune.callbacks.lookup import get_parts, get_tensorboards
+from gqaprune.callbacks.order import Phase
 from gqaprune.common.console import console, keep_going
 from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.generation import continue_greedily, split_continuation
@@ -27,6 +30,8 @@ class SampleGenerations(Callback):
     Raises:
         ValueError: if a number is out of its bounds.
     """
+
+    phase: ClassVar = Phase.WORK
 
     def __init__(self, prompts: int = 3, max_new_tokens: int = 30) -> None:
         if prompts < 0 or max_new_tokens < 1:

@@ -3,10 +3,12 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gqaprune.callbacks.lookup import get_parts
+from gqaprune.callbacks.order import Phase
 from gqaprune.callbacks.pruning import TaylorPruning
 from gqaprune.commands.search import FIGURE_FILE, SEARCH_FILE, SearchSettings, find_best_split
 from gqaprune.commands.trials import Trials, build_trials_table, draw_trials
@@ -25,19 +27,25 @@ class SplitSearch(Callback):
         settings: steps, patience and folder of the search.
     """
 
+    phase: ClassVar = Phase.WORK
+
     def __init__(self, pruning: TaylorPruning, settings: SearchSettings) -> None:
         self.pruning = pruning
         self.settings = settings
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Search on validation text; write the trials, their curve and the best split."""
-        module, data = get_parts(trainer, pl_module)
+    def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what has no splits to search, and a folder that cannot be written, before any work."""
+        module, _ = get_parts(trainer, pl_module)
         if module.plan is not None:
             raise ValueError("search needs the dense model, got one with a plan: leave model.plan unset")
         for name in ("offload", "sharded"):
             if getattr(self.pruning, name):
                 raise ValueError(f"search tries splits on the whole model in memory: set pruning.{name} to false")
         check_can_be_folder(Path(self.settings.folder))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Search on validation text; write the trials, their curve and the best split."""
+        module, data = get_parts(trainer, pl_module)
         config = replace(self.pruning.config, repair=RepairConfig("none"))
         if trainer.is_global_zero and (config.steps > 1 or config.swaps.generations):
             console.print("search tries single cuts: pruning.steps and pruning.swaps are ignored")

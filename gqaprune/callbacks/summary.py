@@ -6,13 +6,14 @@ import re
 import shutil
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gqaprune.callbacks.export import CheckpointExport
 from gqaprune.callbacks.judge import PredictionJudge
 from gqaprune.callbacks.lookup import get_parts, get_run_folder, get_tensorboards
+from gqaprune.callbacks.order import Phase
 from gqaprune.callbacks.page import write_page
 from gqaprune.callbacks.pruning import get_pruning
 from gqaprune.checkpoints.card import describe_padding, write_card
@@ -37,6 +38,8 @@ class RunSummary(Callback):
 
     The page, `report.html`, is written once there is a plan, at each validation, and when the run ends or is stopped.
     """
+
+    phase: ClassVar = Phase.EXPORT
 
     def __init__(self) -> None:
         self._finished = False

@@ -3,25 +3,22 @@
 `formats.py` has the formats. Weights are safetensors or GGUF; nothing is pickled.
 """
 
-import copy
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from gqaprune.checkpoints.adapters import ADAPTER_FOLDER, merge_adapters, save_adapters
 from gqaprune.checkpoints.base import Content
 from gqaprune.checkpoints.card import write_card
 from gqaprune.checkpoints.formats import AUTO, FORMATS, check_written_by_layer, choose_format
 from gqaprune.checkpoints.safetensors_writer import quantize_checkpoint
-from gqaprune.common.atomic_files import check_can_be_folder, replace_folder
+from gqaprune.common.atomic_files import check_can_be_folder, remove_leftovers, replace_folder
 from gqaprune.common.distributed import get_rank_and_world_size
-from gqaprune.common.errors import first_line
 from gqaprune.models.config_facts import correct_config, has_own_code
+from gqaprune.models.saving import check_saves
 from gqaprune.models.wrapping import check_no_adapters
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.writing_by_layer import attend_writing
@@ -84,6 +81,7 @@ def save(
         attend_writing(model)
         return format
     folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.parent)
     size = sum(weight.nbytes for weight in whole.values())
     with replace_folder(folder, size) as temporary:
         if adapted is not None:
@@ -110,19 +108,8 @@ def check_can_be_saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     Raises:
         ValueError: with the file to correct.
     """
-    parts = (
-        (copy.deepcopy(model.config), CONFIG_NAME),
-        (getattr(model, "generation_config", None), GENERATION_CONFIG_NAME),
-        (tokenizer, "tokenizer files"),
-    )
-    with TemporaryDirectory() as folder:
-        for part, file in parts if not FORMATS[format].file else ():
-            try:
-                if part is not None:
-                    part.save_pretrained(folder)
-            except Exception as error:  # whatever it checks only then
-                reason = first_line(error).rstrip(".")
-                raise ValueError(f"transformers refuses to save the model: {reason}; correct its {file}") from None
+    if not FORMATS[format].file:
+        check_saves(model, tokenizer)
 
 
 def measure_weights(folder: Path) -> int:

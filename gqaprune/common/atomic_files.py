@@ -1,7 +1,7 @@
 """Put a new file or folder in the place of an old one, so that a killed program leaves either; where none can be.
 
 Work in progress has a temporary name beside the final one and a lock (`filelock`) that the system releases when its
-process ends, however it ends: what a killed program left is free for the next one to take.
+process ends, however it ends: what a killed program left is free for the next one to take, and to remove.
 """
 
 import ctypes
@@ -20,35 +20,76 @@ from gqaprune.common.disk_errors import explain_disk_errors
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_TEMPORARY = ".gqaprune.tmp"
+_LOCK = ".gqaprune.lock"
 _SCRATCH = ".scratch"
 _HELD = ".held"
 """Lock in a scratch folder whose owner runs."""
 
 
 def check_can_be_folder(folder: Path) -> None:
-    """Refuse a path that is a file or lies below one, or that others cannot write by its name.
+    """Refuse a path that is a file, lies below one, or that this process cannot make a folder of or write to.
+
+    Others have to be able to write its name.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: naming the file, or saying what the system says.
     """
     try:
         str(folder).encode()
+        for place in (folder, *folder.parents):
+            if place.exists() and not place.is_dir():
+                raise ValueError(f"cannot write to {folder}: {place} is a file; choose another folder or move it away")
+        _rehearse_writing(folder.absolute())
     except UnicodeEncodeError:
         raise ValueError(f"cannot write to {folder}: its name is not valid UTF-8; choose another name") from None
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise ValueError(f"cannot write to {folder}: {place} is a file; choose another folder or move it away")
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
+
+
+def _rehearse_writing(folder: Path) -> None:
+    """Make and remove what is missing of a folder, under a name of its own, and the longest name that it will need."""
+    place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    with tempfile.TemporaryDirectory(_TEMPORARY, ".", place) as attempt:
+        Path(attempt, "folder", folder.relative_to(place)).with_name(f".{folder.name}{_LOCK}").mkdir(parents=True)
 
 
 @contextmanager
 def reserve_name(path: Path) -> Iterator[Path]:
     """Let one process at a time write to `path`; yields the temporary name to write to, beside it."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock = FileLock(path.with_name(f".{path.name}{_LOCK}"))
     lock.acquire()
     try:
-        yield path.with_name(f".{path.name}.tmp")
+        yield path.with_name(f".{path.name}{_TEMPORARY}")
     finally:
         remove_lock(lock)
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what killed programs were writing in some folders; what a running one writes there stays."""
+    for folder in folders:
+        for path in folder.glob(f".*{_LOCK}"):
+            lock = FileLock(path, blocking=False)
+            with suppress(Timeout, OSError):
+                lock.acquire()
+                _remove(path.with_name(path.name.removesuffix(_LOCK) + _TEMPORARY))
+                remove_lock(lock)
+        for scratch in folder.glob(f".*{_SCRATCH}"):
+            _remove_if_left(scratch)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_if_left(scratch: Path) -> None:
+    """Remove a scratch folder whose owner was killed; one that was not made here has no lock."""
+    if (scratch / _HELD).exists():
+        with suppress(Timeout, OSError), FileLock(scratch / _HELD, blocking=False):
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def remove_lock(lock: FileLock) -> None:
@@ -132,8 +173,7 @@ class ScratchFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         with reserve_name(path):  # nobody looks at the new folder before it is held
             for left in path.parent.glob(f".{glob.escape(path.name)}.*{_SCRATCH}"):
-                with suppress(Timeout, OSError), FileLock(left / _HELD, blocking=False):
-                    shutil.rmtree(left, ignore_errors=True)
+                _remove_if_left(left)
             self.path = Path(tempfile.mkdtemp(_SCRATCH, f".{path.name}.", path.parent))
             held = FileLock(self.path / _HELD, thread_local=False)  # any thread may be the last to need it
             held.acquire()

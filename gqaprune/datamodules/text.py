@@ -1,7 +1,9 @@
 """Corpora as streams: calibration and train windows, validation and test perplexity, prompts."""
 
+import math
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -227,14 +229,19 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training windows of the corpora and of the dense model, this rank's share, shuffled anew every epoch."""
         windows = self.read_train_windows()
-        strategy = self.trainer.strategy if self.trainer is not None else None
-        place = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
         dataset = Windows(windows, windows)
         return TrainLoader(
             dataset,
             self.training.batch_size,
-            sampler=DistributedSampler(dataset, shuffle=True, seed=self.seed, **place),
+            sampler=DistributedSampler(dataset, **self._place, shuffle=True, seed=self.seed),
         )
+
+    def count_train_batches(self) -> int:
+        """Count the training batches of an epoch on each device; the dense model need not have written its windows."""
+        windows = len(self._read_train_corpora()) + self.training.sampled_windows
+        # `overfit_batches` gives every device the same ones.
+        is_shared = self.trainer is None or not self.trainer.overfit_batches  # type: ignore[attr-defined]
+        return math.ceil(windows / (self._place["num_replicas"] if is_shared else 1) / self.training.batch_size)
 
     def read_train_windows(self) -> Tensor:
         """Training windows in their own order, `[windows, tokens]`: `index` in a training batch is a place here.
@@ -255,6 +262,10 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per validation corpus."""
         return self._evaluation_loaders("val")
+
+    def count_evaluation_batches(self, stream: str) -> list[int]:
+        """Count the batches of each evaluation corpus on each device."""
+        return [math.ceil(len(loader) / self._world_size) for loader in self._evaluation_loaders(stream)]
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per test corpus."""
@@ -355,10 +366,19 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         except ValueError as error:
             raise ValueError(f"corpus {corpus}: {error} (data.evaluation.window)") from None
 
+    @property
+    def _place(self) -> dict[str, Any]:
+        """The number of devices that training data is split over, and which of them this one is."""
+        strategy = self.trainer.strategy if self.trainer is not None else None
+        return getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
     def _evaluation_loaders(self, stream: str) -> list[DataLoader[Batch]]:
-        world_size = self.trainer.world_size if self.trainer is not None else 1
         batch_size = self.evaluation.batch_size or choose_batch_size(self.evaluation.window)
         return [
-            DataLoader(Windows(*fill_up(*windows, world_size)), batch_size)
+            DataLoader(Windows(*fill_up(*windows, self._world_size)), batch_size)
             for windows in self._evaluation_windows(stream).values()
         ]

@@ -72,7 +72,7 @@ def read_sizes(config: PretrainedConfig, trust_remote_code: bool = False) -> Mod
     family, geometry = get_family(config), read_geometry(config)
     model = build_without_weights(config, trust_remote_code)
     linears = [(name, module) for name, module in get_layers(model).named_modules() if isinstance(module, nn.Linear)]
-    projections = [module for name, module in linears if name.split(".")[-1] in list_projections(model)]
+    projections = [module for name, module in linears if name.split(".")[-1] in list_projections(model.config)]
     adapters = sum(linear.in_features + linear.out_features for linear in projections) * RecoveryConfig.lora_rank
     return ModelSizes(
         family=config.model_type,

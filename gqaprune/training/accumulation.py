@@ -32,7 +32,7 @@ def count_optimizer_steps(trainer: Trainer) -> int:
         schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
         for epoch in range(trainer.max_epochs or 1)
     ]
-    batches = _count_batches(trainer)
+    batches = count_epoch_batches(trainer)
     steps = sum(math.ceil(batches / factor) for factor in factors)
     return max(steps if trainer.max_steps == -1 else min(steps, trainer.max_steps), 1)
 
@@ -48,15 +48,15 @@ def count_round_steps(trainer: Trainer, rounds_done: int, rounds: int) -> int:
     return max(1, end - start)
 
 
-def _count_batches(trainer: Trainer) -> int:
-    """Training batches of an epoch.
+def count_epoch_batches(trainer: Trainer) -> int:
+    """Count the training batches of an epoch, on each device.
 
     Lightning knows only once it has set up its loader, which may not be before a checkpoint's place in it is read.
     """
     data, limit = trainer.datamodule, trainer.limit_train_batches  # type: ignore[attr-defined]
     if data is None:
         return count_loaded_batches(trainer)
-    batches = len(data.train_dataloader())
+    batches = data.count_train_batches()
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from gqaprune.common.errors import first_line
 from gqaprune.models.architecture import get_layers
 from gqaprune.models.wrapping import is_sharded
 
@@ -22,6 +23,19 @@ class LayerCompiler:
     def __init__(self, is_on: bool) -> None:
         self.is_on = is_on
         self._calls: list[tuple[nn.Module, Callable[..., Any]]] = []
+
+    def rehearse(self, device: torch.device) -> None:
+        """Compile one operation, if layers are to be compiled, before any work.
+
+        Raises:
+            ValueError: if torch cannot compile here, such as without a C++ compiler on a CPU.
+        """
+        if not self.is_on:
+            return
+        try:
+            torch.compile(torch.sin)(torch.ones(2, device=device))
+        except Exception as error:  # of many kinds, by backend
+            raise ValueError(f"torch cannot compile here: {first_line(error)}; set model.compile to false") from None
 
     @contextmanager
     def compiled(self, model: PreTrainedModel) -> Iterator[None]:

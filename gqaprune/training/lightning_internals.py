@@ -7,13 +7,17 @@ use this file without it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.optim import Optimizer
+
+T = TypeVar("T")
 
 SHARDED = "meta.pt"
 """What Lightning writes last into the folder of a sharded checkpoint."""
@@ -50,6 +54,13 @@ def get_setting(cli: LightningCLI, name: str) -> Any:
     return cli._get(cli.config_init, name)
 
 
+def unwrap_factory(factory: Callable[..., T]) -> Callable[..., T]:
+    """A factory of optimizers as plain class and arguments, without jsonargparse's parser, which cannot be copied."""
+    if isinstance(factory, partial) and factory.args and isinstance(factory.args[-1], type):
+        return partial(factory.args[-1], **factory.keywords)
+    return factory
+
+
 def find_trainer(module: LightningModule) -> Trainer | None:
     """The trainer of a module; null outside of a run, where `module.trainer` is an error."""
     return module._trainer
@@ -69,6 +80,11 @@ def count_loaded_batches(trainer: Trainer) -> int:
     """Training batches of an epoch, from the loader, which Lightning may not have set up yet."""
     trainer.fit_loop.setup_data()
     return int(trainer.num_training_batches)
+
+
+def unscales_gradients(optimizer: Optimizer) -> bool:
+    """Whether an optimizer does the work of float16's scaler in its step, so that Lightning refuses to clip before."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def set_validation_interval(trainer: Trainer, batches: int) -> None:

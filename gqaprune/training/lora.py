@@ -4,7 +4,7 @@ import os
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from gqaprune.common.precision import multiply_exactly
 from gqaprune.models.families import get_family
@@ -55,15 +55,13 @@ def add_adapters(model: PreTrainedModel, config: RecoveryConfig, seed: int = 0) 
     Raises:
         ValueError: if a target is none of the model's projections.
     """
-    names = list_projections(model)
-    targets = names if config.lora_targets is None else config.lora_targets
-    if unknown := sorted(set(targets) - set(names)) or not targets:
-        raise ValueError(f"recovery.lora_targets: {unknown or 'none'} given; this model's are {', '.join(names)}")
+    check_targets(model.config, config)
+    targets = config.lora_targets or list_projections(model.config)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a float does
         lora_dropout=config.lora_dropout,
-        target_modules=list(targets),
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(), show_whole_shapes(model):  # peft takes shards for those of tensor parallelism
@@ -73,7 +71,20 @@ def add_adapters(model: PreTrainedModel, config: RecoveryConfig, seed: int = 0) 
     return adapted
 
 
-def list_projections(model: PreTrainedModel) -> list[str]:
+def check_targets(model_config: PretrainedConfig, config: RecoveryConfig) -> None:
+    """Refuse adapters of what is no projection of a model.
+
+    Raises:
+        ValueError: with the names of its projections.
+    """
+    names, targets = list_projections(model_config), config.lora_targets
+    if targets is not None and (unknown := sorted(set(targets) - set(names)) or not targets):
+        raise ValueError(
+            f"recovery.lora_targets: {unknown if targets else 'none'} given; this model's are {', '.join(names)}"
+        )
+
+
+def list_projections(model_config: PretrainedConfig) -> list[str]:
     """Names of the projections in a model's blocks."""
-    family = get_family(model.config)
+    family = get_family(model_config)
     return [name for layout in family.layouts.values() for name in (*layout.inputs, layout.output)]

@@ -102,6 +102,12 @@ class Objective:
         return loss, parts
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that the loss is mixed of."""
+        hidden = ("hidden_distance",) if self._compares_hidden_states else ()
+        return ("lm_loss", "divergence", *hidden) if self.settings.distills else ()
+
+    @property
     def _compares_hidden_states(self) -> bool:
         return self.settings.distills and self.settings.hidden_weight > 0
 

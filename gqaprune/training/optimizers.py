@@ -4,12 +4,14 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_scheduler
 
+from gqaprune.common.errors import first_line
 from gqaprune.models.wrapping import unwrap_name
 
 
@@ -41,6 +43,22 @@ class OptimizerConfig:
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         warmup = steps // 20 if self.warmup_steps is None else self.warmup_steps
         return optimizer, get_scheduler(name, optimizer, warmup, steps)
+
+    def rehearse(self) -> Optimizer:
+        """Take a step with the optimizer of a stand-in, a matrix and a vector, before any work.
+
+        Raises:
+            ValueError: if the optimizer refuses its settings, such as a learning rate below 0, or what it would train.
+        """
+        stand_in = nn.Linear(2, 2)
+        stand_in(torch.ones(1, 2)).sum().backward()
+        try:
+            optimizer, _ = self.build(stand_in.named_parameters(), steps=1)
+            optimizer.step()
+        except Exception as error:  # whatever an optimizer of anybody's raises
+            reason = first_line(error).rstrip(".")
+            raise ValueError(f"model.optimizer cannot train: {reason}; torch.optim.AdamW with lr 1e-5 can") from None
+        return optimizer
 
 
 def group_parameters(

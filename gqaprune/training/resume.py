@@ -192,6 +192,12 @@ def is_whole(checkpoint: Path) -> bool:
     return TRAINING_STATE in read_checkpoint(checkpoint)
 
 
+def list_run_folders(root: Path) -> list[Path]:
+    """List the folders that runs with a root folder write to: itself, those of their logs, that of their stages."""
+    logs = root / UNFINISHED.parent
+    return [root, logs, *(folder for folder in logs.glob("*") if folder.is_dir())]
+
+
 def list_checkpoint_folders(writers: Iterable[object]) -> list[str]:
     """List the folders that a trainer's checkpoint callbacks write to, once the trainer has set them up."""
     folders = (getattr(writer, "dirpath", None) for writer in writers)

@@ -83,9 +83,7 @@ def cache_teacher(
         ValueError: if `top_k` is out of its bounds, the teacher's logits are not finite, or a rank cannot see the files
             of another.
     """
-    vocabulary = teacher.get_input_embeddings().weight.shape[0]
-    if not 1 <= top_k <= vocabulary:
-        raise ValueError(f"recovery.teacher_top_k must be 1 to {vocabulary}, got {top_k}; 64 is a start")
+    check_top_k(top_k, teacher.get_input_embeddings().weight.shape[0])
     text = hashlib.sha256(windows_NT.contiguous().numpy().tobytes()).hexdigest()
     folder = cache / hash_model(teacher, [text, top_k, temperature])
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +108,16 @@ def cache_teacher(
     if is_true_anywhere(not all(_name_file(folder, number).exists() for number in range(len(parts))), device):
         raise ValueError(f"{folder} is not the same on every machine: set XDG_CACHE_HOME to a shared folder")
     return CachedTeacher(folder)
+
+
+def check_top_k(top_k: int, vocabulary: int) -> None:
+    """Refuse to keep more of a teacher's tokens than its vocabulary has.
+
+    Raises:
+        ValueError: with the bound.
+    """
+    if not 1 <= top_k <= vocabulary:
+        raise ValueError(f"recovery.teacher_top_k must be 1 to {vocabulary}, got {top_k}; 64 is a start")
 
 
 @torch.inference_mode()

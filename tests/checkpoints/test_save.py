@@ -238,9 +238,9 @@ def test_what_cannot_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp/thesis.tex").touch()
-    (tmp_path / ".out.lock").touch()
+    (tmp_path / ".out.gqaprune.tmp").mkdir()
+    (tmp_path / ".out.gqaprune.tmp/thesis.tex").touch()
+    (tmp_path / ".out.gqaprune.lock").touch()
     save(make_model("llama"), None, tmp_path / "out")
     assert read_names(tmp_path) == {"out"}
 

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from gqaprune.common import atomic_files
-from gqaprune.common.atomic_files import ScratchFolder, replace_folder, write_atomically
+from gqaprune.common.atomic_files import (
+    ScratchFolder,
+    check_can_be_folder,
+    remove_leftovers,
+    replace_folder,
+    reserve_name,
+    write_atomically,
+)
 
 SCRIPT = f"""
 import runpy, sys, time, types
@@ -56,8 +63,8 @@ def test_the_new_folder_takes_the_name_and_nothing_else_is_left(
         monkeypatch.setattr(atomic_files, "_exchange", lambda *_: False)
         (tmp_path / ".out.old").mkdir()  # left by a program that was killed between both renames
         (tmp_path / ".out.old/file").touch()
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp/half").touch()  # left by one that was killed before them
+    (tmp_path / ".out.gqaprune.tmp").mkdir()
+    (tmp_path / ".out.gqaprune.tmp/half").touch()  # left by one that was killed before them
     for content in ("first", "second"):
         fill(tmp_path / "out", content)
         assert (tmp_path / "out/file").read_text() == content
@@ -78,7 +85,7 @@ def test_a_rename_that_fails_puts_the_older_folder_back(tmp_path: Path, monkeypa
     rename = os.replace
 
     def fail_for_new(source: Path, target: Path) -> None:
-        if source == tmp_path / ".out.tmp":
+        if source == tmp_path / ".out.gqaprune.tmp":
             raise OSError("disk on fire")
         rename(source, target)
 
@@ -128,10 +135,10 @@ def test_a_write_takes_over_what_a_killed_write_of_the_same_name_left(
     tmp_path: Path, kill_at: Callable[..., None]
 ) -> None:
     kill_at("with reserve_name(root / '[x].json') as new: new.write_text('half'); print(flush=True); time.sleep(99)")
-    (tmp_path / ".y.json.tmp").touch()
-    assert read_names(tmp_path) == {".[x].json.tmp", ".[x].json.lock", ".y.json.tmp"}
+    (tmp_path / ".y.json.gqaprune.tmp").touch()
+    assert read_names(tmp_path) == {".[x].json.gqaprune.tmp", ".[x].json.gqaprune.lock", ".y.json.gqaprune.tmp"}
     write_atomically(tmp_path / "[x].json", b"whole")
-    assert read_names(tmp_path) == {"[x].json", ".y.json.tmp"}
+    assert read_names(tmp_path) == {"[x].json", ".y.json.gqaprune.tmp"}
     assert (tmp_path / "[x].json").read_bytes() == b"whole"
 
 
@@ -167,3 +174,30 @@ def test_scratch_folders_of_killed_programs_are_removed_and_those_of_others_are_
         assert len(list(tmp_path.glob(".other.*"))) == 1
         running.communicate("\n")
     assert set(tmp_path.glob(".work.*")) == {mine.path}
+
+
+def test_leftovers_of_killed_programs_are_removed_and_what_a_running_one_writes_is_not(
+    tmp_path: Path, kill_at: Callable[..., None]
+) -> None:
+    kill_at(
+        "y = replace_folder(root / 'out'); x = y.__enter__(); (x / 'file').touch(); print(flush=True); time.sleep(99)"
+    )
+    kill_at("x = ScratchFolder(root / 'work'); print(flush=True); time.sleep(99)")
+    for theirs in (".notes.tmp", ".notes.lock", ".my.scratch"):
+        (tmp_path / theirs).mkdir()
+    with reserve_name(tmp_path / "running") as temporary:
+        temporary.touch()
+        assert len(read_names(tmp_path)) == 8
+        remove_leftovers(tmp_path, tmp_path / "gone")
+        own = {".running.gqaprune.tmp", ".running.gqaprune.lock"}
+        assert read_names(tmp_path) == {".notes.tmp", ".notes.lock", ".my.scratch", *own}
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in ("file", "file/below", "x" * 300, f"a/{'x' * 300}/b", "x" * 250):
+        with pytest.raises(ValueError, match="cannot write to .*; choose another folder"):
+            check_can_be_folder(tmp_path / path)
+    check_can_be_folder(tmp_path / "a/b/c")
+    check_can_be_folder(tmp_path)
+    assert read_names(tmp_path) == {"file"}

@@ -1,6 +1,8 @@
 """Private parts of Lightning and jsonargparse, on real objects: each test fails where a new version moves one."""
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from lightning.fabric.utilities import load
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy, fsdp, model_parallel
 from torch.utils.data import DataLoader
 
@@ -32,6 +35,8 @@ from gqaprune.training.lightning_internals import (
     read_epoch,
     set_data_parallel_size,
     set_validation_interval,
+    unscales_gradients,
+    unwrap_factory,
 )
 
 BATCHES = 5
@@ -219,3 +224,21 @@ def test_commands_are_added_and_described(monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(SystemExit):
         run_cli(monkeypatch, "tool", "--help")
     assert "--number" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_lightning_clips_for_optimizers_that_do_not_unscale_gradients(fused: bool) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], fused=fused)
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    assert unscales_gradients(optimizer) is fused
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping") if fused else nullcontext():
+        plugin.clip_gradients(optimizer, 1.0)
+
+
+def test_factories_of_a_parser_become_plain_ones() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--build", type=Callable[[Any], torch.optim.Optimizer])
+    factory = parser.instantiate(parser.parse_args(["--build", "torch.optim.SGD", "--build.lr", "0.5"])).build
+    plain = unwrap_factory(factory)
+    assert plain.func is torch.optim.SGD and plain.keywords["lr"] == 0.5  # type: ignore[attr-defined]
+    assert unwrap_factory(torch.optim.SGD) is torch.optim.SGD

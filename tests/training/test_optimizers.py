@@ -1,12 +1,17 @@
 """Optimizers: which parameters decay, how the learning rate runs, how gradients are clipped."""
 
+import copy
+import pickle
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from gqaprune.cli import PruningCLI
+from gqaprune.module import CausalLMModule
 from gqaprune.training.optimizers import OptimizerConfig, clip_gradients, group_parameters, name_matrices
 
 from tiny import make_model
@@ -91,3 +96,13 @@ def test_a_bound_of_zero_clips_nothing() -> None:
     optimizer = make_optimizer(model)
     clip_gradients(model, optimizer, 0.0, True)
     assert float(model.lm_head.weight.grad.abs().max()) > 1
+
+
+def test_a_module_can_be_copied_and_pickled_with_its_optimizer(tiny_folder: Path) -> None:
+    arguments = ["--model.pretrained", str(tiny_folder), "--model.optimizer.lr", "0.5", "--trainer.accelerator", "cpu"]
+    modules = (CausalLMModule(str(tiny_folder)), PruningCLI(run=False, args=arguments).model)
+    for module, rate in zip(modules, (1e-5, 0.5), strict=True):
+        for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            weight = nn.Parameter(torch.ones(2, 2))
+            optimizer, _ = copied.optimizer_config.build([("weight", weight)], steps=1)
+            assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["lr"] == rate

@@ -1,0 +1,54 @@
+"""The order of a trainer's callbacks: what copies the model follows pruning, what saves it follows what changes it."""
+
+from enum import IntEnum
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.cli import SaveConfigCallback
+
+
+class Phase(IntEnum):
+    """When a callback's hooks run, beside those of the others; gqaprune's have it as the attribute `phase`."""
+
+    SETTINGS = 0
+    """Lightning's, first of all: what they refuse is refused before work."""
+    WORK = 1
+    """Changes the model in `setup`; callbacks of unknown classes before the export, too."""
+    COPIES = 2
+    """Copies or masks the model in `setup`, and changes it when training ends."""
+    EXPORT = 3
+    """Saves and measures what training ends with; callbacks of unknown classes after the export, too."""
+    CHECKPOINTS = 4
+    """Lightning's own, which it keeps last."""
+
+
+def order_callbacks(trainer: Trainer) -> None:
+    """Put a trainer's callbacks into the order of their phases; within one they keep their order."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    phases = [getattr(callback, "phase", None) for callback in callbacks]
+    export = phases.index(Phase.EXPORT) if Phase.EXPORT in phases else len(phases)
+    places = [
+        (phase if phase is not None else _find_phase(callback, is_after_export=index > export), index)
+        for index, (callback, phase) in enumerate(zip(callbacks, phases, strict=True))
+    ]
+    callbacks[:] = [callbacks[index] for _, index in sorted(places)]
+
+
+def _find_phase(callback: Callback, is_after_export: bool) -> Phase:
+    if copies_model(callback):
+        return Phase.COPIES
+    if isinstance(callback, Checkpoint):
+        return Phase.CHECKPOINTS
+    if is_of_lightning(callback) and not isinstance(callback, SaveConfigCallback):  # which writes in `setup`
+        return Phase.SETTINGS
+    return Phase.EXPORT if is_after_export else Phase.WORK
+
+
+def copies_model(callback: Callback) -> bool:
+    """Whether a callback of Lightning's copies or masks the weights in `setup`, and changes them when training ends."""
+    return isinstance(callback, (StochasticWeightAveraging, WeightAveraging, ModelPruning))
+
+
+def is_of_lightning(callback: Callback) -> bool:
+    """Whether a callback's class is one of Lightning's; others may log and change what they like."""
+    return type(callback).__module__.startswith("lightning.")

@@ -1,0 +1,34 @@
+"""What transformers refuses to save, found out before any work."""
+
+import copy
+from tempfile import TemporaryDirectory
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+
+from gqaprune.common.errors import first_line
+
+
+def check_saves(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Refuse what transformers loads and computes with but does not save, such as `output_attentions` under sdpa.
+
+    Args:
+        model: whose weights are not looked at.
+        tokenizer: that is to be saved beside it.
+
+    Raises:
+        ValueError: with the file to correct.
+    """
+    parts = (
+        (copy.deepcopy(model.config), CONFIG_NAME),
+        (getattr(model, "generation_config", None), GENERATION_CONFIG_NAME),
+        (tokenizer, "tokenizer files"),
+    )
+    with TemporaryDirectory() as folder:
+        for part, file in parts:
+            try:
+                if part is not None:
+                    part.save_pretrained(folder)
+            except Exception as error:  # whatever it checks only then
+                reason = first_line(error).rstrip(".")
+                raise ValueError(f"transformers refuses to save the model: {reason}; correct its {file}") from None
