@@ -3,6 +3,7 @@
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, Protocol, runtime_checkable
 from uuid import uuid4
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.checkpoints.origin import find_teacher
 from gqaprune.common.atomic_files import remove_leftovers
+from gqaprune.common.errors import first_line
 from gqaprune.common.renamed import RenamedAttributes
 from gqaprune.common.unregistered import Unregistered
 from gqaprune.data.windows import Batch
@@ -292,7 +294,23 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self.rounds_done = checkpoint.get("rounds_done", 0)
         if self.adapters.view is None and any(".lora_" in name for name in checkpoint.get(WEIGHTS, ())):
             self.load()
-            self.adapters.add(self.model, RecoveryConfig(**checkpoint["recovery"]))
+            try:
+                recovery = RecoveryConfig(**checkpoint["recovery"])
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"the checkpoint has adapters and does not say which ({error})") from None
+            self.adapters.add(self.model, recovery)
+
+    def load_state_dict(self, *arguments: Any, **settings: Any) -> Any:
+        """Take over weights, as torch does.
+
+        Raises:
+            ValueError: if they are not those of the model.
+        """
+        try:
+            return super().load_state_dict(*arguments, **settings)
+        except RuntimeError as error:
+            reason = shorten(first_line(error), 300, placeholder=" …")
+            raise ValueError(f"the checkpoint is not of {self.source.pretrained} as it is here: {reason}") from None
 
     def _name_model_of_plan(self) -> None:
         """Let a plan that was given name the model that it cuts here; a run that resumes has to have the same one.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from gqaprune.common.errors import first_line
-from gqaprune.training.lightning_internals import SHARDED, VERSION, WEIGHTS
+from gqaprune.training.lightning_internals import ALWAYS, SHARDED, WEIGHTS
 
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 """Variables of the environment that make torch take all that it loads for weights alone, or nothing."""
@@ -105,9 +105,12 @@ def guard_loading(strategy: Any) -> None:
     def load_guarded(checkpoint_path: str | Path, weights_only: bool | None = None) -> Any:
         check_is_local(checkpoint_path)
         path = Path(checkpoint_path)
-        expected = {VERSION} if path.is_dir() else {VERSION, WEIGHTS}
-        if missing := expected - read_checkpoint(path).keys():
+        content, expected = read_checkpoint(path), ALWAYS if path.is_dir() else ALWAYS | {WEIGHTS}
+        if missing := expected - content.keys():
             raise ValueError(f"{path} is no checkpoint of Lightning's: it has no {min(missing)}")
+        weights = content.get(WEIGHTS, {})
+        if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+            raise ValueError(f"{path} is no checkpoint of Lightning's: its {WEIGHTS} has no weights by name")
         from torch.distributed.checkpoint.api import CheckpointException  # takes two seconds to import
 
         with load_weights_alone():

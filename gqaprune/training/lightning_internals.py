@@ -27,8 +27,8 @@ HYPER_PARAMETERS = "hyper_parameters"
 """Key of a checkpoint that has the module's hyperparameters."""
 WEIGHTS = "state_dict"
 """Key of a checkpoint, in one file, that has the module's weights."""
-VERSION = "pytorch-lightning_version"
-"""Key of every checkpoint, in one file or in shards."""
+ALWAYS = frozenset({"epoch", "global_step", "loops", "pytorch-lightning_version"})
+"""Keys of every checkpoint, in one file or in shards."""
 
 
 def get_subcommand_parsers(cli: LightningCLI) -> dict[str, LightningArgumentParser]:

@@ -21,6 +21,7 @@ from gqaprune.module import CausalLMModule
 from gqaprune.placement.loading_by_layer import load_offloaded_model
 from gqaprune.placement.model_source import ModelSource
 
+from command import Run
 from tiny import make_model, make_tokenizer
 
 
@@ -183,3 +184,9 @@ def test_a_model_on_this_machine_has_no_revision(shards: Path) -> None:
             pin(source, revision)
     shards.rename(shards.with_name("a@b"))
     load_model(shards.with_name("a@b"))
+
+
+def test_a_command_takes_tokenizer_and_model_at_the_revision(hub: dict[str, str], run: Run) -> None:
+    shutil.rmtree(hub["main"])
+    assert run("validate", "--model.pretrained", "org/model", "--model.revision", "old") == 0
+    assert run("validate", "--model.pretrained", "org/model") == 1

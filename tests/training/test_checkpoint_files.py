@@ -2,6 +2,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 
 from gqaprune.module import CausalLMModule
-from gqaprune.training.checkpoint_files import check_is_local, load_weights_alone, read_checkpoint
+from gqaprune.training.checkpoint_files import check_is_local, guard_loading, load_weights_alone, read_checkpoint
+from gqaprune.training.lightning_internals import ALWAYS
 
 STATE = {"weight": torch.ones(2, 3), "half": torch.zeros(2, dtype=torch.bfloat16), "step": 3, "betas": (0.9, 0.95)}
 
@@ -195,3 +197,21 @@ def test_a_checkpoint_cannot_ask_for_remote_code(
     CausalLMModule.load_from_checkpoint(tmp_path / "run.ckpt", strict=False, trust_remote_code=True)
 
     assert asked == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({}, "it has no epoch"),
+        ({"epoch": 0, "global_step": 0, "loops": {}, "state_dict": {}}, "it has no pytorch-lightning_version"),
+        ({**dict.fromkeys(ALWAYS, 0)}, "it has no state_dict"),
+        ({**dict.fromkeys(ALWAYS, 0), "state_dict": [1]}, "has no weights by name"),
+        ({**dict.fromkeys(ALWAYS, 0), "state_dict": {1: 2}}, "has no weights by name"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(content: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "forged.ckpt")
+    strategy: Any = SimpleNamespace(load_checkpoint=lambda *_, **__: pytest.fail("loaded"))
+    guard_loading(strategy)
+    with pytest.raises(ValueError, match=sentence):
+        strategy.load_checkpoint(tmp_path / "forged.ckpt")

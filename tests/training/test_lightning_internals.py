@@ -18,10 +18,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy, fsdp, model_para
 from torch.utils.data import DataLoader
 
 from gqaprune.training.lightning_internals import (
+    ALWAYS,
     HYPER_PARAMETERS,
     SHARDED,
     TRAINING_STATE,
-    VERSION,
     WEIGHTS,
     add_subcommand,
     count_batches_done,
@@ -114,7 +114,7 @@ def test_checkpoints_have_keys_for_weights_and_hyperparameters_and_for_training_
     for checkpoint in (whole, weights):
         assert checkpoint[WEIGHTS].keys() == Model().state_dict().keys()
         assert checkpoint[HYPER_PARAMETERS] == {"width": 32}
-    assert {VERSION, WEIGHTS} <= whole.keys() & weights.keys()
+    assert ALWAYS | {WEIGHTS} <= whole.keys() & weights.keys()
     assert TRAINING_STATE in whole and TRAINING_STATE not in weights
 
 
