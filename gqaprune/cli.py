@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import transformers
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -112,8 +113,11 @@ class PruningTrainer(Trainer):
     """Lightning's Trainer, which can also prune without training."""
 
     def save_checkpoint(self, filepath: str | Path, *arguments: Any, **options: Any) -> None:
-        """Save what training can be resumed from; a full disk is said with the file and what is free."""
-        with explain_disk_errors(Path(filepath)):
+        """Save what training can be resumed from; a full disk is said with the file, what it takes and what is free."""
+        module, optimizers = self.lightning_module, self.optimizers
+        states = (value for optimizer in optimizers for state in optimizer.state.values() for value in state.values())
+        tensors = (value for value in (*module.parameters(), *states) if isinstance(value, torch.Tensor))
+        with explain_disk_errors(Path(filepath), sum(tensor.nbytes for tensor in tensors)):
             super().save_checkpoint(filepath, *arguments, **options)
 
     def prune(self, model: LightningModule, datamodule: LightningDataModule) -> None:
@@ -280,7 +284,7 @@ def keep_going_without(own: Logger) -> None:
                 return method(*arguments, **options)
             except Exception as error:  # whatever it is, the run is worth more
                 if not said:
-                    said.append(first_line(error))
+                    said.append(first_line(error.__cause__ or error))  # Lightning blames the value for a full disk
                     console.print(f"{type(own).__name__} is not whole: {said[0]}")
                 return None
 

@@ -154,3 +154,38 @@ def test_fit_output_shows_each_layer_the_ratio_the_table_and_the_paths(
         assert word in shown
     for name in ("config.yaml", "plan.json", "pruning.png", "report.json", "report.html", "run.log", "checkpoint"):
         assert f"lightning_logs/version_0/{name}" in shown
+
+
+def test_a_disk_that_takes_no_logs_ends_no_run(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for where in ("SummaryWriter.add_scalar", "SummaryWriter.add_text", "SummaryWriter.add_figure"):
+        monkeypatch.setattr(f"torch.utils.tensorboard.{where}", refuse)
+    for where in ("summary.save_figure", "summary.write_page", "guard.write_atomically"):
+        monkeypatch.setattr(f"gqaprune.callbacks.{where}", refuse)
+    monkeypatch.setattr("gqaprune.reporting.report.Report.save", refuse)
+    console.quiet = False
+    assert run("fit") == 0
+    said = capsys.readouterr().out
+    reason = "[Errno 28] No space left on device\n"
+    for part in ("pruning.png", "report.json", "report.html", "sample 1"):
+        assert f"{part} is left out: {reason}" in said
+    assert said.count(f"TensorBoardLogger is not whole: {reason}") == 1
+    assert (Path("lightning_logs/version_0/checkpoint") / "config.json").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_is_said_in_a_sentence(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lightning.pytorch.strategies.SingleDeviceStrategy.save_checkpoint", refuse)
+    assert run("fit", "--trainer.enable_checkpointing", "true") == 1
+    pattern = (
+        r"gqaprune: error: cannot write .*\.ckpt: No space left on device; it takes [\d,.]+ (bytes|MB), .* are free in"
+    )
+    assert re.match(pattern, capsys.readouterr().err.splitlines()[-1])

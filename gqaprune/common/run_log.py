@@ -7,6 +7,7 @@ loggers of their own, Python's warnings `py.warnings`. Lines wait in memory unti
 import logging
 import shlex
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -21,6 +22,7 @@ from rich.text import Text
 from rich.traceback import Traceback
 
 from gqaprune.common.console import SafeConsole, console, logger
+from gqaprune.common.errors import first_line
 from gqaprune.common.provenance import get_command, get_versions
 from gqaprune.common.safe_text import for_log, for_terminal
 
@@ -56,6 +58,8 @@ class RunLog:
         self._undo += [partial(logger.setLevel, level), partial(setattr, logger, "propagate", propagates)]
         logging.captureWarnings(True)
         self._undo.append(partial(logging.captureWarnings, False))
+        self._undo.append(partial(setattr, threading, "excepthook", threading.excepthook))
+        threading.excepthook = _note_thread
         if command := get_command():
             logger.info("command: %s", shlex.join(command))
         logger.info("versions: %s", ", ".join(f"{name} {version}" for name, version in get_versions().items()))
@@ -91,6 +95,13 @@ class RunLog:
     def _add_handler(self, own: logging.Logger, handler: logging.Handler) -> None:
         own.addHandler(handler)
         self._undo.append(partial(own.removeHandler, handler))
+
+
+def _note_thread(stopped: threading.ExceptHookArgs) -> None:
+    """Say in a line that a thread has ended by an error, such as a logger's that writes in the background."""
+    if isinstance(stopped.exc_value, Exception):
+        name = stopped.thread.name if stopped.thread is not None else "a thread"
+        console.print(f"{name} stopped: {first_line(stopped.exc_value)}")
 
 
 class _LogFile(logging.FileHandler):

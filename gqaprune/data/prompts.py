@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gqaprune.common import limited
+from gqaprune.common.errors import first_line
 from gqaprune.common.limited import run_limited
 from gqaprune.data.corpora import replace_halves
 from gqaprune.models.tokenizer import find_bos
 
 Message = dict[str, str]
 """`role` and `content` of one turn of a chat."""
+_SECONDS_PER_PROMPT = 0.02
 _SHOWN = 200
 """Characters of a prompt that an error repeats."""
 
@@ -92,39 +95,73 @@ def _read_line(line: str, place: str) -> Prompt:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool | None = None, bos: bool | None = None
 ) -> dict[str, Tensor]:
-    """Turn a prompt into what a model reads.
+    """Turn one prompt into what a model reads, as `encode_prompts` does it."""
+    return encode_prompts(tokenizer, [prompt], chat, bos)[0]
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool | None = None, bos: bool | None = None
+) -> list[dict[str, Tensor]]:
+    """Turn prompts into what a model reads.
 
     Args:
         tokenizer: of the model.
-        prompt: plain text or a chat.
+        prompts: plain texts or chats.
         chat: plain text becomes the user's turn in the tokenizer's chat template; None means: if it has one.
-        bos: whether the prompt begins with the beginning-of-text token whatever tokenizer and template add; None does
+        bos: whether a prompt begins with the beginning-of-text token whatever tokenizer and template add; None does
             as the model's family does.
 
     Returns:
-        `input_ids`, `[1, tokens]`; they end in no end-of-text token but one of the template's or of the text's own.
+        Of each `input_ids`, `[1, tokens]`; they end in no end-of-text token but one of the template's or of the text's
+        own.
 
     Raises:
-        ValueError: if a template is needed and missing, or refuses the chat, or the prompt has no tokens.
+        ValueError: if a template is needed and missing, or refuses a chat, or a prompt has no tokens.
     """
     has_template = getattr(tokenizer, "chat_template", None) is not None
-    if (prompt.messages or chat) and not has_template:
-        what = "a prompt is a list of messages" if prompt.messages else "data.chat is true"
-        raise ValueError(f"{what} and the tokenizer has no chat template: give plain text, and set data.chat to false")
-    if prompt.messages or (has_template if chat is None else chat):
-        messages = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
-        fill_in = partial(tokenizer.apply_chat_template, messages, add_generation_prompt=True, return_dict=True)
-        try:
-            ids = run_limited(lambda: list(fill_in()["input_ids"]))  # anyone may have written the template's program
-        except ValueError as error:
+    for prompt in prompts if not has_template else ():
+        if prompt.messages or chat:
+            what = "a prompt is a list of messages" if prompt.messages else "data.chat is true"
             raise ValueError(
-                f"the chat template refuses the prompt {prompt.text[:_SHOWN]!r}: {error}; set data.chat to false"
-            ) from None
-    else:
-        ids = encode_beginning(tokenizer, prompt.text, bos)
-    if not ids:
-        raise ValueError(f"the prompt {prompt.text[:_SHOWN]!r} has no tokens: give at least one character")
-    return {"input_ids": torch.tensor([_begin_with(find_bos(tokenizer, bos), ids)], dtype=torch.long)}
+                f"{what} and the tokenizer has no chat template: give plain text, and set data.chat to false"
+            )
+    are_chats = [bool(prompt.messages or (has_template if chat is None else chat)) for prompt in prompts]
+    filled = iter(_fill_in_template(tokenizer, list(compress(prompts, are_chats))) if any(are_chats) else [])
+    encoded, first = [], find_bos(tokenizer, bos)
+    for prompt, is_chat in zip(prompts, are_chats, strict=True):
+        ids = next(filled) if is_chat else encode_beginning(tokenizer, prompt.text, bos)
+        if not ids:
+            raise ValueError(f"the prompt {prompt.text[:_SHOWN]!r} has no tokens: give at least one character")
+        encoded.append({"input_ids": torch.tensor([_begin_with(first, ids)], dtype=torch.long)})
+    return encoded
+
+
+def _fill_in_template(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of chats, in one child process: a template is a program that anyone may have written."""
+
+    def fill_in() -> list[list[int] | str]:
+        answers: list[list[int] | str] = []
+        for prompt in prompts:
+            messages = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
+            try:
+                answers.append(list(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]))
+            except MemoryError:
+                raise
+            except Exception as error:  # whatever a template brings about
+                return [*answers, first_line(error)]
+        return answers
+
+    refused, reason, answers = prompts[0], "", list[Any]()
+    try:
+        answers = run_limited(fill_in, limited.SECONDS + _SECONDS_PER_PROMPT * len(prompts))
+        if isinstance(answers[-1], str):
+            refused, reason = prompts[len(answers) - 1], answers[-1]
+    except ValueError as error:
+        reason = str(error)
+    if reason:
+        what = f"the prompt {refused.text[:_SHOWN]!r}"
+        raise ValueError(f"the chat template refuses {what}: {reason}; set data.chat to false")
+    return answers
 
 
 def encode_beginning(tokenizer: PreTrainedTokenizerBase, text: str, bos: bool | None = None) -> list[int]:

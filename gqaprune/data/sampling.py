@@ -5,7 +5,6 @@ Axes in tensor names: B samples, T tokens, V vocabulary.
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.common.atomic_files import write_atomically
+from gqaprune.common.cache_folder import find_cache_folder
 from gqaprune.common.console import console, track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
 from gqaprune.common.errors import first_line
@@ -29,7 +29,7 @@ from gqaprune.models.gates import freeze_parameters
 from gqaprune.models.tokenizer import find_bos
 from gqaprune.placement.model_hash import hash_model
 
-CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqaprune" / "samples"
+CACHE_FOLDER = find_cache_folder("samples")
 """Where sampled documents are kept, a safetensors file per batch, model and settings."""
 
 

@@ -15,7 +15,7 @@ from gqaprune.common.console import console
 from gqaprune.common.distributed import get_rank_and_world_size
 from gqaprune.common.renamed import RenamedAttributes, build_group, name_successors
 from gqaprune.data.corpora import HUB, Corpus, parse_corpus, read_corpus
-from gqaprune.data.prompts import Prompt, encode_prompt, read_prompts
+from gqaprune.data.prompts import Prompt, encode_prompts, read_prompts
 from gqaprune.data.sampling import sample_from_model
 from gqaprune.data.windows import (
     Batch,
@@ -283,9 +283,8 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         """
         if self._encoded_prompts is None:
             prompts = read_prompts(self.prompts)
-            self._encoded_prompts = [
-                (prompt, encode_prompt(self.tokenizer, prompt, self.chat, self.bos)) for prompt in prompts
-            ]
+            encoded = encode_prompts(self.tokenizer, prompts, self.chat, self.bos)
+            self._encoded_prompts = list(zip(prompts, encoded, strict=True))
         return self._encoded_prompts
 
     def sample_train_windows(self, model: PreTrainedModel) -> None:

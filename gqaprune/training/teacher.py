@@ -7,7 +7,6 @@ Axes in tensor names: B samples, T tokens, V vocabulary, K likeliest tokens.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.common.atomic_files import write_atomically
+from gqaprune.common.cache_folder import find_cache_folder
 from gqaprune.common.checked_tensors import pack_tensors, read_tensors
 from gqaprune.common.console import track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere
 from gqaprune.placement.model_hash import hash_model
 
-CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqaprune" / "teachers"
+CACHE_FOLDER = find_cache_folder("teachers")
 """Where predictions are kept, a folder for each teacher, text and setting."""
 _WINDOWS_PER_FILE = 64
 

@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -130,6 +131,20 @@ def test_log_that_cannot_be_written_any_more_ends_nothing(tmp_path: Path, capsys
     said = capsys.readouterr().err
     assert said.count("No space left on device") == 1 and f"{tmp_path / LOG_FILE}" in said
     assert "Traceback" not in said
+
+
+def test_a_thread_that_ends_by_an_error_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    before = threading.excepthook
+    with RunLog() as log:
+        log.open(tmp_path)
+        thread = threading.Thread(target=fail, name="writer")
+        thread.start()
+        thread.join()
+    assert read_log(tmp_path)[-1] == ("INFO", "writer stopped: [Errno 28] No space left on device")
+    assert capsys.readouterr().err == "" and threading.excepthook is before
 
 
 def test_log_has_the_trace_of_an_error_that_nobody_expected(tmp_path: Path) -> None:

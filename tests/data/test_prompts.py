@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from gqaprune.common import limited
-from gqaprune.data.prompts import Prompt, encode_prompt, read_prompts
+from gqaprune.data.prompts import Prompt, encode_prompt, encode_prompts, read_prompts
 
 from tiny import CHAT_TEMPLATE, make_tokenizer
 
@@ -184,7 +184,7 @@ def test_a_template_that_runs_away_or_fails_ends_in_a_sentence(
     monkeypatch.setattr(limited, "SECONDS", 0.5)
     hostile = copy.deepcopy(tokenizer)
     hostile.chat_template = template
-    reasons = WRONG.get(template, r"it (does not end within 0\.5 s|needs more than 2 GiB of memory)")
+    reasons = WRONG.get(template, r"it (does not end within 0\.52 s|needs more than 2 GiB of memory)")
     with pytest.raises(ValueError, match=f"^the chat template refuses the prompt 'Hi': .*{reasons}") as caught:
         encode_prompt(hostile, Prompt("Hi"))
     assert str(caught.value).endswith("; set data.chat to false") and len(str(caught.value)) < 500
@@ -213,3 +213,15 @@ def test_a_chat_begins_with_one_bos_whether_its_template_has_it_or_not(chatty: P
     assert encode_prompt(chatty, Prompt("Hi"), bos=True)["input_ids"].tolist() == [[256, *without]]
     chatty.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
     assert encode_prompt(chatty, Prompt("Hi"), bos=True)["input_ids"].tolist() == [[256, *without]]
+
+
+def test_prompts_are_filled_in_together_in_their_order_and_the_first_that_is_refused_is_named(
+    chatty: PreTrainedTokenizerFast,
+) -> None:
+    prompts = [Prompt("One"), Prompt("Sum", tuple(CHAT)), Prompt("Three")]
+    for chat in (None, True, False):
+        together = [encoded["input_ids"].tolist() for encoded in encode_prompts(chatty, prompts, chat)]
+        assert together == [encode_prompt(chatty, prompt, chat)["input_ids"].tolist() for prompt in prompts]
+    chatty.chat_template += "{{ raise_exception('no') if messages|length == 3 }}"
+    with pytest.raises(ValueError, match="^the chat template refuses the prompt 'Sum': no; set"):
+        encode_prompts(chatty, prompts)
