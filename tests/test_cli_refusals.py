@@ -46,7 +46,7 @@ BAD_INPUT = {
     "missing model": (["--model.pretrained", "/no/such/model"], "no model at /no/such/model"),
     "folder without a model": (["--model.pretrained", "."], "it has no config.json"),
     "unknown dtype": (["--model.dtype", "int3"], "dtype must be one of"),
-    "foreign tokenizer": (["--model.pretrained", "foreign"], "has id 257 for '</s>' but the model embeds ids below 100"),
+    "foreign tokenizer": (["--model.pretrained", "foreign"], "id 257 for '</s>' but the model embeds ids below 100"),
     "NaN weights": (["--model.pretrained", "broken"], "weights of layer 1 (model.layers.1.mlp.up_proj.weight) hold"),
     "no plan": (["--model.plan", "short.txt"], "short.txt is not a pruning plan"),
     "plan of another model": (["--model.plan", "other.json"], "the plan was made for another model (other)"),
