@@ -35,10 +35,12 @@ def count_layers(header: GgufHeader) -> int:
     """Decoder layers that a file, by whomever, holds tensors of.
 
     Raises:
-        ValueError: if one is left out, or its metadata promises another number of them.
+        ValueError: if one is left out, or its metadata promises another number of them, or none: transformers would
+            build 32 then.
     """
     layers = {find_layer(name, "blk") for name in header.tensors} - {None}
-    promised = header.metadata.get(f"{header.metadata.get('general.architecture')}.block_count", len(layers))
+    key = f"{header.metadata.get('general.architecture')}.block_count"
+    promised = header.metadata.get(key, len(layers) if is_own(header) else None)
     if layers != set(range(len(layers))) or promised != len(layers):
         raise ValueError(f"its metadata promises {promised} layers, it holds {len(layers)}")
     return len(layers)

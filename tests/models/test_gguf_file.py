@@ -18,6 +18,8 @@ VALUES = np.random.default_rng(0).normal(size=(4, 256)).astype(np.float32)
 
 def write_file(path: Path, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(0)
+    writer.add_uint32("general.alignment", 32)
     writer.add_array("numbers", [1, 2, 3])
     writer.add_array("words", ["b", "é"])
     writer.add_float32("pi", 3.5)
@@ -31,8 +33,9 @@ def write_file(path: Path, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizati
 
 def test_metadata_and_tensors_are_read(tmp_path: Path) -> None:
     header = read_header(write_file(tmp_path / "model.gguf"))
+    sizes = {"llama.block_count": 0, "general.alignment": 32}
     expected = {"general.architecture": "llama", "numbers": [1, 2, 3], "words": ["b", "é"], "pi": 3.5}
-    assert header.metadata == expected
+    assert header.metadata == expected | sizes
     assert torch.equal(read_tensor(header, "a"), torch.from_numpy(VALUES))
 
 
@@ -78,7 +81,7 @@ FORGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "version": (lambda data: data[:4] + b"\1" + data[5:], "is of version 1 of the format"),
     "header": (lambda data: data[:60], "header of model.gguf is broken or cut off"),
     "tensors": (lambda data: data[:-40], "ends before its tensors do"),
-    "count of tensors": (replace_counts(HUGE, 4), "header of model.gguf is broken or cut off"),
+    "count of tensors": (replace_counts(HUGE, 6), "header of model.gguf is broken or cut off"),
     "count of values": (replace_counts(1, HUGE), "header of model.gguf is broken or cut off"),
     "length of an array": (replace_number(b"numbers", 8, HUGE), "header of model.gguf is broken or cut off"),
     "length of an array of words": (replace_number(b"words", 8, HUGE), "header of model.gguf is broken or cut off"),
@@ -86,6 +89,17 @@ FORGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "type": (replace_number(b"pi", 0, 77), "a value of the unknown type 77"),
     "rows": (replace_number(b"a\2\0\0\0", 8, HUGE), "ends before its tensors do"),
     "offset": (replace_number(b"a\2\0\0\0", 20, HUGE), "ends before its tensors do"),
+    "alignment of 0": (
+        replace_number(b"general.alignment", 0, 4),
+        "alignment of model.gguf must be a power of two",
+    ),
+    "odd alignment": (replace_number(b"general.alignment", 0, 4 + (33 << 32)), "must be a power of two, got '33'"),
+    "a setting twice": (
+        lambda data: data.replace(b"general.alignment", b"llama.block_count"),
+        "setting 'llama.block_count' is there twice",
+    ),
+    "more layers": (replace_number(b"block_count", 0, 4 + (1 << 63)), "promises 2147483648 layers, it holds 0"),
+    "no number of layers": (lambda data: data.replace(b"block_count", b"block_cOunt"), "promises None layers, it hold"),
     "text": (lambda data: data.replace("é".encode(), b"\xff\xff"), "header of model.gguf is broken or cut off"),
 }
 

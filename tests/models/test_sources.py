@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import gqaprune
 from gqaprune.commands.compare import compare
@@ -22,7 +23,7 @@ from gqaprune.placement.loading_by_layer import load_offloaded_model
 from gqaprune.placement.model_source import ModelSource
 
 from command import Run
-from tiny import make_model, make_tokenizer
+from tiny import make_model, make_tokenizer, make_tokens
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,23 @@ def test_missing_model_is_said_in_a_sentence(source: str, sentence: str) -> None
 def test_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no Hugging Face checkpoint: it has no config.json"):
         load_model(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor}, second, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} is in {first.name} and in {second.name}: fetch the model again"):
+        load_model(tmp_path)
+
+
+def test_settings_of_what_a_forward_returns_do_not_count(tmp_path: Path) -> None:
+    model = make_model("llama")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"return_dict": False}))
+    assert torch.equal(load_model(tmp_path)(make_tokens()).logits, model(make_tokens()).logits)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "no-such-type"}', '{"hidden_size": 3}'])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
 from transformers import GemmaTokenizer, PreTrainedTokenizerFast
 
 from gqaprune.checkpoints.save import save
@@ -19,6 +20,23 @@ def test_tokenizer_that_makes_unknown_ids_is_refused(tokenizer: PreTrainedTokeni
     check_tokenizer(tokenizer, model)
     model.resize_token_embeddings(200)
     with pytest.raises(ValueError, match="the tokenizer has id 257 for '</s>' but the model embeds ids below 200"):
+        check_tokenizer(tokenizer, model)
+
+
+def test_an_id_beyond_the_rows_is_refused_however_few_tokens_there_are() -> None:
+    few = Tokenizer(models.WordLevel({"a": 0, "b": 260}, unk_token="a"))
+    with pytest.raises(ValueError, match="has id 260 for 'b' but the model embeds ids below 260"):
+        check_tokenizer(PreTrainedTokenizerFast(tokenizer_object=few), make_model("llama"))
+
+
+@pytest.mark.parametrize(("setting", "value"), [("eos_token_id", 260), ("eos_token_id", [1, 300])])
+@pytest.mark.parametrize("part", ["config", "generation_config"])
+def test_special_tokens_beyond_the_rows_are_refused(
+    part: str, setting: str, value: object, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = make_model("llama")
+    setattr(getattr(model, part), setting, value)
+    with pytest.raises(ValueError, match=rf"the model's {part.replace('_', ' ')} has {setting} .*, but it embeds ids"):
         check_tokenizer(tokenizer, model)
 
 
