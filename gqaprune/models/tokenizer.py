@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.common.errors import first_line
 from gqaprune.models.families import begins_with_bos
+from gqaprune.models.gguf_file import read_header
 from gqaprune.models.gguf_reader import read_tokenizer
 from gqaprune.models.sources import LOADING_ERRORS, load_config, locate, make_loading_error, read_own_header
 
@@ -29,12 +30,12 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
     """
     place, gguf = locate(source)
     try:
-        config = load_config(source, trust_remote_code)
         if header := read_own_header(source):
             tokenizer = read_tokenizer(header)
         else:
-            known = gguf or {"config": config}
+            known = gguf or {"config": load_config(source, trust_remote_code)}
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **known)
+        tokenizer.begins_with_bos = begins_with_bos(_read_model_type(source, trust_remote_code))
         if _is_empty(tokenizer):
             raise ValueError("it has no tokens but special ones")
         if gguf:
@@ -44,7 +45,6 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
         if isinstance(place, Path) and not gguf and not any(any(place.glob(name)) for name in _VOCABULARY_FILES):
             reason = "it has no tokenizer files; copy them from the model that it comes from"
         raise make_loading_error("tokenizer", source, reason) from None
-    tokenizer.begins_with_bos = begins_with_bos(config.model_type)
     return tokenizer
 
 
@@ -86,6 +86,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
         raise ValueError(
             f"the tokenizer has {len(tokenizer):,} tokens but the model embeds {rows:,}: it belongs to another model"
         )
+
+
+def _read_model_type(source: str | Path, trust_remote_code: bool) -> str:
+    """The type of the model: of a GGUF file, whose whole config takes long to read, its architecture."""
+    place, gguf = locate(source)
+    if gguf:
+        return str(read_header(Path(place) / gguf["gguf_file"]).metadata.get("general.architecture"))
+    return str(load_config(source, trust_remote_code).model_type)
 
 
 def _is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
