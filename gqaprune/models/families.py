@@ -120,8 +120,10 @@ FAMILIES: Mapping[str, Family] = {
     "smollm3": _WITH_BIASES,
 }
 """Supported `model_type`s."""
-_ALIKE: Mapping[str, Family] = dict.fromkeys(("gemma", "vaultgemma"), dataclasses.replace(_LLAMA, begins_with_bos=True))
-"""Llamas in all but name and what a family says besides its layers."""
+_ALIKE: Mapping[str, Family] = dict.fromkeys(
+    ("gemma", "gemma3", "vaultgemma"), dataclasses.replace(_LLAMA, begins_with_bos=True)
+)
+"""What families of Llamas in all but name say besides; `gemma3` is what GGUF files call `gemma3_text`."""
 _LLAMA_SETTINGS = {
     "hidden_size",
     "intermediate_size",
@@ -157,5 +159,5 @@ def get_family(config: PretrainedConfig) -> Family:
 
 
 def begins_with_bos(model_type: str) -> bool:
-    """Whether windows of a model of this type begin with the beginning-of-text token, supported or not."""
+    """Whether windows of a model of this type, or GGUF architecture, begin with BOS."""
     return FAMILIES.get(model_type, _ALIKE.get(model_type, _LLAMA)).begins_with_bos

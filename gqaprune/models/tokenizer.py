@@ -69,17 +69,16 @@ def load_tokenizer(
 
 def _read_tokenizer(source: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     place, gguf = locate(source)
-    config = load_config(source, trust_remote_code)
     if (header := read_gguf_header(source)) is not None and is_own(header):
         tokenizer: PreTrainedTokenizerBase = read_tokenizer(header)
     else:
-        known = gguf or {"config": config, **find_revision(source)}
+        known = gguf or {"config": load_config(source, trust_remote_code), **find_revision(source)}
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **known)
     if _is_empty(tokenizer):
         raise ValueError("it has no tokens but special ones")
     if gguf:
         _drop_appended(tokenizer)
-    tokenizer.begins_with_bos = begins_with_bos(config.model_type)
+    tokenizer.begins_with_bos = begins_with_bos(_read_model_type(source, trust_remote_code))
     return tokenizer
 
 
@@ -150,6 +149,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
             for one in value if isinstance(value, list) else [value]:
                 if one is not None and not (isinstance(one, int) and one < rows):
                     raise ValueError(f"the model's {name} has {setting} {one!r}, but it embeds ids below {rows:,}")
+
+
+def _read_model_type(source: str | Path, trust_remote_code: bool) -> str:
+    """The type of the model: of a GGUF file, whose whole config takes long to read, its architecture."""
+    if (header := read_gguf_header(source)) is not None:
+        return str(header.metadata.get("general.architecture"))
+    return str(load_config(source, trust_remote_code).model_type)
 
 
 def _is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:

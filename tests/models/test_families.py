@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoModelForCausalLM, GPT2Config, OlmoeConfig
 
 from gqaprune.models.architecture import find_blocks
-from gqaprune.models.families import FAMILIES, get_family
+from gqaprune.models.families import FAMILIES, begins_with_bos, get_family
 
 from tiny import VARIANTS, WHOLE_ATTENTION, WHOLE_MLP, make_model
 
@@ -40,3 +40,12 @@ def test_layers_with_and_without_experts_are_refused(setting: dict[str, object])
         setattr(config, name, value)
     with pytest.raises(ValueError, match="layers with experts and layers without"):
         get_family(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "begins"),
+    [("gemma", True), ("gemma2", True), ("gemma3", True), ("gemma3_text", True), ("vaultgemma", True)]
+    + [(name, False) for name in ("llama", "mistral", "qwen3", "cohere", "gpt_neox", "phi3", "unknown", "None")],
+)
+def test_windows_of_gemma_alone_begin_with_bos(model_type: str, begins: bool) -> None:
+    assert begins_with_bos(model_type) is begins
