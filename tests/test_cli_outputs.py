@@ -37,6 +37,15 @@ def test_fit_prunes_recovers_and_writes_everything(run: Run, tiny_folder: Path) 
     assert sum(p.numel() for p in model.parameters()) == report["stages"][2]["parameters"]
 
 
+def test_weights_that_training_leaves_in_bfloat16_are_counted_in_it(run: Run) -> None:
+    assert run("fit", "--trainer.precision", "bf16-true") == 0
+    (path,) = Path("lightning_logs").glob("version_0/report.json")
+    dense, pruned, recovered = json.loads(path.read_text())["stages"]
+    assert dense["weight_bytes"] == 4 * dense["parameters"] and pruned["weight_bytes"] == 4 * pruned["parameters"]
+    assert recovered["weight_bytes"] == 2 * recovered["parameters"]
+    assert 2 * recovered["kv_cache_bytes_per_token"] == pruned["kv_cache_bytes_per_token"]
+
+
 def test_fit_writes_the_format_that_is_asked_for_and_measures_it_in_8_bits(run: Run) -> None:
     pytest.importorskip("torchao")
     assert run("fit", "--export.format", "padded", "--export.quantization", "int8") == 0
