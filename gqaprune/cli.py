@@ -18,7 +18,7 @@ import transformers
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from safetensors import SafetensorError
@@ -255,11 +255,8 @@ class PruningCLI(LightningCLI):
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         check_can_be_folder(folder)
         path = folder / "config.yaml"
-        if (
-            path.exists()
-            and not self.save_config_kwargs.get("overwrite")
-            and not getattr(self.trainer, "fast_dev_run", 0)
-        ):
+        callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])
+        if path.exists() and any(isinstance(one, SaveConfigCallback) and not one.overwrite for one in callbacks):
             raise ValueError(
                 f"{path} is there already, and this run would write its settings there: move it away, set "
                 "trainer.default_root_dir to another folder, or leave trainer.logger out, which numbers its runs"

@@ -212,9 +212,23 @@ def test_compiled_layers_train_as_they_are_and_are_compiled_in_training_only(
         torch.manual_seed(0)
         make_trainer(tmp_path, pruning, max_steps=2).fit(module, datamodule=make_data(tiny_folder))
         weights.append(torch.cat([p.detach().flatten() for p in module.model.parameters()]))
-        assert len(compiled) == (3 if compiles else 0)
+        assert len(compiled) == (1 + 3 if compiles else 0)  # one to see whether it can be done
     torch.testing.assert_close(weights[1], weights[0], atol=1e-4, rtol=1e-4)
     assert all(layer._compiled_call_impl is None for layer in module.model.model.layers)
+
+
+def test_a_machine_that_compiles_nothing_is_said_before_any_work(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr("torch.compile", refuse)
+    monkeypatch.setattr(TextDataModule, "setup", lambda *_: pytest.fail("text was read"))
+    with pytest.raises(ValueError, match=r"torch cannot compile here: no C\+\+ compiler; set model.compile to false"):
+        make_trainer(tmp_path, TaylorPruning(rate=0.3)).fit(
+            CausalLMModule(str(tiny_folder), compile=True), datamodule=make_data(tiny_folder)
+        )
 
 
 def test_a_few_batches_can_be_overfitted(tiny_folder: Path, tmp_path: Path) -> None:

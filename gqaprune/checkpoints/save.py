@@ -129,7 +129,8 @@ def check_output_folder(folder: Path) -> None:
     Raises:
         ValueError: if it is a file, lies below a file, cannot be replaced, or is a folder with other content.
     """
-    check_can_be_folder(folder)
+    for place in (folder, folder.resolve().parent):  # the latter has the new one until that is complete
+        check_can_be_folder(place)
     is_here = folder.resolve() == Path.cwd()
     if is_here or folder.resolve().is_mount():
         what = "the working directory" if is_here else "a mount point"

@@ -50,11 +50,13 @@ class OptimizerConfig:
         Raises:
             ValueError: if the optimizer refuses its settings, such as a learning rate below 0, or what it would train.
         """
-        stand_in = nn.Linear(2, 2)
-        stand_in(torch.ones(1, 2)).sum().backward()
+        stand_ins = {"matrix": nn.Parameter(torch.ones(2, 2)), "vector": nn.Parameter(torch.ones(2))}
+        for stand_in in stand_ins.values():
+            stand_in.grad = torch.ones_like(stand_in)
         try:
-            optimizer, _ = self.build(stand_in.named_parameters(), steps=1)
-            optimizer.step()
+            with torch.random.fork_rng([]):  # the run's own numbers stay what they are
+                optimizer, _ = self.build(stand_ins.items(), steps=1)
+                optimizer.step()
         except Exception as error:  # whatever an optimizer of anybody's raises
             reason = first_line(error).rstrip(".")
             raise ValueError(f"model.optimizer cannot train: {reason}; torch.optim.AdamW with lr 1e-5 can") from None
