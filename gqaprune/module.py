@@ -35,11 +35,12 @@ from gqaprune.training.accumulation import count_round_steps
 from gqaprune.training.compilation import LayerCompiler
 from gqaprune.training.lightning_internals import HYPER_PARAMETERS, WEIGHTS, find_trainer
 from gqaprune.training.lora import Adapters
-from gqaprune.training.objective import Objective, check_loss
+from gqaprune.training.loss_watch import LossWatch
+from gqaprune.training.objective import Objective
 from gqaprune.training.optimizers import OptimizerConfig, clip_gradients, name_matrices
 from gqaprune.training.recovery import RecoveryConfig
-from gqaprune.training.resume import list_checkpoint_folders
 from gqaprune.training.seeding import seed_by_place
+from gqaprune.training.stopping import StopTogether
 
 
 class CausalLMModule(RenamedAttributes, LightningModule):
@@ -98,6 +99,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self._model: PreTrainedModel | None = None  # names of weights in checkpoints begin with this one
         self._untrained_model: Unregistered[PreTrainedModel] | None = None  # its layers are on disk, or in shards
         self._objective = Objective(recovery)
+        self._losses = LossWatch()
         self._matrix_names: set[str] = set()
         self._perplexities = CorpusPerplexities([], self.device)
 
@@ -109,9 +111,15 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         return model
 
     def configure_callbacks(self) -> list[Callback]:
-        """Turn training off if `recovery.mode` is `none`, in the first hook of a run; no callback is added."""
+        """Turn training off if `recovery.mode` is `none`, in the first hook of a run; let its ranks stop together."""
         if self.recovery.mode == "none":
             self.trainer.limit_train_batches = 0
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        self._losses = LossWatch()
+        stopping = StopTogether(self._losses)
+        stopping.begin(self.trainer)
+        # First, before pruning; those that are returned would come last.
+        callbacks[:] = [stopping, *(one for one in callbacks if not isinstance(one, StopTogether))]
         return []
 
     def load(self, offload: Path | None = None, sharded: bool = False) -> None:
@@ -179,8 +187,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         seed = seed_by_place(self.device, self.trainer.current_epoch, batch_idx, self.global_rank)
         with seed, self.layer_compiler.compiled(self.model):
             loss, parts = self._objective.measure(self.model, batch)
-        folders = list_checkpoint_folders(self.trainer.checkpoint_callbacks)
-        check_loss(loss, f"step {self.global_step}, batch {batch_idx}", folders, self.run_id)
+        self._losses.note(loss, self.global_step, batch_idx)
         self.log_dict({f"train/{name}": part for name, part in parts.items()})
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])

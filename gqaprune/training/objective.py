@@ -1,7 +1,6 @@
 """The loss that training minimises: the language model's, or its mixture with the distance from a teacher."""
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from gqaprune.placement.fsdp import distribute_model
 from gqaprune.placement.model_source import ModelSource
 from gqaprune.training.distillation import measure_distance, measure_divergence, measure_divergence_from_top
 from gqaprune.training.recovery import RecoveryConfig
-from gqaprune.training.resume import find_checkpoint
 from gqaprune.training.teacher import CachedTeacher, Predictions, cache_teacher
 
 
@@ -137,25 +135,3 @@ class Objective:
         # Entry 0 is the embedding, entry i + 1 the output of layer i.
         states = [[one.hidden_states[layer + 1] for layer in layers] for one in (output, teacher_output)]
         return measure_distance(*states)
-
-
-def check_loss(loss: Tensor, place: str, folders: Iterable[str | Path], run_id: str) -> None:
-    """Stop a run whose loss is not finite.
-
-    Args:
-        loss: of a batch.
-        place: step and batch, for the error.
-        folders: with the run's checkpoints.
-        run_id: what tells them from those of other runs.
-
-    Raises:
-        ValueError: if the loss is NaN or infinite, with the newest checkpoint to resume from.
-    """
-    if torch.isfinite(loss):
-        return
-    good = find_checkpoint(folders, run_id)
-    restart = f"go on from {good} (--ckpt_path)" if good else "no checkpoint with finite weights was written"
-    raise ValueError(
-        f"the training loss is {loss.item()} at {place}: lower the learning rate, clip gradients, or train in bfloat16 "
-        f"or float32; {restart}"
-    )
