@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -45,14 +44,17 @@ from gqaprune.common.console import console, keep_streams_safe, logger
 from gqaprune.common.cpu import avoid_illegal_instructions
 from gqaprune.common.disk_errors import explain_disk_errors
 from gqaprune.common.errors import first_line
+from gqaprune.common.ranks import RankEndedError
 from gqaprune.common.renamed import GROUPS, describe_rename, find_renamed_setting
 from gqaprune.common.run_log import RunLog
 from gqaprune.common.safe_text import for_log
+from gqaprune.common.stop_signals import Stopped, stop_signals
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.sources import name_at_revision
 from gqaprune.module import CausalLMModule
 from gqaprune.planning.allocation import describe_allocations
 from gqaprune.training.checkpoint_files import check_is_local
+from gqaprune.training.launch import decide_on_rank_0
 from gqaprune.training.lightning_internals import (
     SHARDED,
     add_subcommand,
@@ -62,7 +64,7 @@ from gqaprune.training.lightning_internals import (
     get_subcommand_parsers,
     set_data_parallel_size,
 )
-from gqaprune.training.resume import find_run, is_whole, read_plan, read_strategy
+from gqaprune.training.resume import FoundRun, find_run, is_whole, read_plan, read_strategy
 
 DESCRIPTIONS = {
     "fit": "Calibrate, prune, fine-tune, measure and save a model. Settings come from YAML files and the command line.",
@@ -211,11 +213,13 @@ class PruningCLI(LightningCLI):
         if self.config.get("subcommand") == "fit":
             settings, root = self.config.fit, Path(self.config.fit.trainer.default_root_dir or ".")
             listed = _list_settings(parser, self.config)
-            found = find_run(root, listed, settings.ckpt_path, is_first=_is_rank_0())
+            asked = settings.ckpt_path
+            decision = decide_on_rank_0(lambda is_first: find_run(root, listed, asked, is_first).to_json())
+            found = FoundRun.from_json(decision)
             settings.ckpt_path = found.checkpoint
             if found.folder is not None:
                 self._folder, self.save_config_kwargs = found.folder, {"overwrite": True}
-            self.trainer_defaults["callbacks"] = [RunSummary(), KeepRunNote(root, listed, found.searched, found.run)]
+            self.trainer_defaults["callbacks"] = [RunSummary(), KeepRunNote(root, listed, found)]
 
     def _parse_ckpt_path(self) -> None:
         """Take over a checkpoint's plan, whose shapes its weights have.
@@ -339,11 +343,6 @@ def _check_groups(settings: Namespace) -> None:
             raise ValueError(f"{name} is a group of settings, got {value!r}: {describe_rename(name)}")
 
 
-def _is_rank_0() -> bool:
-    """As launchers say it to a process, before there is a process group."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-
-
 def _list_settings(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     """All settings of a command as plain data, by their full names, without the place that it begins at."""
     text = parser.dump(config, format="json", skip_none=False, skip_link_targets=False)
@@ -412,14 +411,17 @@ def main() -> int:
     """Run the command line. Returns the exit code: 1 after an error that the user can mend, said in one sentence."""
     sys.argv[1:] = spell_out(sys.argv[1:])
     avoid_illegal_instructions()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what is half-written goes
-    with keep_streams_safe() as output, RunLog() as log:
-        code = _run(log)
-        output.flush()
-        if output.error is None:
-            return code
-        _say(f"gqaprune: standard output is not whole: {output.error.strerror or output.error}")
-        return code or int(set(sys.argv[1:2]) <= TOOLS.keys())  # what they print is their work
+    stop_signals.install()
+    try:
+        with keep_streams_safe() as output, RunLog() as log:
+            code = _run(log)
+            output.flush()
+            if output.error is None:
+                return code
+            _say(f"gqaprune: standard output is not whole: {output.error.strerror or output.error}")
+            return code or int(set(sys.argv[1:2]) <= TOOLS.keys())  # what they print is their work
+    finally:
+        stop_signals.restore()
 
 
 def _run(log: RunLog) -> int:
@@ -431,14 +433,29 @@ def _run(log: RunLog) -> int:
     except (ValueError, OSError, SafetensorError, MisconfigurationException) as error:  # the third: a full disk, too
         _say(f"gqaprune: error: {error}")
         return 1
+    except RuntimeError as error:
+        cause = error if isinstance(error, RankEndedError) else error.__cause__
+        if isinstance(cause, Stopped):
+            return _say_stopped(128 + cause.number)
+        if not isinstance(cause, RankEndedError):
+            raise
+        _say(f"gqaprune: error: {cause}{_describe_restart()}")
+        return cause.code
     except (KeyboardInterrupt, SystemExit) as stop:
         is_interrupt = isinstance(stop.__context__ or stop, KeyboardInterrupt)  # Lightning makes it an exit
         if not is_interrupt and getattr(stop, "code", None) in (None, 0):
             raise
-        goes_on = "; the same command goes on from here" if {"fit", "prune"} & set(sys.argv[1:]) else ""
-        _say(f"gqaprune: stopped{goes_on}")
-        return 128 + signal.SIGINT if is_interrupt else int(getattr(stop, "code", 1))
+        return _say_stopped(128 + signal.SIGINT if is_interrupt else int(getattr(stop, "code", 1)))
     return 0
+
+
+def _say_stopped(code: int) -> int:
+    _say(f"gqaprune: stopped{_describe_restart()}")
+    return code
+
+
+def _describe_restart() -> str:
+    return "; the same command goes on from here" if {"fit", "prune"} & set(sys.argv[1:]) else ""
 
 
 def _say(sentence: str) -> None:

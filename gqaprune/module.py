@@ -40,11 +40,13 @@ from gqaprune.training.checkpoint_files import check_is_local, guard_loading, lo
 from gqaprune.training.compilation import LayerCompiler
 from gqaprune.training.lightning_internals import HYPER_PARAMETERS, WEIGHTS, find_trainer, unwrap_factory
 from gqaprune.training.lora import Adapters
-from gqaprune.training.objective import Objective, check_loss
+from gqaprune.training.loss_watch import LossWatch
+from gqaprune.training.objective import Objective
 from gqaprune.training.optimizers import OptimizerConfig, clip_gradients, name_matrices
 from gqaprune.training.recovery import RecoveryConfig
-from gqaprune.training.resume import list_checkpoint_folders, list_run_folders
+from gqaprune.training.resume import list_run_folders
 from gqaprune.training.seeding import seed_by_place
+from gqaprune.training.stopping import StopTogether
 
 
 @runtime_checkable
@@ -113,6 +115,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self._model: PreTrainedModel | None = None  # names of weights in checkpoints begin with this one
         self._untrained_model: Unregistered[PreTrainedModel] | None = None  # its layers are on disk, or in shards
         self._objective = Objective(recovery)
+        self._losses = LossWatch()
         self._matrix_names: set[str] = set()
         self._perplexities = CorpusPerplexities([], self.device)
 
@@ -146,14 +149,20 @@ class CausalLMModule(RenamedAttributes, LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Begin a run: guard what is loaded, remove what killed runs were writing, let callbacks check the settings.
 
-        No callback is added, no text is read yet, no model loaded. `recovery.mode` `none` turns training off.
+        No text is read yet, no model loaded. Ranks are made to stop together. `recovery.mode` `none` turns training off.
         """
         guard_loading(self.trainer.strategy)
         if self.recovery.mode == "none":
             self.trainer.limit_train_batches = 0
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        self._losses = LossWatch()
+        stopping = StopTogether(self._losses)
+        stopping.begin(self.trainer)
+        # First, before pruning; those that are returned would come last.
+        callbacks[:] = [stopping, *(one for one in callbacks if not isinstance(one, StopTogether))]
         if self.trainer.is_global_zero:
             remove_leftovers(*list_run_folders(Path(self.trainer.default_root_dir)))
-        for callback in list(self.trainer.callbacks):  # type: ignore[attr-defined]
+        for callback in list(callbacks):
             if self.trainer.state.fn == "fit" and isinstance(callback, ChecksSettings):
                 callback.check_settings(self.trainer, self)
         return []
@@ -231,8 +240,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         seed = seed_by_place(self.device, self.trainer.current_epoch, batch_idx, self.global_rank)
         with seed, self.layer_compiler.compiled(self.model):
             loss, parts = self._objective.measure(self.model, batch)
-        folders = list_checkpoint_folders(self.trainer.checkpoint_callbacks)
-        check_loss(loss, f"step {self.global_step}, batch {batch_idx}", folders, self.run_id)
+        self._losses.note(loss, self.global_step, batch_idx)
         self.log_dict({f"train/{name}": part for name, part in parts.items()})
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])

@@ -26,6 +26,7 @@ from gqaprune.callbacks.trainer_checks import check_batches, check_trainer
 from gqaprune.common.console import console
 from gqaprune.common.renamed import RenamedAttributes, name_successors
 from gqaprune.common.stage_cache import StageCache
+from gqaprune.common.stop_signals import stop_signals
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.tokenizer import check_tokenizer
@@ -168,6 +169,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
             return
         if self._pruner is None and self._spending is None:
             return  # the plan was given, and is whole
+        stop_signals.stop_at_once()
         module.merge_adapters()
         if self._pruner is None:
             self._pruner = self._resume(module, data, done / rounds, self._open_stages(trainer))
@@ -178,6 +180,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
             trainer.strategy.model = module  # out of the wrapper, which holds on to what was cut
             trainer.strategy.configure_ddp()
         trainer.strategy.setup_optimizers(trainer)
+        stop_signals.defer()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if training ended before its last round."""

@@ -1,6 +1,6 @@
 """Leave a note of a run while it trains, so that the same command finds where it stopped."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +11,8 @@ from gqaprune.callbacks.lookup import get_parts, get_run_folder
 from gqaprune.callbacks.order import Phase
 from gqaprune.common.atomic_files import remove_lock
 from gqaprune.common.console import console
-from gqaprune.training.resume import UNFINISHED, RunNote, list_checkpoint_folders, lock_note
+from gqaprune.common.distributed import check_same_on_all_ranks
+from gqaprune.training.resume import UNFINISHED, FoundRun, RunNote, list_checkpoint_folders, lock_note
 
 
 class KeepRunNote(Callback):
@@ -20,32 +21,41 @@ class KeepRunNote(Callback):
     Args:
         root: the run's root folder.
         settings: all settings of the run, as plain data.
-        before: folders with checkpoints of the run that it goes on with.
-        run: what those are known by; empty where a run begins.
+        found: where the run goes on.
     """
 
     phase: ClassVar = Phase.EXPORT
 
-    def __init__(self, root: Path, settings: Mapping[str, Any], before: Sequence[str] = (), run: str = "") -> None:
-        self.root, self.settings, self.before, self.run = root, settings, before, run
+    def __init__(self, root: Path, settings: Mapping[str, Any], found: FoundRun = FoundRun()) -> None:  # noqa: B008
+        self.root, self.settings, self.found = root, settings, found
         self._lock: FileLock | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lock the note; let checkpoints of all ranks have the same name, that of the run which this one resumes."""
+        """Lock the note; let checkpoints of all ranks have the same name, that of the run which this one resumes.
+
+        Raises:
+            ValueError: if another run resumes the same one, or ranks would go on from several checkpoints.
+        """
+        check_same_on_all_ranks("checkpoints to resume from", str(self.found.checkpoint), trainer.strategy.root_device)
         if stage == "fit" and trainer.is_global_zero:
             self._lock = lock_note(self.root)
+            if self._lock is None and self.found.run:
+                raise ValueError(
+                    f"another process resumes the run of {self.root / UNFINISHED} already: wait for its end, or set "
+                    "trainer.default_root_dir to another folder"
+                )
             if self._lock is None:
                 console.print(
                     f"another run uses {self.root / UNFINISHED}: if this one is stopped, the same command begins anew"
                 )
         module = get_parts(trainer, pl_module)[0]
-        module.run_id = trainer.strategy.broadcast(self.run or module.run_id)
+        module.run_id = trainer.strategy.broadcast(self.found.run or module.run_id)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the note: from here on there may be checkpoints."""
         if self._lock is not None:
             folder = get_run_folder(trainer)
-            checkpoints = dict.fromkeys([*self.before, *list_checkpoint_folders(trainer.checkpoint_callbacks)])
+            checkpoints = dict.fromkeys([*self.found.searched, *list_checkpoint_folders(trainer.checkpoint_callbacks)])
             run = get_parts(trainer, pl_module)[0].run_id
             RunNote(self.settings, str(folder), tuple(checkpoints), run).save(self.root)
 

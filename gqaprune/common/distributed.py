@@ -45,6 +45,13 @@ def add_across_ranks(tensors: Iterable[Tensor], device: torch.device) -> None:
             tensor.copy_(sum_across_ranks({"sum": tensor.to(device)})["sum"])
 
 
+def reduce_to_largest(numbers: Tensor) -> list[int]:
+    """Look at the largest of each of some integers over all ranks; this waits for the device, and the other ranks."""
+    if get_rank_and_world_size()[1] > 1:
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return [int(number) for number in numbers.tolist()]
+
+
 def is_true_anywhere(flag: bool, device: torch.device) -> bool:
     """Whether a flag is set on any rank, so that all of them stop together instead of waiting for one another."""
     return bool(sum_across_ranks({"flag": torch.tensor(float(flag), device=device)})["flag"] > 0)

@@ -7,6 +7,8 @@ use this file without it.
 
 from __future__ import annotations
 
+import subprocess
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -112,3 +114,52 @@ def count_batches_done(checkpoint: Mapping[str, Any]) -> int:
     """Training batches of its epoch that a checkpoint has behind it; 0 at the epoch's end."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     return 0 if progress["is_last_batch"] else int(progress["current"]["ready"])
+
+
+def take_over_signals(trainer: Trainer) -> None:
+    """Keep Lightning's signal handlers out, which wait for other ranks, and its word of them in each micro-batch."""
+    trainer._signal_connector.register_signal_handlers = _do_nothing  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]
+
+
+def take_over_child_processes(trainer: Trainer) -> list[subprocess.Popen[Any]]:
+    """The other ranks that Lightning's launcher started from this process, which it kills no more where one fails."""
+    launcher = trainer.strategy.launcher
+    children: list[subprocess.Popen[Any]] = list(getattr(launcher, "procs", ()))
+    if not all(isinstance(child, subprocess.Popen) for child in children):
+        return []  # of `ddp_spawn`, which looks after them itself
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # type: ignore[attr-defined]
+    return children
+
+
+def find_requeue_signal(trainer: Trainer) -> int | None:
+    """The signal by which SLURM asks a job to put itself back into the queue; None elsewhere."""
+    environment = trainer._accelerator_connector.cluster_environment
+    is_asked = getattr(environment, "auto_requeue", False)
+    return getattr(environment, "requeue_signal", None) if is_asked else None
+
+
+def is_validation_due(trainer: Trainer) -> bool:
+    """Whether a validation follows the training batch that has just ended."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def is_last_step(trainer: Trainer) -> bool:
+    """Whether the training batch that has just ended is the last one of its epoch, or of the training."""
+    return bool(trainer.fit_loop.epoch_loop._is_training_done)
+
+
+def put_before_validation(checkpoint: dict[str, Any]) -> None:
+    """Let a checkpoint from within a validation resume at that validation's first batch."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    done = progress["total"]["completed"]
+    progress["total"] |= {"ready": done + 1, "started": done + 1, "processed": done}  # which Lightning takes as halfway
+    progress["current"] |= dict.fromkeys(progress["current"], 0)
+    progress["is_last_batch"] = False
+
+
+def _do_nothing() -> None:
+    pass

@@ -1,7 +1,6 @@
 """The loss that training minimises: the language model's, or its mixture with the distance from a teacher."""
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from gqaprune.placement.fsdp import distribute_model
 from gqaprune.placement.model_source import ModelSource
 from gqaprune.training.distillation import measure_distance, measure_divergence, measure_divergence_from_top
 from gqaprune.training.recovery import RecoveryConfig
-from gqaprune.training.resume import find_checkpoint
 from gqaprune.training.teacher import CachedTeacher, Predictions, cache_teacher
 
 
@@ -142,25 +140,3 @@ class Objective:
         cached = self.cached_teacher.predict(batch["index"])
         predictions = Predictions(*(part.to(logits_BTV.device) for part in cached))
         return measure_divergence_from_top(logits_BTV, predictions, self.settings.temperature)
-
-
-def check_loss(loss: Tensor, place: str, folders: Iterable[str | Path], run_id: str) -> None:
-    """Stop a run whose loss is not finite.
-
-    Args:
-        loss: of a batch.
-        place: step and batch, for the error.
-        folders: with the run's checkpoints.
-        run_id: what tells them from those of other runs.
-
-    Raises:
-        ValueError: if the loss is NaN or infinite, with the newest checkpoint to resume from.
-    """
-    if torch.isfinite(loss):
-        return
-    good = find_checkpoint(folders, run_id)
-    restart = f"go on from {good} (--ckpt_path)" if good else "no checkpoint with finite weights was written"
-    raise ValueError(
-        f"the training loss is {loss.item()} at {place}: lower the learning rate, clip gradients, or train in bfloat16 "
-        f"or float32; {restart}"
-    )

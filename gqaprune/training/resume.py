@@ -133,6 +133,17 @@ class FoundRun:
     searched: tuple[str, ...] = ()
     run: str = ""
 
+    def to_json(self) -> str:
+        """Text that other ranks read."""
+        return json.dumps(asdict(self), default=str)
+
+    @staticmethod
+    def from_json(text: str) -> "FoundRun":
+        """Read what `to_json` gave."""
+        data = json.loads(text)
+        folder = None if data["folder"] is None else Path(data["folder"])
+        return FoundRun(**data | {"folder": folder, "searched": tuple(data["searched"])})
+
 
 def find_run(root: Path, settings: Mapping[str, Any], asked: str | None, is_first: bool) -> FoundRun:
     """Find out where a run goes on: where one of the same settings was stopped, or where it is asked to.
