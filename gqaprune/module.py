@@ -149,7 +149,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Begin a run: guard what is loaded, remove what killed runs were writing, let callbacks check the settings.
 
-        No text is read yet, no model loaded. Ranks are made to stop together. `recovery.mode` `none` turns training off.
+        No text is read yet, no model loaded; ranks are made to stop together. Mode `none` turns training off.
         """
         guard_loading(self.trainer.strategy)
         if self.recovery.mode == "none":
