@@ -27,6 +27,8 @@ WAYS: Mapping[str, tuple[str, int]] = {
     "two threads, ours": ("gqaprune", 2),
 }
 """Name -> what is imported first, and threads."""
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+"""Ends with the process that started it, however that ends."""
 PLACES = ("idle", "loaded")
 Seconds = dict[tuple[str, str], float]
 """By way and place."""
@@ -77,7 +79,7 @@ def measure_in_a_process(first: str, threads: int, options: argparse.Namespace) 
 @contextmanager
 def load_cores(count: int) -> Iterator[None]:
     """Keep so many processes busy."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
     try:
         yield
     finally:

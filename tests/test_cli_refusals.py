@@ -52,7 +52,7 @@ BAD_INPUT = {
     "plan of another model": (["--model.plan", "other.json"], "the plan was made for another model (other)"),
     "export over the dense model": (["--export.folder", "foreign"], "holds files that are not from an earlier run"),
     "export to a file": (["--export.folder", "short.txt"], "short.txt is a file"),
-    "settings of another run": (["--trainer.logger", "false"], "config.yaml is there already, and a run without a"),
+    "settings of another run": (["--trainer.logger", "false"], "config.yaml is there already, and this run would"),
     "logs below a file": (["--trainer.default_root_dir", "short.txt"], "short.txt is a file"),
     "unknown setting": (["--pruning.no_such", "3"], "arguments: --pruning.no_such 3; `gqaprune fit --help`"),
     "not a number": (["--pruning.rate", "lots"], "\"pruning.rate\": Expected a <class 'float'>. Got value: lots"),
