@@ -189,9 +189,9 @@ class RunSummary(Callback):
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Remove a run's folder if nothing but its log and the empty event file that Lightning opened is in it."""
+    """Remove a run's folder if nothing but its log and the empty event file that Lightning may have opened is in it."""
     files = [file for file in folder.iterdir() if file.name != LOG_FILE]
-    if len(files) == 1 and files[0].name.startswith("events.out.tfevents"):  # more are those of earlier runs
+    if len(files) <= 1 and all(file.name.startswith("events.out.tfevents") for file in files):  # more: earlier runs'
         shutil.rmtree(folder)
 
 
