@@ -54,7 +54,7 @@ from gqaprune.models.sources import name_at_revision
 from gqaprune.module import CausalLMModule
 from gqaprune.planning.allocation import describe_allocations
 from gqaprune.training.checkpoint_files import check_is_local
-from gqaprune.training.launch import decide_on_rank_0
+from gqaprune.training.launch import decide_on_rank_0, end_with_launcher
 from gqaprune.training.lightning_internals import (
     SHARDED,
     add_subcommand,
@@ -412,6 +412,7 @@ def main() -> int:
     sys.argv[1:] = spell_out(sys.argv[1:])
     avoid_illegal_instructions()
     stop_signals.install()
+    end_with_launcher()
     try:
         with keep_streams_safe() as output, RunLog() as log:
             code = _run(log)

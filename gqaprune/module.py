@@ -36,7 +36,7 @@ from gqaprune.placement.model_source import ModelSource
 from gqaprune.plan import PruningPlan
 from gqaprune.surgery.cut_loading import load_cut_model
 from gqaprune.training.accumulation import count_round_steps
-from gqaprune.training.checkpoint_files import check_is_local, guard_loading, load_weights_alone
+from gqaprune.training.checkpoint_files import check_is_local, guard_loading, guard_restoring, load_weights_alone
 from gqaprune.training.compilation import LayerCompiler
 from gqaprune.training.lightning_internals import HYPER_PARAMETERS, WEIGHTS, find_trainer, unwrap_factory
 from gqaprune.training.lora import Adapters
@@ -152,6 +152,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         No text is read yet, no model loaded; ranks are made to stop together. Mode `none` turns training off.
         """
         guard_loading(self.trainer.strategy)
+        guard_restoring(self.trainer)
         if self.recovery.mode == "none":
             self.trainer.limit_train_batches = 0
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from gqaprune.models.loading import load_model
 from gqaprune.models.sources import pin
 from gqaprune.models.tokenizer import load_tokenizer
 from gqaprune.plan import find_plan
+from gqaprune.scoring.scores import check_finite_weights
 
 
 def export(
@@ -36,12 +37,14 @@ def export(
         revision: branch, tag or commit of a model on the hub.
 
     Raises:
-        ValueError: if there is no such model, or the format cannot hold it.
+        ValueError: if there is no such model, its weights are not finite in the type asked for, or the format cannot
+            hold it.
     """
     model = pin(model, revision)
     loaded = load_model(model, dtype, trust_remote_code=trust_remote_code)
     entry = FORMATS[choose_format(loaded.config, format, quantization)]
     find_blocks(loaded)  # refuses quantised weights
+    check_finite_weights(loaded)
     plan = find_plan(model, read_geometry(loaded.config))
     written = save(
         loaded,

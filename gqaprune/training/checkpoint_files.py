@@ -9,8 +9,9 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path, PurePath
 from pickle import UnpicklingError
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from gqaprune.common.errors import first_line
-from gqaprune.training.lightning_internals import ALWAYS, SHARDED, WEIGHTS
+from gqaprune.training.lightning_internals import ALWAYS, SHARDED, WEIGHTS, wrap_restoring
 
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 """Variables of the environment that make torch take all that it loads for weights alone, or nothing."""
@@ -122,6 +123,27 @@ def guard_loading(strategy: Any) -> None:
 
     load_guarded.__wrapped__ = load  # type: ignore[attr-defined]
     strategy.load_checkpoint = load_guarded
+
+
+def guard_restoring(trainer: Any) -> None:
+    """Say in one sentence where what a checkpoint holds, though plain data, does not fit. Twice does no more."""
+
+    def wrap(restore: Callable[..., None]) -> Callable[..., None]:
+        @wraps(restore)
+        def restore_guarded(*arguments: Any, **options: Any) -> None:
+            try:
+                restore(*arguments, **options)
+            except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+                if isinstance(error, RuntimeError) and trainer.world_size > 1:  # the end of another rank
+                    raise
+                raise ValueError(
+                    f"cannot resume from {trainer.ckpt_path}: its state of training does not fit this run "
+                    f"({type(error).__name__}: {first_line(error)}); give another checkpoint, or --ckpt_path null"
+                ) from error
+
+        return restore if hasattr(restore, "__wrapped__") else restore_guarded
+
+    wrap_restoring(trainer, wrap)
 
 
 def _check_shards(folder: Path) -> None:

@@ -1,8 +1,11 @@
 """What the ranks of a run do before they have a process group: rank 0 decides, and tells the others."""
 
 import os
+import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -11,6 +14,10 @@ from torch.distributed.rendezvous import rendezvous
 
 _DECISION = "GQAPRUNE_DECISION"
 """Environment variable in which rank 0 tells the ranks that it starts."""
+_LAUNCHER = "GQAPRUNE_LAUNCHER"
+"""Environment variable with the process id of rank 0, where Lightning starts the others from it."""
+_POLL = 0.5
+"""Seconds between two looks at whether rank 0 is there."""
 _PATIENCE = timedelta(minutes=5)
 """For rank 0 to decide, which other ranks wait for that a launcher starts beside it."""
 
@@ -40,3 +47,24 @@ def decide_on_rank_0(decide: Callable[[bool], str]) -> str:
     if is_rank_0 or _DECISION not in os.environ:
         os.environ[_DECISION] = decide(is_rank_0)
     return os.environ[_DECISION]
+
+
+def end_with_launcher() -> None:
+    """End this process if the one that started it as a rank is killed: before ranks are connected nothing else tells.
+
+    A process that is no rank yet is noted as the one that may start some, as Lightning does.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        os.environ[_LAUNCHER] = str(os.getpid())
+        return
+    launcher = int(os.environ.get(_LAUNCHER, 0))
+    if launcher in (0, os.getpid()) or (os.getppid() != launcher and Path(f"/proc/{launcher}").exists()):
+        return  # started by another program
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(_POLL)
+        os.write(2, b"gqaprune: error: rank 0 has ended, and this rank with it: it was killed\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()

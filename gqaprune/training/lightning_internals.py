@@ -134,6 +134,12 @@ def take_over_child_processes(trainer: Trainer) -> list[subprocess.Popen[Any]]:
     return children
 
 
+def wrap_restoring(trainer: Trainer, wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+    """Put something around each of a trainer's calls that take over what a checkpoint holds."""
+    for name in ("_restore_modules_and_callbacks", "restore_training_state"):
+        setattr(trainer._checkpoint_connector, name, wrap(getattr(trainer._checkpoint_connector, name)))
+
+
 def find_requeue_signal(trainer: Trainer) -> int | None:
     """The signal by which SLURM asks a job to put itself back into the queue; None elsewhere."""
     environment = trainer._accelerator_connector.cluster_environment

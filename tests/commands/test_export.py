@@ -93,3 +93,13 @@ def test_command_says_what_is_wrong_in_a_sentence(
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line.startswith("gqaprune: error: ") and reason in line
     assert read_names(tmp_path) == {"pruned"}
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e6
+    save(model, make_tokenizer(), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"weights of layer 1 \(model.layers.1.mlp.up_proj.weight\) hold NaN or inf"):
+        export(str(tmp_path / "model"), str(tmp_path / "out"), dtype="float16")
+    assert not (tmp_path / "out").exists()

@@ -15,7 +15,13 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 
 from gqaprune.module import CausalLMModule
-from gqaprune.training.checkpoint_files import check_is_local, guard_loading, load_weights_alone, read_checkpoint
+from gqaprune.training.checkpoint_files import (
+    check_is_local,
+    guard_loading,
+    guard_restoring,
+    load_weights_alone,
+    read_checkpoint,
+)
 from gqaprune.training.lightning_internals import ALWAYS
 
 STATE = {"weight": torch.ones(2, 3), "half": torch.zeros(2, dtype=torch.bfloat16), "step": 3, "betas": (0.9, 0.95)}
@@ -215,3 +221,17 @@ def test_what_is_no_checkpoint_is_refused(content: dict[str, Any], sentence: str
     guard_loading(strategy)
     with pytest.raises(ValueError, match=sentence):
         strategy.load_checkpoint(tmp_path / "forged.ckpt")
+
+
+def test_states_of_training_that_do_not_fit_are_one_sentence() -> None:
+    def restore(*_: object) -> None:
+        raise KeyError("fit_loop")
+
+    names = ("_restore_modules_and_callbacks", "restore_training_state")
+    connector = SimpleNamespace(**dict.fromkeys(names, restore))
+    trainer = SimpleNamespace(_checkpoint_connector=connector, world_size=1, ckpt_path="last.ckpt")
+    for _ in range(2):
+        guard_restoring(trainer)
+    for name in names:
+        with pytest.raises(ValueError, match="^cannot resume from last.ckpt: .*KeyError.*--ckpt_path null$"):
+            getattr(connector, name)("last.ckpt")
