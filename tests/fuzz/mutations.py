@@ -54,13 +54,13 @@ def mutate_json(text: str, random: Random) -> str:
     return json.dumps(root[""], ensure_ascii=random.random() < 0.9)
 
 
-def _list_places(value: Any) -> Any:
+def _list_places(value: Any, depth: int = 50) -> Any:
     """Every place that holds a value in nested lists and objects, long lists by their beginning."""
     keys = list(value) if isinstance(value, dict) else range(min(len(value), 20))
     for key in keys:
         yield value, key
-        if isinstance(value[key], (dict, list)):
-            yield from _list_places(value[key])
+        if isinstance(value[key], (dict, list)) and depth:
+            yield from _list_places(value[key], depth - 1)
 
 
 def mutate_bytes(data: bytes, random: Random, head: int | None = None) -> bytes:
