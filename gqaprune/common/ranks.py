@@ -189,7 +189,7 @@ class Ranks:
         stop_signals.interrupt(error)
         if self._is_closed.wait(_PATIENCE):
             return
-        os.write(2, f"gqaprune: error: {error}\n".encode())
+        os.write(2, f"gqaprune: {'stopped' if isinstance(error, Stopped) else f'error: {error}'}\n".encode())
         self._end_children()
         os._exit(self.heard.code)
 
