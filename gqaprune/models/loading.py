@@ -240,8 +240,9 @@ def build_model(
     if config.is_heterogeneous:
         return get_per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])._from_config(config, **arguments)
     code = getattr(config, "auto_map", {}).get("AutoModelForCausalLM", "")
-    if code and "--" not in code and config._commit_hash is not None:  # beside the config, at the same revision
-        arguments["code_revision"] = config._commit_hash
+    commit = getattr(config, "_commit_hash", None)
+    if code and "--" not in code and commit is not None:  # beside the config, at the same revision
+        arguments["code_revision"] = commit
     return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **arguments)
 
 

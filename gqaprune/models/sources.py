@@ -289,9 +289,11 @@ def read_index(index: Path) -> list[Path]:
         names = set(read_json(index, "map of weights")["weight_map"].values())
         strange = [name for name in names if name != PureWindowsPath(name).name or not name.endswith(".safetensors")]
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{index.name} does not say which file holds which tensor: fetch it again") from None
-    if not names or strange:
-        found = reprlib.repr(min(strange, default=None))
+        names, strange = set(), []
+    if not names:
+        raise ValueError(f"{index.name} does not say which file holds which tensor: fetch it again")
+    if strange:
+        found = reprlib.repr(min(strange))
         raise ValueError(f"{index.name} has to name safetensors files that lie beside it, got {found}: fetch it again")
     return sorted(index.parent / name for name in names)
 

@@ -80,7 +80,7 @@ def test_settings_that_would_end_a_run_are_refused_before_text_is_read(
     Path("file.txt").touch()
     Path("lightning_logs/version_0").mkdir(parents=True)
     Path("lightning_logs/version_0/config.yaml").touch()
-    monkeypatch.setattr(TextDataModule, "setup", lambda *_: pytest.fail("text was read"))
+    monkeypatch.setattr(TextDataModule, "setup", lambda *_, **__: pytest.fail("text was read"))
     capsys.readouterr()
     assert run("fit", *arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]

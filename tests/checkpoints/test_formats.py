@@ -40,7 +40,7 @@ NAMES = Format(
     write_names,
     summary="names of tensors",
     about="Names alone.",
-    loading="`cat {folder}/{file}` shows them.",
+    loading="`cat {file_word}` shows them.",
     check=refuse_qwen,
     file="*.names",
     takes_quantization=False,

@@ -15,6 +15,7 @@ from gqaprune.checkpoints.gguf_writer import write_gguf
 from gqaprune.checkpoints.save import save
 from gqaprune.commands.export import export
 from gqaprune.common.console import console
+from gqaprune.common.safe_text import for_markdown
 from gqaprune.models.architecture import read_geometry
 from gqaprune.models.loading import load_model
 from gqaprune.surgery.cut import apply_plan
@@ -123,7 +124,7 @@ def test_what_falls_back_to_larger_types_is_said_with_the_setting_that_avoids_it
     remark = describe_fallbacks(tmp_path / "out")
     assert "23 matrices have rows that are not multiples of 256 values, and are stored in larger types (" in remark
     assert remark.endswith("): set pruning.limits.channel_multiple to 256 to avoid it in MLPs.")
-    assert remark in said and remark in (tmp_path / "out/README.md").read_text().splitlines()
+    assert remark in said and for_markdown(remark) in (tmp_path / "out/README.md").read_text().splitlines()
     assert read_geometry(load_model(tmp_path / "out").config) == plan.pruned_geometry
     types = read_types(tmp_path / "out/model-q4_k_m.gguf")
     assert {types[f"blk.{layer}.ffn_down.weight"] for layer in (1, 2)} == {"Q5_0", "Q8_0"}

@@ -297,7 +297,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "unknown family": (["{dense}", "{gpt2}"], "model {gpt2}: models of type 'gpt2' cannot be pruned yet"),
     "tokenizer of another": (
         ["{dense}", "{wide}"],
-        "model {wide}: the tokenizer has 270 tokens but the model embeds 260",
+        "model {wide}: the tokenizer has id 269 for '</s>' but the model embeds ids below 260",
     ),
     "short text": (
         ["{dense}", "{dense}", "--eval_tokens", "9"],
