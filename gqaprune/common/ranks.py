@@ -177,8 +177,8 @@ class Ranks:
         if end.code == 0 or self.heard is not None or self._is_closed.is_set():
             return
         self.heard = end
+        self._send(asdict(end))  # before anything can end this process
         self._has_heard.set()
-        self._send(asdict(end))
 
     def _end(self) -> None:
         """End this process for another rank's sake, by its main thread if that can."""

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -53,8 +54,8 @@ def test_what_goes_wrong_is_said_in_a_sentence(
     with pytest.raises(ValueError, match=f"^{sentence}"):
         run_limited(work, 1.0)
     assert capfd.readouterr() == ("", "")
-    with pytest.raises(ChildProcessError):  # nobody is left
-        os.waitpid(-1, os.WNOHANG)
+    with suppress(ChildProcessError):  # other tests may have children that run
+        assert os.waitpid(-1, os.WNOHANG) == (0, 0), "the child is left"
 
 
 def test_the_child_leaves_the_parent_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:
