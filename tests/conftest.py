@@ -21,6 +21,7 @@ import gqaprune
 from gqaprune.cli import main
 from gqaprune.common.console import console
 from gqaprune.common.cpu import avoid_illegal_instructions
+from gqaprune.common.stop_signals import STOPS
 
 from command import Run
 from tiny import DATA, PLAIN, VARIANTS, WHOLE_ATTENTION, WHOLE_MLP, make_model, make_tokenizer, train_model
@@ -35,6 +36,15 @@ def _quiet_and_seeded() -> None:
     console.quiet = True
     torch.manual_seed(0)
     random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _handlers_of_signals() -> Iterator[None]:
+    """Put back what handled signals before a test: Lightning ignores Ctrl-C after the first one."""
+    before = {number: signal.getsignal(number) for number in STOPS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(params=list(VARIANTS))
@@ -85,7 +95,7 @@ def smollm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a command in an empty folder on the tiny model; returns the exit code."""
     config = {
         "model": {"pretrained": str(tiny_folder), "dtype": "float32"},
@@ -105,6 +115,4 @@ def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         except SystemExit as stop:
             return int(stop.code or 0)
 
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    yield run_command
-    signal.signal(signal.SIGINT, on_interrupt)  # Lightning ignores it after an interrupt
+    return run_command

@@ -9,12 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from gqaprune.common.stop_signals import Stopped, StopSignals
+from gqaprune.common.stop_signals import STOPS, Stopped, StopSignals
+
+DEFAULTS = dict.fromkeys(STOPS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
 
 
 def run(work: Callable[[Path], None], folder: Path, *numbers: int, pause: float = 0.0) -> int:
     """Run a function, and send signals once it has made the file `ready`; returns the exit code."""
-    process = multiprocessing.get_context("fork").Process(target=work, args=(folder,))
+
+    def begin() -> None:
+        for number, handler in DEFAULTS.items():  # whatever other tests have left
+            signal.signal(number, handler)
+        work(folder)
+
+    process = multiprocessing.get_context("fork").Process(target=begin)
     process.start()
     while not (folder / "ready").exists():
         time.sleep(0.01)
