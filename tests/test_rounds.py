@@ -210,4 +210,4 @@ def test_every_round_compiles_the_layers_that_it_trains(
         with limit:  # which monkeypatch would delete instead of putting it back
             trainer.fit(module, datamodule=make_data(tiny_folder, training={"batch_size": 2}))
         compiled.append(len(graphs))
-    assert compiled[1] == 2 * compiled[0]
+    assert compiled[1] - 1 == 2 * (compiled[0] - 1)  # one sees before work whether anything compiles here
