@@ -379,7 +379,7 @@ def test_biases_without_a_place_are_refused_before_anything_is_scored(
 def test_a_model_that_transformers_does_not_save_is_refused_untouched() -> None:
     model = make_model("llama")
     before = copy.deepcopy(model.state_dict())
-    model.config.output_attentions = True  # which sdpa does not give
+    model.config._output_attentions = True  # which sdpa does not give
     with pytest.raises(ValueError, match=r"transformers refuses to save the model: .*; correct its config.json"):
         prune(model, [make_tokens()], make_plain(rate=0.3))
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
