@@ -18,6 +18,8 @@ _LAUNCHER = "GQAPRUNE_LAUNCHER"
 """Environment variable with the process id of rank 0, where Lightning starts the others from it."""
 _POLL = 0.5
 """Seconds between two looks at whether rank 0 is there."""
+_GRACE = 6.0
+"""Seconds for a rank that is connected to rank 0 to end by what it hears, with room to clean up."""
 _PATIENCE = timedelta(minutes=5)
 """For rank 0 to decide, which other ranks wait for that a launcher starts beside it."""
 
@@ -64,7 +66,8 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(_POLL)
-        os.write(2, b"gqaprune: error: rank 0 has ended, and this rank with it: it was killed\n")
+        time.sleep(_GRACE)
+        os.write(2, b"gqaprune: error: rank 0 has ended, and the other ranks with it: it was killed\n")
         os._exit(1)
 
     threading.Thread(target=watch, name="launcher", daemon=True).start()

@@ -42,4 +42,4 @@ def test_a_rank_ends_with_the_killed_process_that_started_it(tmp_path: Path) -> 
     assert rank_0.stderr is not None
     said = rank_0.stderr.read()  # to its end, which rank 1 holds open
     rank_0.wait()
-    assert "gqaprune: error: rank 0 has ended, and this rank with it" in said
+    assert "gqaprune: error: rank 0 has ended, and the other ranks with it: it was killed" in said
