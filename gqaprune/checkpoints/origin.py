@@ -15,7 +15,7 @@ _NETWORK = ("//", "\\\\")
 
 
 def find_dense(pretrained: str) -> str:
-    """Where the model comes from that the plan beside a checkpoint cuts: on this machine, for a plan fetches nothing.
+    """Where the model comes from that the plan beside a checkpoint cuts: on this machine, as a plan fetches nothing.
 
     Args:
         pretrained: the checkpoint, a folder or a file.

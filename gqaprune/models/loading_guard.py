@@ -45,7 +45,7 @@ def guard_loading(what: str, source: str | Path, file: str = "") -> Iterator[Non
 
 
 def make_loading_error(what: str, source: str | Path, reason: str, file: str = "") -> LoadingError:
-    """Why something cannot be loaded, and that a hub name is no folder, for it may be one that is mistyped."""
+    """Why something cannot be loaded, and that a hub name is no folder here: it may be a mistyped one."""
     place = "" if os.path.lexists(source) or str(source).endswith(".gguf") else ", which is no folder here"
     where = f"{file}: " if file and file not in reason else ""
     return LoadingError(f"cannot load a {what} from {_cut(repr(str(source)))}{place}: {where}{reason}")
