@@ -9,8 +9,8 @@ SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 def let_threads_sleep() -> None:
     """Make waiting threads sleep instead of spin, unless the user has said how they wait; child processes inherit it.
 
-    A spinning thread keeps the one that it waits for off a core that other work shares (`benchmarks/contention.py`).
-    Has to come before torch is imported.
+    A spinning thread may keep the one that it waits for off a core that other work shares; `benchmarks/contention.py`
+    measures it. Has to come before torch is imported.
     """
     if not any(name in os.environ for name in SETTINGS):
         os.environ["OMP_WAIT_POLICY"] = "passive"
