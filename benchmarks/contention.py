@@ -4,7 +4,7 @@
 
 In a process for each, a Llama of random weights is scored, cut, repaired and trained some steps. `import gqaprune` sets
 the wait policy where nobody has; with torch imported before it, threads wait as torch's own OpenMP has it. The load is
-one process per core that never rests.
+one process per core that never rests, or another run of the same kind, threads and policy, over and over.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- contention:begin -->", "<!-- contention:end -->"
@@ -29,7 +30,7 @@ WAYS: Mapping[str, tuple[str, int]] = {
 """Name -> what is imported first, and threads."""
 BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 """Ends with the process that started it, however that ends."""
-PLACES = ("idle", "loaded")
+PLACES = ("idle", "loaded", "beside another")
 Seconds = dict[tuple[str, str], float]
 """By way and place."""
 
@@ -63,8 +64,8 @@ def work(layers: int, steps: int) -> float:
     return time.perf_counter() - start
 
 
-def measure_in_a_process(first: str, threads: int, options: argparse.Namespace) -> float:
-    """Seconds of the work in a process of its own, whose environment says nothing of how threads wait."""
+def start(first: str, threads: int, options: argparse.Namespace, *flags: str) -> "subprocess.Popen[str]":
+    """Start the work in a process of its own, whose environment says nothing of how threads wait."""
     from gqaprune.common.threads import SETTINGS
 
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
@@ -72,14 +73,28 @@ def measure_in_a_process(first: str, threads: int, options: argparse.Namespace) 
     environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     size = ["--layers", str(options.layers), "--steps", str(options.steps)]
     command = [sys.executable, __file__, "--work", first, *size]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    return subprocess.Popen([*command, *flags], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def measure_in_a_process(first: str, threads: int, options: argparse.Namespace) -> float:
+    """Seconds of the work."""
+    process = start(first, threads, options)
+    output, _ = process.communicate()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return float(json.loads(output.splitlines()[-1]))
 
 
 @contextmanager
-def load_cores(count: int) -> Iterator[None]:
-    """Keep so many processes busy."""
-    busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
+def load_cores(place: str, first: str, threads: int, options: argparse.Namespace) -> Iterator[None]:
+    """Have the machine as a place says."""
+    busy: list[subprocess.Popen[Any]] = []
+    if place == "loaded":
+        busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(os.cpu_count() or 1)]
+    elif place == "beside another":
+        busy = [start(first, threads, options, "--endless")]
+        assert busy[0].stdout is not None
+        busy[0].stdout.readline()  # it is at work
     try:
         yield
     finally:
@@ -92,7 +107,7 @@ def measure(options: argparse.Namespace) -> Seconds:
     """Medians of turns, each of which tries every way in every place."""
     runs: dict[tuple[str, str], list[float]] = {}
     for turn, place, (way, (first, threads)) in product(range(options.turns), PLACES, WAYS.items()):
-        with load_cores((os.cpu_count() or 1) if place == "loaded" else 0):
+        with load_cores(place, first, threads, options):
             runs.setdefault((way, place), []).append(measure_in_a_process(first, threads, options))
         print(f"turn {turn + 1}, {way}, {place}: {runs[way, place][-1]:.2f} s", flush=True)
     return {key: median(seconds) for key, seconds in runs.items()}
@@ -109,7 +124,8 @@ def describe(seconds: Seconds, others: float, options: argparse.Namespace) -> st
         lines.append([way, *(f"{seconds[way, place]:.2f} ({r:.2f}×)" for place, r in zip(PLACES, ratios, strict=True))])
     about = (
         f"Medians of {options.turns} turns, in seconds (times one thread's). Loaded: {os.cpu_count()} processes that "
-        f"never rest on {os.cpu_count()} cores. Load average before: {others:.1f}. "
+        f"never rest on {os.cpu_count()} cores. Beside another: one more such run, of the same threads and "
+        f"policy. Load average before: {others:.1f}. "
         f"torch {read_versions(['torch'])['torch']}."
     )
     return "\n".join([about, "", *format_table(["", *PLACES], lines)])
@@ -125,9 +141,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
     parser.add_argument("--work", choices=["gqaprune", "torch"], help=argparse.SUPPRESS)
+    parser.add_argument("--endless", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work:
         __import__(options.work)
+        parent = os.getppid()
+        while options.endless and os.getppid() == parent:
+            print(json.dumps(work(options.layers, options.steps)), flush=True)
         print(json.dumps(work(options.layers, options.steps)))
         return 0
     others = os.getloadavg()[0]

@@ -356,7 +356,7 @@ def test_watched_memory_is_the_most_that_it_grew_and_of_which_kind(tmp_path: Pat
 
 def test_threads_are_compared_with_one_thread_in_the_same_place() -> None:
     keys = [(way, place) for way in contention.WAYS for place in contention.PLACES]
-    seconds = dict(zip(keys, (2.0, 4.0, 1.0, 40.0, 1.5, 3.0), strict=True))
+    seconds = dict(zip(keys, (2.0, 4.0, 8.0, 1.0, 40.0, 80.0, 1.5, 3.0, 12.0), strict=True))
     table = contention.describe(seconds, 0.5, argparse.Namespace(turns=3))
-    assert "| two threads, torch's wait policy | 1.00 (0.50×) | 40.00 (10.00×) |" in table
-    assert "| two threads, ours | 1.50 (0.75×) | 3.00 (0.75×) |" in table
+    assert "| two threads, torch's wait policy | 1.00 (0.50×) | 40.00 (10.00×) | 80.00 (10.00×) |" in table
+    assert "| two threads, ours | 1.50 (0.75×) | 3.00 (0.75×) | 12.00 (1.50×) |" in table
