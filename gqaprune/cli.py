@@ -1,4 +1,4 @@
-"""The `gqaprune` command: LightningCLI with `fit`, `validate`, `test`, `predict`, `prune` and `search`."""
+"""The `gqaprune` command: LightningCLI with `fit`, `validate`, `test`, `predict`, `prune`, `search`, `sweep`."""
 
 import json
 import logging
@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import wraps
 from inspect import Parameter, signature
 from itertools import zip_longest
@@ -28,6 +29,7 @@ from gqaprune.callbacks import (
     KeepRunNote,
     PerplexityGuard,
     PredictionJudge,
+    RateSweep,
     RunSummary,
     SampleGenerations,
     SplitSearch,
@@ -39,6 +41,7 @@ from gqaprune.commands.compare import compare
 from gqaprune.commands.export import export
 from gqaprune.commands.inspect import inspect
 from gqaprune.commands.search import SearchSettings
+from gqaprune.commands.sweep import SweepSettings
 from gqaprune.common.atomic_files import check_can_be_folder
 from gqaprune.common.console import console, keep_streams_safe, logger
 from gqaprune.common.cpu import avoid_illegal_instructions
@@ -77,6 +80,8 @@ DESCRIPTIONS = {
     "inspect": "Print what a model holds and the memory that work on it needs, from its config.",
     "search": "Find the split of attention and MLP (pruning.split) that costs the least perplexity on validation text. "
     "Splits are tried by gates on the dense model, scored once: later steps, swaps, repair and training are not seen.",
+    "sweep": "Prune a model at several rates (--rates 0.1,0.2,0.3), scored and measured once, to choose one: a table, "
+    "a curve, and the checkpoint of each.",
 }
 
 
@@ -92,6 +97,9 @@ HELP: Mapping[str, Callable[[], str]] = {
     "pruning.allocation": describe_allocations,
 }
 """Settings whose values a registry names: setting -> what writes its help."""
+
+SETTINGS: Mapping[str, type] = {"search": SearchSettings, "sweep": SweepSettings}
+"""Commands of our own that have settings: name of both -> class."""
 
 TOOLS: Mapping[str, Callable[..., None]] = {"compare": compare, "export": export, "inspect": inspect}
 """Commands that need no trainer: name -> function, whose arguments are the command's."""
@@ -139,6 +147,16 @@ class PruningTrainer(Trainer):
         self.limit_test_batches = 0  # test text chooses no settings
         self.prune(model, datamodule)
 
+    def sweep(self, model: LightningModule, datamodule: LightningDataModule, settings: SweepSettings) -> None:
+        """Prune at several rates, to choose one by what each costs."""
+        callbacks: list[Callback] = getattr(self, "callbacks", [])
+        pruning = next(callback for callback in callbacks if isinstance(callback, TaylorPruning))
+        export = next(callback for callback in callbacks if isinstance(callback, CheckpointExport))
+        left_out = (TaylorPruning, PerplexityGuard, CheckpointExport)
+        others = [callback for callback in callbacks if not isinstance(callback, left_out)]
+        self.callbacks = [RateSweep(pruning, export, settings), *others]
+        self.prune(model, datamodule)
+
 
 class PruningCLI(LightningCLI):
     """`gqaprune <command>`; the settings of pruning and export stand beside `model`, `data` and `trainer`."""
@@ -166,22 +184,23 @@ class PruningCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """LightningCLI's commands, `prune` and `search`, with the arguments that are not settings."""
+        """LightningCLI's commands and our own, with the arguments that are not settings."""
         own = {"model", "datamodule"}
         # `verbose` of validate and test would hide their results, `weights_only false` would run what files say.
         hidden = {"verbose", "weights_only"}
         of_lightning = {name: skipped | hidden for name, skipped in LightningCLI.subcommands().items()}
-        return {**of_lightning, "prune": own, "search": own | {"settings"}}
+        return {**of_lightning, "prune": own, **{name: own | {"settings"} for name in SETTINGS}}
 
     def setup_parser(self, add_subcommands: bool, *arguments: Any) -> None:
         """Describe the commands as they are here, not as Lightning's own docstrings have them."""
         super().setup_parser(add_subcommands, *arguments)
         if add_subcommands:
             parsers = get_subcommand_parsers(self)
-            search = parsers["search"]
-            assert search.groups is not None
-            search.groups.pop("search")  # the method's own, empty, which would keep the settings from that name
-            search.add_class_arguments(SearchSettings, "search")
+            for name, settings in SETTINGS.items():
+                groups = parsers[name].groups
+                assert groups is not None
+                groups.pop(name)  # the method's own, empty, which would keep the settings from that name
+                parsers[name].add_class_arguments(settings, name)
             for name, parser in parsers.items():
                 parser.description = DESCRIPTIONS[name]
             for name, tool in TOOLS.items():
@@ -272,6 +291,11 @@ class PruningCLI(LightningCLI):
         """Search with the settings under `search`."""
         assert isinstance(self.trainer, PruningTrainer)
         self.trainer.search(**kwargs, settings=get_setting(self, "search"))
+
+    def sweep(self, **kwargs: Any) -> None:
+        """Sweep with the settings under `sweep`."""
+        assert isinstance(self.trainer, PruningTrainer)
+        self.trainer.sweep(**kwargs, settings=get_setting(self, "sweep"))
 
 
 def keep_going_without(own: Logger) -> None:
@@ -391,8 +415,10 @@ def _fill_help(parser: LightningArgumentParser) -> None:
 def spell_out(arguments: list[str]) -> list[str]:
     """Arguments as parsers know them, of those that people type.
 
-    Options may have hyphens for underscores, and switches of commands without a trainer may stand alone.
+    Options may have hyphens for underscores, switches of commands without a trainer may stand alone, and `sweep` takes
+    its own settings without their group, rates as a list with commas.
     """
+    own = {f"--{one.name}" for one in fields(SweepSettings)} if arguments[:1] == ["sweep"] else set()
     tool = TOOLS.get(arguments[0]) if arguments else None
     known = signature(tool).parameters.values() if tool is not None else ()
     switches = {f"--{one.name}" for one in known if one.annotation is bool}
@@ -401,9 +427,16 @@ def spell_out(arguments: list[str]) -> list[str]:
         option, equals, value = argument.partition("=")
         if option.startswith("--"):
             option = "--" + option[2:].replace("-", "_")
+            option = f"--sweep.{option[2:]}" if option in own else option
         if option in switches and not equals and following.lower() not in ("true", "false"):
             equals, value = "=", "true"
         spelled.append(option + equals + value)
+    for index, argument in enumerate(spelled):  # Python's own lists have brackets, as YAML's
+        option, equals, value = argument.partition("=")
+        if option == "--sweep.rates" and equals and not value.startswith("["):
+            spelled[index] = f"{option}=[{value}]"
+        elif spelled[index - 1] == "--sweep.rates" and index and not argument.startswith(("[", "--")):
+            spelled[index] = f"[{argument}]"
     return spelled
 
 

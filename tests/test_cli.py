@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gqaprune.cli import PruningCLI, main, spell_out
@@ -170,6 +171,54 @@ def test_search_goes_on_with_what_its_folder_holds_and_refuses_what_is_of_anothe
     assert "found/search.json is of another search" in capsys.readouterr().err
     assert run("search", *arguments, "--search.patience", "0") == 1
     assert "search.patience must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_sweep_leaves_at_every_rate_what_prune_leaves_and_goes_on_with_what_is_there(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console.quiet = False
+    settings = ("--pruning.damage", "repaired", "--pruning.allocation", "optimal")
+    settings += ("--pruning.repair.method", "least_squares")
+    assert run("sweep", "--rates", "0.2,0.4", "--folder", "rates", *settings) == 0
+    shown = capsys.readouterr().out
+    found = json.loads(Path("rates/sweep.json").read_text())
+    stages = {row["rate"]: row for row in found["results"]}
+    assert stages.keys() == {0.0, 0.2, 0.4} and not Path("rates/stages").exists()
+    assert Path("rates/sweep.png").read_bytes().startswith(b"\x89PNG")
+    for rate, stage in stages.items():
+        assert f"{stage['perplexity']['val/embedded']:.2f}" in shown
+        if rate:
+            out = f"out-{rate}"
+            assert run("prune", "--pruning.rate", str(rate), "--export.folder", out, *settings) == 0
+            assert read_weights(Path(out)) == read_weights(Path(f"rates/rate-{rate:g}"))
+            newest = max(Path("lightning_logs").glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
+            pruned = json.loads((newest / "report.json").read_text())["stages"][1]
+            assert pruned["perplexity"] == stage["perplexity"]
+    monkeypatch.setattr("gqaprune.planning.selection.score_units", lambda *_: pytest.fail("scored again"))
+    assert run("sweep", "--rates", "0.2,0.4", "--folder", "rates", *settings) == 0
+    assert json.loads(Path("rates/sweep.json").read_text()) == found
+    assert run("sweep", "--rates", "0.2", "--folder", "rates", *settings, "--data.seed", "3") == 1
+    assert "rates/sweep.json is of another sweep: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--rates", "0.2,1.2"), "sweep.rates must be different numbers between 0 and 1, got [0.2, 1.2]"),
+        (("--rates=0.2,0.2",), "sweep.rates must be different numbers between 0 and 1, got [0.2, 0.2]"),
+        (("--rates", "0.2,0.99"), "cannot remove 99.00%"),
+    ],
+)
+def test_rates_that_cannot_be_met_are_refused_before_any_is_tried(
+    arguments: tuple[str, ...], sentence: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("sweep", "--folder", "rates", *arguments) == 1
+    assert sentence in capsys.readouterr().err and not Path("rates/sweep.json").exists()
+
+
+def read_weights(folder: Path) -> dict[str, list[float]]:
+    """Every weight of a checkpoint."""
+    return {name: tensor.flatten().tolist() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 def test_split_and_kv_budget_survive_the_written_config(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

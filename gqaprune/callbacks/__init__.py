@@ -1,4 +1,4 @@
-"""Lightning callbacks: pruning before fit, guard, split search, export, samples, predictions, the run's summary.
+"""Lightning callbacks: pruning before fit, guard, split search, rates, export, samples, predictions, the run's summary.
 
 May import everything but the command line. A callback only wires: its work belongs into a wing without Lightning. To
 add one, write a file named after its class, and export it here.
@@ -12,12 +12,14 @@ from gqaprune.callbacks.run_note import KeepRunNote
 from gqaprune.callbacks.samples import SampleGenerations
 from gqaprune.callbacks.search import SplitSearch
 from gqaprune.callbacks.summary import RunSummary
+from gqaprune.callbacks.sweep import RateSweep
 
 __all__ = [
     "CheckpointExport",
     "KeepRunNote",
     "PerplexityGuard",
     "PredictionJudge",
+    "RateSweep",
     "RunSummary",
     "SampleGenerations",
     "SplitSearch",

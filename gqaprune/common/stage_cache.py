@@ -28,6 +28,8 @@ Inputs = Mapping[str, Any]
 
 _ENDING = ".stage"
 """Of files that are safetensors inside: a folder that a user names may hold weights, which clearing it leaves alone."""
+_UNSAFE = r"[^\w.]+"
+"""What file names of stages have a hyphen for."""
 _SHOWN = 30
 """Characters of an input that are shown at most when it has changed: hashes and lists are not."""
 
@@ -55,6 +57,7 @@ class StageCache:
         device: that the process group reduces on.
         part: of the run, what the names of its stages begin with.
         inputs: what all of them depend on.
+        origin: where stages that are there come from, in part of a sentence.
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class StageCache:
         device: torch.device | str = "cpu",
         part: str = "",
         inputs: Inputs = MappingProxyType({}),
+        origin: str = "from a run that did not end",
     ) -> None:
         self.folder, self.device, self._part, self._inputs = folder, device, part, inputs
+        self._origin = origin
 
     @property
     def are_kept(self) -> bool:
@@ -73,9 +78,8 @@ class StageCache:
 
     def of(self, part: str, inputs: Inputs) -> "StageCache":
         """The stages of one part of the run, all of which depend on some inputs."""
-        return StageCache(
-            self.folder, self.device, f"{self._part}{part} " if part else self._part, {**self._inputs, **inputs}
-        )
+        name = f"{self._part}{part} " if part else self._part
+        return StageCache(self.folder, self.device, name, {**self._inputs, **inputs}, self._origin)
 
     def recall(self, name: str, inputs: Inputs, do: Callable[[], StageResult]) -> StageResult:
         """Read a stage back, or do and keep it.
@@ -111,7 +115,7 @@ class StageCache:
         if get_rank_and_world_size()[0] == 0:
             if found:
                 part = f"{len(found)} of {len(names)} are" if len(names) > 1 else "is"
-                console.print(f"{self._part}{group}: {part} there already, from a run that did not end")
+                console.print(f"{self._part}{group}: {part} there already, {self._origin}")
             if reasons:
                 console.print(f"{self._part}{group}: done again, for {reasons[0]}")
         return found
@@ -133,6 +137,14 @@ class StageCache:
         except OSError as error:  # the run itself needs no file
             console.print(f"{name} is not kept for a resumed run: {first_line(error)}")
 
+    def forget(self, *names: str) -> None:
+        """Remove the stages whose names begin like one of some, which nothing needs any more."""
+        if self.folder is None or get_rank_and_world_size()[0] != 0:
+            return
+        for name in names:
+            for path in self.folder.glob(f"*{re.sub(_UNSAFE, '-', name)}*{_ENDING}"):
+                path.unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Remove all stages, once they are no longer needed."""
         if self.folder is None or get_rank_and_world_size()[0] != 0 or not self.folder.is_dir():
@@ -145,7 +157,7 @@ class StageCache:
 
     def _locate(self, name: str) -> Path:
         assert self.folder is not None
-        return self.folder / (re.sub(r"[^\w.]+", "-", self._part + name) + _ENDING)
+        return self.folder / (re.sub(_UNSAFE, "-", self._part + name) + _ENDING)
 
     def _describe(self, inputs: Inputs) -> dict[str, Any]:
         """All that a stage depends on, as JSON gives it back."""

@@ -1,0 +1,221 @@
+"""`sweep`: one model at several rates, to choose one by: scored and measured once, cut and repaired for each.
+
+Stages that do not depend on the rate (scores, damage, the dense model's perplexity) are kept in the sweep's folder and
+read back for the next rate; so is every finished rate, so that a sweep that broke off goes on.
+"""
+
+import json
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from gqaprune.common.atomic_files import write_atomically
+from gqaprune.common.distributed import get_rank_and_world_size
+from gqaprune.common.json_files import read_json
+from gqaprune.common.stage_cache import StageCache, describe_change
+from gqaprune.data.calibration import CalibrationSet
+from gqaprune.evaluation.perplexity import Evaluation
+from gqaprune.pipeline import Pruner
+from gqaprune.placement.model_hash import hash_model, hash_tensors
+from gqaprune.plan import PruningPlan
+from gqaprune.planning.config import PruningConfig
+from gqaprune.planning.preflight import check_reachable
+from gqaprune.planning.selection import read_budget, select_blocks
+from gqaprune.reporting.report import Stage, show_change
+
+FORMAT = "gqaprune-sweep/1"
+SWEEP_FILE = "sweep.json"
+FIGURE_FILE = "sweep.png"
+STAGES = "stages"
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Which rates to try, and where the results go.
+
+    Args:
+        rates: shares to remove, each as `pruning.rate`, in the order of the work.
+        context: tokens in the KV cache for which decoding is predicted.
+        export: write the checkpoint of every rate, into `rate-<rate>`.
+        folder: where `sweep.json`, `sweep.png` and the checkpoints go; a sweep that finds its results there goes on.
+
+    Raises:
+        ValueError: if a setting is out of its bounds.
+    """
+
+    rates: tuple[float, ...] = (0.1, 0.2, 0.3)
+    context: int = 8192
+    export: bool = True
+    folder: str = "lightning_logs/sweep"
+
+    def __post_init__(self) -> None:
+        if not self.rates or not all(0 < rate < 1 for rate in self.rates) or len(set(self.rates)) < len(self.rates):
+            raise ValueError(
+                f"sweep.rates must be different numbers between 0 and 1, got {list(self.rates)}; try 0.1,0.2,0.3"
+            )
+        if self.context < 0:
+            raise ValueError(f"sweep.context must be at least 0 tokens, got {self.context}; try 8192")
+
+
+class Sweep:
+    """The results of a sweep, written to a file after each rate.
+
+    Args:
+        origin: what results depend on besides the rate, as plain data.
+        path: the JSON file.
+        context: tokens for which decoding is predicted.
+
+    Attributes:
+        results: rate -> what it left; 0 is the dense model.
+    """
+
+    def __init__(self, origin: Mapping[str, Any], path: Path, context: int) -> None:
+        self.origin = json.loads(json.dumps(origin))
+        self.path, self.context = path, context
+        self.results: dict[float, Stage] = {}
+
+    def read(self) -> None:
+        """Take over the results of an earlier sweep.
+
+        Raises:
+            ValueError: if the file holds no sweep, or one of other settings.
+        """
+        data = read_json(self.path, "sweep")
+        try:
+            if data["format"] != FORMAT:
+                raise ValueError(f"found {data['format']!r}")
+            origin = dict(data["origin"])
+            results = {float(row.pop("rate")): Stage(**row) for row in map(dict, data["results"])}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} is not a sweep of format {FORMAT!r} ({reprlib.repr(str(error))})") from None
+        if origin != self.origin:
+            raise ValueError(
+                f"{self.path} is of another sweep: {describe_change(origin, self.origin)}; set another sweep.folder"
+            )
+        self.results = results
+
+    def add(self, rate: float, stage: Stage) -> None:
+        """Keep a result, in the file at once."""
+        self.results[rate] = stage
+        if get_rank_and_world_size()[0] == 0:
+            rows = [{"rate": rate, **asdict(stage)} for rate, stage in self.results.items()]
+            data = {"format": FORMAT, "origin": self.origin, "results": rows}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, (json.dumps(data, indent=1) + "\n").encode())
+
+    def predict_decoding(self, rate: float) -> float:
+        """Time of a decoded token relative to the dense model's, where reading weights and KV cache takes all of it."""
+        before, after = (
+            stage.weight_bytes + self.context * stage.kv_cache_bytes_per_token
+            for stage in (self.results[0.0], self.results[rate])
+        )
+        return after / before
+
+
+def sweep_rates(
+    dense: PreTrainedModel,
+    load: Callable[[], PreTrainedModel],
+    calibration: CalibrationSet,
+    config: PruningConfig,
+    settings: SweepSettings,
+    evaluation: Evaluation,
+    held_out: Sequence[Mapping[str, torch.Tensor]],
+    export: Callable[[PreTrainedModel, PruningPlan, Path], None] | None,
+) -> Sweep:
+    """Prune a model at every rate. In a process group rank 0 writes.
+
+    Args:
+        dense: the dense causal LM, on the device to work on, which is pruned first.
+        load: gives the same again, for every other rate.
+        calibration: the text, and where it comes from.
+        config: how to choose what goes; its `rate` is replaced.
+        settings: the rates and the folder.
+        evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on.
+        held_out: calibration text that is not calibrated on.
+        export: writes a pruned model into a folder; null writes none.
+
+    Raises:
+        ValueError: if a rate cannot be met, before any work; or if the results in the folder are of other settings.
+    """
+    folder = Path(settings.folder)
+    for rate in settings.rates:
+        own = replace(config, rate=rate)
+        check_reachable(select_blocks(dense, own), read_budget(dense, own), own)
+    texts = [tensor for batches in evaluation.values() for batch in batches for tensor in batch.values()]
+    origin = {
+        "weights": hash_model(dense),
+        "pruning": {**asdict(config), "rate": None},
+        "calibration text": hash_tensors(calibration.batches),
+        "test text": hash_tensors(texts),
+    }
+    sweep = Sweep(origin, folder / SWEEP_FILE, settings.context)
+    if sweep.path.exists():
+        sweep.read()
+    stages = StageCache(folder / STAGES, dense.device, origin="from an earlier rate or run")
+    left = [rate for rate in settings.rates if rate not in sweep.results]
+    for rate in left:
+        model = dense if rate == left[0] else load()
+        pruner = Pruner(
+            model, calibration, replace(config, rate=rate), evaluation=evaluation, held_out=held_out, stages=stages
+        )
+        pruner.measure("dense")
+        sweep.add(0.0, pruner.report.stages[0])
+        pruner.spend()
+        if export is not None:
+            export(pruner.model, pruner.plan, folder / f"rate-{rate:g}")
+        sweep.add(rate, pruner.report.stages[-1])
+        stages.forget("plan", "repair of", "perplexity, pruned")
+    stages.clear()
+    return sweep
+
+
+def build_sweep_table(sweep: Sweep, protocol: str = "") -> Table:
+    """One row per rate, the dense model first."""
+    table = Table(title="by rate", caption=protocol or None, caption_style="dim", title_justify="left")
+    corpora = list(sweep.results[0.0].perplexity)
+    for name in ("rate", "parameters", "KV-cache bytes/token", f"decode @{sweep.context:,}", *corpora):
+        table.add_column(name, justify="right", no_wrap=True)
+    for rate, stage in sorted(sweep.results.items()):
+        dense = sweep.results[0.0]
+        table.add_row(
+            f"{rate:g}" if rate else "dense",
+            f"{stage.parameters / 1e6:,.2f} M{show_change(stage.parameters, dense.parameters)}",
+            f"{stage.kv_cache_bytes_per_token:,}"
+            f"{show_change(stage.kv_cache_bytes_per_token, dense.kv_cache_bytes_per_token)}",
+            f"{sweep.predict_decoding(rate):.2f}×",
+            *(f"{stage.perplexity[name]:.2f}" for name in corpora),
+        )
+    return table
+
+
+def draw_sweep(sweep: Sweep, title: str) -> matplotlib.figure.Figure:
+    """Draw perplexity on each corpus over parameters, KV cache and predicted decode time, a panel for each."""
+    dense = sweep.results[0.0]
+    rows = sorted(sweep.results.items())
+    panels: dict[str, list[float]] = {
+        "parameters, share of dense": [stage.parameters / dense.parameters for _, stage in rows],
+        "KV cache, share of dense": [
+            stage.kv_cache_bytes_per_token / (dense.kv_cache_bytes_per_token or 1) for _, stage in rows
+        ],
+        f"predicted decode time at {sweep.context:,} tokens": [sweep.predict_decoding(rate) for rate, _ in rows],
+    }
+    figure = matplotlib.figure.Figure(figsize=(11.0, 4.0), layout="constrained")
+    drawn = figure.subplots(1, len(panels), sharey=True)
+    for axes, (name, places) in zip(drawn, panels.items(), strict=True):
+        for corpus in dense.perplexity:
+            axes.plot(places, [stage.perplexity[corpus] for _, stage in rows], marker="o", markersize=4, label=corpus)
+        axes.set_xlabel(name)
+        axes.invert_xaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    drawn[0].set_ylabel("perplexity")
+    if dense.perplexity:
+        drawn[0].legend(frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=12, parse_math=False)
+    return figure
