@@ -15,13 +15,13 @@ from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.data.call_checks import check_evaluation, check_model, list_corpora
 from gqaprune.evaluation.perplexity import Evaluation, measure_perplexity
-from gqaprune.models.architecture import describe_experts
+from gqaprune.models.architecture import describe_experts, get_layers
 from gqaprune.models.fingerprint import find_fingerprint
 from gqaprune.models.saving import check_saves
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.model_hash import hash_model, hash_tensors
 from gqaprune.plan import BlockKey, PruningPlan
-from gqaprune.planning.allocation import AllocationOptions, Removed
+from gqaprune.planning.allocation import AllocationOptions, Removed, allocate_global
 from gqaprune.planning.allocation.steps import Spending, spend_share
 from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.counts import (
@@ -41,13 +41,23 @@ from gqaprune.planning.selection import (
     score_blocks,
     select_blocks,
 )
-from gqaprune.reporting.report import Outlier, Report, describe_model
+from gqaprune.reporting.report import LayerDamage, Outlier, Report, describe_model
 from gqaprune.scoring.criteria.base import Scores
+from gqaprune.scoring.repaired_damage import choose_judged, predict_damage
 from gqaprune.scoring.scores import check_finite_weights
 from gqaprune.scoring.sensitivity import Importance
 from gqaprune.surgery.compatibility import check_compatibility
+from gqaprune.surgery.distillation import (
+    Distillation,
+    Lessons,
+    can_distill,
+    distill,
+    note_lessons,
+    split_windows,
+)
+from gqaprune.surgery.layer_damage import LayerDamageMeter
 from gqaprune.surgery.products import settle_products
-from gqaprune.surgery.repair import BlockRepair, apply_plan_with_repair
+from gqaprune.surgery.repair import BlockRepair, apply_plan_with_repair, choose_held_out
 
 _HELD_OUT = "held-out calibration text"
 
@@ -144,6 +154,7 @@ class Pruner:
         self.share = 0.0
         self.spending: Spending | None = None
         self.scores: Scores = {}
+        self._lessons: Lessons | None = None
         self._options: AllocationOptions | None = None
 
     @property
@@ -180,8 +191,12 @@ class Pruner:
         if not config.removes_something:
             self.report.stages.append(replace(self.report.stages[-1], name=stage))
             return
+        if start == 0:
+            self._note_lessons()
         for step in range(1, steps + 1):
             self.report.repairs = self._cut(start + (share - start) * step / steps if step < steps else share)
+        if self._lessons is not None:
+            self.report.distillation = self._distill(self._lessons)
         if get_rank_and_world_size()[1] > 1:
             check_same_on_all_ranks("the pruned weights", hash_model(self.model), self.model.device)
         self.plan = replace(
@@ -210,6 +225,7 @@ class Pruner:
         """
         plan.check_fits(self.plan.geometry)
         self._measure_options()
+        self._note_lessons()
         self.model.to("meta")
         self.model, self.plan, self.share, self.spending = model, plan, share, spending
 
@@ -245,6 +261,9 @@ class Pruner:
             "seed": self.calibration.seed,
             "importance": None if options.importance is None else list_values(options.importance),
             "spent before": self.spending and self.spending.to_dict(),
+            "repair that damage is measured after": (
+                [self.config.repair.holdout, self.config.repair.refits_weights] if self.config.sees_repair else None
+            ),
         }
         chosen = stages.recall("plan", inputs, lambda: self._choose(share, options, stages))
         facts = chosen.facts
@@ -260,26 +279,77 @@ class Pruner:
             self._note_rounding(spending.so_far)
         self.scores = {BlockKey.parse(name): score_U for name, score_U in chosen.tensors.items()}
         self.plan = self.plan.then(plan)
-        return apply_plan_with_repair(self.model, plan, self.calibration.batches, self.config.repair, stages)
+        batches = self.calibration.batches
+        damage = self._watch_damage() if facts["damages"] else None
+        repairs = apply_plan_with_repair(self.model, plan, batches, self.config.repair, stages, damage)
+        measured = {} if damage is None or not repairs else damage.measure()
+        predicted = {BlockKey(layer, kind): value for layer, kind, value in facts["damages"]}
+        self.report.damages = [
+            LayerDamage(
+                layer,
+                predicted.get(BlockKey(layer, "attention"), 0.0),
+                predicted.get(BlockKey(layer, "mlp"), 0.0),
+                measured.get(layer),
+            )
+            for layer in sorted({key.layer for key in predicted})
+        ]
+        return repairs
+
+    def _watch_damage(self) -> LayerDamageMeter:
+        """Measure what each layer's cut does, on some of the held-out text that it was predicted on."""
+        batches, (rank, world_size) = self.calibration.batches, get_rank_and_world_size()
+        judged = choose_judged(batches, choose_held_out(len(batches), self.config.repair.holdout))
+        return LayerDamageMeter(self.model, [batches[index] for index in judged[rank::world_size]])
 
     def _choose(self, share: float, options: AllocationOptions, stages: StageCache) -> StageResult:
         """Return the plan that spends `share` of the budget on the model in its current state."""
         model, dense_blocks, config, batches = self.model, self.dense_blocks, self.config, self.calibration.batches
         scores, outliers = score_blocks(model, self.calibration, config, stages)
-        options = measure_curves(model, dense_blocks, scores, batches, config, options, stages)
+        scores, options, points = measure_curves(
+            model, dense_blocks, scores, outliers, batches, config, options, stages
+        )
         allocate, budgets = bind_allocation(config, options), budget_blocks(dense_blocks, scores, config)
-        spending = spend_share(budgets, self.budget, allocate, share, self.spending)
+        allocate_part = allocate if config.uses_damage_curves else allocate_global  # scores do not compare blocks there
+        spending = spend_share(budgets, self.budget, allocate, share, self.spending, allocate_part)
         removed = refine_counts(
             model, dense_blocks, scores, batches, config, options, self.budget, spending.so_far, self.calibration.seed
         )
         plan = make_plan(model, dense_blocks, scores, removed, config)
+        gone = self.spending.so_far if self.spending else dict.fromkeys(removed, 0)
         facts = {
             "plan": plan.to_dict(),
             "spending": spending.to_dict(),
             "outliers": list_values({key: list(units.items()) for key, units in outliers.items()}),
+            "damages": [
+                [*key, predict_damage(own, removed[key] - gone[key])]
+                for key, own in points.items()
+                if removed[key] > gone[key]
+            ],
         }
         ordinary = {str(key): _leave_out(score_U, outliers.get(key, ())) for key, score_U in scores.items()}
         return StageResult(facts, ordinary)
+
+    def _note_lessons(self) -> None:
+        """Note what the dense model predicts, if the decoder is to be trained towards it and there is room for that."""
+        if not can_distill(self.model, self.config.repair, self.stages):
+            return
+        batches = self.calibration.batches
+        trained, judged = split_windows(batches, choose_held_out(len(batches), self.config.repair.holdout))
+        trained = trained[: max(1, self.config.repair.distill_tokens // trained.shape[1])]
+        self._lessons = note_lessons(self.model, trained, judged, self._stages_of_model(batches))
+
+    def _distill(self, lessons: Lessons) -> Distillation:
+        """Train the decoder towards what was noted."""
+        layers, repair = get_layers(self.model), self.config.repair
+
+        def do() -> StageResult:
+            done = distill(self.model, lessons, repair, self.calibration.seed)
+            return StageResult(asdict(done), layers.state_dict())
+
+        stages = self._stages_of_model(self.calibration.batches)
+        stage = stages.recall("distillation", {"repair": asdict(repair)}, do)
+        layers.load_state_dict(dict(stage.tensors))
+        return Distillation(**stage.facts)
 
     def _stages_of_model(self, batches: Sequence[Tensor] = (), part: str = "") -> StageCache:
         """Open the stages that depend on the model as it is now, and on calibration batches."""

@@ -25,6 +25,7 @@ from gqaprune.datamodules import TextDataModule
 from gqaprune.datamodules.config import CalibrationConfig, EvaluationConfig, SamplingConfig, TrainingConfig
 from gqaprune.models.architecture import find_blocks
 from gqaprune.models.loading import load, load_model
+from gqaprune.models.soft_targets import measure_divergence, measure_divergence_from_top
 from gqaprune.module import CausalLMModule
 from gqaprune.placement.model_source import ModelSource
 from gqaprune.planning.allocation import AllocationOptions, Budget
@@ -33,7 +34,6 @@ from gqaprune.planning.groups import LimitsConfig, SensitivityConfig
 from gqaprune.scoring.scores import score_units
 from gqaprune.surgery.repair import apply_plan_with_repair
 from gqaprune.surgery.repair_config import RepairConfig
-from gqaprune.training.distillation import measure_divergence, measure_divergence_from_top
 from gqaprune.training.optimizers import OptimizerConfig
 from gqaprune.training.recovery import RecoveryConfig
 from gqaprune.training.teacher import cache_teacher

@@ -32,7 +32,7 @@ SMALL = {"data": DATA, "pruning": {"repair": {"epochs": 1}}, "trainer": {"enable
 """Put after the configs of a command that is run, before its own settings."""
 LESS = {"compare": ["--eval_tokens", "4096", "--prompt", "16", "--generated", "2"]}
 """Put after a tool's own arguments: less work."""
-GROUPS = "model|data|pruning|export|guard|samples|search|trainer"
+GROUPS = "model|data|pruning|export|guard|samples|search|sweep|trainer"
 """What settings' names begin with."""
 
 

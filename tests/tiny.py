@@ -95,7 +95,12 @@ WHOLE_MLP: dict[str, dict[str, Any]] = {
 }
 """Families that lose GQA groups only."""
 
-PLAIN: dict[str, Any] = {"criterion": "fisher", "split": "free", "repair": {"method": "none"}}
+PLAIN: dict[str, Any] = {
+    "criterion": "fisher",
+    "split": "free",
+    "damage": "scores",
+    "repair": {"method": "none"},
+}
 """One criterion and the cut alone, so that a test sees what it is about."""
 
 

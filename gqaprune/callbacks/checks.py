@@ -35,8 +35,9 @@ def check_rounds(trainer: Trainer, module: CausalLMModule, config: PruningConfig
             f"recovery.rounds {rounds} cuts whole models between steps, which {name} shards: set rounds to 1, or "
             "trainer.strategy to ddp"
         )
-    if config.uses_damage_curves or config.swaps.generations:
-        name = "damage_levels" if config.uses_damage_curves else "swaps.generations"
+    is_gated = config.uses_damage_curves and not config.sees_repair
+    if is_gated or config.swaps.generations:
+        name = "damage: gated" if is_gated else "swaps.generations"
         raise ValueError(f"{name} measures cuts of the whole model, which several rounds have not: set rounds to 1")
 
 

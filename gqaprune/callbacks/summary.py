@@ -54,12 +54,15 @@ class RunSummary(Callback):
         if report is None or plan is None or not trainer.is_global_zero:
             return
         for layer in range(plan.geometry.num_layers):
-            console.print(plan.describe_layer(layer))
+            damages = [damage.describe() for damage in report.damages if damage.layer == layer]
+            console.print("  ".join([plan.describe_layer(layer), *damages]))
         console.print(plan.describe_ratio())
         if report.outliers:
             console.print(report.describe_outliers())
         if report.repairs:
             console.print(report.describe_repair())
+        if report.distillation is not None:
+            console.print(report.distillation.describe())
         self._write(trainer, report, plan)
         self._write_page(trainer, pl_module, "pruned, not trained yet")
 

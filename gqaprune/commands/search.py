@@ -245,8 +245,10 @@ class GatedSplits:
                 check_reachable(self.blocks, self.budget, config, options)
         except UnreachableError as error:
             raise ValueError(str(error)) from None  # whatever the split
-        scores, _ = score_blocks(model, calibration, config, StageCache())
-        options = measure_curves(model, self.blocks, scores, calibration.batches, config, options, StageCache())
+        scores, outliers = score_blocks(model, calibration, config, StageCache())
+        scores, options, _ = measure_curves(
+            model, self.blocks, scores, outliers, calibration.batches, config, options, StageCache()
+        )
         return _Choice(scores, budget_blocks(self.blocks, scores, config), bind_allocation(config, options))
 
 

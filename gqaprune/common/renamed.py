@@ -91,7 +91,7 @@ MODULES: Mapping[str, str] = {
     "damage": "scoring.damage",
     "dense": "checkpoints.origin",
     "diagnosis": "evaluation.diagnosis",
-    "distillation": "training.distillation",
+    "distillation": "models.soft_targets",
     "distributed": "common.distributed",
     "errors": "common.errors",
     "families": "models.families",

@@ -12,6 +12,8 @@ from gqaprune.surgery.repair_config import RepairConfig
 
 FREE = "free"
 """The split that the allocation chooses."""
+DAMAGES = ("repaired", "gated", "scores")
+"""What `optimal` may count as damage."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,9 @@ class PruningConfig(RenamedAttributes):
         kv_rate: share of the KV heads, and so of the KV cache, to remove, to the nearest group (with
             `uniform` one of every layer); 0 lets the allocation choose.
         split: attention : MLP shares of what is removed, such as `2:8` (in YAML in quotes), within one GQA group
-            (with `uniform` one of every layer); `free` lets the allocation choose. Null means channels alone, which
-            cost least, unless `kv_rate` or `granularity: query` ask attention to give.
+            (with `uniform` one of every layer); `free` lets the allocation choose. Null means `free` where the
+            allocation sees what units cost after repair, or `kv_rate` or `granularity: query` ask attention to give;
+            elsewhere channels alone, for scores overrate groups against channels or underrate them.
         granularity: what attention loses: `group` (whole GQA groups: KV heads with their query heads) or `query` (the
             same number of query heads from every group of a layer, at most all but one; every KV head stays, and so
             does the KV cache), for models with too few KV heads to remove.
@@ -37,11 +40,14 @@ class PruningConfig(RenamedAttributes):
             needs no remote code when the ranges cover the model), `global` (lowest score per parameter anywhere),
             `inverse` (important layers lose less), `proportional` (important layers lose more) or `optimal` (least
             total damage under all limits at once).
+        damage: what `optimal` counts as the damage of removing units from a block: `repaired` (the divergence from the
+            dense model when the block gives nothing, times the share of its output that least squares cannot make up
+            for), `gated` (the divergence with the units silenced, nothing repaired) or `scores` (the sum of their
+            scores). Ignored by other allocations.
         limits: what has to stay, and which layers may lose units.
         sensitivity: how the importance of layers is measured, and what follows from it.
-        damage_levels: removals of each block, evenly spread up to the most that may go, at which `optimal` measures the
-            divergence from the dense model, at least 2; 0 takes the sum of the removed units' scores for it. Ignored by
-            other allocations.
+        damage_levels: removals of each block, evenly spread up to the most that may go, at which the damage is
+            measured, at least 2; with `repaired` attention is measured at all of them.
         swaps: a search that moves removals between blocks after the allocation.
         steps: cuts in which the budget is spent, in equal parts; what is left is scored anew before each.
         repair: what makes up for the cut, on the calibration text.
@@ -62,7 +68,8 @@ class PruningConfig(RenamedAttributes):
     allocation: str = "uniform"
     limits: LimitsConfig = LimitsConfig()  # noqa: RUF009
     sensitivity: SensitivityConfig = SensitivityConfig()  # noqa: RUF009
-    damage_levels: int = 0
+    damage: str = "repaired"
+    damage_levels: int = 8
     swaps: SwapsConfig = SwapsConfig()  # noqa: RUF009
     steps: int = 1
     repair: RepairConfig = RepairConfig()  # noqa: RUF009
@@ -87,7 +94,12 @@ class PruningConfig(RenamedAttributes):
     @property
     def uses_damage_curves(self) -> bool:
         """Whether the choice depends on measured damage of each block."""
-        return ALLOCATIONS[self.allocation].uses_damage_curves and self.damage_levels > 0
+        return ALLOCATIONS[self.allocation].uses_damage_curves and self.damage != "scores"
+
+    @property
+    def sees_repair(self) -> bool:
+        """Whether the choice depends on what repair can make up for."""
+        return self.uses_damage_curves and self.damage == "repaired"
 
     @property
     def needs_text(self) -> bool:
@@ -100,7 +112,7 @@ class PruningConfig(RenamedAttributes):
     def attention_share(self) -> float | None:
         """Share of the removed parameters that attention gives; None where the allocation chooses."""
         if self.split is None:
-            return None if self.kv_rate or self.granularity == "query" else 0.0
+            return None if self.kv_rate or self.granularity == "query" or self.sees_repair else 0.0
         return None if self.split == FREE else parse_split(self.split)
 
     def _build_groups(self) -> None:
@@ -113,6 +125,7 @@ class PruningConfig(RenamedAttributes):
         for name, members in (
             ("rate_base", ("decoder", "all")),
             ("allocation", tuple(ALLOCATIONS)),
+            ("damage", DAMAGES),
             ("granularity", GRANULARITIES),
         ):
             if getattr(self, name) not in members:
@@ -126,8 +139,10 @@ class PruningConfig(RenamedAttributes):
             raise ValueError(f"kv_rate must be in [0, 1), a share of the KV heads, got {self.kv_rate}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.damage_levels < 0 or self.damage_levels == 1:
-            raise ValueError(f"damage_levels must be 0 or at least 2, got {self.damage_levels}; try 6")
+        if self.damage_levels < 2:
+            raise ValueError(
+                f"damage_levels must be at least 2, got {self.damage_levels}; try 8, or damage: scores, which has none"
+            )
         if self.split not in (None, FREE):
             parse_split(self.split)
 
@@ -138,8 +153,9 @@ class PruningConfig(RenamedAttributes):
             )
         if self.kv_rate and self.granularity == "query":
             raise ValueError(f"kv_rate {self.kv_rate} needs granularity group: with query every KV head stays")
-        if self.steps > 1 and (self.uses_damage_curves or self.swaps.generations):
-            name = "damage_levels" if self.uses_damage_curves else "swaps.generations"
+        is_gated = self.uses_damage_curves and not self.sees_repair
+        if self.steps > 1 and (is_gated or self.swaps.generations):
+            name = "damage: gated" if is_gated else "swaps.generations"
             raise ValueError(f"{name} measures cuts of the whole model, which several steps have not: set steps to 1")
 
 

@@ -11,16 +11,21 @@ from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, find_blocks
 from gqaprune.placement.model_hash import hash_tensors
-from gqaprune.plan import BlockKey
+from gqaprune.plan import BlockKey, BlockKind
 from gqaprune.planning.allocation import ALLOCATIONS, AllocationOptions, BlockBudget, Budget, Removed, refine_by_swaps
 from gqaprune.planning.allocation.budget import find_free_blocks
 from gqaprune.planning.allocation.optimal import thin_counts
 from gqaprune.planning.config import PruningConfig
-from gqaprune.planning.selection import budget_blocks
+from gqaprune.planning.selection import budget_blocks, select_blocks
 from gqaprune.scoring.damage import measure_damage, measure_damage_curves
+from gqaprune.scoring.outliers import Outliers
+from gqaprune.scoring.repaired_damage import Points, choose_levels, draw_curves, measure_repaired_damage
 from gqaprune.scoring.scores import Scores
 from gqaprune.scoring.sensitivity import Importance, measure_sensitivity
+from gqaprune.surgery.repair import choose_held_out
 
+Curves = dict[BlockKey, list[tuple[int, float]]]
+"""Points (units removed, damage) of each block."""
 BoundAllocation = Callable[[Sequence[BlockBudget], Budget], Removed]
 """An allocation that has its options."""
 
@@ -61,25 +66,65 @@ def measure_curves(
     model: PreTrainedModel,
     dense_blocks: Sequence[Block],
     scores: Scores,
+    outliers: Outliers,
     batches: Sequence[Tensor],
     config: PruningConfig,
     options: AllocationOptions,
     stages: StageCache,
-) -> AllocationOptions:
-    """Add measured damage of each block to the options, where the config asks for it."""
+) -> tuple[Scores, AllocationOptions, dict[BlockKey, Points]]:
+    """Add measured damage of each block to the options, where the config asks for it.
+
+    Returns:
+        Scores of all units, in which those of attention follow from the damage after repair if that was measured; the
+        options; and of each block, likewise, what was measured, by the number of units that are removed of those left.
+    """
     if not config.uses_damage_curves:
-        return options
+        return scores, options, {}
     budgets = budget_blocks(dense_blocks, scores, config)
     # Removing none, which is the first count, costs nothing and is not measured.
     levels = {block.key: thin_counts(block.removable_counts(), config.damage_levels + 1)[1:] for block in budgets}
-    inputs = {"scores": hash_tensors(list(scores.values())), "levels": list_values(levels)}
-    stage = stages.recall(
-        "damage curves",
-        inputs,
-        lambda: StageResult(list_values(measure_damage_curves(model, dense_blocks, scores, levels, batches))),
-    )
-    curves = {BlockKey(layer, kind): [tuple(point) for point in points] for layer, kind, points in stage.facts}
-    return replace(options, curves=curves)
+    inputs: dict[str, Any] = {"scores": hash_tensors(list(scores.values())), "levels": list_values(levels)}
+    if not config.sees_repair:
+        stage = stages.recall(
+            "damage curves",
+            inputs,
+            lambda: StageResult(list_values(measure_damage_curves(model, dense_blocks, scores, levels, batches))),
+        )
+        return scores, replace(options, curves=_read_curves(stage.facts)), {}
+    blocks = select_blocks(model, config)
+    gone = {block.key: block.units - own.units // own.groups for block, own in zip(budgets, blocks, strict=True)}
+    most = {block.key: block.removable_counts()[-1] - gone[block.key] for block in budgets}
+    levels = {block.key: choose_levels(block.units - gone[block.key], most[block.key]) for block in budgets}
+
+    def measure() -> StageResult:
+        damage = measure_repaired_damage(
+            model,
+            blocks,
+            scores,
+            {key: set(units) for key, units in outliers.items()},
+            levels,
+            batches,
+            choose_held_out(len(batches), config.repair.holdout),
+            refits=config.repair.refits_weights,
+        )
+        tensors = {str(key): score_U for key, score_U in damage.scores.items()}
+        return StageResult([[*key, removed, value] for (key, removed), value in damage.points.items()], tensors)
+
+    inputs |= {"levels": list_values(levels), "holdout": config.repair.holdout, "refits": config.repair.refits_weights}
+    stage = stages.recall("damage after repair", inputs, measure)
+    points: dict[BlockKey, Points] = {key: [] for key in levels}
+    for layer, kind, removed, value in stage.facts:
+        points[BlockKey(layer, kind)].append((removed, value))
+    curves = {
+        key: [(0, 0.0), *((gone[key] + count, damage) for count, damage in enumerate(curve))]
+        for key, curve in draw_curves(points, most).items()
+    }
+    attention = {BlockKey.parse(name): score_U for name, score_U in stage.tensors.items()}
+    return scores | attention, replace(options, curves=curves), points
+
+
+def _read_curves(facts: Sequence[tuple[int, BlockKind, Sequence[Sequence[float]]]]) -> Curves:
+    return {BlockKey(layer, kind): [(int(count), value) for count, value in points] for layer, kind, points in facts}
 
 
 def refine_counts(

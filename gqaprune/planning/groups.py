@@ -16,8 +16,9 @@ class LimitsConfig:
 
     Args:
         attention_layers: decoder layers whose attention may lose units, first and one past the last; equal ends mean
-            none, null all but the first seventh and the last fourteenth (4 and 2 of 30), which cost most.
-        mlp_layers: decoder layers whose MLP may lose channels, likewise.
+            none, null all but the first seventh and the last fourteenth (4 and 2 of 30), which cost most, or all where
+            the damage after repair is measured of each.
+        mlp_layers: decoder layers whose MLP may lose channels, likewise; null all but those at the ends.
         frozen_layers: this many of the most important layers stay whole, whatever the allocation.
         min_groups: GQA groups that stay in every layer, at least 1; with `granularity: query` all of them stay.
         min_channels: MLP channels that stay in every layer, at least 1.

@@ -73,7 +73,7 @@ def check_goes_by_layer(config: PruningConfig, placement: Placement) -> None:
     for name, is_used, way_out in (
         ("limits.frozen_layers", config.limits.frozen_layers > 0, "to 0"),
         ("allocation", not ALLOCATIONS[config.allocation].goes_by_layer, f"to {by_layer}"),
-        ("damage_levels", config.uses_damage_curves, "to 0"),
+        ("damage", config.uses_damage_curves and not config.sees_repair, "to repaired"),
         ("swaps.generations", config.swaps.generations > 0, "to 0"),
         ("repair.method", config.repair.method == "bias", "to least_squares or none"),
         ("repair.bias", config.repair.bias, "to false"),

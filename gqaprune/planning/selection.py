@@ -82,7 +82,9 @@ def list_allowed_layers(model_config: PretrainedConfig, config: PruningConfig) -
                 f"limits.{kind}_layers must satisfy 0 <= first <= end <= {layers} on this model of {layers} layers, "
                 f"got {list(bounds)}; [0, {layers}] is the whole model"
             )
-    allowed = {kind: range(*bounds) if bounds else choose_middle_layers(layers) for kind, bounds in ranges.items()}
+    usual = {"attention": range(layers) if config.sees_repair else choose_middle_layers(layers)}
+    usual["mlp"] = choose_middle_layers(layers)
+    allowed = {kind: range(*bounds) if bounds else usual[kind] for kind, bounds in ranges.items()}
     spared = find_spared_kind(config.attention_share)
     return {kind: own for kind, own in allowed.items() if kind not in (spared, *whole)}
 

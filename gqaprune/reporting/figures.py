@@ -126,6 +126,26 @@ def draw_importance(importance: Mapping[BlockKey, float], method: str) -> matplo
     return figure
 
 
+def draw_damages(report: Report) -> matplotlib.figure.Figure | None:
+    """Draw what each layer's cut was predicted to cost, and beside it what it did; None where nothing was predicted."""
+    damages = report.damages
+    if not damages:
+        return None
+    figure = matplotlib.figure.Figure(figsize=(max(7.0, 0.3 * len(damages) + 1.5), 3.4), layout="constrained")
+    axes, width = figure.subplots(), 0.42
+    left, right = ([damage.layer + side * width / 2 for damage in damages] for side in (-1, 1))
+    attention = [damage.attention for damage in damages]
+    axes.bar(left, attention, width, color=_ATTENTION, label="attention, predicted")
+    axes.bar(left, [damage.mlp for damage in damages], width, attention, color=_MLP, label="MLP, predicted")
+    axes.bar(right, [damage.measured or 0.0 for damage in damages], width, color=_STAGES["dense"], label="measured")
+    axes.set_title("Damage of each layer's cut, in nats per token", loc="left", fontsize=11)
+    axes.set_xlabel("decoder layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=3, fontsize=9, frameon=False)
+    return figure
+
+
 def encode_figure(figure: matplotlib.figure.Figure, format: str = "png") -> bytes:
     """A figure as the bytes of a picture, `png` or, without a ground, `svg`; the same figure gives the same bytes."""
     picture = io.BytesIO()

@@ -73,6 +73,7 @@ def build_page(page: Page) -> str:
         "results": ("Results", sections.describe_results(page.report)),
         "guard": ("Guard", sections.describe_guard(page.guard, page.report)),
         "plan": ("What each layer kept", sections.describe_plan(page.plan)),
+        "damages": ("Damage", sections.describe_damages(page.report)),
         "importance": ("Importance of layers", sections.describe_importance(page.importance, page.importance_method)),
         "outliers": ("Outliers", sections.describe_outliers(page.report)),
         "repair": ("Repair", sections.describe_repair(page.report)),

@@ -18,6 +18,7 @@ from gqaprune.models.architecture import (
     read_geometry,
 )
 from gqaprune.plan import BlockKey
+from gqaprune.surgery.distillation import Distillation
 from gqaprune.surgery.repair import BlockRepair
 
 REPORT_FILE = "report.json"
@@ -72,6 +73,28 @@ class Outlier:
         return cls(**dict(data) | {"key": BlockKey.parse(data["key"])})
 
 
+@dataclass(frozen=True)
+class LayerDamage:
+    """What a layer's cut was predicted to cost and what it did, in nats per token, each as if it were the only one.
+
+    Args:
+        layer: its index.
+        attention: predicted of its attention, after repair.
+        mlp: predicted of its MLP, after repair.
+        measured: of the layer as repair left it; None where that was not measured.
+    """
+
+    layer: int
+    attention: float
+    mlp: float
+    measured: float | None = None
+
+    def describe(self) -> str:
+        """Both in words."""
+        measured = "" if self.measured is None else f", measured {self.measured:.4f}"
+        return f"damage predicted {self.attention + self.mlp:.4f}{measured} nats"
+
+
 @dataclass
 class Report:
     """The stages of a run, and what was asked of it.
@@ -85,6 +108,10 @@ class Report:
         note: what else has to be known of the model, in a sentence.
         outliers: units that carry massive activations and were kept for it, as long as others were left.
         rounding: what whole units made of the request, in a sentence; empty where they came near enough.
+        damages: what each layer's cut was predicted to cost and did, in the last cut; empty where the allocation did
+            not ask.
+        distillation: what training towards the dense model's predictions did, after the last cut; None where there was
+            none.
     """
 
     model: str = ""
@@ -95,6 +122,8 @@ class Report:
     note: str = ""
     outliers: list[Outlier] = field(default_factory=list)
     rounding: str = ""
+    damages: list[LayerDamage] = field(default_factory=list)
+    distillation: Distillation | None = None
 
     @property
     def rate_reached(self) -> float | None:
@@ -155,6 +184,8 @@ class Report:
             "repairs": [repair.to_dict() for repair in self.repairs],
             "outliers": [outlier.to_dict() for outlier in self.outliers],
             "rounding": self.rounding,
+            "distillation": self.distillation and asdict(self.distillation),
+            "damages": [asdict(damage) for damage in self.damages],
         }
 
     @classmethod
@@ -172,6 +203,8 @@ class Report:
             data["note"],
             outliers,
             data.get("rounding", ""),
+            [LayerDamage(**damage) for damage in data.get("damages", [])],
+            Distillation(**data["distillation"]) if data.get("distillation") else None,
         )
 
     def describe_repair(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib.figure
 
 from gqaprune.plan import BlockKey, PruningPlan
-from gqaprune.reporting.figures import draw_importance, draw_perplexities, draw_plan, encode_figure
+from gqaprune.reporting.figures import draw_damages, draw_importance, draw_perplexities, draw_plan, encode_figure
 from gqaprune.reporting.report import Report, list_rows
 
 Facts = dict[str, Any]
@@ -127,6 +127,22 @@ def describe_plan(plan: PruningPlan | None) -> Facts | None:
     }
 
 
+def describe_damages(report: Report | None) -> Facts | None:
+    """Describe what each layer's cut was predicted to cost, and what it did."""
+    figure = None if report is None else draw_damages(report)
+    if report is None or figure is None:
+        return None
+    rows = [
+        [str(damage.layer), f"{damage.attention:.4f}", f"{damage.mlp:.4f}", _four_digits(damage.measured)]
+        for damage in report.damages
+    ]
+    header = ["layer", "attention, predicted", "MLP, predicted", "measured"]
+    return {
+        "picture": _picture(figure, "Damage of each layer's cut, predicted and measured"),
+        "table": Table(header, rows, is_long=True),
+    }
+
+
 def describe_importance(importance: Mapping[BlockKey, float], method: str) -> Facts | None:
     """Describe how much each layer matters."""
     if not importance:
@@ -223,6 +239,10 @@ def _count(kept: int, dense: int) -> str:
 
 def _number(perplexity: float | None) -> str:
     return "" if perplexity is None else f"{perplexity:,.2f}"
+
+
+def _four_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _verdict(verdict: Mapping[str, str]) -> str:

@@ -99,6 +99,15 @@ class Panels:
         ]
         return torch.cat(diagonals)
 
+    def to_dense(self) -> Tensor:
+        """The whole of it as a symmetric matrix, a copy on the device."""
+        dense_SS = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
+        for index, rows in enumerate(self.slices):
+            panel_PS = self.read(index)
+            dense_SS[rows, : rows.stop] = panel_PS
+            dense_SS[: rows.start, rows] = panel_PS[:, : rows.start].T
+        return dense_SS
+
     def multiply(self, left_RS: Tensor) -> Tensor:
         """`left · self`, self being symmetric, `[R, S]`."""
         product_RS = torch.zeros_like(left_RS)
@@ -138,15 +147,24 @@ class Panels:
         return True
 
     def solve(self, right_RS: Tensor) -> None:
-        """Solve `x · L · Lᵀ = right` in place, self being the factor `L`."""
-        for index, rows in enumerate(self.slices):
-            factor_PS, tile = self.read(index), right_RS[:, rows]
+        """Solve `x · L · Lᵀ = right` in place, self being the factor `L`, or of fewer columns its first part.
+
+        The factor of a matrix's first rows and columns is that part of its factor.
+        """
+        size = right_RS.shape[1]
+        slices = [slice(rows.start, min(rows.stop, size)) for rows in self.slices if rows.start < size]
+        for index, rows in enumerate(slices):
+            factor_PS, tile = self._read_first(index, rows), right_RS[:, rows]
             tile.addmm_(right_RS[:, : rows.start], factor_PS[:, : rows.start].T, alpha=-1)
             tile.copy_(torch.linalg.solve_triangular(factor_PS[:, rows].T, tile, upper=True, left=False))
-        for index, rows in reversed(list(enumerate(self.slices))):
-            factor_PS, tile = self.read(index), right_RS[:, rows]
+        for index, rows in reversed(list(enumerate(slices))):
+            factor_PS, tile = self._read_first(index, rows), right_RS[:, rows]
             tile.copy_(torch.linalg.solve_triangular(factor_PS[:, rows], tile, upper=False, left=False))
             right_RS[:, : rows.start].addmm_(tile, factor_PS[:, : rows.start], alpha=-1)
+
+    def _read_first(self, index: int, rows: slice) -> Tensor:
+        """The first rows and columns of a panel on the device."""
+        return self.panels[index][: rows.stop - rows.start, : rows.stop].to(self.device)
 
     def invert_diagonal(self, width: int) -> Tensor:
         """Blocks of `(L · Lᵀ)⁻¹` on its diagonal, each of so many columns: `[blocks, width, width]`, L being self.

@@ -23,7 +23,7 @@ def settle_products(config: RepairConfig, device: torch.device, stages: StageCac
         device: that refines.
         stages: of the run, where the decision is kept.
     """
-    if config.products != "auto" or not config.refines:
+    if config.products != "auto" or not (config.refines or config.distills):
         return config
 
     def decide() -> StageResult:
@@ -33,7 +33,7 @@ def settle_products(config: RepairConfig, device: torch.device, stages: StageCac
 
     stage = (stages or StageCache()).recall("type of products", {"device": device.type}, decide)
     if get_rank_and_world_size()[0] == 0:
-        console.print(f"repair: MLPs are refined with products in {stage.facts}; pruning.repair.products sets the type")
+        console.print(f"repair: trains with products in {stage.facts}; pruning.repair.products sets the type")
     return replace(config, products=stage.facts)
 
 

@@ -13,9 +13,11 @@ Axes in tensor names: N tokens of all samples, D hidden width.
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +103,7 @@ def reserve_pairs(counts: tuple[int, int], width: int, mlp: nn.Module) -> tuple[
     wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     needed = sum(counts) * width * (dtype.itemsize + wide.itemsize)
     needed += TRAINING_BYTES * sum(parameter.numel() for parameter in parameters)
-    place = device if needed < _count_free_bytes(device) else torch.device("cpu")
+    place = device if needed < count_free_bytes(device) else torch.device("cpu")
 
     def reserve(count: int) -> TokenPairs:
         return TokenPairs(*(torch.empty(count, width, dtype=each, device=place) for each in (dtype, wide)))
@@ -109,14 +111,22 @@ def reserve_pairs(counts: tuple[int, int], width: int, mlp: nn.Module) -> tuple[
     return reserve(counts[0]), reserve(counts[1])
 
 
-def _count_free_bytes(device: torch.device) -> float:
-    """What this process may still take of a GPU's memory; of the host's, all."""
-    if device.type != "cuda":
-        return math.inf
-    free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    allowed = total * torch.cuda.get_per_process_memory_fraction(device) - reserved
-    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
+def count_free_bytes(device: torch.device) -> float:
+    """What this process may still take of a device's memory; infinite where the system does not say."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        allowed = total * torch.cuda.get_per_process_memory_fraction(device) - reserved
+        return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
+    found = re.search(r"^MemAvailable: *(\d+) kB$", _read_text("/proc/meminfo"), re.MULTILINE)
+    return math.inf if found is None else int(found[1]) * 1024
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def refine_mlp(

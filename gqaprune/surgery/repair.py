@@ -30,6 +30,7 @@ from gqaprune.surgery.block_refit import refit_block
 from gqaprune.surgery.block_targets import measure_moments
 from gqaprune.surgery.cut import apply_plan, check_plan, cut_block, list_kept_columns, write_shapes
 from gqaprune.surgery.gram import Memory
+from gqaprune.surgery.layer_damage import LayerDamageMeter
 from gqaprune.surgery.products import settle_products
 from gqaprune.surgery.refinement import Refinement, refine_mlp, reserve_pairs
 from gqaprune.surgery.repair_config import RepairConfig
@@ -74,6 +75,7 @@ def apply_plan_with_repair(
     batches: Sequence[Tensor],
     config: RepairConfig | None = None,
     stages: StageCache | None = None,
+    damage: LayerDamageMeter | None = None,
 ) -> list[BlockRepair]:
     """Cut a dense model to a plan, in place, as `apply_plan` does, and repair every block that loses units.
 
@@ -88,6 +90,7 @@ def apply_plan_with_repair(
         config: how; the defaults are those of `PruningConfig`.
         stages: of a run with this model and these batches, where each repaired block is kept; blocks that are there are
             not repaired again.
+        damage: runs through every layer before and after its repair, and can be asked for what it did then.
 
     Returns:
         What was done, block by block.
@@ -137,9 +140,13 @@ def apply_plan_with_repair(
             last=last,
         )
         changed = {key.layer for key in repaired}
-        for layer in find_store(model).hold_each(track(range(max(changed) + 1), "repair: blocks", "layers"), changed):
+        cut = {block.key.layer for pairs in layers for block, _ in pairs if _loses(plan, block)}
+        passed = range(max(changed) + 1 if damage is None else len(layers))
+        for layer in find_store(model).hold_each(track(passed, "repair: blocks", "layers"), changed):
             attention = layers[layer][0][0]
             with streams.enter_layer(attention, needs_dense_attention=attention.key in repaired) as layer_streams:
+                if damage is not None:
+                    damage.run_whole(layer)
                 for block, heads in layers[layer]:
                     name = f"repair of {block.key}"
                     if name in are_there:
@@ -154,6 +161,8 @@ def apply_plan_with_repair(
                         stages.write(
                             name, inputs, StageResult(repair.to_dict(), get_module(model, block.key).state_dict())
                         )
+                if damage is not None and layer in cut:
+                    damage.run_repaired(layer)
     write_shapes(model, plan)
     return repairs
 
@@ -167,8 +176,12 @@ def choose_held_out(batches: int, share: float) -> set[int]:
 def _select_blocks(blocks: Sequence[Block], plan: PruningPlan, config: RepairConfig) -> list[Block]:
     if config.method == "none":
         return []
-    cut = [block for block in blocks if len(list_kept_columns(plan, block)) < block.output.in_features]
+    cut = [block for block in blocks if _loses(plan, block)]
     return [block for block in blocks if block.key >= cut[0].key] if cut and config.refits_everywhere else cut
+
+
+def _loses(plan: PruningPlan, block: Block) -> bool:
+    return len(list_kept_columns(plan, block)) < block.output.in_features
 
 
 def _repair_block(

@@ -11,11 +11,16 @@ from transformers.utils import ModelOutput
 from gqaprune.models.architecture import get_layers
 from gqaprune.models.layerwise import record_layer_outputs
 from gqaprune.models.losses import measure_mean_loss
+from gqaprune.models.soft_targets import (
+    Predictions,
+    measure_distance,
+    measure_divergence,
+    measure_divergence_from_top,
+)
 from gqaprune.placement.fsdp import distribute_model
 from gqaprune.placement.model_source import ModelSource
-from gqaprune.training.distillation import measure_distance, measure_divergence, measure_divergence_from_top
 from gqaprune.training.recovery import RecoveryConfig
-from gqaprune.training.teacher import CachedTeacher, Predictions, cache_teacher
+from gqaprune.training.teacher import CachedTeacher, cache_teacher
 
 
 class Objective:

@@ -7,9 +7,7 @@ Axes in tensor names: B samples, T tokens, V vocabulary, K likeliest tokens.
 """
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -21,23 +19,12 @@ from gqaprune.common.cache_folder import find_cache_folder
 from gqaprune.common.checked_tensors import pack_tensors, read_tensors
 from gqaprune.common.console import track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere
+from gqaprune.models.soft_targets import Predictions, predict_likeliest
 from gqaprune.placement.model_hash import hash_model
 
 CACHE_FOLDER = find_cache_folder("teachers")
 """Where predictions are kept, a folder for each teacher, text and setting."""
 _WINDOWS_PER_FILE = 64
-
-
-class Predictions(NamedTuple):
-    """A teacher's likeliest next tokens.
-
-    Args:
-        log_probability_BTK: of the softened distribution, nats.
-        token_BTK: their ids.
-    """
-
-    log_probability_BTK: Tensor
-    token_BTK: Tensor
 
 
 class CachedTeacher:
@@ -92,7 +79,8 @@ def cache_teacher(
     device, error = next(teacher.parameters()).device, None
     try:
         for number in track(missing, "predictions of the teacher", f"x {_WINDOWS_PER_FILE} windows"):
-            batches = [_predict(teacher, ids.to(device), top_k, temperature) for ids in parts[number].split(batch_size)]
+            ids = parts[number].split(batch_size)
+            batches = [predict_likeliest(teacher, own.to(device), top_k, temperature) for own in ids]
             log_probability, token = (torch.cat(tensors).contiguous() for tensors in zip(*batches, strict=True))
             if not torch.isfinite(log_probability).all():
                 raise ValueError(
@@ -118,14 +106,6 @@ def check_top_k(top_k: int, vocabulary: int) -> None:
     """
     if not 1 <= top_k <= vocabulary:
         raise ValueError(f"recovery.teacher_top_k must be 1 to {vocabulary}, got {top_k}; 64 is a start")
-
-
-@torch.inference_mode()
-def _predict(teacher: PreTrainedModel, ids_BT: Tensor, top_k: int, temperature: float) -> Sequence[Tensor]:
-    logits_BTV = teacher(input_ids=ids_BT, use_cache=False).logits[:, :-1]
-    values_BTK, token_BTK = logits_BTV.float().topk(top_k)
-    total_BT1 = torch.stack([(row.float() / temperature).logsumexp(-1, keepdim=True) for row in logits_BTV])
-    return (values_BTK / temperature - total_BT1).cpu(), token_BTK.cpu()
 
 
 def _is_whole(path: Path) -> bool:

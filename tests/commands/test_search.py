@@ -121,7 +121,7 @@ def test_setting_out_of_bounds_is_refused(settings: dict[str, Any], sentence: st
         {"allocation": "inverse", "sensitivity": {"method": "block_removal", "alpha": 3.0}},
         {"allocation": "uniform", "sensitivity": {"method": "block_removal"}, "limits": {"frozen_layers": 1}},
         {"allocation": "uniform", "granularity": "query"},
-        {"allocation": "optimal", "damage_levels": 3, "granularity": "query"},
+        {"allocation": "optimal", "damage": "gated", "damage_levels": 3, "granularity": "query"},
     ],
 )
 def test_every_trial_is_the_perplexity_that_pruning_by_its_split_leaves(

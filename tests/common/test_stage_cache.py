@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "default": {},
     "sensitivity": {"allocation": "inverse", "limits": {"frozen_layers": 1}},
-    "curves and swaps": {"allocation": "optimal", "damage_levels": 2, "swaps": {"generations": 2}},
+    "curves and swaps": {"allocation": "optimal", "damage": "gated", "damage_levels": 2, "swaps": {"generations": 2}},
     "two steps": {"steps": 2},
     "cut alone": {"repair": {"method": "none"}},
 }

@@ -267,7 +267,7 @@ def test_a_stopped_run_in_memory_goes_on_layer_by_layer(tmp_path: Path, monkeypa
         ({"criterion": "param_first"}, "criterion param_first"),
         ({"allocation": "inverse"}, "allocation inverse .* uniform, global or optimal"),
         ({"limits": {"frozen_layers": 1}}, "frozen_layers 1 .* to 0"),
-        ({"allocation": "optimal", "damage_levels": 2}, "damage_levels 2 .* to 0"),
+        ({"allocation": "optimal", "damage": "gated"}, "damage gated .* to repaired"),
         ({"swaps": {"generations": 2}}, "swaps.generations 2 .* to 0"),
         ({"repair": {"method": "bias"}}, "repair.method bias .* least_squares"),
         ({"repair": {"bias": True}}, "repair.bias True .* false"),

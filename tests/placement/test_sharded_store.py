@@ -302,7 +302,7 @@ def test_all_ranks_say_what_overflows_on_one_instead_of_waiting(folder: Path) ->
         ({"criterion": "param_first"}, "criterion param_first .* which sharded avoids: .* fisher, taylor"),
         ({"allocation": "inverse"}, "allocation inverse .* uniform, global or optimal"),
         ({"limits": {"frozen_layers": 1}}, "frozen_layers 1 .* to 0"),
-        ({"allocation": "optimal", "damage_levels": 2}, "damage_levels 2 .* to 0"),
+        ({"allocation": "optimal", "damage": "gated"}, "damage gated .* to repaired"),
         ({"swaps": {"generations": 2}}, "swaps.generations 2 .* to 0"),
         ({"repair": {"method": "bias"}}, "repair.method bias .* least_squares"),
     ],

@@ -33,8 +33,9 @@ from tiny import make_plain
         ({"limits": {"frozen_layers": -1}}, "frozen_layers must be at least 0, got -1"),
         ({"split": "lots"}, "two numbers, none negative and not both 0, such as 2:8, got 'lots'"),
         ({"kv_rate": 1.0}, r"kv_rate must be in \[0, 1\), a share of the KV heads, got 1.0"),
-        ({"damage_levels": 1}, "damage_levels must be 0 or at least 2, got 1"),
-        ({"damage_levels": -2}, "damage_levels must be 0 or at least 2, got -2"),
+        ({"damage_levels": 1}, "damage_levels must be at least 2, got 1; try 8"),
+        ({"damage": "magic"}, "damage must be one of repaired, gated, scores, got 'magic'"),
+        ({"damage_levels": -2}, "damage_levels must be at least 2, got -2"),
         ({"swaps": {"generations": -1}}, "swaps.generations must be at least 0, got -1"),
         ({"swaps": {"offspring": 0}}, "swaps.offspring must be at least 1, got 0"),
         ({"kv_rate": 0.2, "split": "2:8"}, "kv_rate 0.2 and split 2:8 both say how much attention gives"),
@@ -43,7 +44,7 @@ from tiny import make_plain
             {"steps": 2, "swaps": {"generations": 1}},
             "swaps.generations measures cuts of the whole model.*set steps to 1",
         ),
-        ({"steps": 2, "damage_levels": 4, "allocation": "optimal"}, "damage_levels measures .*set steps to 1"),
+        ({"steps": 2, "damage": "gated", "allocation": "optimal"}, "damage: gated measures .*set steps to 1"),
     ],
 )
 def test_setting_out_of_bounds_is_refused(settings: dict[str, object], sentence: str) -> None:
@@ -64,8 +65,9 @@ def test_setting_out_of_bounds_is_refused(settings: dict[str, object], sentence:
         ({"criterion": "l1", "allocation": "inverse"}, True),
         ({"criterion": "l1", "limits": {"frozen_layers": 1}}, True),
         ({"criterion": "l1", "allocation": "optimal"}, False),
-        ({"criterion": "l1", "allocation": "optimal", "damage_levels": 4}, True),
-        ({"criterion": "l1", "allocation": "global", "damage_levels": 4}, False),
+        ({"criterion": "l1", "allocation": "optimal", "damage": "gated"}, True),
+        ({"criterion": "l1", "allocation": "optimal", "damage": "repaired"}, True),
+        ({"criterion": "l1", "allocation": "global", "damage": "gated"}, False),
         ({"criterion": "l1", "swaps": {"generations": 1}}, True),
     ],
 )
@@ -78,6 +80,10 @@ def test_text_is_needed_where_something_is_measured_on_it(settings: dict[str, ob
     ("settings", "share"),
     [
         ({}, 0.0),
+        ({"allocation": "global"}, 0.0),
+        ({"allocation": "optimal"}, None),
+        ({"allocation": "optimal", "damage": "gated"}, 0.0),
+        ({"allocation": "optimal", "damage": "scores"}, 0.0),
         ({"split": "2:8"}, 0.2),
         ({"split": "free"}, None),
         ({"kv_rate": 0.3}, None),
@@ -85,7 +91,9 @@ def test_text_is_needed_where_something_is_measured_on_it(settings: dict[str, ob
         ({"granularity": "query", "split": "1:9"}, 0.1),
     ],
 )
-def test_attention_gives_nothing_unless_it_is_asked(settings: dict[str, object], share: float | None) -> None:
+def test_attention_gives_nothing_unless_repair_is_seen_or_it_is_asked(
+    settings: dict[str, object], share: float | None
+) -> None:
     assert PruningConfig(**settings).attention_share == share  # type: ignore[arg-type]
 
 

@@ -235,7 +235,7 @@ def test_optimal_on_measured_damage_sees_what_magnitude_does_not() -> None:
         return count_lost(prune(model, BATCHES, config)[0])
 
     assert lose()[1] == 0
-    assert lose(damage_levels=4)[1] >= 30
+    assert lose(damage="gated", damage_levels=4)[1] >= 30
 
 
 @pytest.mark.parametrize("levels", [2, 3, 5, 50])
@@ -249,7 +249,9 @@ def test_damage_is_measured_at_so_many_removals_of_which_none_is_zero(
         return measure_damage_curves(model, blocks, scores, removals, batches)
 
     monkeypatch.setattr("gqaprune.planning.counts.measure_damage_curves", measure)
-    prune(make_model("llama"), BATCHES, make_plain(rate=0.2, allocation="optimal", damage_levels=levels))
+    prune(
+        make_model("llama"), BATCHES, make_plain(rate=0.2, allocation="optimal", damage="gated", damage_levels=levels)
+    )
     for key, removals in asked[0].items():
         most = 19 if key.kind == "mlp" else 1
         assert len(removals) == min(levels, most) and removals[-1] == most
@@ -281,7 +283,9 @@ def test_swaps_keep_a_kv_budget_and_frozen_layers() -> None:
     assert count_lost(plan)[1] == 0
 
 
-@pytest.mark.parametrize("settings", [{"allocation": "optimal", "damage_levels": 3}, {"swaps": {"generations": 2}}])
+@pytest.mark.parametrize(
+    "settings", [{"allocation": "optimal", "damage": "gated", "damage_levels": 3}, {"swaps": {"generations": 2}}]
+)
 def test_damage_is_measured_of_query_heads_too(settings: dict[str, Any]) -> None:
     model = make_model("llama", kv_heads=2, ratio=4, channels=40)
     before = sum(count_layer_parameters(model))

@@ -29,8 +29,13 @@ def test_only_whole_groups_take_kv_heads_with_them() -> None:
 
 def test_without_ranges_the_ends_of_the_model_stay_whole() -> None:
     model = make_model("llama", layers=14)
-    layers = {block.key.layer for block in select_blocks(model, PruningConfig())}
-    assert layers == set(range(2, 13))
+    for config, attention in (
+        (PruningConfig(allocation="optimal"), range(14)),
+        (PruningConfig(split="free"), range(2, 13)),
+    ):
+        keys = [block.key for block in select_blocks(model, config)]
+        assert [key.layer for key in keys if key.kind == "mlp"] == list(range(2, 13))
+        assert [key.layer for key in keys if key.kind == "attention"] == list(attention)
     whole = {"limits": {"attention_layers": (0, 14), "mlp_layers": (0, 14)}}
     assert len(select_blocks(model, PruningConfig(**whole, split="free"))) == 28
 

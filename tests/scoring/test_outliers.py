@@ -12,7 +12,7 @@ from gqaprune.plan import BlockKey
 from gqaprune.reporting.report import Report
 from gqaprune.scoring.outliers import OUTLIER_RATIO, find_outliers, protect_units
 
-from tiny import make_model, make_tokens
+from tiny import make_model, make_plain, make_tokens
 
 BATCHES = [make_tokens(2, 16), make_tokens(1, 16, seed=1)]
 MLP = BlockKey(1, "mlp")
@@ -92,5 +92,5 @@ def test_pruning_keeps_the_carrier_whatever_its_score_and_says_so(protects: bool
 
 
 def test_without_text_nothing_is_looked_at() -> None:
-    config = PruningConfig(rate=0.3, criterion="l1", limits={"mlp_layers": (0, 3)}, repair={"method": "none"})
+    config = make_plain(rate=0.3, criterion="l1", split="0:10", limits={"mlp_layers": (0, 3)})
     assert prune(make_massive(), [], config)[1].outliers == []

@@ -20,8 +20,8 @@ from gqaprune.callbacks import CheckpointExport, TaylorPruning
 from gqaprune.data.sampling import sample_from_model
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import count_parameters
+from gqaprune.models.soft_targets import measure_divergence
 from gqaprune.module import CausalLMModule
-from gqaprune.training.distillation import measure_divergence
 from gqaprune.training.recovery import MODES, RecoveryConfig
 
 from tiny import PLAIN, make_tokenizer, make_tokens

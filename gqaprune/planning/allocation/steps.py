@@ -42,6 +42,7 @@ def spend_share(
     allocate: Callable[[Sequence[BlockBudget], Budget], Removed],
     share: float,
     last: Spending | None = None,
+    allocate_part: Callable[[Sequence[BlockBudget], Budget], Removed] = allocate_global,
 ) -> Spending:
     """Choose what is gone once a share of the budget is spent: of all that the allocation removes, the least important.
 
@@ -54,6 +55,7 @@ def spend_share(
         allocate: allocation of the whole budget.
         share: part of what goes in all, over 0 to 1; less than 1 is met from below.
         last: where the cut before left off.
+        allocate_part: chooses the least important of what goes in all.
 
     Raises:
         ValueError: if the budget cannot be met, in the first step only.
@@ -72,5 +74,5 @@ def spend_share(
     limited = [replace(block, min_kept=block.units - in_all[block.key]) for block in blocks]
     total = sum(in_all[block.key] * block.unit_parameters for block in blocks)
     part = Budget(share, base_parameters=total, layer_parameters=budget.layer_parameters)
-    so_far = allocate_global(limited, part)
+    so_far = allocate_part(limited, part)
     return Spending({key: max(count, gone[key]) for key, count in so_far.items()}, in_all)

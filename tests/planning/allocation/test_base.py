@@ -59,7 +59,7 @@ def test_entered_allocation_says_what_goes(halves: Halves) -> None:
 
 def test_entered_allocation_gets_what_its_flags_ask_for(halves: Halves) -> None:
     weighed = PruningConfig(**{**SETTINGS, "allocation": "weighed halves"})
-    measured = PruningConfig(**{**SETTINGS, "allocation": "measured halves", "damage_levels": 3})
+    measured = PruningConfig(**{**SETTINGS, "allocation": "measured halves", "damage": "gated", "damage_levels": 3})
     assert weighed.uses_importance and not weighed.uses_damage_curves
     assert measured.uses_damage_curves and not measured.uses_importance
     prune(make_model("llama"), BATCHES, weighed)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from gqaprune.training.distillation import measure_distance, measure_divergence, measure_divergence_from_top
-from gqaprune.training.teacher import Predictions
+from gqaprune.models.soft_targets import Predictions, measure_distance, measure_divergence, measure_divergence_from_top
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

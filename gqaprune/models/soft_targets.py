@@ -1,4 +1,4 @@
-"""Distillation losses: how far a student's predictions and hidden states are from its teacher's.
+"""Soft targets: a teacher's likeliest next tokens, and how far a student's predictions and hidden states are off.
 
 Sources: soft targets with a temperature, Hinton et al. 2015 (arXiv 1503.02531); hidden states, Minitron (arXiv
 2407.14679).
@@ -11,15 +11,49 @@ Axes in tensor names: B samples, T tokens, N tokens of all samples, V vocabulary
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from gqaprune.models.losses import attach_slope, cut_logits
-from gqaprune.training.teacher import Predictions
 
 _LEAST = -30.0
 """Log-probability that the rest has at least, where the likeliest tokens are all there are."""
+
+
+class Predictions(NamedTuple):
+    """A teacher's likeliest next tokens.
+
+    Args:
+        log_probability_BTK: of the softened distribution, nats.
+        token_BTK: their ids.
+    """
+
+    log_probability_BTK: Tensor
+    token_BTK: Tensor
+
+
+@torch.inference_mode()
+def predict_likeliest(
+    teacher: PreTrainedModel, ids_BT: Tensor, top_k: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The likeliest next tokens for every position but the last, on the CPU.
+
+    Args:
+        teacher: the causal LM, in eval mode.
+        ids_BT: token ids, on its device.
+        top_k: how many.
+        temperature: divides the logits first.
+
+    Returns:
+        Log-probabilities, float32, and tokens, `[batch, tokens - 1, k]`.
+    """
+    logits_BTV = teacher(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+    values_BTK, token_BTK = logits_BTV.float().topk(top_k)
+    total_BT1 = torch.stack([(row.float() / temperature).logsumexp(-1, keepdim=True) for row in logits_BTV])
+    return (values_BTK / temperature - total_BT1).cpu(), token_BTK.cpu()
 
 
 def measure_divergence(student_BTV: Tensor, teacher_BTV: Tensor, temperature: float = 1.0) -> Tensor:

@@ -1,0 +1,252 @@
+"""The last step of repair: a short training of the decoder towards the predictions that the dense model made.
+
+Least squares and refinement work block by block; here every weight of the decoder layers moves together, by the
+divergence from the dense model's next-token distributions on calibration text. Labels take no part. What the dense
+model predicts is noted before the first cut: its likeliest tokens, so that it need not stay. The weights before are
+kept where the new ones are no better on held-out windows.
+
+Source: soft targets, Hinton et al. 2015 (arXiv 1503.02531).
+
+Axes in tensor names: B samples, T tokens, K likeliest tokens.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gqaprune.common.console import console, track
+from gqaprune.common.distributed import add_across_ranks, get_rank_and_world_size, is_true_anywhere, sum_across_ranks
+from gqaprune.common.stage_cache import StageCache, StageResult
+from gqaprune.models.architecture import count_layer_parameters, get_layers
+from gqaprune.models.gates import freeze_parameters
+from gqaprune.models.soft_targets import Predictions, measure_divergence_from_top, predict_likeliest
+from gqaprune.placement.layer_store import find_store
+from gqaprune.surgery.products import multiply_in
+from gqaprune.surgery.refinement import count_free_bytes
+from gqaprune.surgery.repair_config import RepairConfig
+
+TOP_K = 64
+"""Likeliest tokens that are noted of every prediction."""
+TRAINING_BYTES = 16
+"""Of a parameter of the decoder in training: float32 weight, gradient and two moments."""
+_PASSES = 3
+"""Over the text at most."""
+_STEP_WINDOWS = 2
+"""Windows per step of AdamW, all ranks together, where there are not more ranks."""
+_WARM_UP = 0.05
+"""Share of the steps."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What the last step did.
+
+    Args:
+        tokens: trained on, passes counted.
+        divergence_before: KL(dense ‖ pruned) on held-out windows, nats per token, as the blocks were repaired.
+        divergence_after: the same as trained; where it is no less, the weights stayed as they were.
+    """
+
+    tokens: int
+    divergence_before: float
+    divergence_after: float
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the trained weights were kept."""
+        return self.divergence_after < self.divergence_before
+
+    def describe(self) -> str:
+        """What it did, in a sentence."""
+        change = f"{self.divergence_before:.4f} → {self.divergence_after:.4f} nats per token on held-out windows"
+        kept = "" if self.is_kept else "; the weights before it are kept"
+        return f"distillation: {self.tokens:,} tokens, divergence from the dense model {change}{kept}"
+
+
+def split_windows(batches: Sequence[Tensor], held_out: set[int]) -> tuple[Tensor, Tensor]:
+    """Windows to train on and windows to judge on, `[windows, tokens]`; of a single batch both are the same.
+
+    Windows of another length than the first are left out.
+    """
+    length = batches[0].shape[1]
+    own = {index: batch for index, batch in enumerate(batches) if batch.shape[1] == length}
+    judged = [batch for index, batch in own.items() if index in held_out] or [batches[0]]
+    trained = [batch for index, batch in own.items() if index not in held_out] or judged
+    return torch.cat(trained), torch.cat(judged)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What the dense model predicted, on the CPU.
+
+    Args:
+        trained_BT: windows to train on.
+        judged_BT: windows to judge on.
+        taught: predictions for both, the former first: log-probabilities in float16 and tokens in int32, each
+            `[windows, tokens - 1, K]`.
+    """
+
+    trained_BT: Tensor
+    judged_BT: Tensor
+    taught: Predictions
+
+    @property
+    def windows_BT(self) -> Tensor:
+        """All windows, in the order of the predictions."""
+        return torch.cat([self.trained_BT, self.judged_BT])
+
+
+def can_distill(model: PreTrainedModel, config: RepairConfig, stages: StageCache) -> bool:
+    """Whether the decoder is to be trained, and can be: decided once for a run; why not is said.
+
+    Args:
+        model: the dense causal LM, where it will be trained.
+        config: of repair.
+        stages: of the run, where the decision is kept.
+    """
+    if not config.distills:
+        return False
+    needed = TRAINING_BYTES * sum(count_layer_parameters(model))
+
+    def decide() -> StageResult:
+        if not find_store(model).is_in_memory:
+            return StageResult("layers are not in memory")
+        free = count_free_bytes(model.device)
+        lacks = is_true_anywhere(needed > free, model.device)
+        return StageResult(f"it needs {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free" if lacks else "")
+
+    reason: str = stages.recall("room for distillation", {"device": model.device.type}, decide).facts
+    if reason and get_rank_and_world_size()[0] == 0:
+        console.print(f"repair: no distillation, for {reason}; pruning.repair.distill_tokens 0 leaves it out")
+    return not reason
+
+
+def note_lessons(model: PreTrainedModel, trained_BT: Tensor, judged_BT: Tensor, stages: StageCache) -> Lessons:
+    """Note the dense model's likeliest next tokens.
+
+    Args:
+        model: the dense causal LM.
+        trained_BT: windows to train on.
+        judged_BT: windows to judge on.
+        stages: of the dense model and its text.
+    """
+
+    def do() -> StageResult:
+        return StageResult(tensors=_note_predictions(model, torch.cat([trained_BT, judged_BT]))._asdict())
+
+    stage = stages.recall("predictions of the dense model", {"windows": [len(trained_BT), len(judged_BT)]}, do)
+    return Lessons(trained_BT, judged_BT, Predictions(**stage.tensors))
+
+
+def _note_predictions(model: PreTrainedModel, windows_BT: Tensor) -> Predictions:
+    """All ranks' predictions, each rank having made its own."""
+    rank, world_size = get_rank_and_world_size()
+    top_k = min(TOP_K, model.get_input_embeddings().weight.shape[0])
+    shape = (len(windows_BT), windows_BT.shape[1] - 1, top_k)
+    noted = Predictions(torch.zeros(shape, dtype=torch.float16), torch.zeros(shape, dtype=torch.int32))
+    with freeze_parameters(model):
+        for index in track(range(rank, len(windows_BT), world_size), "predictions of the dense model", "windows"):
+            window_1T = windows_BT[index : index + 1].to(model.device)
+            for store, value in zip(noted, predict_likeliest(model, window_1T, top_k), strict=True):
+                store[index] = value[0].to(store)
+    add_across_ranks(noted, model.device)
+    return noted
+
+
+def distill(model: PreTrainedModel, lessons: Lessons, config: RepairConfig, seed: int) -> Distillation:
+    """Train a model's decoder layers towards noted predictions, in place; every rank ends with the same weights.
+
+    Args:
+        model: the pruned and repaired causal LM, whole on every rank.
+        lessons: what the dense model predicted.
+        config: how long, how fast and in which products.
+        seed: of the order of the windows.
+
+    Raises:
+        ValueError: if the loss is not finite.
+    """
+    layers, trained = get_layers(model), len(lessons.trained_BT)
+    judged = range(trained, len(lessons.windows_BT))
+    before = _measure(model, lessons, judged, config)
+    kept = {name: value.detach().cpu().clone() for name, value in layers.state_dict().items()}
+    types = {name: parameter.dtype for name, parameter in layers.named_parameters()}
+    required = {name: parameter.requires_grad for name, parameter in layers.named_parameters()}
+    with freeze_parameters(model), torch.enable_grad():
+        layers.float().requires_grad_(True)
+        try:
+            tokens = _train(model, layers, lessons, config, seed)
+        finally:
+            for name, parameter in layers.named_parameters():
+                parameter.requires_grad_(False).data = parameter.data.to(types[name])
+                parameter.grad = None
+    for name, parameter in layers.named_parameters():
+        parameter.requires_grad_(required[name])
+    after = _measure(model, lessons, judged, config)
+    if not after < before:
+        layers.load_state_dict(kept)
+    return Distillation(tokens, before, after)
+
+
+def _train(model: PreTrainedModel, layers: nn.Module, lessons: Lessons, config: RepairConfig, seed: int) -> int:
+    """AdamW over the windows in passes; at every step each rank takes its own, and gradients are added over ranks."""
+    rank, world_size = get_rank_and_world_size()
+    parameters = list(layers.parameters())
+    adam = torch.optim.AdamW(parameters, config.distill_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    per_step = max(_STEP_WINDOWS, world_size)
+    count, length = lessons.trained_BT.shape
+    drawn = list(_draw(count, min(_PASSES * count, max(per_step, config.distill_tokens // length)), seed))
+    steps = math.ceil(len(drawn) / per_step)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda step: min(1.0, (step + 1) / (_WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    for step in track(range(steps), "repair: distillation", f"x {per_step} windows"):
+        chosen = drawn[step * per_step : (step + 1) * per_step]
+        for index in chosen[rank::world_size]:
+            loss = _diverge(model, lessons, index, config) / len(chosen)
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"the divergence from the dense model is not finite at step {step} of distillation: lower "
+                    "repair.distill_learning_rate, or set repair.distill_tokens to 0"
+                )
+            loss.backward()
+        for parameter in parameters:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = sum_across_ranks({"gradient": gradient})["gradient"]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step()
+        adam.zero_grad()
+        schedule.step()
+    return len(drawn) * length
+
+
+def _draw(count: int, drawn: int, seed: int) -> Iterator[int]:
+    """Places of so many windows, each once before any is drawn again."""
+    generator = torch.Generator().manual_seed(seed)
+    while drawn > 0:
+        order = torch.randperm(count, generator=generator).tolist()[:drawn]
+        yield from order
+        drawn -= len(order)
+
+
+def _diverge(model: PreTrainedModel, lessons: Lessons, index: int, config: RepairConfig) -> Tensor:
+    """Divergence from what was predicted for a window, mean over its tokens."""
+    device, embedding = model.device, model.get_input_embeddings().weight
+    products = "bfloat16" if embedding.dtype == torch.bfloat16 else config.products
+    with multiply_in(products, device):
+        logits_1TV = model(input_ids=lessons.windows_BT[index, None].to(device), use_cache=False).logits[:, :-1]
+    log_probability, token = (part[index, None].to(device) for part in lessons.taught)
+    return measure_divergence_from_top(logits_1TV, Predictions(log_probability.float(), token.long()))
+
+
+@torch.no_grad()
+def _measure(model: PreTrainedModel, lessons: Lessons, windows: Sequence[int], config: RepairConfig) -> float:
+    """Mean divergence over windows, all ranks' together."""
+    rank, world_size = get_rank_and_world_size()
+    with freeze_parameters(model):
+        own = [_diverge(model, lessons, index, config).double() for index in windows[rank::world_size]]
+    total = torch.stack([*own, torch.zeros((), dtype=torch.float64, device=model.device)]).sum()
+    return float(sum_across_ranks({"total": total})["total"]) / len(windows)
