@@ -65,6 +65,7 @@ from gqaprune.training.lightning_internals import (
     get_parallel_sizes,
     get_setting,
     get_subcommand_parsers,
+    reserve_version,
     set_data_parallel_size,
 )
 from gqaprune.training.resume import FoundRun, find_run, is_whole, read_plan, read_strategy
@@ -163,6 +164,7 @@ class PruningCLI(LightningCLI):
 
     def __init__(self, log: RunLog | None = None, **kwargs: Any) -> None:
         self._log = log
+        self._numbered: TensorBoardLogger | None = None
         super().__init__(
             CausalLMModule,
             TextDataModule,
@@ -257,6 +259,7 @@ class PruningCLI(LightningCLI):
         if settings.logger in (None, True):
             root, version = settings.default_root_dir or ".", self._folder.name if self._folder else None
             kwargs["logger"] = TensorBoardLogger(root, version=version, default_hp_metric=False)
+            self._numbered = kwargs["logger"] if version is None else None
         if self.subcommand == "predict":
             kwargs["use_distributed_sampler"] = False  # every rank writes every text: models split over them need it
         try:
@@ -285,6 +288,8 @@ class PruningCLI(LightningCLI):
                 "trainer.default_root_dir to another folder, or leave trainer.logger out, which numbers its runs"
             )
         if self._log is not None and self.trainer.is_global_zero:
+            if self._numbered is not None:
+                reserve_version(self._numbered)
             self._log.open(get_run_folder(self.trainer))
 
     def search(self, **kwargs: Any) -> None:

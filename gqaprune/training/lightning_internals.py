@@ -11,11 +11,13 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.loggers import TensorBoardLogger
     from lightning.pytorch.strategies import ModelParallelStrategy
     from torch.optim import Optimizer
 
@@ -54,6 +56,16 @@ def describe_subcommands(cli: LightningCLI, descriptions: Mapping[str, str]) -> 
 def get_setting(cli: LightningCLI, name: str) -> Any:
     """A setting of the command that a CLI runs, with classes built where it names some."""
     return cli._get(cli.config_init, name)
+
+
+def reserve_version(logger: TensorBoardLogger) -> None:
+    """Make the folder of a logger that numbers its runs, with the next number that no other run has taken since."""
+    while True:
+        try:
+            Path(logger.log_dir).mkdir(parents=True)
+            return
+        except FileExistsError:
+            logger._version = int(logger.version) + 1
 
 
 def unwrap_factory(factory: Callable[..., T]) -> Callable[..., T]:

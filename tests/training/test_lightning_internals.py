@@ -13,6 +13,7 @@ from lightning.fabric.utilities import load
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy, fsdp, model_parallel
 from torch.utils.data import DataLoader
@@ -33,6 +34,7 @@ from gqaprune.training.lightning_internals import (
     get_subcommand_parsers,
     go_back_by_batches,
     read_epoch,
+    reserve_version,
     set_data_parallel_size,
     set_validation_interval,
     unscales_gradients,
@@ -242,3 +244,12 @@ def test_factories_of_a_parser_become_plain_ones() -> None:
     plain = unwrap_factory(factory)
     assert plain.func is torch.optim.SGD and plain.keywords["lr"] == 0.5  # type: ignore[attr-defined]
     assert unwrap_factory(torch.optim.SGD) is torch.optim.SGD
+
+
+def test_runs_that_begin_at_once_number_their_folders_apart(tmp_path: Path) -> None:
+    loggers = [TensorBoardLogger(tmp_path) for _ in range(3)]
+    assert {logger.log_dir for logger in loggers} == {loggers[0].log_dir}
+    for logger in loggers:
+        reserve_version(logger)
+    assert [Path(logger.log_dir).name for logger in loggers] == ["version_0", "version_1", "version_2"]
+    assert all(Path(logger.log_dir).is_dir() for logger in loggers)
