@@ -22,6 +22,8 @@ from gqaprune.surgery.distillation import Distillation
 from gqaprune.surgery.repair import BlockRepair
 
 REPORT_FILE = "report.json"
+CONTEXTS = (8_192, 32_768)
+"""Tokens for which the size of the KV cache is shown."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,7 @@ def list_rows(report: Report) -> list[tuple[str, list[str]]]:
         ("decoder parameters", "decoder_parameters", 1e6, "{:,.2f} M"),
         ("weights", "weight_bytes", 1e6, "{:,.1f} MB"),
         ("KV-cache bytes/token", "kv_cache_bytes_per_token", 1, "{:,.0f}"),
+        *((f"KV cache, {n:,} tokens", "kv_cache_bytes_per_token", 1e6 / n, "{:,.1f} MB") for n in CONTEXTS),
     ):
         counts = [getattr(stage, name) for stage in report.stages]
         rows.append((label, [pattern.format(n / divisor) + show_change(n, counts[0]) for n in counts]))

@@ -127,6 +127,8 @@ def test_table_gives_counts_with_their_change_in_percent() -> None:
     assert find_row(lines, "decoder parameters") == ["106.20 M", "84.96 M (-20.0%)", "84.96 M (-20.0%)"]
     assert find_row(lines, "weights") == ["269.0 MB", "226.5 MB (-15.8%)", "226.5 MB (-15.8%)"]
     assert find_row(lines, "KV-cache bytes/token") == ["46,080", "30,720 (-33.3%)", "30,720 (-33.3%)"]
+    assert find_row(lines, "KV cache, 8,192 tokens") == ["377.5 MB", "251.7 MB (-33.3%)", "251.7 MB (-33.3%)"]
+    assert find_row(lines, "KV cache, 32,768 tokens")[0] == "1,509.9 MB"
 
 
 def test_table_says_what_was_asked_what_was_reached_and_how_it_was_measured() -> None:
