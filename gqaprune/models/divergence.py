@@ -27,7 +27,8 @@ def measure_divergences(
     Args:
         model: with the head that all of them have.
         dense: output of the dense model's last decoder layer.
-        copies: name of a change, the same on every rank -> what it made of each of these, `[batch, tokens, width]`.
+        copies: name of a change, the same on every rank -> what it made of each of these, `[batch, tokens, width]`, on
+            any device.
 
     Raises:
         ValueError: if one is not finite, with the name.
@@ -39,7 +40,7 @@ def measure_divergences(
         for sample in range(len(stream.hidden_BTD)):
             dense_TV = _predict(model, stream.hidden_BTD[sample : sample + 1])
             for name, hidden in copies.items():
-                other_TV = _predict(model, hidden[index][sample : sample + 1])
+                other_TV = _predict(model, hidden[index][sample : sample + 1].to(device))
                 divergence_T = functional.kl_div(other_TV, dense_TV, log_target=True, reduction="none").sum(-1)
                 sums[str(name)] += divergence_T.sum(dtype=torch.float64)
     total = sum_across_ranks({**sums, "tokens": torch.tensor(float(count), dtype=torch.float64, device=device)})

@@ -10,7 +10,7 @@ two runs. Axes in tensor names: B samples, T tokens, D hidden width, N tokens of
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -57,6 +57,12 @@ def embed_batches(model: PreTrainedModel, batches: Sequence[Tensor]) -> list[Str
 def run_layer(model: PreTrainedModel, index: int, stream: Stream) -> Tensor:
     """Output of decoder layer `index` on a stream's hidden states, `[batch, tokens, width]`; the stream stays."""
     return _get_hidden(get_layers(model)[index](stream.hidden_BTD, **stream.arguments[index]))
+
+
+def run_copy(model: PreTrainedModel, index: int, stream: Stream, hidden_BTD: Tensor) -> Tensor:
+    """The same on other hidden states, from any device; the output is in the host's memory."""
+    own = replace(stream, hidden_BTD=hidden_BTD.to(stream.hidden_BTD.device))
+    return run_layer(model, index, own).cpu()
 
 
 @contextmanager

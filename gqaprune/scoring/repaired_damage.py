@@ -6,7 +6,7 @@ attention go in the order in which the error of the refitted block grows least. 
 units, and a power of the number between and beyond.
 
 The decoder is passed once, one layer in memory at a time, by calibration text and, for every block and number, by a
-copy of some held-out text. No model is cut and none is rebuilt.
+copy of some held-out text, which waits in the host's memory. No model is cut and none is rebuilt.
 
 Axes in tensor names: B samples, T tokens, N tokens of all samples, D hidden width, C columns of an output projection,
 U units.
@@ -15,7 +15,7 @@ U units.
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from gqaprune.models.architecture import Block, get_layers
 from gqaprune.models.divergence import measure_divergences
 from gqaprune.models.families import get_family
 from gqaprune.models.gates import freeze_parameters
-from gqaprune.models.layerwise import Stream, embed_batches, run_layer, watch_inputs
+from gqaprune.models.layerwise import Stream, embed_batches, run_copy, run_layer, watch_inputs
 from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import BlockKey
 from gqaprune.scoring.criteria.base import Scores
@@ -164,8 +164,8 @@ def measure_repaired_damage(
         layers = track(range(len(get_layers(model))), "damage after repair", "layers")
         for layer in find_store(model).hold_each(layers):
             for hidden in copies.values():
-                for index, hidden_BTD in enumerate(hidden):
-                    hidden[index] = run_layer(model, layer, replace(dense[index], hidden_BTD=hidden_BTD))
+                for index, stream in enumerate(dense):
+                    hidden[index] = run_copy(model, layer, stream, hidden[index])
             own = of_layer.get(layer, [])
             grams = _measure_grams(model, layer, own, scores, streams if layer <= max(of_layer, default=-1) else ())
             judged_grams = _measure_grams(
@@ -278,14 +278,14 @@ def _find_lost(
 
 
 def _run_without(model: PreTrainedModel, block: Block, loss_DC: Tensor, streams: Sequence[Stream]) -> list[Tensor]:
-    """Output of the block's layer for each stream if the block loses something."""
+    """Output of the block's layer for each stream, in the host's memory, if the block loses something."""
 
     def lose(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output - nn.functional.linear(inputs[0], loss_DC)
 
     handle = block.output.register_forward_hook(lose)
     try:
-        return [run_layer(model, block.key.layer, stream) for stream in streams]
+        return [run_layer(model, block.key.layer, stream).cpu() for stream in streams]
     finally:
         handle.remove()
 

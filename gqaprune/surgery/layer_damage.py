@@ -5,13 +5,12 @@ as it is now, and each later one before its cut. No dense model is kept.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.models.divergence import measure_divergences
-from gqaprune.models.layerwise import embed_batches, run_layer
+from gqaprune.models.layerwise import embed_batches, run_copy, run_layer
 
 
 class LayerDamageMeter:
@@ -31,8 +30,8 @@ class LayerDamageMeter:
     def run_whole(self, layer: int) -> None:
         """Run all copies through a layer that is still whole."""
         for hidden in self._copies.values():
-            for stream, index in zip(self._dense, range(len(hidden)), strict=True):
-                hidden[index] = run_layer(self._model, layer, replace(stream, hidden_BTD=hidden[index]))
+            for index, stream in enumerate(self._dense):
+                hidden[index] = run_copy(self._model, layer, stream, hidden[index])
         self._inputs_BTD = [stream.hidden_BTD for stream in self._dense]
         for stream in self._dense:
             stream.hidden_BTD = run_layer(self._model, layer, stream)
@@ -40,7 +39,7 @@ class LayerDamageMeter:
     def run_repaired(self, layer: int) -> None:
         """Begin a copy with a layer as repair left it."""
         self._copies[layer] = [
-            run_layer(self._model, layer, replace(stream, hidden_BTD=input_BTD))
+            run_copy(self._model, layer, stream, input_BTD)
             for stream, input_BTD in zip(self._dense, self._inputs_BTD, strict=True)
         ]
 
