@@ -49,6 +49,9 @@ FLOOR = "floor: chosen and refitted on the tested windows"
 METHODS: dict[str, dict[str, Any]] = {
     FLOOR: {"repair": {"epochs": 0}},
     "default": {"calibration": MIXED},
+    "default, distilled": {"repair": {"distill_tokens": 49152}, "calibration": MIXED},
+    "optimal": {"allocation": "optimal", "calibration": MIXED},
+    "optimal, distilled": {"allocation": "optimal", "repair": {"distill_tokens": 49152}, "calibration": MIXED},
     "default, a third of attention in layers 15-29": {
         "split": "free",
         "limits": {"attention_layers": [15, 30]},

@@ -1,6 +1,7 @@
 """Cut weights as a plan says, and repair what is left: least squares, then refinement, layer by layer.
 
-May import placement and what stands below it. `cut.py` changes shapes, `repair.py` refits, `refinement.py` trains.
+May import placement and what stands below it. `cut.py` changes shapes, `repair.py` refits, `refinement.py` trains
+MLPs, `distillation.py` the whole decoder last; `removal.py` says beforehand what a refit cannot make up for.
 """
 
 from typing import NoReturn
