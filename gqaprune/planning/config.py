@@ -28,7 +28,7 @@ class PruningConfig(RenamedAttributes):
         split: attention : MLP shares of what is removed, such as `2:8` (in YAML in quotes), within one GQA group
             (with `uniform` one of every layer); `free` lets the allocation choose. Null means `free` where the
             allocation sees what units cost after repair, or `kv_rate` or `granularity: query` ask attention to give;
-            elsewhere channels alone, for scores overrate groups against channels or underrate them.
+            elsewhere channels alone, which cost least.
         granularity: what attention loses: `group` (whole GQA groups: KV heads with their query heads) or `query` (the
             same number of query heads from every group of a layer, at most all but one; every KV head stays, and so
             does the KV cache), for models with too few KV heads to remove.
@@ -41,13 +41,12 @@ class PruningConfig(RenamedAttributes):
             `inverse` (important layers lose less), `proportional` (important layers lose more) or `optimal` (least
             total damage under all limits at once).
         damage: what `optimal` counts as the damage of removing units from a block: `repaired` (the divergence from the
-            dense model when the block gives nothing, times the share of its output that least squares cannot make up
-            for), `gated` (the divergence with the units silenced, nothing repaired) or `scores` (the sum of their
-            scores). Ignored by other allocations.
+            dense model without them, the block's other units refitted by least squares), `gated` (the same with nothing
+            refitted) or `scores` (the sum of their scores). Ignored by other allocations.
         limits: what has to stay, and which layers may lose units.
         sensitivity: how the importance of layers is measured, and what follows from it.
-        damage_levels: removals of each block, evenly spread up to the most that may go, at which the damage is
-            measured, at least 2; with `repaired` attention is measured at all of them.
+        damage_levels: removals of each block, evenly spread up to the most that may go, at which `gated` measures, at
+            least 2.
         swaps: a search that moves removals between blocks after the allocation.
         steps: cuts in which the budget is spent, in equal parts; what is left is scored anew before each.
         repair: what makes up for the cut, on the calibration text.

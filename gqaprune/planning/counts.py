@@ -93,7 +93,7 @@ def measure_curves(
         return scores, replace(options, curves=_read_curves(stage.facts)), {}
     blocks = select_blocks(model, config)
     gone = {block.key: block.units - own.units // own.groups for block, own in zip(budgets, blocks, strict=True)}
-    most = {block.key: block.removable_counts()[-1] - gone[block.key] for block in budgets}
+    most = {block.key: max(0, block.removable_counts()[-1] - gone[block.key]) for block in budgets}
     levels = {block.key: choose_levels(block.units - gone[block.key], most[block.key]) for block in budgets}
 
     def measure() -> StageResult:
