@@ -152,7 +152,8 @@ def make_folder(folder: Path) -> None:
 
 def read_results(folder: Path) -> dict[str, Any]:
     """What a run has made: weights, plan, and what its report measured."""
-    (report,) = folder.glob("lightning_logs/version_*/report.json")
+    # A run that was stopped before its first step has a report, too, and the one after it a folder of its own.
+    *_, report = sorted(folder.glob("lightning_logs/version_*/report.json"))
     files = {path.name: path.read_bytes() for path in (folder / "out").iterdir() if path.suffix == ".safetensors"}
     plan = json.loads((folder / "out/plan.json").read_text())["layers"]  # the rest names the folder
     return files | {"plan": plan, "stages": json.loads(report.read_text())["stages"]}
