@@ -171,7 +171,7 @@ def sweep_rates(
         if export is not None:
             export(pruner.model, pruner.plan, folder / f"rate-{rate:g}")
         sweep.add(rate, pruner.report.stages[-1])
-        stages.forget("plan", "repair of", "perplexity, pruned")
+        stages.forget("plan", "repair of", "distillation", "perplexity, pruned")
     stages.clear()
     return sweep
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.common.console import console, track
 from gqaprune.common.distributed import add_across_ranks, get_rank_and_world_size, is_true_anywhere, sum_across_ranks
+from gqaprune.common.precision import multiply_exactly
 from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.models.architecture import count_layer_parameters, get_layers
 from gqaprune.models.gates import freeze_parameters
@@ -84,20 +85,14 @@ class Lessons:
     """What the dense model predicted, on the CPU.
 
     Args:
-        trained_BT: windows to train on.
-        judged_BT: windows to judge on.
-        taught: predictions for both, the former first: log-probabilities in float16 and tokens in int32, each
-            `[windows, tokens - 1, K]`.
+        windows_BT: windows to train on, then windows to judge on.
+        trained: how many are trained on.
+        taught: predictions for all: log-probabilities in float16 and tokens in int32, each `[windows, tokens - 1, K]`.
     """
 
-    trained_BT: Tensor
-    judged_BT: Tensor
+    windows_BT: Tensor
+    trained: int
     taught: Predictions
-
-    @property
-    def windows_BT(self) -> Tensor:
-        """All windows, in the order of the predictions."""
-        return torch.cat([self.trained_BT, self.judged_BT])
 
 
 def can_distill(model: PreTrainedModel, config: RepairConfig, stages: StageCache) -> bool:
@@ -125,6 +120,7 @@ def can_distill(model: PreTrainedModel, config: RepairConfig, stages: StageCache
     return not reason
 
 
+@multiply_exactly()
 def note_lessons(model: PreTrainedModel, trained_BT: Tensor, judged_BT: Tensor, stages: StageCache) -> Lessons:
     """Note the dense model's likeliest next tokens.
 
@@ -134,12 +130,13 @@ def note_lessons(model: PreTrainedModel, trained_BT: Tensor, judged_BT: Tensor, 
         judged_BT: windows to judge on.
         stages: of the dense model and its text.
     """
+    windows_BT = torch.cat([trained_BT, judged_BT])
 
     def do() -> StageResult:
-        return StageResult(tensors=_note_predictions(model, torch.cat([trained_BT, judged_BT]))._asdict())
+        return StageResult(tensors=_note_predictions(model, windows_BT)._asdict())
 
     stage = stages.recall("predictions of the dense model", {"windows": [len(trained_BT), len(judged_BT)]}, do)
-    return Lessons(trained_BT, judged_BT, Predictions(**stage.tensors))
+    return Lessons(windows_BT, len(trained_BT), Predictions(**stage.tensors))
 
 
 def _note_predictions(model: PreTrainedModel, windows_BT: Tensor) -> Predictions:
@@ -157,6 +154,7 @@ def _note_predictions(model: PreTrainedModel, windows_BT: Tensor) -> Predictions
     return noted
 
 
+@multiply_exactly()
 def distill(model: PreTrainedModel, lessons: Lessons, config: RepairConfig, seed: int) -> Distillation:
     """Train a model's decoder layers towards noted predictions, in place; every rank ends with the same weights.
 
@@ -169,8 +167,7 @@ def distill(model: PreTrainedModel, lessons: Lessons, config: RepairConfig, seed
     Raises:
         ValueError: if the loss is not finite.
     """
-    layers, trained = get_layers(model), len(lessons.trained_BT)
-    judged = range(trained, len(lessons.windows_BT))
+    layers, judged = get_layers(model), range(lessons.trained, len(lessons.windows_BT))
     before = _measure(model, lessons, judged, config)
     kept = {name: value.detach().cpu().clone() for name, value in layers.state_dict().items()}
     types = {name: parameter.dtype for name, parameter in layers.named_parameters()}
@@ -197,7 +194,7 @@ def _train(model: PreTrainedModel, layers: nn.Module, lessons: Lessons, config: 
     parameters = list(layers.parameters())
     adam = torch.optim.AdamW(parameters, config.distill_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     per_step = max(_STEP_WINDOWS, world_size)
-    count, length = lessons.trained_BT.shape
+    count, length = lessons.trained, lessons.windows_BT.shape[1]
     drawn = list(_draw(count, min(_PASSES * count, max(per_step, config.distill_tokens // length)), seed))
     steps = math.ceil(len(drawn) / per_step)
     schedule = torch.optim.lr_scheduler.LambdaLR(
