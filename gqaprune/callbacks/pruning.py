@@ -47,7 +47,8 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
     """Scores units on calibration micro-batches and cuts the model in `setup`; then schedules gradient accumulation.
 
     In calibration, gate gradients are accumulated over as many micro-batches as training accumulates in its
-    first epoch. In training it is the `GradientAccumulationScheduler` it inherits from, and with `recovery.rounds` of
+    first epoch. Just before, callbacks that have `on_before_pruning(trainer, pl_module)` see the dense model, and must
+    leave it as it is. In training it is the `GradientAccumulationScheduler` it inherits from, and with `recovery.rounds` of
     more than 1 it cuts again between steps, on single devices and DDP, where every rank holds the whole model. It only
     wires: the path is `gqaprune.pipeline`.
 
@@ -140,6 +141,9 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
             return
         self._pruner = self._start(module, data, model, self._open_stages(trainer), self.config)
         self._pruner.measure("dense")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if watch := getattr(callback, "on_before_pruning", None):
+                watch(trainer, module)
         try:
             self._pruner.spend(1 / module.recovery.rounds if trainer.limit_train_batches != 0 else 1.0)
         finally:  # what was cut is known, even where it cannot be measured

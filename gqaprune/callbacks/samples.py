@@ -1,6 +1,6 @@
-"""Show in TensorBoard what the model makes of a few prompts, while it is trained."""
+"""Show in TensorBoard and on the run's page what the model makes of a few prompts: dense, and while it is trained."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -12,12 +12,17 @@ from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.generation import continue_greedily, split_continuation
 from gqaprune.models.wrapping import is_sharded
 from gqaprune.module import CausalLMModule
+from gqaprune.placement.layer_store import find_store
+
+
+DENSE = -1
+"""Stands for the step of the dense model, before all others."""
 
 
 class SampleGenerations(Callback):
     """Logs greedy continuations of `data.prompts` as text: before the first step, and at each validation.
 
-    Rank 0 writes them by itself. A model that a strategy has sharded cannot be run so: nothing is logged then, and that
+    Those of the dense model stand beside, where this run prunes it. Rank 0 writes them by itself. A model that a strategy has sharded cannot be run so: nothing is logged then, and that
     is said. A prompt that cannot be continued is left out, with a warning: it never ends a run.
 
     Args:
@@ -25,7 +30,7 @@ class SampleGenerations(Callback):
         max_new_tokens: tokens that are added to each at most.
 
     Attributes:
-        written: number of the prompt -> the prompt, and step -> text.
+        written: number of the prompt -> the prompt, and step -> text; the dense model's has the step `DENSE`.
 
     Raises:
         ValueError: if a number is out of its bounds.
@@ -44,10 +49,17 @@ class SampleGenerations(Callback):
         self.written: dict[int, tuple[str, dict[int, str]]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the prompts before any work."""
-        self.written = {}
+        """Read the prompts; forget what an earlier run wrote."""
+        # What has no step is of this run, whose pruning came first.
+        self.written = {number: own for number, own in self.written.items() if list(own[1]) == [DENSE]}
         if stage == "fit" and self.prompts and trainer.limit_train_batches != 0:
             get_parts(trainer, pl_module)[1].encode_prompts()
+
+    def on_before_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what the dense model makes of the prompts, which is shown beside all that follows."""
+        module, _ = get_parts(trainer, pl_module)
+        if trainer.limit_train_batches != 0 and find_store(module.model).is_in_memory:
+            self._write(trainer, pl_module, DENSE)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show where recovery starts from, or say that nothing can be shown."""
@@ -62,31 +74,46 @@ class SampleGenerations(Callback):
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._log(trainer, pl_module)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was written, for a run that goes on."""
+        return {"written": {number: (prompt, dict(texts)) for number, (prompt, texts) in self.written.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.written = {number: (prompt, dict(texts)) for number, (prompt, texts) in state_dict["written"].items()}
+
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for number in self._write(trainer, pl_module, trainer.global_step):
+            prompt, texts = self.written[number]
+            shown = [texts[step] for step in (DENSE, trainer.global_step) if step in texts]
+            for logger in get_tensorboards(trainer):
+                logger.experiment.add_text(f"samples/{number}", _format(prompt, *shown), trainer.global_step)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[int]:
+        """Continue the prompts as the model is now; return the numbers of those that could be."""
         module, data = get_parts(trainer, pl_module)
         if not self.prompts or not trainer.is_global_zero or is_sharded(module.model):
-            return
-        was_training = module.model.training
+            return []
+        done, was_training = [], module.model.training
         module.model.eval()
         try:
             for number, (prompt, batch) in enumerate(data.encode_prompts()[: self.prompts], 1):
                 with keep_going(f"sample {number}"):
                     answer = self._continue(trainer, module, data, batch["input_ids"])
-                    self.written.setdefault(number, (prompt.text, {}))[1][trainer.global_step] = answer
-                    text = _format(prompt.text, answer)
-                    for logger in get_tensorboards(trainer):
-                        logger.experiment.add_text(f"samples/{number}", text, trainer.global_step)
+                    self.written.setdefault(number, (prompt.text, {}))[1][step] = answer
+                    done.append(number)
         finally:
             module.model.train(was_training)
+        return done
 
     def _continue(self, trainer: Trainer, module: CausalLMModule, data: TextDataModule, ids_1T: Tensor) -> str:
         with trainer.precision_plugin.forward_context():
-            output = continue_greedily(module.model, ids_1T.to(module.device), self.max_new_tokens)
+            output = continue_greedily(module.model, ids_1T.to(module.model.device), self.max_new_tokens)
         tokens, _ = split_continuation(module.model, output, ids_1T.shape[1])
         return str(data.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def _format(prompt: str, answer: str) -> str:
-    """As Markdown that leaves both as they are: blocks of code."""
-    parts = ("\n".join(f"    {line}" for line in text.splitlines() or [""]) for text in (prompt, answer))
+def _format(prompt: str, *answers: str) -> str:
+    """As Markdown that leaves all as they are, blocks of code: the prompt, the dense model's answer, the answer."""
+    parts = ("\n".join(f"    {line}" for line in text.splitlines() or [""]) for text in (prompt, *answers))
     return "\n\n→\n\n".join(parts)

@@ -25,7 +25,7 @@ class Sample:
 
     Args:
         prompt: as it was given.
-        texts: step -> text.
+        texts: step -> text; below 0 the dense model's.
     """
 
     prompt: str

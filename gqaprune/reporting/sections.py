@@ -177,11 +177,11 @@ def describe_repair(report: Report | None) -> Facts | None:
 
 
 def describe_samples(samples: Sequence[tuple[str, Mapping[int, str]]]) -> Facts | None:
-    """Describe continuations in the course of training: pairs of a prompt and its texts, step -> text."""
+    """Describe continuations in the course of training: pairs of a prompt and its texts, step -> text, dense below 0."""
     prompts = [
         {
             "title": _on_one_line(prompt),
-            "quotes": [_quote(f"step {step:,}", text) for step, text in texts.items()],
+            "quotes": [_quote("dense" if step < 0 else f"step {step:,}", text) for step, text in texts.items()],
         }
         for prompt, texts in samples
     ]

@@ -20,7 +20,7 @@ from gqaprune.module import CausalLMModule
 PROMPTS = ["Once upon", "#1 <b>\nHello", "Never shown"]
 
 
-def train(folder: Path, out: Path, samples: SampleGenerations | None) -> CausalLMModule:
+def train(folder: Path, out: Path, samples: SampleGenerations | None, rate: float = 0.0) -> CausalLMModule:
     """Two epochs of two steps with a validation in each, after a sanity check."""
     data = TextDataModule(
         str(folder),
@@ -34,7 +34,7 @@ def train(folder: Path, out: Path, samples: SampleGenerations | None) -> CausalL
         accelerator="cpu",
         max_epochs=2,
         logger=TensorBoardLogger(out, version=0, default_hp_metric=False),
-        callbacks=[TaylorPruning(rate=0.0, criterion="l1"), *([] if samples is None else [samples])],
+        callbacks=[TaylorPruning(rate=rate, criterion="l1", repair={"method": "none"}), *([] if samples is None else [samples])],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -62,8 +62,8 @@ def continue_by_hand(model: Any, tokenizer: Any, prompt: str, count: int) -> str
     return str(tokenizer.decode(ids[0, size:], skip_special_tokens=True))
 
 
-def show(prompt: str, answer: str) -> str:
-    blocks = ("\n".join(f"    {line}" for line in text.splitlines() or [""]) for text in (prompt, answer))
+def show(*texts: str) -> str:
+    blocks = ("\n".join(f"    {line}" for line in text.splitlines() or [""]) for text in texts)
     return "\n\n→\n\n".join(blocks)
 
 
@@ -74,12 +74,24 @@ def test_continuations_are_logged_before_training_and_at_each_validation(
     texts = read_texts(tmp_path)
     assert set(texts) == {"samples/1/text_summary", "samples/2/text_summary"}
     for prompt, logged in zip(PROMPTS, texts.values(), strict=False):
+        dense = continue_by_hand(load_model(tiny_folder), tokenizer, prompt, 6)
         assert [step for step, _ in logged] == [0, 2, 4]
-        assert logged[0][1] == show(prompt, continue_by_hand(load_model(tiny_folder), tokenizer, prompt, 6))
-        assert logged[-1][1] == show(prompt, continue_by_hand(module.model.eval(), tokenizer, prompt, 6))
+        assert logged[0][1] == show(prompt, dense, dense)
+        assert logged[-1][1] == show(prompt, dense, continue_by_hand(module.model.eval(), tokenizer, prompt, 6))
     assert any(logged[0][1] != logged[-1][1] for logged in texts.values())
     for (prompt, kept), logged in zip(samples.written.values(), texts.values(), strict=True):
-        assert [(step, show(prompt, text)) for step, text in kept.items()] == logged
+        assert list(kept) == [-1, 0, 2, 4]
+        assert [(step, show(prompt, kept[-1], text)) for step, text in kept.items() if step >= 0] == logged
+
+
+def test_the_dense_models_answers_are_of_before_the_cut(tiny_folder: Path, tmp_path: Path, tokenizer: Any) -> None:
+    train(tiny_folder, tmp_path, samples := SampleGenerations(prompts=2, max_new_tokens=6), rate=0.4)
+    dense = [continue_by_hand(load_model(tiny_folder), tokenizer, prompt, 6) for prompt in PROMPTS[:2]]
+    assert [texts[-1] for _, texts in samples.written.values()] == dense
+    assert [texts[0] for _, texts in samples.written.values()] != dense
+    resumed = SampleGenerations()
+    resumed.load_state_dict(samples.state_dict())
+    assert resumed.written == samples.written
 
 
 def test_training_gives_the_same_weights_with_and_without_samples(tiny_folder: Path, tmp_path: Path) -> None:
@@ -127,7 +139,7 @@ def test_a_sample_that_fails_is_said_and_the_run_goes_on(
     module = train(tiny_folder, tmp_path, samples := SampleGenerations(prompts=1))
     assert module.trainer.global_step == 4 and module.model.training and not samples.written
     reason = str(error).split("\n")[0] or "IndexError"
-    assert capsys.readouterr().out.count(f"sample 1 is left out: {reason}\n") == 3
+    assert capsys.readouterr().out.count(f"sample 1 is left out: {reason}\n") == 4
 
 
 def test_samples_are_greedy_whatever_the_generation_config_asks(tiny_folder: Path, tmp_path: Path) -> None:
