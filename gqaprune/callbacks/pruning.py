@@ -48,7 +48,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
 
     In calibration, gate gradients are accumulated over as many micro-batches as training accumulates in its
     first epoch. Just before, callbacks that have `on_before_pruning(trainer, pl_module)` see the dense model, and must
-    leave it as it is. In training it is the `GradientAccumulationScheduler` it inherits from, and with `recovery.rounds` of
+    leave it as it is. In training it is the `GradientAccumulationScheduler` it inherits from; with `recovery.rounds` of
     more than 1 it cuts again between steps, on single devices and DDP, where every rank holds the whole model. It only
     wires: the path is `gqaprune.pipeline`.
 

@@ -14,7 +14,6 @@ from gqaprune.models.wrapping import is_sharded
 from gqaprune.module import CausalLMModule
 from gqaprune.placement.layer_store import find_store
 
-
 DENSE = -1
 """Stands for the step of the dense model, before all others."""
 
@@ -22,8 +21,8 @@ DENSE = -1
 class SampleGenerations(Callback):
     """Logs greedy continuations of `data.prompts` as text: before the first step, and at each validation.
 
-    Those of the dense model stand beside, where this run prunes it. Rank 0 writes them by itself. A model that a strategy has sharded cannot be run so: nothing is logged then, and that
-    is said. A prompt that cannot be continued is left out, with a warning: it never ends a run.
+    Those of the dense model stand beside, where this run prunes it. Rank 0 writes them by itself. A model that a
+    strategy has sharded cannot be run so: nothing is logged then, and that is said. A prompt that cannot be continued is left out, with a warning: it never ends a run.
 
     Args:
         prompts: so many of `data.prompts`, the first ones; 0 logs none.

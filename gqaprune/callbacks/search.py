@@ -1,7 +1,6 @@
 """Search the best split where pruning would be, and show what was found."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +15,6 @@ from gqaprune.common.atomic_files import check_can_be_folder
 from gqaprune.common.console import console
 from gqaprune.models.tokenizer import check_tokenizer
 from gqaprune.reporting.figures import save_figure
-from gqaprune.surgery.repair_config import RepairConfig
 
 
 class SplitSearch(Callback):
@@ -46,7 +44,7 @@ class SplitSearch(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Search on validation text; write the trials, their curve and the best split."""
         module, data = get_parts(trainer, pl_module)
-        config = replace(self.pruning.config, repair=RepairConfig("none"))
+        config = self.pruning.config
         if trainer.is_global_zero and (config.steps > 1 or config.swaps.generations):
             console.print("search tries single cuts: pruning.steps and pruning.swaps are ignored")
         if config.needs_text:

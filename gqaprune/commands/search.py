@@ -1,9 +1,11 @@
 """`search`: the split of attention and MLP at which a model loses least, for one budget.
 
-The dense model is scored once. Every split is then allocated and tried by gates on the dense model, which computes what
-surgery would leave: one perplexity each, on validation text, with nothing cut and nothing loaded again.
+The dense model is scored once. Every split is then allocated and tried, one perplexity each on validation text: on a
+copy that is cut and refitted by least squares, or, without repair, by gates on the dense model, which computes what the
+cut would leave.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +25,7 @@ from gqaprune.models.architecture import Block, read_geometry
 from gqaprune.models.gates import apply_gates
 from gqaprune.placement.model_hash import hash_model, hash_tensors
 from gqaprune.plan import BlockKey
-from gqaprune.planning.allocation import BlockBudget, Budget, parse_split
+from gqaprune.planning.allocation import BlockBudget, Budget, Removed, parse_split
 from gqaprune.planning.allocation.budget import UnreachableError, find_spared_kind
 from gqaprune.planning.config import FREE, PruningConfig
 from gqaprune.planning.counts import (
@@ -34,10 +36,11 @@ from gqaprune.planning.counts import (
 )
 from gqaprune.planning.groups import SwapsConfig
 from gqaprune.planning.preflight import check_reachable, check_text
-from gqaprune.planning.selection import budget_blocks, read_budget, score_blocks, select_blocks
+from gqaprune.planning.selection import budget_blocks, make_plan, read_budget, score_blocks, select_blocks
 from gqaprune.scoring.damage import make_gates
 from gqaprune.scoring.scores import Scores, check_finite_weights
 from gqaprune.surgery.compatibility import check_compatibility
+from gqaprune.surgery.repair import apply_plan_with_repair
 
 SEARCH_FILE = "search.json"
 FIGURE_FILE = "search.png"
@@ -124,8 +127,8 @@ def find_best_split(
 ) -> Trials:
     """Search the split at which pruning a dense model costs least perplexity; the model stays as it is.
 
-    What follows a single cut is not part of it: `steps` and `swaps` are ignored, and nothing is repaired or
-    trained. In a process group rank 0 writes.
+    Least squares are part of it, where `config.repair` has them, on a copy of the model. What follows them is not:
+    `steps`, `swaps` and both trainings of repair are ignored. In a process group rank 0 writes.
 
     Args:
         model: the dense causal LM, on the device to work on.
@@ -140,7 +143,8 @@ def find_best_split(
         ValueError: if there is nothing to search or to measure on, if the trials in the folder are of another search,
             or if the budget can be met with no split.
     """
-    config = replace(config, split=FREE, steps=1, swaps=SwapsConfig())
+    least_squares = replace(config.repair, epochs=0, distill_tokens=0)
+    config = replace(config, split=FREE, steps=1, swaps=SwapsConfig(), repair=least_squares)
     if config.kv_rate:
         raise ValueError(f"search chooses what attention gives, and so does kv_rate {config.kv_rate}: set it to 0")
     if not config.rate:
@@ -175,7 +179,7 @@ def find_best_split(
     trials = Trials(origin, path, writes=get_rank_and_world_size()[0] == 0)
     if not is_true_anywhere(not path.exists(), next(model.parameters()).device):
         trials.read()
-    search_split(GatedSplits(model, blocks, budget, config, calibration, validation), trials, settings)
+    search_split(SplitTrials(model, blocks, budget, config, calibration, validation), trials, settings)
     return trials
 
 
@@ -187,8 +191,8 @@ class _Choice(NamedTuple):
     allocate: BoundAllocation
 
 
-class GatedSplits:
-    """Perplexity of a dense model gated as pruning by a split would cut it; scored once, on the first call.
+class SplitTrials:
+    """Perplexity of what pruning by a split leaves of a dense model; scored once, on the first call.
 
     Args:
         model: the dense causal LM.
@@ -229,12 +233,22 @@ class GatedSplits:
         removed = allocate(budgets, replace(self.budget, attention_share=share))
         counts = tuple((key, count) for key, count in removed.items() if count)
         if counts not in self._measured:  # splits within one group of each other often come to the same units
-            blocks = [block for block in self.blocks if block.key in removed]
-            gates = make_gates(blocks, scores, removed, next(self.model.parameters()).device)
-            with apply_gates(blocks, gates):
-                perplexity = measure_perplexity(self.model, self.validation, f"split {split}")
+            measure = self._measure_repaired if self.config.repair.method != "none" else self._measure_gated
+            perplexity = measure(scores, removed, f"split {split}")
             self._measured[counts] = math.exp(sum(map(math.log, perplexity.values())) / len(perplexity))
         return self._measured[counts]
+
+    def _measure_gated(self, scores: Scores, removed: Removed, name: str) -> dict[str, float]:
+        blocks = [block for block in self.blocks if block.key in removed]
+        with apply_gates(blocks, make_gates(blocks, scores, removed, next(self.model.parameters()).device)):
+            return measure_perplexity(self.model, self.validation, name)
+
+    def _measure_repaired(self, scores: Scores, removed: Removed, name: str) -> dict[str, float]:
+        whole = dict.fromkeys((block.key for block in self.blocks), 0)
+        plan = make_plan(self.model, self.blocks, scores, whole | dict(removed), self.config)
+        cut = copy.deepcopy(self.model)
+        apply_plan_with_repair(cut, plan, self.calibration.batches, self.config.repair)
+        return measure_perplexity(cut, self.validation, name)
 
     @cached_property
     def _choice(self) -> _Choice:

@@ -177,7 +177,7 @@ def describe_repair(report: Report | None) -> Facts | None:
 
 
 def describe_samples(samples: Sequence[tuple[str, Mapping[int, str]]]) -> Facts | None:
-    """Describe continuations in the course of training: pairs of a prompt and its texts, step -> text, dense below 0."""
+    """Describe continuations in the course of training: a prompt and its texts each, step -> text, dense below 0."""
     prompts = [
         {
             "title": _on_one_line(prompt),

@@ -34,7 +34,10 @@ def train(folder: Path, out: Path, samples: SampleGenerations | None, rate: floa
         accelerator="cpu",
         max_epochs=2,
         logger=TensorBoardLogger(out, version=0, default_hp_metric=False),
-        callbacks=[TaylorPruning(rate=rate, criterion="l1", repair={"method": "none"}), *([] if samples is None else [samples])],
+        callbacks=[
+            TaylorPruning(rate=rate, criterion="l1", repair={"method": "none"}),
+            *([] if samples is None else [samples]),
+        ],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,

@@ -122,6 +122,8 @@ def test_setting_out_of_bounds_is_refused(settings: dict[str, Any], sentence: st
         {"allocation": "uniform", "sensitivity": {"method": "block_removal"}, "limits": {"frozen_layers": 1}},
         {"allocation": "uniform", "granularity": "query"},
         {"allocation": "optimal", "damage": "gated", "damage_levels": 3, "granularity": "query"},
+        {"allocation": "global", "repair": {"epochs": 0, "holdout": 0.3}},
+        {"allocation": "optimal", "damage": "repaired", "repair": {"epochs": 0, "holdout": 0.3}},
     ],
 )
 def test_every_trial_is_the_perplexity_that_pruning_by_its_split_leaves(
