@@ -80,7 +80,7 @@ DESCRIPTIONS = {
     "export": f"Write a model, pruned or dense, in another format: {', '.join(FORMATS)}; or in 8 bits.",
     "inspect": "Print what a model holds and the memory that work on it needs, from its config.",
     "search": "Find the split of attention and MLP (pruning.split) that costs the least perplexity on validation text. "
-    "The model is scored once; every split is cut and refitted on a copy: later steps, swaps and training are not seen.",
+    "It is scored once; every split is cut and refitted on a copy: later steps, swaps and training are not seen.",
     "sweep": "Prune a model at several rates (--rates 0.1,0.2,0.3), scored and measured once, to choose one: a table, "
     "a curve, and the checkpoint of each.",
 }

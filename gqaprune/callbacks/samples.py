@@ -22,7 +22,8 @@ class SampleGenerations(Callback):
     """Logs greedy continuations of `data.prompts` as text: before the first step, and at each validation.
 
     Those of the dense model stand beside, where this run prunes it. Rank 0 writes them by itself. A model that a
-    strategy has sharded cannot be run so: nothing is logged then, and that is said. A prompt that cannot be continued is left out, with a warning: it never ends a run.
+    strategy has sharded cannot be run so: nothing is logged then, and that is said. A prompt that cannot be continued
+    is left out, with a warning: it never ends a run.
 
     Args:
         prompts: so many of `data.prompts`, the first ones; 0 logs none.
