@@ -1,11 +1,13 @@
 """Named corpora and their splits, as lists of documents.
 
 A corpus is written `name`, `name@split` or a path: `wikitext2`, `ptb@validation`, `texts/*.jsonl`, `book.txt@train`.
+`embedded` and `stdlib` are texts that every Python carries.
 """
 
 import glob
 import inspect
 import json
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +68,9 @@ HUB: Mapping[str, HubDataset] = {
 """Corpora read through `datasets`, from the hub or its cache."""
 
 EMBEDDED = "embedded"
-"""The text that every Python carries: `pydoc_data.topics`, about 0.7 MB of English prose on the language."""
+"""A text that every Python carries: `pydoc_data.topics`, about 0.7 MB of English prose on the language."""
+STDLIB = "stdlib"
+"""Another, unlike it: the sources of the standard library's own modules, about 4 MB of code."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Corpus:
     """A corpus and one of its splits.
 
     Args:
-        name: a name in `HUB`, `embedded`, or a path or glob of txt, jsonl or parquet files.
+        name: a name in `HUB`, `embedded`, `stdlib`, or a path or glob of txt, jsonl or parquet files.
         split: `train`, `validation`, `test`, or `all` of a local file.
     """
 
@@ -87,7 +91,7 @@ class Corpus:
     @property
     def label(self) -> str:
         """Short name for logs: the corpus's name, or the stem of its path."""
-        return self.name if self.name == EMBEDDED or self.name in HUB else Path(self.name).stem.replace("*", "all")
+        return self.name if self.name in (*_LOCAL, *HUB) else Path(self.name).stem.replace("*", "all")
 
     def overlaps(self, other: "Corpus") -> bool:
         """Whether the two share text: a source in common and the same split, or the whole of it."""
@@ -107,8 +111,8 @@ def parse_corpus(text: str, default_split: str) -> Corpus:
     """
     name, at, split = text.rpartition("@")
     if not at:
-        name, split = text, default_split if text == EMBEDDED or text in HUB else "all"
-    if split not in SPLITS and (split != "all" or name == EMBEDDED or name in HUB):
+        name, split = text, default_split if text in (*_LOCAL, *HUB) else "all"
+    if split not in SPLITS and (split != "all" or name in (*_LOCAL, *HUB)):
         raise ValueError(
             f"corpus {text!r}: no split {split!r}; splits are {', '.join(SPLITS)}, and `all` for local files"
         )
@@ -120,14 +124,14 @@ def parse_corpus(text: str, default_split: str) -> Corpus:
 def read_corpus(corpus: Corpus) -> Iterable[str]:
     """The documents of a corpus, lazily where it is large.
 
-    Local files and the embedded text are cut into train (80 %), validation and test (10 % each) by position.
+    Local files and what every Python carries are cut into train (80 %), validation and test (10 % each) by position.
 
     Raises:
         ValueError: if there is no such corpus or file, it holds no text, or the hub cannot be reached.
     """
     if corpus.name in HUB:
         return _read_hub(corpus)
-    documents = _read_embedded() if corpus.name == EMBEDDED else _read_files(corpus.name)
+    documents = _LOCAL[corpus.name]() if corpus.name in _LOCAL else _read_files(corpus.name)
     if not any(document.strip() for document in documents):
         raise ValueError(f"corpus {corpus.name!r} holds no text")
     return documents if corpus.split == "all" else _take_share(documents, corpus.split)
@@ -163,10 +167,22 @@ def _read_embedded() -> list[str]:
     return [inspect.cleandoc(topics[name]) for name in sorted(topics)]
 
 
+def _read_stdlib() -> list[str]:
+    return [path.read_text(encoding="utf-8") for path in _find_stdlib()]
+
+
+def _find_stdlib() -> list[Path]:
+    return sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py"))
+
+
+_LOCAL: Mapping[str, Callable[[], list[str]]] = {EMBEDDED: _read_embedded, STDLIB: _read_stdlib}
+"""Corpora that need no hub."""
+
+
 def _read_files(pattern: str) -> list[str]:
     paths = _expand(pattern)
     if not paths:
-        known = ", ".join([*HUB, EMBEDDED])
+        known = ", ".join([*HUB, *_LOCAL])
         raise ValueError(f"no corpus or file {pattern!r}: named corpora are {known}; files are txt, jsonl or parquet")
     documents: list[str] = []
     for path in paths:
@@ -262,9 +278,9 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _sources(name: str) -> set[str]:
-    if name == EMBEDDED or name in HUB:
+    if name in (EMBEDDED, *HUB):
         return {name}
-    return {str(path.resolve()) for path in _expand(name)} or {name}
+    return {str(path.resolve()) for path in (_find_stdlib() if name == STDLIB else _expand(name))} or {name}
 
 
 def _take_share(documents: Sequence[str], split: str) -> list[str]:

@@ -39,10 +39,10 @@ _DEFAULT_SPLITS = {"calibration": "train", "train": "train", "val": "validation"
 class TextDataModule(RenamedAttributes, LightningDataModule):
     """Text streams for pruning, fine-tuning and perplexity.
 
-    A corpus is `wikitext2`, `ptb` or `c4` (from the hub), `embedded` (needs no hub), or a path or glob of txt, jsonl
-    (field `text`) or parquet (column `text`) files; `@train`, `@validation` or `@test` after it names a split. Named
-    corpora have default splits by stream; local files are read whole unless a split is named. Windows are packed:
-    no padding.
+    A corpus is `wikitext2`, `ptb` or `c4` (from the hub), `embedded` or `stdlib` (Python's own help and sources), or a
+    path or glob of txt, jsonl (field `text`) or parquet (column `text`) files; `@train`, `@validation` or `@test` after
+    it names a split. Named corpora have default splits by stream; local files are read whole unless a split is named.
+    Windows are packed: no padding.
 
     Args:
         tokenizer: whose tokenizer to use, as `model.pretrained`; the command line sets it from there.

@@ -1,6 +1,7 @@
 """Corpora: names and splits, files of every kind, embedded text, the hub; a sentence for what cannot be read."""
 
 import json
+import sysconfig
 from collections.abc import Iterable
 from itertools import chain, combinations
 from pathlib import Path
@@ -43,6 +44,7 @@ def read(text: str | Path, default_split: str = "train") -> list[str]:
         ("ptb@train", Corpus("ptb", "train")),
         ("c4", Corpus("c4", "validation")),
         ("embedded", Corpus("embedded", "validation")),
+        ("stdlib", Corpus("stdlib", "validation")),
         ("embedded@train", Corpus("embedded", "train")),
         ("texts/*.jsonl", Corpus("texts/*.jsonl", "all")),
         ("book.txt@train", Corpus("book.txt", "train")),
@@ -54,7 +56,9 @@ def test_named_corpora_take_the_default_split_and_files_are_read_whole(text: str
     assert parse_corpus(text, "validation") == corpus
 
 
-@pytest.mark.parametrize("text", ["wikitext2@dev", "embedded@all", "wikitext2@all", "book.txt@dev", "book.txt@"])
+@pytest.mark.parametrize(
+    "text", ["wikitext2@dev", "embedded@all", "stdlib@all", "wikitext2@all", "book.txt@dev", "book.txt@"]
+)
 def test_unknown_split_is_refused_with_those_there_are(text: str) -> None:
     with pytest.raises(ValueError, match=f"corpus '{text}': no split .*train, validation, test"):
         parse_corpus(text, "train")
@@ -76,6 +80,7 @@ def test_corpus_reads_back_from_its_own_name() -> None:
     [
         ("wikitext2", "wikitext2"),
         ("embedded", "embedded"),
+        ("stdlib", "stdlib"),
         ("texts/book.txt", "book"),
         ("texts/*.jsonl", "all"),
     ],
@@ -121,6 +126,18 @@ def test_embedded_splits_are_disjoint_in_order_and_together_the_whole_text() -> 
     whole = "".join(splits)
     assert [round(len(split) / len(whole), 2) for split in splits] == [0.8, 0.1, 0.1]
     assert whole.split() == " ".join(topics[name] for name in sorted(topics)).split()
+
+
+def test_stdlib_splits_are_together_the_sources_and_overlap_with_their_files() -> None:
+    folder = sysconfig.get_path("stdlib")
+    splits = [SEPARATOR.join(read(f"stdlib@{split}")) for split in SPLITS]
+    for source, split in (("abc.py", 0), ("zipimport.py", 2)):
+        assert (Path(folder) / source).read_text() in splits[split]
+    sizes = [len(split) / sum(map(len, splits)) for split in splits]
+    assert sizes == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
+    assert Corpus("stdlib", "test").overlaps(Corpus(f"{folder}/*.py", "all"))
+    assert not Corpus("stdlib", "test").overlaps(Corpus("stdlib", "train"))
+    assert not Corpus("stdlib", "test").overlaps(Corpus(EMBEDDED, "test"))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
@@ -191,7 +208,7 @@ def test_file_whose_name_looks_like_a_glob_is_read_as_named(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["gone.txt", "gone/*.jsonl", "wikitext"])
 def test_missing_file_is_refused_with_the_corpora_there_are(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"no corpus or file '.*': named corpora are wikitext2, ptb, c4, embedded"):
+    with pytest.raises(ValueError, match=r"no corpus or file '.*': named corpora are .*c4, embedded, stdlib;"):
         read(tmp_path / name)
 
 
