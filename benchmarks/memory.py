@@ -30,15 +30,18 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from gqaprune import PruningConfig, load_model, load_sharded_model, prune
 from gqaprune.common.console import console
+from gqaprune.common.stage_cache import StageCache
 from gqaprune.models.architecture import find_blocks
 from gqaprune.module import CausalLMModule
 from gqaprune.planning.memory import estimate_memory, read_sizes
 from gqaprune.scoring.scores import score_units
+from gqaprune.surgery.distillation import distill, note_lessons
+from gqaprune.surgery.repair_config import RepairConfig
 from gqaprune.training.recovery import RecoveryConfig
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- memory:begin -->", "<!-- memory:end -->"
-WORKS = ("scoring", "repair", "recovery, full", "recovery, lora", "recovery, distill")
+WORKS = ("scoring", "repair", "repair, distillation", "recovery, full", "recovery, lora", "recovery, distill")
 PLACES = ("one device", "ddp", "fsdp", "sharded")
 """As `gqaprune inspect` names them. Scoring and repair are alike under `ddp` and `fsdp`, recovery in both last."""
 DEVICES = 2
@@ -47,7 +50,8 @@ DEVICES = 2
 def list_cells() -> list[tuple[str, str]]:
     """Works and places that differ from each other."""
     cells = [(work, place) for work in WORKS for place in PLACES]
-    return [(work, place) for work, place in cells if place != ("sharded" if work.startswith("recovery") else "fsdp")]
+    left_out = [(work, "sharded" if work.startswith("recovery") else "fsdp") for work in WORKS]
+    return [cell for cell in cells if cell not in [*left_out, ("repair, distillation", "sharded")]]
 
 
 def make_shape(options: argparse.Namespace) -> LlamaConfig:
@@ -97,8 +101,12 @@ def do(work: str, place: str, folder: str, options: argparse.Namespace) -> None:
         prune(
             load(folder, place),
             windows.split(1),
-            PruningConfig(criterion="l2", scoring={"scoring": {"protect_outliers": False}}),
+            PruningConfig(criterion="l2", scoring={"protect_outliers": False}, repair={"distill_tokens": 0}),
         )
+    elif work == "repair, distillation":
+        model = load(folder, place)
+        lessons = note_lessons(model, windows[:2], windows[2:3], StageCache())
+        distill(model, lessons, RepairConfig(products="float32", distill_tokens=2 * options.tokens), 0)
     else:
         mode: Any = work.split(", ")[1]
         strategy: Any = {"one device": "auto", "ddp": "ddp", "fsdp": ModelParallelStrategy(DEVICES, 1)}[place]

@@ -330,12 +330,12 @@ class Pruner:
         return StageResult(facts, ordinary)
 
     def _note_lessons(self) -> None:
-        """Note what the dense model predicts, if the decoder is to be trained towards it and there is room for that."""
-        if not can_distill(self.model, self.config.repair, self.stages):
+        """Note what the dense model predicts, if the decoder is to be trained towards it."""
+        if not can_distill(self.model, self.config.repair):
             return
         batches = self.calibration.batches
-        trained, judged = split_windows(batches, choose_held_out(len(batches), self.config.repair.holdout))
-        trained = trained[: max(1, self.config.repair.distill_tokens // trained.shape[1])]
+        repair = self.config.repair
+        trained, judged = split_windows(batches, choose_held_out(len(batches), repair.holdout), repair.distill_tokens)
         self._lessons = note_lessons(self.model, trained, judged, self._stages_of_model(batches))
 
     def _distill(self, lessons: Lessons) -> Distillation:

@@ -9,6 +9,7 @@ from gqaprune.models.architecture import count_layer_parameters, count_parameter
 from gqaprune.models.families import get_family
 from gqaprune.models.loading import build_without_weights
 from gqaprune.models.losses import PIECE_LOGITS
+from gqaprune.surgery.distillation import RANK
 from gqaprune.surgery.gram import WORKSPACE
 from gqaprune.surgery.refinement import TRAINING_BYTES
 from gqaprune.training.lora import list_projections
@@ -120,6 +121,8 @@ def estimate_memory(
       hidden states, inputs and targets of one MLP, its float32 copies and optimizer or, before, what attention gave,
       `Q` wide, and second moments with their factor. Inputs and targets, half of the second term, lie in the host's
       memory where a GPU has less room
+    - repair's distillation `b·P + 16·A·32/rank + a + l`, adapters of rank 32 with float32 gradients and moments, at
+      most, for it takes a window at a time
     - recovery: full `4b·P + a + l` (weights, gradients, two moments of AdamW), LoRA `b·P + 16·A + a + l`,
       distillation full, `b·P` of the teacher and `t · V · b` of its logits
     - DDP adds a copy of the gradients, `b·P` or `4·A`
@@ -173,6 +176,10 @@ def estimate_memory(
             "offload": resident + repair(1),
         },
     }
+    adapters = 16 * sizes.adapter_parameters * RANK // RecoveryConfig.lora_rank
+    distilled = weights + adapters + trained + 2 * b * t * sizes.vocabulary + piece
+    needed["repair, distillation"] = {"one device": distilled, "ddp": distilled, "fsdp": distilled}
+    needed["repair, distillation"] |= {"sharded": None, "offload": None}
     # State that stays, gradients that DDP copies, how many models are gathered, what else a micro-batch needs.
     recoveries = {
         "full": (4 * weights, weights, 1, 0),

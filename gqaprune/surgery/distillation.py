@@ -1,17 +1,18 @@
-"""The last step of repair: a short training of the decoder towards the predictions that the dense model made.
+"""The last step of repair: low-rank changes to all projections, trained towards what the dense model predicted.
 
-Least squares and refinement work block by block; here every weight of the decoder layers moves together, by the
+Least squares and refinement work block by block; here the projections of all decoder layers move together, by the
 divergence from the dense model's next-token distributions on calibration text. Labels take no part. What the dense
-model predicts is noted before the first cut: its likeliest tokens, so that it need not stay. The weights before are
-kept where the new ones are no better on held-out windows.
+model predicts is noted before the first cut: its likeliest tokens, so that it need not stay. Weights change by adapters
+of low rank, which take little memory and are added to them in the end, where they help on held-out windows.
 
-Source: soft targets, Hinton et al. 2015 (arXiv 1503.02531).
+Sources: soft targets, Hinton et al. 2015 (arXiv 1503.02531); low-rank adapters, Hu et al. 2021 (arXiv 2106.09685).
 
-Axes in tensor names: B samples, T tokens, K likeliest tokens.
+Axes in tensor names: B samples, T tokens, K likeliest tokens, R rank, I inputs and O outputs of a projection.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,21 +20,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gqaprune.common.console import console, track
-from gqaprune.common.distributed import add_across_ranks, get_rank_and_world_size, is_true_anywhere, sum_across_ranks
+from gqaprune.common.distributed import add_across_ranks, get_rank_and_world_size, sum_across_ranks
 from gqaprune.common.precision import multiply_exactly
 from gqaprune.common.stage_cache import StageCache, StageResult
-from gqaprune.models.architecture import count_layer_parameters, get_layers
+from gqaprune.models.architecture import get_layers
+from gqaprune.models.families import get_family
 from gqaprune.models.gates import freeze_parameters
 from gqaprune.models.soft_targets import Predictions, measure_divergence_from_top, predict_likeliest
 from gqaprune.placement.layer_store import find_store
 from gqaprune.surgery.products import multiply_in
-from gqaprune.surgery.refinement import count_free_bytes
 from gqaprune.surgery.repair_config import RepairConfig
 
 TOP_K = 64
 """Likeliest tokens that are noted of every prediction."""
-TRAINING_BYTES = 16
-"""Of a parameter of the decoder in training: float32 weight, gradient and two moments."""
+RANK = 32
+"""Of the change to each projection, at most."""
 _PASSES = 3
 """Over the text at most."""
 _STEP_WINDOWS = 2
@@ -49,7 +50,8 @@ class Distillation:
     Args:
         tokens: trained on, passes counted.
         divergence_before: KL(dense ‖ pruned) on held-out windows, nats per token, as the blocks were repaired.
-        divergence_after: the same as trained; where it is no less, the weights stayed as they were.
+        divergence_after: the same as trained, the changes still beside the weights; where it is no less, the weights
+            stayed as they were.
     """
 
     tokens: int
@@ -68,16 +70,26 @@ class Distillation:
         return f"distillation: {self.tokens:,} tokens, divergence from the dense model {change}{kept}"
 
 
-def split_windows(batches: Sequence[Tensor], held_out: set[int]) -> tuple[Tensor, Tensor]:
-    """Windows to train on and windows to judge on, `[windows, tokens]`; of a single batch both are the same.
+def split_windows(batches: Sequence[Tensor], held_out: set[int], tokens: int) -> tuple[Tensor, Tensor]:
+    """Windows to train on, from all over the text, and windows to judge on; of a single batch both are the same.
 
     Windows of another length than the first are left out.
+
+    Args:
+        batches: calibration token ids, each `[batch, tokens]`.
+        held_out: indexes of the batches to judge on.
+        tokens: to train on at most, but for one window.
+
+    Returns:
+        Token ids, each `[windows, tokens]`.
     """
     length = batches[0].shape[1]
     own = {index: batch for index, batch in enumerate(batches) if batch.shape[1] == length}
     judged = [batch for index, batch in own.items() if index in held_out] or [batches[0]]
     trained = [batch for index, batch in own.items() if index not in held_out] or judged
-    return torch.cat(trained), torch.cat(judged)
+    windows_BT = torch.cat(trained)
+    count = min(len(windows_BT), max(1, tokens // length))
+    return windows_BT[[index * len(windows_BT) // count for index in range(count)]], torch.cat(judged)
 
 
 @dataclass(frozen=True)
@@ -95,29 +107,56 @@ class Lessons:
     taught: Predictions
 
 
-def can_distill(model: PreTrainedModel, config: RepairConfig, stages: StageCache) -> bool:
-    """Whether the decoder is to be trained, and can be: decided once for a run; why not is said.
+@dataclass(frozen=True)
+class _Adapter:
+    """A change of low rank to a projection's weight: `up · down`, in float32, nothing to begin with."""
+
+    projection: nn.Linear
+    down_RI: Tensor
+    up_OR: Tensor
+
+    @classmethod
+    def begin(cls, projection: nn.Linear, generator: torch.Generator) -> "_Adapter":
+        outputs, inputs = projection.weight.shape
+        rank, device = min(RANK, inputs, outputs), projection.weight.device
+        down_RI = torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)
+        return cls(
+            projection, down_RI.to(device).requires_grad_(), torch.zeros(outputs, rank, device=device).requires_grad_()
+        )
+
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        narrow_BTR = nn.functional.linear(inputs[0], self.down_RI.to(inputs[0]))
+        return output + nn.functional.linear(narrow_BTR, self.up_OR.to(narrow_BTR))
+
+    def fold(self) -> None:
+        """Add the change to the weight."""
+        weight = self.projection.weight
+        weight.data = (weight.data.float() + self.up_OR @ self.down_RI).to(weight.dtype)
+
+
+def can_distill(model: PreTrainedModel, config: RepairConfig) -> bool:
+    """Whether the decoder is to be trained, and can be; why not is said.
 
     Args:
-        model: the dense causal LM, where it will be trained.
+        model: the dense causal LM.
         config: of repair.
-        stages: of the run, where the decision is kept.
     """
     if not config.distills:
         return False
-    needed = TRAINING_BYTES * sum(count_layer_parameters(model))
+    is_whole = find_store(model).is_in_memory
+    if not is_whole and get_rank_and_world_size()[0] == 0:
+        console.print(
+            "repair: no distillation, for layers are not in memory; pruning.repair.distill_tokens 0 leaves it out"
+        )
+    return is_whole
 
-    def decide() -> StageResult:
-        if not find_store(model).is_in_memory:
-            return StageResult("layers are not in memory")
-        free = count_free_bytes(model.device)
-        lacks = is_true_anywhere(needed > free, model.device)
-        return StageResult(f"it needs {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free" if lacks else "")
 
-    reason: str = stages.recall("room for distillation", {"device": model.device.type}, decide).facts
-    if reason and get_rank_and_world_size()[0] == 0:
-        console.print(f"repair: no distillation, for {reason}; pruning.repair.distill_tokens 0 leaves it out")
-    return not reason
+def _find_projections(model: PreTrainedModel) -> list[nn.Linear]:
+    """Projections of all blocks, in the model's order."""
+    layouts = get_family(model.config).layouts.values()
+    names = {name for layout in layouts for name in (*layout.inputs, layout.output)}
+    named = get_layers(model).named_modules()
+    return [module for name, module in named if name.split(".")[-1] in names and isinstance(module, nn.Linear)]
 
 
 @multiply_exactly()
@@ -156,46 +195,56 @@ def _note_predictions(model: PreTrainedModel, windows_BT: Tensor) -> Predictions
 
 @multiply_exactly()
 def distill(model: PreTrainedModel, lessons: Lessons, config: RepairConfig, seed: int) -> Distillation:
-    """Train a model's decoder layers towards noted predictions, in place; every rank ends with the same weights.
+    """Train a model's projections towards noted predictions, in place; every rank ends with the same weights.
 
     Args:
         model: the pruned and repaired causal LM, whole on every rank.
         lessons: what the dense model predicted.
         config: how long, how fast and in which products.
-        seed: of the order of the windows.
+        seed: of the adapters and of the order of the windows.
 
     Raises:
         ValueError: if the loss is not finite.
     """
-    layers, judged = get_layers(model), range(lessons.trained, len(lessons.windows_BT))
-    before = _measure(model, lessons, judged, config)
-    kept = {name: value.detach().cpu().clone() for name, value in layers.state_dict().items()}
-    types = {name: parameter.dtype for name, parameter in layers.named_parameters()}
-    required = {name: parameter.requires_grad for name, parameter in layers.named_parameters()}
-    with freeze_parameters(model), torch.enable_grad():
-        layers.float().requires_grad_(True)
-        try:
-            tokens = _train(model, layers, lessons, config, seed)
-        finally:
-            for name, parameter in layers.named_parameters():
-                parameter.requires_grad_(False).data = parameter.data.to(types[name])
-                parameter.grad = None
-    for name, parameter in layers.named_parameters():
-        parameter.requires_grad_(required[name])
-    after = _measure(model, lessons, judged, config)
-    if not after < before:
-        layers.load_state_dict(kept)
+    generator = torch.Generator().manual_seed(seed)
+    adapters = [_Adapter.begin(projection, generator) for projection in _find_projections(model)]
+    judged = range(lessons.trained, len(lessons.windows_BT))
+    with freeze_parameters(model):
+        before = _measure(model, lessons, judged, config)
+        with _adapt(adapters):
+            with torch.enable_grad():
+                tokens = _train(model, adapters, lessons, config, generator)
+            after = _measure(model, lessons, judged, config)
+    if after < before:
+        with torch.no_grad():
+            for adapter in adapters:
+                adapter.fold()
     return Distillation(tokens, before, after)
 
 
-def _train(model: PreTrainedModel, layers: nn.Module, lessons: Lessons, config: RepairConfig, seed: int) -> int:
+@contextmanager
+def _adapt(adapters: Sequence[_Adapter]) -> Iterator[None]:
+    """Have projections give what they would with their changes."""
+    with ExitStack() as stack:
+        for adapter in adapters:
+            stack.callback(adapter.projection.register_forward_hook(adapter).remove)
+        yield
+
+
+def _train(
+    model: PreTrainedModel,
+    adapters: Sequence[_Adapter],
+    lessons: Lessons,
+    config: RepairConfig,
+    generator: torch.Generator,
+) -> int:
     """AdamW over the windows in passes; at every step each rank takes its own, and gradients are added over ranks."""
     rank, world_size = get_rank_and_world_size()
-    parameters = list(layers.parameters())
+    parameters = [part for adapter in adapters for part in (adapter.down_RI, adapter.up_OR)]
     adam = torch.optim.AdamW(parameters, config.distill_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     per_step = max(_STEP_WINDOWS, world_size)
     count, length = lessons.trained, lessons.windows_BT.shape[1]
-    drawn = list(_draw(count, min(_PASSES * count, max(per_step, config.distill_tokens // length)), seed))
+    drawn = list(_draw(count, min(_PASSES * count, max(per_step, config.distill_tokens // length)), generator))
     steps = math.ceil(len(drawn) / per_step)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda step: min(1.0, (step + 1) / (_WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -220,9 +269,8 @@ def _train(model: PreTrainedModel, layers: nn.Module, lessons: Lessons, config: 
     return len(drawn) * length
 
 
-def _draw(count: int, drawn: int, seed: int) -> Iterator[int]:
+def _draw(count: int, drawn: int, generator: torch.Generator) -> Iterator[int]:
     """Places of so many windows, each once before any is drawn again."""
-    generator = torch.Generator().manual_seed(seed)
     while drawn > 0:
         order = torch.randperm(count, generator=generator).tolist()[:drawn]
         yield from order
@@ -231,9 +279,8 @@ def _draw(count: int, drawn: int, seed: int) -> Iterator[int]:
 
 def _diverge(model: PreTrainedModel, lessons: Lessons, index: int, config: RepairConfig) -> Tensor:
     """Divergence from what was predicted for a window, mean over its tokens."""
-    device, embedding = model.device, model.get_input_embeddings().weight
-    products = "bfloat16" if embedding.dtype == torch.bfloat16 else config.products
-    with multiply_in(products, device):
+    device = model.device
+    with multiply_in(config.products, device):
         logits_1TV = model(input_ids=lessons.windows_BT[index, None].to(device), use_cache=False).logits[:, :-1]
     log_probability, token = (part[index, None].to(device) for part in lessons.taught)
     return measure_divergence_from_top(logits_1TV, Predictions(log_probability.float(), token.long()))
@@ -243,7 +290,6 @@ def _diverge(model: PreTrainedModel, lessons: Lessons, index: int, config: Repai
 def _measure(model: PreTrainedModel, lessons: Lessons, windows: Sequence[int], config: RepairConfig) -> float:
     """Mean divergence over windows, all ranks' together."""
     rank, world_size = get_rank_and_world_size()
-    with freeze_parameters(model):
-        own = [_diverge(model, lessons, index, config).double() for index in windows[rank::world_size]]
+    own = [_diverge(model, lessons, index, config).double() for index in windows[rank::world_size]]
     total = torch.stack([*own, torch.zeros((), dtype=torch.float64, device=model.device)]).sum()
     return float(sum_across_ranks({"total": total})["total"]) / len(windows)

@@ -48,6 +48,15 @@ def test_memory_of_full_recovery_is_weights_gradients_moments_and_activations() 
     assert needed["ddp"] == needed["one device"] + 4 * sizes.parameters
 
 
+def test_memory_of_repairs_distillation_is_weights_adapters_and_a_backward_pass() -> None:
+    sizes = make_sizes()
+    needed, longer = (estimate_memory(sizes, 4, 2, tokens, 100)["repair, distillation"] for tokens in (16, 32))
+    assert needed["one device"] is not None and longer["one device"] is not None
+    kept = 2 * needed["one device"] - longer["one device"]
+    assert kept == pytest.approx(4 * sizes.parameters + 16 * 2 * sizes.adapter_parameters)  # of rank 16
+    assert needed["fsdp"] == needed["ddp"] == needed["one device"] and needed["sharded"] is needed["offload"] is None
+
+
 def test_fsdp_needs_less_on_more_devices_and_ddp_shares_calibration_out() -> None:
     few, many = (estimate_memory(make_sizes(), 2, devices, 16, 1024) for devices in (2, 8))
     for mode in MODES:
