@@ -98,6 +98,7 @@ WHOLE_MLP: dict[str, dict[str, Any]] = {
 PLAIN: dict[str, Any] = {
     "criterion": "fisher",
     "split": "free",
+    "allocation": "uniform",
     "damage": "scores",
     "repair": {"method": "none"},
 }

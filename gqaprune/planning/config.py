@@ -64,7 +64,7 @@ class PruningConfig(RenamedAttributes):
     granularity: str = "group"
     criterion: str = "fisher+obs"
     scoring: ScoringConfig = ScoringConfig()  # noqa: RUF009
-    allocation: str = "uniform"
+    allocation: str = "optimal"
     limits: LimitsConfig = LimitsConfig()  # noqa: RUF009
     sensitivity: SensitivityConfig = SensitivityConfig()  # noqa: RUF009
     damage: str = "repaired"

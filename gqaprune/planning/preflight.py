@@ -42,7 +42,7 @@ def check_text(model: PreTrainedModel, batches: Sequence[Tensor], config: Prunin
         raise ValueError(
             f"criterion {config.criterion} with allocation {config.allocation} and repair.method "
             f"{config.repair.method} needs at least one calibration batch, got none; only {free} need no text, with "
-            "repair.method none and where nothing else is measured either"
+            "allocation uniform and repair.method none, and where nothing else is measured either"
         )
 
 

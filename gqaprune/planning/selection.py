@@ -27,6 +27,11 @@ from gqaprune.planning.config import PruningConfig
 from gqaprune.scoring.outliers import Outliers, find_outliers, protect_units
 from gqaprune.scoring.scores import Scores, score_units
 
+_WIDE = 1024
+"""Channels of an MLP that is wide enough to lose them 32 at a time."""
+_MULTIPLE = 32
+"""Of kept channels: the block of llama.cpp's q8_0."""
+
 
 def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
     """The blocks that the config's layer ranges and its split allow to shrink.
@@ -150,7 +155,7 @@ def budget_blocks(dense_blocks: Sequence[Block], scores: Scores, config: Pruning
             scores=_sum_scores(block, scores[block.key]),
             unit_parameters=block.unit_parameters * block.groups,
             min_kept=min_groups if block.key.kind == "attention" else config.limits.min_channels,
-            multiple=1 if block.key.kind == "attention" else config.limits.channel_multiple,
+            multiple=1 if block.key.kind == "attention" else _choose_multiple(block, config),
             unit_kv_heads=1 if block.key.kind == "attention" and config.granularity == "group" else 0,
         )
         for block in dense_blocks
@@ -209,6 +214,12 @@ def _is_stock(model_config: PretrainedConfig, dense: Geometry, query_heads: int,
     candidate = copy.deepcopy(model_config)
     write_geometry(candidate, pruned)
     return make_stock_config(candidate) is not None
+
+
+def _choose_multiple(block: Block, config: PruningConfig) -> int:
+    if config.limits.channel_multiple is not None:
+        return config.limits.channel_multiple
+    return 1 if config.allocation == "uniform" or block.units < _WIDE else _MULTIPLE
 
 
 def _sum_scores(block: Block, score_U: Tensor) -> list[float]:

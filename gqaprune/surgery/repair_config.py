@@ -47,7 +47,7 @@ class RepairConfig:
     bias: bool = False
     epochs: int = 3
     learning_rate: float = 0.02
-    distill_tokens: int = 0
+    distill_tokens: int = 131_072
     distill_learning_rate: float = 1e-3
     products: str = "auto"
 
@@ -74,7 +74,7 @@ class RepairConfig:
             )
 
         if self.distill_tokens < 0:
-            raise ValueError(f"repair.distill_tokens must be at least 0, got {self.distill_tokens}; try 65536")
+            raise ValueError(f"repair.distill_tokens must be at least 0, got {self.distill_tokens}; try 131072")
         if not 0 < self.distill_learning_rate <= 1:
             raise ValueError(
                 f"repair.distill_learning_rate must be in (0, 1], got {self.distill_learning_rate}; try 1e-3"

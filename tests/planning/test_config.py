@@ -79,9 +79,9 @@ def test_text_is_needed_where_something_is_measured_on_it(settings: dict[str, ob
 @pytest.mark.parametrize(
     ("settings", "share"),
     [
-        ({}, 0.0),
+        ({}, None),
+        ({"allocation": "uniform"}, 0.0),
         ({"allocation": "global"}, 0.0),
-        ({"allocation": "optimal"}, None),
         ({"allocation": "optimal", "damage": "gated"}, 0.0),
         ({"allocation": "optimal", "damage": "scores"}, 0.0),
         ({"split": "2:8"}, 0.2),

@@ -18,7 +18,10 @@ def test_text_is_asked_for_only_where_something_is_measured() -> None:
     check_text(model, [], make_plain(criterion="l1+random"))
     check_text(model, [], make_plain(rate=0.0))
     check_text(model, [make_tokens()], make_plain())
-    with pytest.raises(ValueError, match="only l1, l2, random need no text, with repair.method none and where nothing"):
+    with pytest.raises(
+        ValueError,
+        match="only l1, l2, random need no text, with allocation uniform and repair.method none, and where nothing",
+    ):
         check_text(model, [], make_plain())
 
 

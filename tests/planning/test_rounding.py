@@ -23,7 +23,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "MHA": {"kv_heads": 4, "ratio": 1},
 }
 
-PLAIN: dict[str, Any] = {"rate": 0.2, "criterion": "l2", "repair": {"method": "none"}}
+PLAIN: dict[str, Any] = {"rate": 0.2, "criterion": "l2", "allocation": "uniform", "repair": {"method": "none"}}
 
 
 def allocate(shape: str, **settings: Any) -> tuple[str, Removed]:

@@ -30,8 +30,8 @@ def test_only_whole_groups_take_kv_heads_with_them() -> None:
 def test_without_ranges_the_ends_of_the_model_stay_whole() -> None:
     model = make_model("llama", layers=14)
     for config, attention in (
-        (PruningConfig(allocation="optimal"), range(14)),
-        (PruningConfig(split="free"), range(2, 13)),
+        (PruningConfig(), range(14)),
+        (PruningConfig(allocation="uniform", split="free"), range(2, 13)),
     ):
         keys = [block.key for block in select_blocks(model, config)]
         assert [key.layer for key in keys if key.kind == "mlp"] == list(range(2, 13))
@@ -47,5 +47,5 @@ def test_middle_is_all_but_the_first_seventh_and_the_last_fourteenth(layers: int
 
 @pytest.mark.parametrize(("split", "kinds"), [(None, {"mlp"}), ("0:10", {"mlp"}), ("10:0", {"attention"})])
 def test_what_a_split_spares_is_not_even_scored(split: str | None, kinds: set[str]) -> None:
-    blocks = select_blocks(make_model("llama"), PruningConfig(split=split))
+    blocks = select_blocks(make_model("llama"), PruningConfig(allocation="uniform", split=split))
     assert {block.key.kind for block in blocks} == kinds and len(blocks) == 3

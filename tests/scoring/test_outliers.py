@@ -78,6 +78,7 @@ def test_pruning_keeps_the_carrier_whatever_its_score_and_says_so(protects: bool
         config = PruningConfig(
             rate=0.15,
             criterion="random",
+            allocation="uniform",
             limits={"mlp_layers": (0, 3)},
             repair={"epochs": 0},
             scoring={"protect_outliers": protects},

@@ -56,7 +56,7 @@ def test_a_resumed_run_multiplies_as_it_began_whatever_a_second_try_says(is_fast
 def test_a_type_that_is_asked_for_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "is_faster_in_bfloat16", lambda: pytest.fail("tried"))
     assert prune_tiny(StageCache(), products="float32")[1] == "float32"
-    assert prune_tiny(StageCache(), epochs=0)[1] == "auto"
+    assert prune_tiny(StageCache(), epochs=0, distill_tokens=0)[1] == "auto"
 
 
 def test_ranks_but_the_first_take_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
