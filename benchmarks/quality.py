@@ -12,7 +12,6 @@ A new row of ours is one line in `METHODS`; a peer is an entry of `PEERS` in pee
 
 import argparse
 import dataclasses
-import glob
 import hashlib
 import json
 import subprocess
@@ -36,47 +35,32 @@ from gqaprune.scoring.scores import CRITERIA
 HERE = Path(__file__).parent
 
 WHOLE = {"limits": {"attention_layers": [0, 30], "mlp_layers": [0, 30]}}  # of the 30 there are
-CUT = {"repair": {"method": "none"}, **WHOLE}
+CUT = {"damage": "scores", "repair": {"method": "none"}, **WHOLE}
 """An allocation alone, over all layers, as others have it."""
 MIXED = {"windows": 96, "sampled": 128}
 """Windows of the calibration text, and somewhat more of the dense model's own, which have more to cover."""
 THIRD = {"windows": 32, "sampled": 32}
-LEAST_SQUARES = {"repair": {"epochs": 0}, "calibration": THIRD}
+UNIFORM = {"allocation": "uniform"}
+"""As many channels of every layer but those at the ends, no group."""
+LEAST_SQUARES = {"repair": {"epochs": 0, "distill_tokens": 0}, "calibration": THIRD}
 
 FLOOR = "floor: chosen and refitted on the tested windows"
 """What bounds the others: no honest calibration can know more of the test texts."""
 
 METHODS: dict[str, dict[str, Any]] = {
-    FLOOR: {"repair": {"epochs": 0}},
+    FLOOR: UNIFORM | {"repair": {"epochs": 0, "distill_tokens": 0}},
     "default": {"calibration": MIXED},
-    "default, distilled": {"repair": {"distill_tokens": 49152}, "calibration": MIXED},
-    "optimal": {"allocation": "optimal", "calibration": MIXED},
-    "optimal, distilled": {"allocation": "optimal", "repair": {"distill_tokens": 49152}, "calibration": MIXED},
-    "default, a third of attention in layers 15-29": {
-        "split": "free",
-        "limits": {"attention_layers": [15, 30]},
-        "calibration": MIXED,
-    },
-    "default, 192 windows of each": {"calibration": {"windows": 192, "sampled": 192}},
-    "default, 96 windows of each": {"repair": {"holdout": 0.2}, "calibration": {"windows": 96, "sampled": 96}},
-    "default, a third of the text": {"calibration": THIRD},
-    "default, a third of the text, none sampled": {"calibration": {"windows": 64}},
+    "default, a sixth of the KV heads": {"kv_rate": 1 / 6, "calibration": MIXED},
+    "default, a third of the KV heads": {"kv_rate": 1 / 3, "calibration": MIXED},
+    "default, channels alone": {"split": "0:10", "calibration": MIXED},
+    "default, not distilled": {"repair": {"distill_tokens": 0}, "calibration": MIXED},
+    "default, share of all parameters": {"rate_base": "all", "calibration": MIXED},
+    "uniform channels": UNIFORM | {"calibration": MIXED},
+    "uniform channels, not distilled": UNIFORM | {"repair": {"distill_tokens": 0}, "calibration": MIXED},
     "least squares": LEAST_SQUARES,
-    "least squares, long samples": LEAST_SQUARES | {"calibration": THIRD | {"document": 512}},
-    "least squares, long samples, twice the text": {
-        "repair": {"epochs": 0},
-        "calibration": {"windows": 64, "sampled": 64, "document": 512},
-    },
-    "least squares, none sampled": LEAST_SQUARES | {"calibration": {"windows": 64}},
-    "least squares, pull 0": LEAST_SQUARES | {"repair": {"epochs": 0, "pull": 0.0}},
-    "least squares, pull 1": LEAST_SQUARES | {"repair": {"epochs": 0, "pull": 1.0}},
-    "least squares, 2 steps": LEAST_SQUARES | {"steps": 2},
-    "least squares, fisher alone": LEAST_SQUARES | {"criterion": "fisher"},
-    "least squares, obs alone": LEAST_SQUARES | {"criterion": "obs"},
-    "least squares, global": LEAST_SQUARES | {"allocation": "global", **WHOLE},
-    "least squares, all layers": LEAST_SQUARES | WHOLE,
-    "no repair": {"repair": {"method": "none"}, "calibration": THIRD},
-    **{f"criterion {name}": {"criterion": name, "repair": {"method": "none"}} for name in CRITERIA},
+    "least squares, uniform channels": LEAST_SQUARES | UNIFORM,
+    "no repair": UNIFORM | {"repair": {"method": "none"}, "calibration": THIRD},
+    **{f"criterion {name}": UNIFORM | {"criterion": name, "repair": {"method": "none"}} for name in CRITERIA},
     **{f"allocation {name}": {"criterion": "fisher", "allocation": name, **CUT} for name in ALLOCATIONS},
     "allocation global, attention too": {"criterion": "fisher", "allocation": "global", "split": "free", **CUT},
     "allocation uniform, attention too": {"criterion": "fisher", "allocation": "uniform", "split": "free", **CUT},
@@ -267,7 +251,7 @@ def describe_inputs(spec: Spec, texts: Mapping[str, str], versions: Mapping[str,
     inputs = {name: spec[name] for name in ("method", "rate", "model", "settings", "protocol")}
     inputs["calibration"] = {key: value for key, value in spec["calibration"].items() if key != "corpus"}
     inputs["calibration"]["text"] = texts["calibration"]
-    if spec["rate"] == 0:
+    if spec["method"] == DENSE:
         del inputs["calibration"]
     inputs["tests"] = {name: texts[name] for name in spec["tests"]}
     inputs["samples"] = {name: test["sample"] for name, test in spec["tests"].items() if "sample" in test}
@@ -288,15 +272,17 @@ def hash_corpus(corpus: Corpus) -> str:
 
 
 def hash_code(method: str) -> str:
-    """Hash of our sources that a row rests on: all of gqaprune's core, or for others what loads and measures.
+    """Hash of our sources that a row rests on: the method's, or for others what loads and measures.
 
     A row made with other sources is marked in the tables, not run again: most changes do not move its numbers.
     """
     package = HERE.parent / "gqaprune"
-    measuring = [package / f"{name}.py" for name in ("checkpoint", "corpora", "perplexity", "windows")]
-    own = [Path(file) for file in glob.glob(f"{package}/*.py")]
+    measuring = [package / f"{name}.py" for name in ("models/loading", "data/corpora", "data/windows")]
+    measuring.append(package / "evaluation/perplexity.py")
+    wings = ("data", "models", "planning", "scoring", "surgery")
+    own = [package / "pipeline.py", *measuring, *(file for wing in wings for file in (package / wing).rglob("*.py"))]
     files = {DENSE: measuring}.get(method, [*measuring, HERE / "peers.py"] if method in PEERS else own)
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files)))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(set(files))))
     return digest.hexdigest()[:16]
 
 

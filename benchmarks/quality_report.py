@@ -46,12 +46,23 @@ def rank_rows(rows: Sequence[Row], rate: float) -> list[Row]:
 
 def find_dense(rows: Sequence[Row]) -> Row | None:
     """The row of the dense model."""
-    return next((row for row in rows if row["rate"] == 0), None)
+    return next((row for row in rows if row["method"] == "dense"), None)
 
 
 def list_rates(rows: Sequence[Row]) -> list[float]:
-    """Rates above 0 that there are rows at."""
-    return sorted({row["rate"] for row in rows} - {0})
+    """Rates that there are rows at, besides the dense model's."""
+    return sorted({row["rate"] for row in rows if row["method"] != "dense"})
+
+
+def name_rate(rate: float) -> str:
+    """What is removed at a rate, in words."""
+    return f"{rate:.0%} of decoder-layer parameters removed" if rate else "KV heads alone removed"
+
+
+def describe_removed(row: Row, dense: Row) -> str:
+    """Share of the parameters that went and, where some did, of the KV heads."""
+    whole, left = (sum(one["kept"]["kv_heads"]) for one in (dense, row))
+    return f"{row['rate_reached']:.2%}" + (f", {1 - left / whole:.1%} of KV" if left < whole else "")
 
 
 def build_lines(rows: Sequence[Row], rate: float) -> tuple[list[str], list[list[str]]]:
@@ -71,7 +82,7 @@ def build_lines(rows: Sequence[Row], rate: float) -> tuple[list[str], list[list[
             continue
         measured = [f"{row['perplexity'][text]:,.2f} ({gaps[text]:.3f})" for text in texts]
         cost = [f"{row['seconds']:.0f} s", f"{row['peak_rss'] / 2**30:.1f} GiB"]
-        lines.append([name, f"{row['rate_reached']:.2%}", *measured, f"{compute_mean_gap(row, dense):.3f}", *cost])
+        lines.append([name, describe_removed(row, dense), *measured, f"{compute_mean_gap(row, dense):.3f}", *cost])
     return header, lines
 
 
@@ -97,7 +108,7 @@ def print_tables(rows: Sequence[Row], console: Console | None = None) -> None:
     console = console or (Console() if sys.stdout.isatty() else Console(width=160))
     for rate in list_rates(rows):
         header, lines = build_lines(rows, rate)
-        table = Table(title=f"{rate:.0%} of decoder-layer parameters", title_justify="left")
+        table = Table(title=name_rate(rate), title_justify="left")
         table.add_column(header[0], no_wrap=True)
         for name in header[1:]:
             table.add_column(name, justify="right", no_wrap=name != "removed")
@@ -116,7 +127,7 @@ def write_markdown(rows: Sequence[Row], path: Path) -> None:
     parts = [BEGIN, "", describe(rows), ""]
     for rate in list_rates(rows):
         header, lines = build_lines(rows, rate)
-        parts += [f"### {rate:.0%} of decoder-layer parameters removed", ""]
+        parts += [f"### {name_rate(rate)}", ""]
         parts += [*format_table(header, lines), ""]
     splice(path, "\n".join([*parts, END]), BEGIN, END, "Quality, all methods")
 

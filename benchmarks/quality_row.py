@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peers import PEERS, read_peak_rss
-from quality import FLOOR
+from quality import DENSE, FLOOR
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ def run_row(spec: Mapping[str, Any]) -> Result:
     tests = {name: read_test(tokenizer, test, spec["protocol"]) for name, test in spec["tests"].items()}
     dense_parameters = sum(count_layer_parameters(model))
     result: Result = {}
-    if spec["rate"] > 0:
+    if spec["method"] != DENSE:
         if spec["method"] == FLOOR:
             tested = [batch["input_ids"].flatten() for batches in tests.values() for batch in batches]
             windows = shuffle(torch.cat(tested).unflatten(0, (-1, spec["calibration"]["window"])))
