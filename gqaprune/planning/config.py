@@ -27,8 +27,8 @@ class PruningConfig(RenamedAttributes):
             `uniform` one of every layer); 0 lets the allocation choose.
         split: attention : MLP shares of what is removed, such as `2:8` (in YAML in quotes), within one GQA group
             (with `uniform` one of every layer); `free` lets the allocation choose. Null means `free` where the
-            allocation sees what units cost after repair, or `kv_rate` or `granularity: query` ask attention to give;
-            elsewhere channels alone, which cost least.
+            allocation sees what units cost after repair, as by default, or `kv_rate` or `granularity: query` ask
+            attention to give; elsewhere channels alone.
         granularity: what attention loses: `group` (whole GQA groups: KV heads with their query heads) or `query` (the
             same number of query heads from every group of a layer, at most all but one; every KV head stays, and so
             does the KV cache), for models with too few KV heads to remove.
@@ -36,10 +36,10 @@ class PruningConfig(RenamedAttributes):
             `param_first`, `param_second`, `param_mix`, `vectorize`. On activations: `wanda`, `wifv`, `obs`. Without
             text: `l1`, `l2`, `random`. Two joined by `+` make their geometric mean.
         scoring: what shapes the scores besides the criterion.
-        allocation: how the budget is spread: `uniform` (equal counts in every layer of a range, so that the checkpoint
-            needs no remote code when the ranges cover the model), `global` (lowest score per parameter anywhere),
-            `inverse` (important layers lose less), `proportional` (important layers lose more) or `optimal` (least
-            total damage under all limits at once).
+        allocation: how the budget is spread: `optimal` (least total damage under all limits at once), `uniform` (equal
+            counts in every layer of a range, so that the checkpoint needs no remote code when the ranges cover the
+            model), `global` (lowest score per parameter anywhere), `inverse` (important layers lose less) or
+            `proportional` (important layers lose more).
         damage: what `optimal` counts as the damage of removing units from a block: `repaired` (the divergence from the
             dense model without them, the block's other units refitted by least squares), `gated` (the same with nothing
             refitted) or `scores` (the sum of their scores). Ignored by other allocations.

@@ -56,6 +56,8 @@ def _describe_kv_heads(
 def _describe_split(
     attention: Sequence[BlockBudget], budget: Budget, given: int, total: int, config: PruningConfig
 ) -> str:
+    if config.split is None and config.sees_repair:
+        return ""  # nothing was asked of attention
     step, share = _sum_step(attention, config), given / total
     asked = budget.attention_share
     if attention and step == 0 and asked is None:

@@ -94,6 +94,12 @@ def test_nothing_is_said_of_what_is_met(settings: dict[str, Any]) -> None:
     assert allocate("two", **settings)[0] == ""
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nothing_is_said_of_attention_that_was_not_asked_to_give(shape: str) -> None:
+    assert allocate(shape, allocation="optimal", rate=0.01)[0] == ""
+    assert allocate("MQA", allocation="optimal", split="free")[0].startswith("split free takes nothing")
+
+
 def test_query_heads_of_multi_head_attention_are_refused() -> None:
     for split in (None, "free", "2:8"):
         with pytest.raises(ValueError, match="granularity query leaves one query head .* set granularity: group"):
