@@ -3,7 +3,8 @@
 Least squares and refinement work block by block; here the projections of all decoder layers move together, by the
 divergence from the dense model's next-token distributions on calibration text. Labels take no part. What the dense
 model predicts is noted before the first cut: its likeliest tokens, so that it need not stay. Weights change by adapters
-of low rank, which take little memory and are added to them in the end, where they help on held-out windows.
+of low rank, which take little memory; in the end all, half or none of their change is added to the weights, whichever is
+best on held-out windows.
 
 Sources: soft targets, Hinton et al. 2015 (arXiv 1503.02531); low-rank adapters, Hu et al. 2021 (arXiv 2106.09685).
 
@@ -50,8 +51,8 @@ class Distillation:
     Args:
         tokens: trained on, passes counted.
         divergence_before: KL(dense ‖ pruned) on held-out windows, nats per token, as the blocks were repaired.
-        divergence_after: the same as trained, the changes still beside the weights; where it is no less, the weights
-            stayed as they were.
+        divergence_after: the same with the whole change or half of it, whichever gives less, still beside the weights;
+            where it is no less, the weights stayed as they were.
     """
 
     tokens: int
@@ -109,29 +110,34 @@ class Lessons:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """A change of low rank to a projection's weight: `up · down`, in float32, nothing to begin with."""
+    """A change of low rank to a projection's weight: `size · up · down`, in float32, nothing to begin with.
+
+    The size is the weight's root mean square over the root of its inputs, so that one learning rate does for all.
+    """
 
     projection: nn.Linear
     down_RI: Tensor
     up_OR: Tensor
+    size: float
 
     @classmethod
     def begin(cls, projection: nn.Linear, generator: torch.Generator) -> "_Adapter":
         outputs, inputs = projection.weight.shape
         rank, device = min(RANK, inputs, outputs), projection.weight.device
-        down_RI = torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)
-        return cls(
-            projection, down_RI.to(device).requires_grad_(), torch.zeros(outputs, rank, device=device).requires_grad_()
-        )
+        down_RI = torch.randn(rank, inputs, generator=generator).to(device).requires_grad_()
+        up_OR = torch.zeros(outputs, rank, device=device).requires_grad_()
+        root_mean_square = float(projection.weight.detach().float().square().mean().sqrt())
+        return cls(projection, down_RI, up_OR, root_mean_square / math.sqrt(inputs))
 
     def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        narrow_BTR = nn.functional.linear(inputs[0], self.down_RI.to(inputs[0]))
+        narrow_BTR = nn.functional.linear(inputs[0], self.down_RI.to(inputs[0])) * self.size
         return output + nn.functional.linear(narrow_BTR, self.up_OR.to(narrow_BTR))
 
-    def fold(self) -> None:
-        """Add the change to the weight."""
+    @torch.no_grad()
+    def fold(self, times: float) -> None:
+        """Add the change to the weight, so many times."""
         weight = self.projection.weight
-        weight.data = (weight.data.float() + self.up_OR @ self.down_RI).to(weight.dtype)
+        weight.data = (weight.data.float() + times * self.size * self.up_OR @ self.down_RI).to(weight.dtype)
 
 
 def can_distill(model: PreTrainedModel, config: RepairConfig) -> bool:
@@ -214,11 +220,14 @@ def distill(model: PreTrainedModel, lessons: Lessons, config: RepairConfig, seed
         with _adapt(adapters):
             with torch.enable_grad():
                 tokens = _train(model, adapters, lessons, config, generator)
-            after = _measure(model, lessons, judged, config)
-    if after < before:
-        with torch.no_grad():
+            whole = _measure(model, lessons, judged, config)
             for adapter in adapters:
-                adapter.fold()
+                adapter.up_OR.data *= 0.5
+            half = _measure(model, lessons, judged, config)
+    after = min(whole, half)
+    if after < before:
+        for adapter in adapters:
+            adapter.fold(2.0 if whole == after else 1.0)
     return Distillation(tokens, before, after)
 
 

@@ -31,7 +31,8 @@ class RepairConfig:
         distill_tokens: tokens of calibration text on which the projections of all layers are trained together, last of
             all, by changes of rank 32, towards the predictions of the dense model; in three passes at most, 0 leaves
             it out. It is left out, too, which is said, where layers are kept elsewhere (`offload`, `sharded`).
-        distill_learning_rate: peak learning rate of that, by AdamW; it warms up and decays to 0 as a cosine.
+        distill_learning_rate: peak learning rate of that, by AdamW, in units of each matrix's root mean square; it
+            warms up and decays to 0 as a cosine.
         products: type that both trainings multiply in: `float32`, `bfloat16`, or `auto`, the faster one. What `auto`
             is found to mean is said, in the report, and kept for a resumed run.
 
@@ -48,7 +49,7 @@ class RepairConfig:
     epochs: int = 3
     learning_rate: float = 0.02
     distill_tokens: int = 131_072
-    distill_learning_rate: float = 1e-3
+    distill_learning_rate: float = 0.005
     products: str = "auto"
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class RepairConfig:
             raise ValueError(f"repair.distill_tokens must be at least 0, got {self.distill_tokens}; try 131072")
         if not 0 < self.distill_learning_rate <= 1:
             raise ValueError(
-                f"repair.distill_learning_rate must be in (0, 1], got {self.distill_learning_rate}; try 1e-3"
+                f"repair.distill_learning_rate must be in (0, 1], got {self.distill_learning_rate}; try 0.005"
             )
 
     @property

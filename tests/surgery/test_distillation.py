@@ -47,7 +47,7 @@ def diverge(model: PreTrainedModel) -> float:
 def test_divergence_falls_and_is_what_the_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EVERY_TOKEN, VOCABULARY)
     repaired, _ = run(batches=ONE, distill_tokens=0)
-    model, report = run(batches=ONE, distill_learning_rate=1e-3)
+    model, report = run(batches=ONE, distill_learning_rate=0.02)
     assert report.distillation is not None and report.distillation.is_kept
     assert report.distillation.divergence_before == pytest.approx(diverge(repaired), rel=1e-2)
     assert report.distillation.divergence_after == pytest.approx(diverge(model), rel=1e-2)
@@ -85,7 +85,7 @@ def test_windows_come_from_all_over_the_text() -> None:
 
 def test_narrow_weights_are_trained_wide_and_stay_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EVERY_TOKEN, VOCABULARY)
-    model, report = run(batches=ONE, dtype=torch.bfloat16, distill_learning_rate=1e-3)
+    model, report = run(batches=ONE, dtype=torch.bfloat16, distill_learning_rate=0.02)
     assert report.distillation is not None and report.distillation.is_kept
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
