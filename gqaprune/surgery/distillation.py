@@ -3,8 +3,8 @@
 Least squares and refinement work block by block; here the projections of all decoder layers move together, by the
 divergence from the dense model's next-token distributions on calibration text. Labels take no part. What the dense
 model predicts is noted before the first cut: its likeliest tokens, so that it need not stay. Weights change by adapters
-of low rank, which take little memory; in the end all, half or none of their change is added to the weights, whichever is
-best on held-out windows.
+of low rank, which take little memory; in the end all, half or none of their change is added to the weights, whichever
+is best on held-out windows.
 
 Sources: soft targets, Hinton et al. 2015 (arXiv 1503.02531); low-rank adapters, Hu et al. 2021 (arXiv 2106.09685).
 
