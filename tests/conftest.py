@@ -100,7 +100,7 @@ def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
     config = {
         "model": {"pretrained": str(tiny_folder), "dtype": "float32"},
         "data": DATA,
-        "pruning": {"scheduling": {0: 2}, "rate": 0.3, "allocation": "global", **PLAIN},
+        "pruning": {**PLAIN, "scheduling": {0: 2}, "rate": 0.3, "allocation": "global"},
         "trainer": {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False, "enable_progress_bar": False},
     }
     folder = tmp_path / "work"

@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
         "training": {"window": 32, "tokens": 1024, "batch_size": 1},
         "evaluation": {"window": 32, "tokens": 32 * 6, "batch_size": 1},
     },
-    "pruning": {"scheduling": {0: 2}, "rate": 0.3, "allocation": "global", **PLAIN},
+    "pruning": {**PLAIN, "scheduling": {0: 2}, "rate": 0.3, "allocation": "global"},
     "export": {"folder": "out"},
     "samples": {"prompts": 0},
     "trainer": {

@@ -129,7 +129,9 @@ def place(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy_with_context(tiny_folder, dense)
     make_tokenizer([("e", "d"), ("r", "u")]).save_pretrained(dense)  # with merges, which GGUF asks for
     model, tokenizer = gqaprune.load(str(dense))
-    config = PruningConfig(0.2, criterion="l2", repair={"method": "none"}, limits={"mlp_layers": (1, 3)})
+    config = PruningConfig(
+        0.2, criterion="l2", allocation="uniform", repair={"method": "none"}, limits={"mlp_layers": (1, 3)}
+    )
     plan, _ = gqaprune.prune(model, CalibrationSet([], source=str(dense)), config)
     gqaprune.save(model, tokenizer, folder / "pruned", plan)
     shutil.copytree(folder / "pruned", folder / "trained")

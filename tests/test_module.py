@@ -68,7 +68,7 @@ class Probe(Callback):
 
 def test_optimizer_holds_exactly_the_live_parameters_and_moves_every_one(tiny_folder: Path, tmp_path: Path) -> None:
     module, probe = CausalLMModule(str(tiny_folder), optimizer=fast_optimizer), Probe()
-    pruning = TaylorPruning(scheduling={0: 2}, rate=0.3, allocation="global", **PLAIN)
+    pruning = TaylorPruning(scheduling={0: 2}, rate=0.3, **PLAIN | {"allocation": "global"})
     make_trainer(tmp_path, pruning, probe).fit(module, datamodule=make_data(tiny_folder))
     live = dict(module.named_parameters())
     assert {id(p) for p in probe.held} == {id(p) for p in live.values()}
@@ -117,7 +117,7 @@ def test_learning_rate_warms_up_and_ends_with_the_run(tiny_folder: Path, tmp_pat
 
 
 def test_lightning_checkpoint_carries_the_plan_and_resumes_pruned(tiny_folder: Path, tmp_path: Path) -> None:
-    pruning = TaylorPruning(rate=0.3, allocation="global", **PLAIN)
+    pruning = TaylorPruning(rate=0.3, **PLAIN | {"allocation": "global"})
     trainer = make_trainer(tmp_path, pruning, enable_checkpointing=True)
     module = CausalLMModule(str(tiny_folder), optimizer=fast_optimizer)
     trainer.fit(module, datamodule=make_data(tiny_folder))
@@ -126,7 +126,7 @@ def test_lightning_checkpoint_carries_the_plan_and_resumes_pruned(tiny_folder: P
     loaded = CausalLMModule.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
     loaded.load()
     assert loaded.plan == module.plan
-    again = TaylorPruning(rate=0.3, allocation="global", **PLAIN)
+    again = TaylorPruning(rate=0.3, **PLAIN | {"allocation": "global"})
     trainer = make_trainer(tmp_path, again, max_epochs=2)
     resumed = CausalLMModule(str(tiny_folder), plan=module.plan.to_dict())  # type: ignore[union-attr]
     trainer.fit(resumed, datamodule=make_data(tiny_folder), ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True)
@@ -137,7 +137,7 @@ def test_lightning_checkpoint_carries_the_plan_and_resumes_pruned(tiny_folder: P
 def test_lightning_checkpoints_keep_the_names_that_earlier_ones_have(tiny_folder: Path, tmp_path: Path) -> None:
     """Runs that an earlier version began are resumed from them."""
     module = CausalLMModule(str(tiny_folder), recovery=RecoveryConfig("lora", lora_rank=2))
-    trainer = make_trainer(tmp_path, TaylorPruning(rate=0.3, allocation="global", **PLAIN), max_steps=1)
+    trainer = make_trainer(tmp_path, TaylorPruning(rate=0.3, **PLAIN | {"allocation": "global"}), max_steps=1)
     trainer.fit(module, datamodule=make_data(tiny_folder))
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
@@ -208,7 +208,7 @@ def test_compiled_layers_train_as_they_are_and_are_compiled_in_training_only(
         module = CausalLMModule(
             str(tiny_folder), compile=compiles, recovery=RecoveryConfig(mode=mode), optimizer=fast_optimizer
         )
-        pruning = TaylorPruning(rate=0.3, allocation="global", **PLAIN)
+        pruning = TaylorPruning(rate=0.3, **PLAIN | {"allocation": "global"})
         torch.manual_seed(0)
         make_trainer(tmp_path, pruning, max_steps=2).fit(module, datamodule=make_data(tiny_folder))
         weights.append(torch.cat([p.detach().flatten() for p in module.model.parameters()]))
@@ -289,7 +289,7 @@ def test_models_are_remembered_by_absolute_paths(
 ) -> None:
     monkeypatch.chdir(tiny_folder.parent)
     module = CausalLMModule(tiny_folder.name)
-    pruning = TaylorPruning(scheduling={0: 2}, rate=0.3, allocation="global", **PLAIN)
+    pruning = TaylorPruning(scheduling={0: 2}, rate=0.3, **PLAIN | {"allocation": "global"})
     trainer = make_trainer(tmp_path, pruning)
     trainer.fit(module, datamodule=make_data(tiny_folder))
     trainer.save_checkpoint(tmp_path / "run.ckpt")

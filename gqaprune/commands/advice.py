@@ -71,7 +71,7 @@ def write_advice(
     limits = []
     if "mlp" in of_kind:
         own = of_kind["mlp"]
-        lines += ['  split: "0:10" # channels alone cost least']
+        lines += ['  # split: "0:10" # channels alone; by default GQA groups go, too, where they cost least']
         ends = f"[{middle.start}, {middle.stop}]"
         limits += [f"mlp_layers: {ends} # the ends cost most; {own.reachable:.0%} of the decoder can go so"]
         limits += ["channel_multiple: 128 # widths that run fast on GPUs"] if is_large else []
@@ -98,9 +98,8 @@ def _list_attention(own: Reach, geometry: Geometry, is_second: bool) -> list[str
     lines = [f"  # {words}, {own.of_layer:.1%} of the layer"]
     if is_second:
         lines += [
-            "  # Second, if the first keeps enough: some attention too, far from both ends (attention_layers below), "
-            "instead of that split:",
-            "  # split: free # as near to equal shares as whole groups allow",
+            "  # Second, if the first keeps enough: more of attention, far from both ends (attention_layers below):",
+            '  # split: "2:8" # within one GQA group',
         ]
     if fewest <= FEW_KV_HEADS and geometry.ratios[0] > 2:
         lines += [f"  # granularity: query # {geometry.ratios[0]}:1 → {geometry.ratios[0] - 1}:1, every KV head stays"]

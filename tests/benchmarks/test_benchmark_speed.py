@@ -223,7 +223,7 @@ def test_a_cap_makes_layers_checkpoint_their_activations(monkeypatch: pytest.Mon
 
 def test_the_plan_of_the_scores_removes_what_the_config_says() -> None:
     model = measuring.make_model(measuring.GEOMETRIES["tiny"], torch.float32, "cpu")
-    config = gqaprune.PruningConfig(criterion="l2", repair={"method": "none", "epochs": 0})
+    config = gqaprune.PruningConfig(criterion="l2", allocation="uniform", repair={"method": "none", "epochs": 0})
     scores = gpu.score_units(model, gpu.select_blocks(model, config), [], "l2")
     assert gpu.choose_units(model, config, scores).layers == gqaprune.prune(model, [], config)[0].layers
 

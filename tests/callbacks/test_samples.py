@@ -35,7 +35,7 @@ def train(folder: Path, out: Path, samples: SampleGenerations | None, rate: floa
         max_epochs=2,
         logger=TensorBoardLogger(out, version=0, default_hp_metric=False),
         callbacks=[
-            TaylorPruning(rate=rate, criterion="l1", repair={"method": "none"}),
+            TaylorPruning(rate=rate, criterion="l1", allocation="uniform", repair={"method": "none"}),
             *([] if samples is None else [samples]),
         ],
         enable_progress_bar=False,

@@ -205,7 +205,7 @@ def test_the_written_configuration_of_qwen_takes_mlps_first_and_is_accepted(
     text = (tmp_path / "qwen.yaml").read_text()
     settings = yaml.safe_load(text)
     assert settings["model"]["dtype"] == "bfloat16"
-    assert settings["pruning"]["split"] == "0:10" and settings["pruning"]["limits"]["mlp_layers"] == [4, 26]
+    assert "split" not in settings["pruning"] and settings["pruning"]["limits"]["mlp_layers"] == [4, 26]
     assert "attention_layers" not in settings["pruning"]["limits"] and "# attention_layers: [10, 24]" in text
     assert text.index("split:") < text.index("# attention_layers") and "one of 4 KV heads is 25%" in text
     capsys.readouterr()
@@ -225,7 +225,8 @@ def test_the_written_configuration_can_be_pruned_with(variant: str, shape: Any, 
     inspect(str(tmp_path), write_config=str(tmp_path / "own.yaml"))
     settings = yaml.safe_load((tmp_path / "own.yaml").read_text())["pruning"]
     del settings["scheduling"]
-    prune(model, [], PruningConfig(**settings, criterion="l1", repair={"method": "none"}))
+    plain = {"criterion": "l1", "damage": "scores", "repair": {"method": "none"}}
+    prune(model, [], PruningConfig(**settings, **plain))
     pruned = read_geometry(model.config)
     assert (pruned.kv_heads != geometry.kv_heads) == (variant in WHOLE_MLP)
     assert pruned != geometry
