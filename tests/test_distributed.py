@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 import gqaprune
 from gqaprune.common.distributed import check_same_on_all_ranks
+from gqaprune.common.stage_cache import StageCache
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.data.sampling import sample_from_model
 from gqaprune.data.windows import make_batches
@@ -29,13 +30,17 @@ from gqaprune.models.sources import find_tensors
 from gqaprune.placement.fsdp import shard_model, wrap_model
 from gqaprune.plan import PruningPlan
 from gqaprune.planning.selection import make_plan
+from gqaprune.scoring.repaired_damage import choose_levels, measure_repaired_damage
 from gqaprune.scoring.scores import CRITERIA, score_units
 from gqaprune.scoring.sensitivity import SENSITIVITIES
+from gqaprune.surgery.cut import apply_plan
+from gqaprune.surgery.distillation import distill, note_lessons
 from gqaprune.surgery.repair import apply_plan_with_repair
+from gqaprune.surgery.repair_config import RepairConfig
 from gqaprune.training.objective import Objective
 from gqaprune.training.recovery import RecoveryConfig
 
-from tiny import make_model, make_tokenizer, make_tokens
+from tiny import make_model, make_plain, make_tokenizer, make_tokens
 
 SCRIPT = """
 import os, signal
@@ -87,7 +92,13 @@ def config(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "training": {"window": 32, "tokens": 1024},
             "evaluation": {"window": 32, "tokens": 32 * 7, "batch_size": 1},  # 7 batches
         },
-        "pruning": {"scheduling": {0: 2}, "rate": 0.3, "allocation": "global", "criterion": "taylor"},
+        "pruning": {
+            "scheduling": {0: 2},
+            "rate": 0.3,
+            "allocation": "global",
+            "criterion": "taylor",
+            "repair": {"distill_tokens": 0},  # which sharded layers do without
+        },
         "export": {"folder": "out"},
         "trainer": {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False, "enable_progress_bar": False},
     }
@@ -129,6 +140,34 @@ def test_scores_sensitivities_perplexity_and_samples_of_two_processes_are_those_
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=0)
         assert torch.equal(first[name], second[name])
     assert len(list((tmp_path / "samples of 2").iterdir())) == 3
+
+
+def damage_and_distill(rank: int, world_size: int, folder: Path) -> None:
+    """Damage after repair of every block, and the weights that distillation leaves, written by each rank."""
+    join_group(rank, world_size, folder)
+    model, batches = make_model("qwen2"), [make_tokens(2, seed=seed) for seed in range(10)]
+    blocks = find_blocks(model)
+    scores = score_units(model, blocks, CalibrationSet(batches), "fisher")
+    levels = {block.key: choose_levels(block.units, block.units - 1) for block in blocks}
+    damage = measure_repaired_damage(model, blocks, scores, {}, levels, batches, {4, 9})
+    result = {str(cut): torch.tensor(value) for cut, value in damage.points.items()}
+    result |= {f"order of {key}": order for key, order in damage.scores.items()}
+    lessons = note_lessons(model, torch.cat(batches[:4]), batches[4], StageCache())
+    apply_plan(model, gqaprune.PruningPlan.load(folder / "plan.json"))
+    done = distill(model, lessons, RepairConfig(products="float32", distill_learning_rate=0.02), 0)
+    result |= model.state_dict() | {"divergence": torch.tensor([done.divergence_before, done.divergence_after])}
+    torch.save(result, folder / f"{world_size}-{rank}.pt")
+
+
+def test_damage_after_repair_and_distillation_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    config = make_plain(rate=0.3, criterion="l1", limits={"attention_layers": (0, 3), "mlp_layers": (0, 3)})
+    gqaprune.prune(make_model("qwen2"), [], config)[0].save(tmp_path / "plan.json")
+    damage_and_distill(0, 1, tmp_path)
+    torch.multiprocessing.spawn(damage_and_distill, (2, tmp_path), nprocs=2)
+    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    for name, value in one.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-5)
+        assert torch.equal(first[name], second[name])
 
 
 def prune_and_save(rank: int, world_size: int, folder: Path) -> None:
