@@ -55,7 +55,7 @@ def work(layers: int, steps: int) -> float:
     )
     model, batches = make_model(config, torch.float32, "cpu"), make_tokens(config, 8, 64).split(1)
     start = time.perf_counter()
-    gqaprune.prune(model, batches, gqaprune.PruningConfig(0.2))
+    gqaprune.prune(model, batches, gqaprune.PruningConfig(0.2, allocation="uniform", repair={"distill_tokens": 0}))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     for _ in range(steps):
         model(batches[0], labels=batches[0]).loss.backward()

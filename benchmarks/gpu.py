@@ -79,7 +79,7 @@ def run_stages(geometry: str, cap: int | None, device: str, epochs: int, report:
         report(Row(geometry, cap, stage, read_clock(device) - start, read_peak(device), outcome))
         return result
 
-    config = PruningConfig(repair={"epochs": epochs})
+    config = PruningConfig(allocation="uniform", repair={"epochs": epochs, "distill_tokens": 0})
     model = attempt("weights", lambda: make_model(GEOMETRIES[geometry], torch.bfloat16, device))
     if model is None:
         return

@@ -85,7 +85,10 @@ def measure_size(size: Size) -> Seconds:
     batches = make_tokens(config, size.tokens // WINDOW, WINDOW).split(1)
     whole = (0, size.layers)
     settings = gqaprune.PruningConfig(
-        criterion="l2", repair={"method": "none"}, limits={"attention_layers": whole, "mlp_layers": whole}
+        criterion="l2",
+        allocation="uniform",
+        repair={"method": "none"},
+        limits={"attention_layers": whole, "mlp_layers": whole},
     )
     plan, _ = gqaprune.prune(copy.deepcopy(model), [], settings)
     seconds = {}

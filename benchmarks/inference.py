@@ -70,7 +70,7 @@ def cut(model: PreTrainedModel, settings: Mapping[str, Any]) -> gqaprune.Pruning
         "repair": {"method": "none"},
         "limits": {"attention_layers": whole, "mlp_layers": whole, **settings.get("limits", {})},
     }
-    return gqaprune.prune(model, [], gqaprune.PruningConfig(**{**settings, **common}))[0]
+    return gqaprune.prune(model, [], gqaprune.PruningConfig(**{"allocation": "uniform", **settings, **common}))[0]
 
 
 def count_work(model: PreTrainedModel, case: Case) -> dict[str, int]:

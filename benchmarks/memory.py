@@ -101,7 +101,12 @@ def do(work: str, place: str, folder: str, options: argparse.Namespace) -> None:
         prune(
             load(folder, place),
             windows.split(1),
-            PruningConfig(criterion="l2", scoring={"protect_outliers": False}, repair={"distill_tokens": 0}),
+            PruningConfig(
+                criterion="l2",
+                allocation="uniform",
+                scoring={"protect_outliers": False},
+                repair={"distill_tokens": 0},
+            ),
         )
     elif work == "repair, distillation":
         model = load(folder, place)

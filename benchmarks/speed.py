@@ -108,7 +108,7 @@ def run_outliers(model: PreTrainedModel, batches: Batches) -> None:
     find_outliers(model, select_blocks(model, PruningConfig()), batches)
 
 
-BY_SIZE = {"criterion": "l2", "scoring": {"protect_outliers": False}}
+BY_SIZE = {"criterion": "l2", "allocation": "uniform", "scoring": {"protect_outliers": False}}
 """A choice that reads no text, so that what is timed is what follows it."""
 LINES: Mapping[str, Line] = {
     "forward": run_forward,
@@ -119,9 +119,10 @@ LINES: Mapping[str, Line] = {
     "element-wise Taylor, gradients kept": keep_gradients,
     "outliers": run_outliers,
     "cut alone": make_pruning(**BY_SIZE, repair={"method": "none"}),
-    "cut and least squares": make_pruning(**BY_SIZE, repair={"epochs": 0}),
-    "cut and repair": make_pruning(**BY_SIZE),
-    "prune, without refinement": make_pruning(repair={"epochs": 0}),
+    "cut and least squares": make_pruning(**BY_SIZE, repair={"epochs": 0, "distill_tokens": 0}),
+    "cut and repair": make_pruning(**BY_SIZE, repair={"distill_tokens": 0}),
+    "prune, least squares alone": make_pruning(repair={"epochs": 0, "distill_tokens": 0}),
+    "prune, not distilled": make_pruning(repair={"distill_tokens": 0}),
     "prune as by default": make_pruning(),
     "perplexity": run_perplexity,
     "perplexity, plain loop": run_plain_perplexity,
