@@ -86,8 +86,9 @@ class SampleGenerations(Callback):
         for number in self._write(trainer, pl_module, trainer.global_step):
             prompt, texts = self.written[number]
             shown = [texts[step] for step in (DENSE, trainer.global_step) if step in texts]
-            for logger in get_tensorboards(trainer):
-                logger.experiment.add_text(f"samples/{number}", _format(prompt, *shown), trainer.global_step)
+            with keep_going(f"sample {number}"):
+                for logger in get_tensorboards(trainer):
+                    logger.experiment.add_text(f"samples/{number}", _format(prompt, *shown), trainer.global_step)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[int]:
         """Continue the prompts as the model is now; return the numbers of those that could be."""
