@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {
     "allocation": "global",
     "split": "free",
     "limits": {"attention_layers": (0, 3), "mlp_layers": (0, 3)},
-    "repair": {"epochs": 2},
+    "repair": {"epochs": 2, "distill_tokens": 0},
 }
 PLAIN = [name for name in VARIANTS if name != "qwen2_moe"]
 """Variants without experts."""
@@ -114,7 +114,7 @@ def test_mlps_alone_are_pruned_as_in_memory(variant: str, tmp_path: Path) -> Non
         {"criterion": "l1+l2", "allocation": "optimal"},
         {"criterion": "random", "repair": {"method": "none"}},
         {
-            "repair": {"pull": 0.0, "everywhere": False},
+            "repair": {"pull": 0.0, "everywhere": False, "distill_tokens": 0},
             "limits": {"mlp_layers": (1, 2), "attention_layers": (1, 2)},
             "rate": 0.1,
         },

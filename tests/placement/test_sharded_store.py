@@ -36,7 +36,8 @@ CONFIG: dict[str, Any] = {
     "allocation": "global",
     "split": "free",
     "limits": {"attention_layers": (0, 3), "mlp_layers": (0, 3)},
-    "repair": {"epochs": 0},  # refinement's steps have other tokens on other numbers of processes
+    # Refinement's steps have other tokens on other numbers of processes.
+    "repair": {"epochs": 0, "distill_tokens": 0},
 }
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
