@@ -11,6 +11,7 @@ A new row of ours is one line in `METHODS`; a peer is an entry of `PEERS` in pee
 """
 
 import argparse
+import ast
 import dataclasses
 import hashlib
 import json
@@ -75,15 +76,15 @@ CALIBRATION = {
     "window": 512,
     "sampled": 0,
     "document": 256,
-    "prompts": ["<|endoftext|>"],
+    "prompts": [],
     "seed": 0,
     "batch_size": 4,
     "accumulate": 1,
 }
-"""What a row calibrates on unless it says otherwise; peers too.
+"""What a row calibrates on unless it says otherwise; peers too. `sampled` windows come from the dense model itself."""
 
-`sampled` windows come from the dense model itself, begun by the token that stands between its training documents.
-"""
+PROMPTS = {"smollm2-135m": ["<|endoftext|>"]}
+"""What a model's own text begins with: the token between its training documents, where it is not the BOS."""
 
 PROTOCOL = {"window": 1024, "windows": 16}
 """Perplexity: non-overlapping windows of so many tokens, token-weighted; so many windows of each text."""
@@ -116,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for rate in [0.0] if name == DENSE else rates:
                 spec = make_spec(name, rate, options.model, options.calibration, tests, options.peers_python)
                 spec["keep"] = options.keep and str(options.keep / f"{name}@{rate:g}")
+                spec["stages"] = options.stages and str(options.stages)
                 run_or_skip(spec, texts, options.folder, options.resume, run_in_process)
     rows = read_rows(options.folder)
     print_tables(rows)
@@ -135,11 +137,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=HERE / "rows", help="where rows are kept as JSON")
     parser.add_argument("--rows", default="*", help="names or patterns, with commas between them")
     parser.add_argument("--rates", default="0.1,0.2,0.3", help="shares of decoder-layer parameters to remove")
-    parser.add_argument("--model", default="smollm2-135m", help="the dense model")
+    parser.add_argument("--model", default="smollm2-135m", help="the dense model; rows are named after its last part")
     parser.add_argument("--peers-python", default=sys.executable, help="Python that has requirements.txt installed")
     parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md", help="Markdown file for the tables")
     parser.add_argument("--images", type=Path, default=HERE.parent / "docs" / "images", help="folder for figures")
     parser.add_argument("--keep", type=Path, help="folder to keep pruned models of ours in, each as its row is named")
+    parser.add_argument(
+        "--stages", type=Path, help="folder of stages that rows share; no seconds are kept then"
+    )
     parser.add_argument("--resume", action="store_true", help="skip rows that are there with the current key")
     parser.add_argument("--list", action="store_true", help="only list the selected rows")
     parser.add_argument("--table-only", action="store_true", help="only draw up tables and figures of rows there")
@@ -200,7 +205,7 @@ def make_spec(
         "rate": rate,
         "model": model,
         "settings": settings,
-        "calibration": CALIBRATION | own_calibration | {"corpus": calibration},
+        "calibration": CALIBRATION | {"prompts": PROMPTS.get(model, [])} | own_calibration | {"corpus": calibration},
         "tests": tests,
         "protocol": PROTOCOL,
         "peers_python": peers_python,
@@ -248,7 +253,8 @@ def write_row(row: Row, file: Path) -> None:
 
 def describe_inputs(spec: Spec, texts: Mapping[str, str], versions: Mapping[str, str]) -> dict[str, Any]:
     """What a row depends on, without the places where things lie on this machine."""
-    inputs = {name: spec[name] for name in ("method", "rate", "model", "settings", "protocol")}
+    inputs = {name: spec[name] for name in ("method", "rate", "settings", "protocol")}
+    inputs["model"] = Path(spec["model"]).name
     inputs["calibration"] = {key: value for key, value in spec["calibration"].items() if key != "corpus"}
     inputs["calibration"]["text"] = texts["calibration"]
     if spec["method"] == DENSE:
@@ -282,8 +288,23 @@ def hash_code(method: str) -> str:
     wings = ("data", "models", "planning", "scoring", "surgery")
     own = [package / "pipeline.py", *measuring, *(file for wing in wings for file in (package / wing).rglob("*.py"))]
     files = {DENSE: measuring}.get(method, [*measuring, HERE / "peers.py"] if method in PEERS else own)
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(set(files))))
+    digest = hashlib.sha256("".join(strip_words(file.read_text()) for file in sorted(set(files))).encode())
     return digest.hexdigest()[:16]
+
+
+def strip_words(source: str) -> str:
+    """Python source without comments and docstrings, which move no numbers."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            vars(node)["body"] = [one for one in body if not is_word(one)] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def is_word(statement: ast.stmt) -> bool:
+    """Whether a statement is a string that stands by itself."""
+    return isinstance(statement, ast.Expr) and isinstance(getattr(statement.value, "value", None), str)
 
 
 def read_row_versions(spec: Spec) -> dict[str, str]:

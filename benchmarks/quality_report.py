@@ -16,9 +16,6 @@ from gqaprune.common.atomic_files import write_atomically
 
 Row = Mapping[str, Any]
 
-BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
-"""Markers in RESULTS.md; what is between them is written here."""
-
 STALE = "†"
 
 
@@ -81,7 +78,7 @@ def build_lines(rows: Sequence[Row], rate: float) -> tuple[list[str], list[list[
             lines.append([name, f"failed: {reason}".replace("|", "/"), *[""] * (len(header) - 2)])
             continue
         measured = [f"{row['perplexity'][text]:,.2f} ({gaps[text]:.3f})" for text in texts]
-        cost = [f"{row['seconds']:.0f} s", f"{row['peak_rss'] / 2**30:.1f} GiB"]
+        cost = [f"{row['seconds']:.0f} s" if "seconds" in row else "", f"{row['peak_rss'] / 2**30:.1f} GiB"]
         lines.append([name, describe_removed(row, dense), *measured, f"{compute_mean_gap(row, dense):.3f}", *cost])
     return header, lines
 
@@ -124,12 +121,15 @@ def write_markdown(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ValueError: if the file has one marker without the other.
     """
-    parts = [BEGIN, "", describe(rows), ""]
+    dense = find_dense(rows)
+    model = dense["inputs"]["model"] if dense else "no model"
+    begin, end = (f"<!-- quality, {model}:{edge} -->" for edge in ("begin", "end"))
+    parts = [begin, "", describe(rows), ""]
     for rate in list_rates(rows):
         header, lines = build_lines(rows, rate)
         parts += [f"### {name_rate(rate)}", ""]
         parts += [*format_table(header, lines), ""]
-    splice(path, "\n".join([*parts, END]), BEGIN, END, "Quality, all methods")
+    splice(path, "\n".join([*parts, end]), begin, end, f"Quality, all methods, {model}")
 
 
 def format_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

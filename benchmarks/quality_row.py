@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import gqaprune
 from gqaprune import PruningPlan
 from gqaprune.checkpoints.save import check_output_folder
+from gqaprune.common.stage_cache import StageCache
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.data.corpora import Corpus
 from gqaprune.data.windows import Batch, cut_windows, make_batches, sample_windows, tokenize_corpus
@@ -117,10 +118,15 @@ def prune_by_own(model: PreTrainedModel, windows: Tensor, spec: Mapping[str, Any
     config = gqaprune.PruningConfig(**spec["settings"], rate=spec["rate"])
     batches = list(windows.split(calibration["batch_size"]))
     start = time.perf_counter()
+    stages = StageCache(Path(spec["stages"])) if spec.get("stages") else None  # it changes the time, no number
     plan, _ = gqaprune.prune(
-        model, CalibrationSet(batches, accumulation=calibration["accumulate"], seed=calibration["seed"]), config
+        model,
+        CalibrationSet(batches, accumulation=calibration["accumulate"], seed=calibration["seed"]),
+        config,
+        stages=stages,
     )
-    return plan, {"seconds": time.perf_counter() - start, "peak_rss": read_peak_rss()}
+    costs = {} if stages else {"seconds": time.perf_counter() - start}
+    return plan, costs | {"peak_rss": read_peak_rss()}
 
 
 def prune_by_peer(

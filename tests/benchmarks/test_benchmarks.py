@@ -115,6 +115,12 @@ def test_a_row_made_with_other_sources_or_settings_is_stale(tmp_path: Path, monk
     assert quality.read_rows(tmp_path)[0]["stale"]
 
 
+def test_words_alone_make_no_row_stale() -> None:
+    source = '"""A module."""\ndef f(a: int) -> int:\n    """Add."""\n    # one\n    return a + 1\n'
+    assert quality.strip_words(source) == quality.strip_words("def f(a: int) -> int:\n    return a + 1")
+    assert quality.strip_words(source) != quality.strip_words(source.replace("+ 1", "+ 2"))
+
+
 @pytest.mark.parametrize("settings", [{"criterium": "fisher"}, {"rate": 0.1}, {"calibration": {"window_count": 3}}])
 def test_an_unknown_setting_of_a_method_is_refused_by_name(settings: dict[str, Any]) -> None:
     unknown = next(iter(settings.get("calibration", settings)))
@@ -150,13 +156,14 @@ def test_rows_on_other_texts_than_the_dense_model_get_no_gap() -> None:
 def test_markdown_changes_only_what_is_between_the_markers(tmp_path: Path) -> None:
     rows = [make_row("dense", 10, 10, rate=0.0), make_row("mine", 12, 12)]
     file = tmp_path / "RESULTS.md"
-    file.write_text(f"before\n{quality_report.BEGIN}\nold\n{quality_report.END}\nafter\n")
+    begin, end = (f"<!-- quality, m:{edge} -->" for edge in ("begin", "end"))
+    file.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     quality_report.write_markdown(rows, file)
     text = file.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "| mine |" in text
     quality_report.write_markdown(rows, file)
     assert file.read_text() == text
-    file.write_text(f"only {quality_report.BEGIN}")
+    file.write_text(f"only {begin}")
     with pytest.raises(ValueError, match="needs both markers"):
         quality_report.write_markdown(rows, file)
 
