@@ -142,9 +142,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md", help="Markdown file for the tables")
     parser.add_argument("--images", type=Path, default=HERE.parent / "docs" / "images", help="folder for figures")
     parser.add_argument("--keep", type=Path, help="folder to keep pruned models of ours in, each as its row is named")
-    parser.add_argument(
-        "--stages", type=Path, help="folder of stages that rows share; no seconds are kept then"
-    )
+    parser.add_argument("--stages", type=Path, help="folder of stages that rows share; no seconds are kept then")
     parser.add_argument("--resume", action="store_true", help="skip rows that are there with the current key")
     parser.add_argument("--list", action="store_true", help="only list the selected rows")
     parser.add_argument("--table-only", action="store_true", help="only draw up tables and figures of rows there")
