@@ -260,6 +260,8 @@ class PruningCLI(LightningCLI):
             root, version = settings.default_root_dir or ".", self._folder.name if self._folder else None
             kwargs["logger"] = TensorBoardLogger(root, version=version, default_hp_metric=False)
             self._numbered = kwargs["logger"] if version is None else None
+        if self.subcommand == "fit" and get_setting(self, "model").recovery.mode == "none":
+            kwargs["limit_train_batches"] = 0
         if self.subcommand == "predict":
             kwargs["use_distributed_sampler"] = False  # every rank writes every text: models split over them need it
         try:

@@ -1,10 +1,11 @@
 """The LightningModule around a causal LM: fine-tuning, perplexity, generation."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 from uuid import uuid4
 
 import torch
@@ -24,15 +25,16 @@ from gqaprune.common.atomic_files import remove_leftovers
 from gqaprune.common.errors import first_line
 from gqaprune.common.renamed import RenamedAttributes
 from gqaprune.common.unregistered import Unregistered
+from gqaprune.data.given_batches import align_batch
 from gqaprune.data.windows import Batch
 from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.generation import continue_greedily
 from gqaprune.evaluation.perplexity import CorpusPerplexities
 from gqaprune.models.fingerprint import find_fingerprint
-from gqaprune.models.sources import load_config, make_absolute, pin
+from gqaprune.models.sources import make_absolute, pin
 from gqaprune.placement.fsdp import distribute_model
 from gqaprune.placement.layer_store import find_store
-from gqaprune.placement.model_source import ModelSource
+from gqaprune.placement.model_source import ModelInMemory, ModelSource
 from gqaprune.plan import PruningPlan
 from gqaprune.surgery.cut_loading import load_cut_model
 from gqaprune.training.accumulation import count_round_steps
@@ -61,7 +63,8 @@ class CausalLMModule(RenamedAttributes, LightningModule):
     """A causal LM to prune, fine-tune, measure and prompt.
 
     Args:
-        pretrained: the model: a folder, a `.gguf` file, a hub name, or `smollm2-135m` (embedded, needs no hub).
+        pretrained: the model: a folder, a `.gguf` file, a hub name, or `smollm2-135m` (embedded, needs no hub); in
+            Python also a causal LM that is loaded already, which is then worked on in place.
         dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
         attn_implementation: attention kernel, `sdpa` or `eager`; transformers' choice by default.
         trust_remote_code: run code that comes with the checkpoint. Pruned checkpoints do not need it here.
@@ -80,6 +83,12 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         revision: branch, tag or commit of a model on the hub, of its tokenizer, config, weights and code.
     """
 
+    @overload
+    def __init__(self, pretrained: str, *arguments: Any, **settings: Any) -> None: ...
+
+    @overload
+    def __init__(self, pretrained: PreTrainedModel, *arguments: Any, **settings: Any) -> None: ...
+
     def __init__(
         self,
         pretrained: str,
@@ -97,9 +106,14 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         revision: str | None = None,
     ) -> None:
         super().__init__()
+        given = pretrained if isinstance(pretrained, PreTrainedModel) else None
+        if given is not None:
+            pretrained = given.name_or_path
         pretrained = pin(make_absolute(pretrained), revision)  # checkpoints, plan and report name it
+        origin = (pretrained, dtype, attn_implementation, trust_remote_code)
+        self.source = ModelSource(*origin) if given is None else ModelInMemory(*origin, model=given)
+        del given, origin  # no hyperparameters
         self.save_hyperparameters(ignore=["optimizer", "plan", "recovery"])
-        self.source = ModelSource(pretrained, dtype, attn_implementation, trust_remote_code)
         self.recovery = recovery
         self.optimizer_config = OptimizerConfig(unwrap_factory(optimizer), schedule, warmup_steps)
         self.adapters = Adapters()
@@ -139,6 +153,13 @@ class CausalLMModule(RenamedAttributes, LightningModule):
                 checkpoint_path, *arguments, **{"trust_remote_code": False, **settings, "weights_only": True}
             )
 
+    @classmethod
+    def wrap(cls, model: PreTrainedModel) -> "CausalLMModule":
+        """A module around a causal LM that another module trains; nothing in the model is changed."""
+        module = cls(model)
+        module._model = model
+        return module
+
     @property
     def model(self) -> PreTrainedModel:
         """The causal LM; `load` it first."""
@@ -149,12 +170,15 @@ class CausalLMModule(RenamedAttributes, LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Begin a run: guard what is loaded, remove what killed runs were writing, let callbacks check the settings.
 
-        No text is read yet, no model loaded; ranks are made to stop together. Mode `none` turns training off.
+        No text is read yet, no model loaded; ranks are made to stop together.
+
+        Raises:
+            ValueError: if a setting cannot work; mode `none` needs a trainer that does not train.
         """
         guard_loading(self.trainer.strategy)
         guard_restoring(self.trainer)
-        if self.recovery.mode == "none":
-            self.trainer.limit_train_batches = 0
+        if self.recovery.mode == "none" and self.trainer.state.fn == "fit" and self.trainer.limit_train_batches != 0:
+            raise ValueError("recovery.mode none trains nothing: set trainer.limit_train_batches to 0")
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         self._losses = LossWatch()
         stopping = StopTogether(self._losses)
@@ -187,7 +211,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
             return
         data = getattr(find_trainer(self), "datamodule", None)
         if isinstance(data, TextDataModule):
-            data.check_context(load_config(self.source.pretrained, self.source.trust_remote_code))
+            data.check_context(self.source.read_config())
         mesh = self._mesh if sharded else None
         assert mesh is not None or not sharded, "only ModelParallelStrategy has a mesh"
         model = load_cut_model(self.source, self.plan, offload, mesh, self.gradient_checkpointing)
@@ -236,11 +260,26 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
 
+    def compute_loss(self, batch: Batch) -> Tensor | Mapping[str, Tensor]:
+        """The loss that a training step minimises; override it to train on another one.
+
+        Args:
+            batch: `input_ids` and `labels`, `[batch, tokens]`, padding only at the end of rows.
+
+        Returns:
+            The mean loss in nats per token, a scalar with its gradient; or a mapping with it as `loss`, whose other
+            entries are logged as `train/<name>`.
+        """
+        loss, parts = self._objective.measure(self.model, batch)
+        return {"loss": loss, **parts}
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a batch in nats per token."""
         seed = seed_by_place(self.device, self.trainer.current_epoch, batch_idx, self.global_rank)
         with seed, self.layer_compiler.compiled(self.model):
-            loss, parts = self._objective.measure(self.model, batch)
+            measured = self.compute_loss(align_batch(batch))
+        parts = dict(measured) if isinstance(measured, Mapping) else {"loss": measured}
+        loss = parts.pop("loss")
         self._losses.note(loss, self.global_step, batch_idx)
         self.log_dict({f"train/{name}": part for name, part in parts.items()})
         self.log("train/loss", loss, prog_bar=True)
@@ -253,7 +292,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to its corpus's perplexity."""
-        self._perplexities.update(dataloader_idx, self.model, batch)
+        self._perplexities.update(dataloader_idx, self.model, align_batch(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log `ppl/<corpus>` over all ranks."""

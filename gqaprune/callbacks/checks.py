@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
-from gqaprune.callbacks.lookup import get_parts
+from gqaprune.callbacks.parts import get_parts
 from gqaprune.checkpoints.origin import find_teacher
 from gqaprune.common.atomic_files import check_can_be_folder
 from gqaprune.datamodules import TextDataModule
@@ -65,9 +65,8 @@ def check_teacher(trainer: Trainer, module: CausalLMModule, config: PruningConfi
             f"recovery.mode {settings.mode} would learn from {source} itself, which this run does not prune: name the "
             "dense model by model.recovery.teacher"
         )
-    student, teacher = (
-        load_config(name, module.source.trust_remote_code).get_text_config() for name in (own_source, source)
-    )
+    student = module.source.read_config().get_text_config()
+    teacher = load_config(source, module.source.trust_remote_code).get_text_config()
     names = ["vocab_size", *(["hidden_size"] if settings.hidden_weight else [])]
     for name in names:
         own, other = getattr(student, name), getattr(teacher, name)
@@ -86,7 +85,7 @@ def check_adapters(trainer: Trainer, module: CausalLMModule) -> None:
     """Refuse adapters of what is no projection of the model, before any work."""
     if module.recovery.uses_lora and trainer.limit_train_batches != 0:
         source = module.source
-        check_targets(load_config(source.pretrained, source.trust_remote_code).get_text_config(), module.recovery)
+        check_targets(source.read_config().get_text_config(), module.recovery)
 
 
 def check_compile(trainer: Trainer, module: CausalLMModule) -> None:
@@ -131,6 +130,11 @@ def check_placement(
 ) -> None:
     """Refuse what needs the whole model in memory, where its layers are not, before any work."""
     trains = trainer.limit_train_batches != 0
+    if not trains and trainer.limit_val_batches != 0:
+        raise ValueError(
+            f"Lightning's check of validation would run the whole model, whose layers are {placement.value}: set "
+            "trainer.limit_val_batches to 0, as gqaprune prune does"
+        )
     for name, group, is_used in (
         ("calibration", data.calibration, module.plan is None),
         ("training", data.training, trains),

@@ -7,9 +7,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from gqaprune.callbacks.lookup import get_parts, get_run_folder
+from gqaprune.callbacks.lookup import get_run_folder
 from gqaprune.callbacks.order import Phase, order_callbacks
-from gqaprune.callbacks.pruning import TaylorPruning
+from gqaprune.callbacks.parts import get_parts
+from gqaprune.callbacks.run_state import Exported, get_run
 from gqaprune.checkpoints.formats import (
     AUTO,
     check_unequal_by_layer,
@@ -21,7 +22,6 @@ from gqaprune.checkpoints.save import SHARD_SIZE, check_can_be_saved, check_outp
 from gqaprune.common.atomic_files import remove_leftovers
 from gqaprune.common.console import console
 from gqaprune.datamodules import TextDataModule
-from gqaprune.models.sources import load_config
 from gqaprune.models.wrapping import unwrap_model
 from gqaprune.module import CausalLMModule
 from gqaprune.placement.fsdp import gather_state_dict
@@ -59,12 +59,10 @@ class CheckpointExport(Callback):
         self.max_shard_size = max_shard_size
         self.quantization = quantization
         self.written: Path | None = None
-        self.written_format = ""
-        self.written_plan: PruningPlan | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew."""
-        self.written = None
+        self.written = get_run(trainer).exported = None
 
     def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an unusable folder or format before hours of work, not after; put callbacks into order."""
@@ -74,17 +72,17 @@ class CheckpointExport(Callback):
             remove_leftovers(folder.parent)
         check_output_folder(folder)
         module, data = get_parts(trainer, pl_module)
-        config = load_config(module.source.pretrained, module.source.trust_remote_code)
+        config = module.source.read_config()
         format = choose_format(config, self.format, self.quantization)
         check_can_be_saved(module.source.build_without_weights(), data.tokenizer, format)
         check_shard_size(self.max_shard_size)
-        pruning = next((c for c in trainer.callbacks if isinstance(c, TaylorPruning)), None)  # type: ignore[attr-defined]
-        if pruning is not None and trainer.limit_train_batches == 0:
-            check_written_by_layer(self.format, self.quantization, pruning.placement)
-            if pruning.config.removes_something and not keeps_equal_counts(config, pruning.config):
-                check_unequal_by_layer(config, pruning.placement)
-        if needs_equal_counts(self.format) and pruning is not None and module.plan is None:
-            check_equal_counts(config, pruning.config)
+        run = get_run(trainer)
+        if run.config is not None and trainer.limit_train_batches == 0:
+            check_written_by_layer(self.format, self.quantization, run.placement)
+            if run.config.removes_something and not keeps_equal_counts(config, run.config):
+                check_unequal_by_layer(config, run.placement)
+        if needs_equal_counts(self.format) and run.config is not None and module.plan is None:
+            check_equal_counts(config, run.config)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export after training, while the strategy still holds the weights: the best ones, if some were kept."""
@@ -102,16 +100,22 @@ class CheckpointExport(Callback):
         module, data = get_parts(trainer, pl_module)
         folder = self._get_folder(trainer)
         state_dict = gather_state_dict(module.model)
-        self.written_plan = _find_whole_plan(module)
+        plan, written = _find_whole_plan(module), ""
         if trainer.is_global_zero or not find_store(module.model).is_in_memory:
-            self.written_format = self._save(module, data, folder, state_dict)
+            written = self._save(module, data, folder, plan, state_dict)
         self.written = folder
+        get_run(trainer).exported = Exported(folder, written, plan, self.quantization)
         trainer.strategy.barrier("export")
 
     def _save(
-        self, module: CausalLMModule, data: TextDataModule, folder: Path, state_dict: dict[str, Tensor] | None
+        self,
+        module: CausalLMModule,
+        data: TextDataModule,
+        folder: Path,
+        plan: PruningPlan | None,
+        state_dict: dict[str, Tensor] | None,
     ) -> str:
-        what = (unwrap_model(module.model), data.tokenizer, folder, self.written_plan, state_dict, module.adapters.view)
+        what = (unwrap_model(module.model), data.tokenizer, folder, plan, state_dict, module.adapters.view)
         try:
             return save(*what, self.format, self.max_shard_size, self.quantization)
         except ValueError as error:

@@ -7,16 +7,16 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gqaprune.callbacks.lookup import get_parts, get_run_folder
+from gqaprune.callbacks.lookup import get_run_folder
 from gqaprune.callbacks.order import Phase
-from gqaprune.callbacks.pruning import get_pruning
+from gqaprune.callbacks.parts import GivenText, get_parts
+from gqaprune.callbacks.run_state import RunState, get_run
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.common.console import console, keep_going
 from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.diagnosis import Diagnosis, build_diagnosis_table, diagnose
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.dtypes import read_dtype
-from gqaprune.models.sources import load_config
 from gqaprune.models.wrapping import is_sharded
 from gqaprune.module import CausalLMModule
 from gqaprune.placement.layer_store import find_store
@@ -68,20 +68,30 @@ class PerplexityGuard(Callback):
         self.diagnosis: Diagnosis | None = None
         self.facts: dict[str, Any] = {}
 
+    def join(self, run: RunState) -> None:
+        """Let the page of the run show what is found."""
+        run.guard = self.facts
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Judge what pruning, which has just been done, has left."""
-        self.diagnosis, self.facts = None, {}
+        """Say so where no callback prunes."""
+        if stage == "fit" and get_run(trainer).config is None and trainer.is_global_zero:
+            console.print("PerplexityGuard is off: no callback prunes, so that no dense model is measured")
+
+    def on_after_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew, and judge what pruning has left."""
+        self.diagnosis = None
+        self.facts.clear()
         report = _get_report(trainer)
-        if stage == "fit" and trainer.is_global_zero and (reason := _find_reason_for_silence(trainer, pl_module)):
+        if trainer.is_global_zero and (reason := _find_reason_for_silence(trainer, pl_module)):
             console.print(f"PerplexityGuard is off: {reason}", markup=False)
-        if stage == "fit" and report is not None and report.stages[-1].held_out is not None:
+        if report is not None and report.stages[-1].held_out is not None:
             self._judge(trainer, pl_module, report, report.stages[-1].held_out, is_trained=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if training is not judged."""
         report = _get_report(trainer)
         is_on = report is not None and report.stages[0].held_out is not None
-        validates = trainer.enable_validation and bool(get_parts(trainer, pl_module)[1].corpora["val"])
+        validates = is_on and trainer.enable_validation and bool(get_parts(trainer, pl_module)[1].corpora["val"])
         if is_on and not validates and trainer.is_global_zero:
             console.print(
                 "PerplexityGuard judges what pruning left and not what training makes of it: there is no validation; "
@@ -154,7 +164,7 @@ class PerplexityGuard(Callback):
         if self.diagnosis is not None:
             facts["diagnosis"] = self.diagnosis.to_dict()
             console.print(build_diagnosis_table(self.diagnosis))
-        self.facts = facts
+        self.facts.update(facts)
         with keep_going(GUARD_FILE):
             write_atomically(folder / GUARD_FILE, (json.dumps(_make_plain(facts), indent=2) + "\n").encode())
 
@@ -172,30 +182,31 @@ def _diagnose(module: CausalLMModule, data: TextDataModule, is_trained: bool) ->
     assert module.plan is not None
     with torch.inference_mode(False), torch.enable_grad():  # validation forbids gradients, which scores are made of
         dense = module.source.load().to(module.model.device)
-        made_for = read_dtype(load_config(module.source.pretrained, module.source.trust_remote_code))
+        made_for = read_dtype(module.source.read_config())
         return diagnose(dense, module.model, module.plan, data.held_out_batches(), made_for, is_trained)
 
 
 def _get_report(trainer: Trainer) -> Report | None:
     """What pruning measured, on a run that pruned; None where a plan was given, or nothing is removed."""
-    pruning = get_pruning(trainer)
-    report = None if pruning is None else pruning.report
+    report = get_run(trainer).report
     return report if report is not None and report.stages and report.stages[0].name == "dense" else None
 
 
 def _find_reason_for_silence(trainer: Trainer, pl_module: LightningModule) -> str:
     """Why nothing is judged; empty where it is, where a setting asks for that, or where a checkpoint is resumed."""
-    pruning = get_pruning(trainer)
-    if pruning is None:
-        return "no callback prunes, so that no dense model is measured"
-    if pruning.report is None or not pruning.report.stages:
+    run = get_run(trainer)
+    assert run.config is not None, "a callback has pruned"
+    if run.report is None or not run.report.stages:
         return ""
-    if pruning.report.stages[0].name != "dense":
+    if run.report.stages[0].name != "dense":
         return "the plan was given, so that the dense model is not measured"
-    settings = get_parts(trainer, pl_module)[1].calibration
-    if pruning.report.stages[0].held_out is not None or not settings.held_out_windows:
+    data = get_parts(trainer, pl_module)[1]
+    settings = data.calibration
+    if isinstance(data, GivenText):
+        return "it measures held-out calibration windows, which only a TextDataModule has"
+    if run.report.stages[0].held_out is not None or not settings.held_out_windows:
         return ""
-    if not pruning.config.needs_text:
+    if not run.config.needs_text:
         return "these settings calibrate on no text, of which it measures held-out windows"
     if not settings.corpora:
         return "data.calibration.corpora is empty, of which it measures held-out windows"

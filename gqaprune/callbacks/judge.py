@@ -1,15 +1,16 @@
 """Judge what `predict` wrote, beside what the dense model writes."""
 
 import os
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gqaprune.callbacks.lookup import get_parts, get_run_folder
+from gqaprune.callbacks.lookup import get_run_folder
 from gqaprune.callbacks.order import Phase
+from gqaprune.callbacks.parts import check_own_parts, get_parts
+from gqaprune.callbacks.run_state import get_run
 from gqaprune.checkpoints.origin import find_dense
 from gqaprune.common.console import console, track
 from gqaprune.datamodules import TextDataModule
@@ -45,6 +46,7 @@ class PredictionJudge(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the dense model, before any work."""
         if stage == "predict":
+            check_own_parts(trainer, pl_module, "PredictionJudge")
             self._written = []
             self._dense, self._note = choose_dense(get_parts(trainer, pl_module)[0])
 
@@ -80,7 +82,9 @@ class PredictionJudge(Callback):
         texts = [_describe(data, *added, value) for added, value in zip(pruned, perplexities, strict=True)]
         prompts = [prompt.text for prompt, _ in data.encode_prompts()]
         comparisons = [TextPair(*parts) for parts in zip(prompts, texts, dense_texts, strict=True)]
-        self.predictions = Predictions(module.source.pretrained, self._dense, self._note, comparisons)
+        self.predictions = get_run(trainer).predictions = Predictions(
+            module.source.pretrained, self._dense, self._note, comparisons
+        )
         path = get_run_folder(trainer) / PREDICTIONS_FILE
         console.print(render_predictions(self.predictions), soft_wrap=False)
         self.predictions.save(path)
@@ -88,12 +92,11 @@ class PredictionJudge(Callback):
 
     def _load_dense(self, module: CausalLMModule, data: TextDataModule) -> PreTrainedModel:
         is_teacher = self._dense == module.recovery.teacher
-        source = replace(
-            module.source,
-            pretrained=self._dense,
-            dtype=module.recovery.teacher_dtype if is_teacher else module.source.dtype,
+        source = module.source.name_another(
+            self._dense,
+            module.recovery.teacher_dtype if is_teacher else module.source.dtype,
             # A model that a plan alone names runs no code.
-            trust_remote_code=module.source.trust_remote_code and (is_teacher or module.plan is not None),
+            module.source.trust_remote_code and (is_teacher or module.plan is not None),
         )
         dense = source.load().eval()
         check_tokenizer(data.tokenizer, dense)

@@ -1,27 +1,9 @@
-"""Find what the callbacks of a run share: module, data, folder, TensorBoard loggers."""
+"""Find where a run writes: its folder, its TensorBoard loggers."""
 
 from pathlib import Path
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-
-from gqaprune.datamodules import TextDataModule
-from gqaprune.module import CausalLMModule
-
-
-def get_parts(trainer: Trainer, pl_module: LightningModule) -> tuple[CausalLMModule, TextDataModule]:
-    """The module and the streams, checked.
-
-    Raises:
-        ValueError: if they are not gqaprune's.
-    """
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(pl_module, CausalLMModule) or not isinstance(data, TextDataModule):
-        raise ValueError(
-            "gqaprune's callbacks need trainer.fit(CausalLMModule(...), datamodule=TextDataModule(...)), got "
-            f"{type(pl_module).__name__} and {type(data).__name__}"
-        )
-    return pl_module, data
 
 
 def get_run_folder(trainer: Trainer) -> Path:

@@ -25,13 +25,32 @@ class Phase(IntEnum):
 def order_callbacks(trainer: Trainer) -> None:
     """Put a trainer's callbacks into the order of their phases; within one they keep their order."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks[:] = sort_callbacks(trainer)
+
+
+def sort_callbacks(trainer: Trainer) -> list[Callback]:
+    """A trainer's callbacks in the order of their phases."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     phases = [getattr(callback, "phase", None) for callback in callbacks]
     export = phases.index(Phase.EXPORT) if Phase.EXPORT in phases else len(phases)
     places = [
         (phase if phase is not None else _find_phase(callback, is_after_export=index > export), index)
         for index, (callback, phase) in enumerate(zip(callbacks, phases, strict=True))
     ]
-    callbacks[:] = [callbacks[index] for _, index in sorted(places)]
+    return [callbacks[index] for _, index in sorted(places)]
+
+
+def check_copies_follow(trainer: Trainer, pruning: Callback) -> None:
+    """Refuse a callback that has copied the model already when it is pruned, where Lightning's order is as given.
+
+    Raises:
+        ValueError: naming it.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks[: callbacks.index(pruning)]:
+        if copies_model(callback):
+            name = type(callback).__name__
+            raise ValueError(f"{name} copies the model before it is pruned: list it after {type(pruning).__name__}")
 
 
 def _find_phase(callback: Callback, is_after_export: bool) -> Phase:

@@ -1,10 +1,13 @@
 """Prune before fit, while Lightning has not built the optimizer yet; accumulate gradients during fit; prune on."""
 
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,35 +23,50 @@ from gqaprune.callbacks.checks import (
     check_sharded,
     check_teacher,
 )
-from gqaprune.callbacks.lookup import get_parts
-from gqaprune.callbacks.order import Phase, order_callbacks
-from gqaprune.callbacks.trainer_checks import check_batches, check_trainer
+from gqaprune.callbacks.order import Phase, check_copies_follow, order_callbacks, sort_callbacks
+from gqaprune.callbacks.parts import (
+    can_be_pruned_yet,
+    check_own_parts,
+    get_parts,
+    uses_own_parts,
+)
+from gqaprune.callbacks.run_state import RunState, get_run
+from gqaprune.callbacks.trainer_checks import check_accumulation, check_batches, check_trainer
 from gqaprune.common.console import console
+from gqaprune.common.precision import use_default_dtype
 from gqaprune.common.renamed import RenamedAttributes, name_successors
 from gqaprune.common.stage_cache import StageCache
 from gqaprune.common.stop_signals import stop_signals
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.tokenizer import check_tokenizer
-from gqaprune.module import CausalLMModule
+from gqaprune.module import CausalLMModule, ChecksSettings
 from gqaprune.pipeline import Pruner
 from gqaprune.placement.layer_store import Placement, find_store
+from gqaprune.placement.model_source import ModelInMemory
+from gqaprune.plan import PruningPlan
 from gqaprune.planning.allocation.steps import Spending
 from gqaprune.planning.config import PruningConfig
 from gqaprune.reporting.report import Report
 from gqaprune.scoring.criteria.base import Scores
 from gqaprune.scoring.sensitivity import Importance
+from gqaprune.surgery.cut import apply_plan
 from gqaprune.training.accumulation import find_round_start, go_back_to_step, validate_between_steps
-from gqaprune.training.lightning_internals import read_epoch
-from gqaprune.training.resume import UNFINISHED
+from gqaprune.training.lightning_internals import read_epoch, run_after_configuring
+from gqaprune.training.resume import UNFINISHED, find_pruning_plan
 
 
 class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
     """Scores units on calibration micro-batches and cuts the model in `setup`; then schedules gradient accumulation.
 
+    Any LightningModule will do that has a causal LM of transformers, built in `__init__`, `setup` or `configure_model`:
+    it is cut in place, before optimizers are built and strategies wrap it. `CausalLMModule` and `TextDataModule` bring
+    more: perplexity before and after, layers on disk or sharded, rounds, resuming between steps.
+
     In calibration, gate gradients are accumulated over as many micro-batches as training accumulates in its
     first epoch. Just before, callbacks that have `on_before_pruning(trainer, pl_module)` see the dense model, and must
-    leave it as it is. In training it is the `GradientAccumulationScheduler` it inherits from; with `recovery.rounds` of
+    leave it as it is; those that have `on_after_pruning` see the pruned one. In training it is the
+    `GradientAccumulationScheduler` it inherits from; with `recovery.rounds` of
     more than 1 it cuts again between steps, on single devices and DDP, where every rank holds the whole model. It only
     wires: the path is `gqaprune.pipeline`.
 
@@ -63,6 +81,11 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         sharded: shard the model's decoder layers over the devices of a `ModelParallelStrategy` from the start, and
             gather one at a time, so that a model larger than a device is pruned, to the same plan. Besides what
             `offload` can do, criteria may look at gates (`fisher`, `taylor`), and recovery may follow in the same run.
+        model_attribute: where modules of other classes hold the causal LM; dots lead to attributes of attributes.
+        calibration: batches to calibrate on, where the data module is of another class: a DataLoader, or any iterable
+            of token ids `[batch, tokens]` or of mappings with `input_ids` and `attention_mask`. None takes what
+            `calibration_batches()` of data module or module gives, else the first training batches.
+        calibration_limit: training batches that are calibrated on at most, where there is nothing else.
         settings: what to remove and how, the fields of `gqaprune.PruningConfig`.
 
     Raises:
@@ -70,7 +93,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
 
     Example::
 
-        Trainer(callbacks=[TaylorPruning(scheduling={0: 4}, rate=0.2, allocation="global")])
+        Trainer(callbacks=[TaylorPruning(scheduling={0: 4}, rate=0.2)]).fit(my_module, my_data)
     """
 
     phase: ClassVar = Phase.WORK
@@ -82,19 +105,36 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         stages: str | None = None,
         offload: bool = False,
         sharded: bool = False,
+        model_attribute: str = "model",
+        calibration: Iterable[Any] | None = None,
+        calibration_limit: int = 64,
         **settings: Any,
     ) -> None:
         super().__init__(dict(scheduling))
+        if calibration_limit < 1:
+            raise ValueError(f"calibration_limit must be at least 1 training batch, got {calibration_limit}")
         self.stages = stages
         self.offload = offload
         self.sharded = sharded
+        self.model_attribute = model_attribute
+        self.calibration = calibration
+        self.calibration_limit = calibration_limit
         self.config = PruningConfig(**settings)
-        self.report: Report | None = None
+        self._run = RunState()
         self._pruner: Pruner | None = None
         self._spending: Spending | None = None
 
+    def join(self, run: RunState) -> None:
+        """Tell the other callbacks what is going to be pruned, and where the model and its text are."""
+        run.config, run.placement = self.config, self.placement
+        run.model_attribute, run.calibration = self.model_attribute, self.calibration
+        run.calibration_limit = self.calibration_limit
+        self._run = run
+
     def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what excludes one another, and what would end training; put callbacks into order."""
+        if not isinstance(pl_module, CausalLMModule):
+            return  # `setup` has done it
         order_callbacks(trainer)
         module, data = get_parts(trainer, pl_module)
         check_rounds(trainer, module, self.config)
@@ -104,34 +144,75 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         check_compile(trainer, module)
         if trainer.limit_train_batches != 0:
             check_trainer(trainer, module)
-        if trainer.strategy.handles_gradient_accumulation:
-            trainer.accumulate_grad_batches = self._get_only_factor(trainer)
+        self._check_factor(trainer)
         if self.offload:
             check_offload(trainer, module)
         if self.placement is not Placement.MEMORY:
+            check_own_parts(trainer, pl_module, f"layers {self.placement.value}")
             check_placement(trainer, module, data, self.config, self.placement)
-            if trainer.limit_train_batches == 0:
-                trainer.limit_val_batches = 0  # Lightning's own check would run the whole model
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prune, unless the module already is: by a plan that it was given, or that its checkpoint carries."""
         if stage != "fit":
             return
+        get_run(trainer)  # which this joins
+        self._pruner = self.report = None
+        if not isinstance(pl_module, CausalLMModule):
+            self._set_up_given(trainer, pl_module)
+            return
         module, data = get_parts(trainer, pl_module)
-        if trainer.limit_train_batches != 0:
+        if trainer.limit_train_batches != 0 and uses_own_parts(trainer, pl_module):
             check_batches(trainer, data)
         if self.sharded:
             check_sharded(trainer)
-        self._pruner = self.report = None
-        calibrates = module.plan is None and self.config.needs_text
-        if calibrates:
+        if module.plan is None and self.config.needs_text:
             data.read_calibration_windows()  # missing text is said before a model is loaded
         folder = self._get_folder(trainer).with_name("offloaded") if self.offload else None
         module.load(folder, self.sharded or self._only_trains_sharded(trainer, module, data))
-        model = module.model
+        self._prune(trainer, module, data)
+
+    def _set_up_given(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune the causal LM of a module of another class now, or as soon as it is built."""
+        for name in ("offload", "sharded"):
+            if getattr(self, name):
+                check_own_parts(trainer, pl_module, f"pruning.{name}")
+        check_copies_follow(trainer, self)
+        if trainer.limit_train_batches != 0:
+            check_accumulation(trainer)
+        self._check_factor(trainer)
+        prune = partial(self._prune_given, trainer, pl_module)
+        if can_be_pruned_yet(trainer, pl_module):
+            prune()
+        else:
+            run_after_configuring(pl_module, prune)
+
+    def _prune_given(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module, data = get_parts(trainer, pl_module)
+        trainer.callbacks = sort_callbacks(trainer)  # type: ignore[attr-defined]  # not in place: it is gone through
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ChecksSettings):
+                callback.check_settings(trainer, pl_module)
+        if module.plan is None and (plan := find_pruning_plan(trainer.ckpt_path, self.state_key)) is not None:
+            module.plan = PruningPlan.from_dict(plan)
+            module.plan_is_from_checkpoint = True
+            apply_plan(module.model, module.plan)
+        with use_default_dtype(torch.float32):  # `configure_model` of half precision runs with another
+            self._prune(trainer, module, data)
+
+    def _prune(self, trainer: Trainer, module: CausalLMModule, data: TextDataModule) -> None:
+        try:
+            self._cut(trainer, module, data)
+        finally:  # what was cut is known, even where it cannot be measured
+            if self._pruner is not None:
+                module.plan, self.report = self._pruner.plan, self._pruner.report
+        _tell(trainer, "on_after_pruning")
+
+    def _cut(self, trainer: Trainer, module: CausalLMModule, data: TextDataModule) -> None:
+        model, trains = module.model, trainer.limit_train_batches != 0
         find_store(model).move_to(trainer.strategy.root_device)
-        check_tokenizer(data.tokenizer, model)
-        if data.training.sampled_windows and trainer.limit_train_batches != 0:
+        if data.tokenizer is not None:
+            check_tokenizer(data.tokenizer, model)
+        if data.training.sampled_windows and trains:
             dense = model if module.plan is None else module.source.load().to(trainer.strategy.root_device)
             data.sample_train_windows(dense)
         if module.plan is not None:
@@ -141,13 +222,14 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
             return
         self._pruner = self._start(module, data, model, self._open_stages(trainer), self.config)
         self._pruner.measure("dense")
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if watch := getattr(callback, "on_before_pruning", None):
-                watch(trainer, module)
-        try:
-            self._pruner.spend(1 / module.recovery.rounds if trainer.limit_train_batches != 0 else 1.0)
-        finally:  # what was cut is known, even where it cannot be measured
-            module.plan, self.report = self._pruner.plan, self._pruner.report
+        _tell(trainer, "on_before_pruning")
+        self._spend(1 / module.recovery.rounds if trains else 1.0)
+
+    def _spend(self, share: float, stage: str = "pruned") -> None:
+        """Cut until a share of the budget is spent; the other callbacks see what was found."""
+        assert self._pruner is not None
+        self._pruner.spend(share, stage)
+        self._run.scores, self._run.importance = self._pruner.scores, self._pruner.importance
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the trainer's own accumulation, except where `setup` has set it for a strategy that accumulates."""
@@ -162,11 +244,14 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on between optimizer steps."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.strategy.handles_gradient_accumulation:
+        is_ours = trainer.state.fn == TrainerFn.FITTING and uses_own_parts(trainer, pl_module)
+        if is_ours and not trainer.strategy.handles_gradient_accumulation:
             go_back_to_step(checkpoint, self.get_accumulate_grad_batches(read_epoch(checkpoint)))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Prune on where a round of recovery has had its steps."""
+        if not isinstance(pl_module, CausalLMModule):
+            return
         module, data = get_parts(trainer, pl_module)
         done, rounds = module.rounds_done + 1, module.recovery.rounds
         if done >= rounds or trainer.global_step < find_round_start(trainer, done, rounds):
@@ -177,7 +262,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         module.merge_adapters()
         if self._pruner is None:
             self._pruner = self._resume(module, data, done / rounds, self._open_stages(trainer))
-        self._pruner.spend((done + 1) / rounds, f"pruned, round {done + 1}")
+        self._spend((done + 1) / rounds, f"pruned, round {done + 1}")
         module.plan, module.rounds_done = self._pruner.plan, done
         module.prepare_recovery()
         if isinstance(trainer.strategy, DDPStrategy):
@@ -200,19 +285,30 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
             self._open_stages(trainer).clear()
 
     @property
+    def report(self) -> Report | None:
+        """Stages as measured; None before the first one."""
+        return self._run.report
+
+    @report.setter
+    def report(self, report: Report | None) -> None:
+        self._run.report = report
+
+    @property
     def scores(self) -> Scores:
         """Scores of the last cut's units, but for outliers; empty where nothing was scored."""
-        return {} if self._pruner is None else self._pruner.scores
+        return self._run.scores
 
     @property
     def importance(self) -> Importance:
         """Importance of the dense model's blocks; empty where the allocation does not look at it."""
-        return {} if self._pruner is None else self._pruner.importance
+        return self._run.importance
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on has to know: what was measured, and of later rounds, what earlier ones spent."""
         spending = self._pruner.spending if self._pruner is not None else self._spending
         state = {} if self.report is None else {"report": self.report.to_dict()}
+        if (wrapped := self._run.module) is not None and wrapped.plan is not None:
+            state["plan"] = wrapped.plan.to_dict()  # which other modules do not keep
         return state if spending is None else state | {"spending": spending.to_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -237,15 +333,25 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
             and module.source.can_be_read_by_layer
         )
 
-    def _get_only_factor(self, trainer: Trainer) -> int:
-        """Micro-batches per optimizer step, where a strategy wants to know them before training."""
-        factors = sorted(set(self.scheduling.values()))
+    def _check_factor(self, trainer: Trainer) -> None:
+        """Refuse another number of micro-batches than a strategy that accumulates itself was told.
+
+        Raises:
+            ValueError: with what to set.
+        """
+        if not trainer.strategy.handles_gradient_accumulation or trainer.limit_train_batches == 0:
+            return
+        name, factors = type(trainer.strategy).__name__, sorted(set(self.scheduling.values()))
         if len(factors) > 1:
             raise ValueError(
-                f"{type(trainer.strategy).__name__} accumulates the same number of micro-batches in every epoch, "
-                f"pruning.scheduling has {self.scheduling}: leave one, such as {{0: {factors[0]}}}"
+                f"{name} accumulates the same number of micro-batches in every epoch, pruning.scheduling has "
+                f"{self.scheduling}: leave one, such as {{0: {factors[0]}}}"
             )
-        return factors[0]
+        if trainer.accumulate_grad_batches != factors[0]:
+            raise ValueError(
+                f"{name} accumulates as the trainer says, {trainer.accumulate_grad_batches}, and pruning.scheduling is "
+                f"{self.scheduling}: set trainer.accumulate_grad_batches to {factors[0]}, too"
+            )
 
     def _get_folder(self, trainer: Trainer) -> Path:
         return Path(self.stages) if self.stages else Path(trainer.default_root_dir) / UNFINISHED
@@ -281,6 +387,8 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
             held_out=data.held_out_batches() if config.needs_text else (),
             stages=stages,
         )
+        if isinstance(module.source, ModelInMemory):  # its weights may not be those of the files that it names
+            pruner.plan = replace(pruner.plan, fingerprint="")
         pruner.report.protocol = data.protocol
         return pruner
 
@@ -295,7 +403,8 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         return pruner
 
 
-def get_pruning(trainer: Trainer) -> TaylorPruning | None:
-    """The callback of a trainer that prunes; None where there is none."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, TaylorPruning)), None)
+def _tell(trainer: Trainer, hook: str) -> None:
+    """Call a hook that Lightning does not know of those callbacks that have it."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (call := getattr(callback, hook, None)) is not None:
+            call(trainer, trainer.lightning_module)

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gqaprune.callbacks.lookup import get_parts, get_run_folder
+from gqaprune.callbacks.lookup import get_run_folder
 from gqaprune.callbacks.order import Phase
+from gqaprune.callbacks.parts import get_parts
 from gqaprune.common.atomic_files import remove_lock
 from gqaprune.common.console import console
 from gqaprune.common.distributed import check_same_on_all_ranks

@@ -5,14 +5,17 @@ from typing import Any, ClassVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from gqaprune.callbacks.lookup import get_parts, get_tensorboards
+from gqaprune.callbacks.lookup import get_tensorboards
 from gqaprune.callbacks.order import Phase
+from gqaprune.callbacks.parts import GivenText, get_parts
+from gqaprune.callbacks.run_state import get_run
 from gqaprune.common.console import console, keep_going
 from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.generation import continue_greedily, split_continuation
 from gqaprune.models.wrapping import is_sharded
 from gqaprune.module import CausalLMModule
 from gqaprune.placement.layer_store import find_store
+from gqaprune.reporting.page import Sample
 
 DENSE = -1
 """Stands for the step of the dense model, before all others."""
@@ -52,8 +55,9 @@ class SampleGenerations(Callback):
         """Read the prompts; forget what an earlier run wrote."""
         # What has no step is of this run, whose pruning came first.
         self.written = {number: own for number, own in self.written.items() if list(own[1]) == [DENSE]}
-        if stage == "fit" and self.prompts and trainer.limit_train_batches != 0:
-            get_parts(trainer, pl_module)[1].encode_prompts()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and self.prompts and trainer.limit_train_batches != 0 and isinstance(data, TextDataModule):
+            data.encode_prompts()
 
     def on_before_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what the dense model makes of the prompts, which is shown beside all that follows."""
@@ -63,7 +67,9 @@ class SampleGenerations(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show where recovery starts from, or say that nothing can be shown."""
-        module, _ = get_parts(trainer, pl_module)
+        module, data = get_parts(trainer, pl_module)
+        if self.prompts and trainer.is_global_zero and isinstance(data, GivenText):
+            console.print("SampleGenerations is off: it continues the prompts of a TextDataModule")
         if self.prompts and trainer.is_global_zero and is_sharded(module.model):
             name = type(trainer.strategy).__name__
             console.print(f"no sample generations are logged: {name} shards the model, which one rank cannot run alone")
@@ -83,7 +89,9 @@ class SampleGenerations(Callback):
         self.written = {number: (prompt, dict(texts)) for number, (prompt, texts) in state_dict["written"].items()}
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for number in self._write(trainer, pl_module, trainer.global_step):
+        written = self._write(trainer, pl_module, trainer.global_step)
+        get_run(trainer).samples = [Sample(*sample) for sample in self.written.values()]
+        for number in written:
             prompt, texts = self.written[number]
             shown = [texts[step] for step in (DENSE, trainer.global_step) if step in texts]
             with keep_going(f"sample {number}"):

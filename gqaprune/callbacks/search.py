@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gqaprune.callbacks.lookup import get_parts
 from gqaprune.callbacks.order import Phase
+from gqaprune.callbacks.parts import check_own_parts, get_parts
 from gqaprune.callbacks.pruning import TaylorPruning
 from gqaprune.commands.search import FIGURE_FILE, SEARCH_FILE, SearchSettings, find_best_split
 from gqaprune.commands.trials import Trials, build_trials_table, draw_trials
@@ -33,6 +33,7 @@ class SplitSearch(Callback):
 
     def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what has no splits to search, and a folder that cannot be written, before any work."""
+        check_own_parts(trainer, pl_module, "search")
         module, _ = get_parts(trainer, pl_module)
         if module.plan is not None:
             raise ValueError("search needs the dense model, got one with a plan: leave model.plan unset")

@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gqaprune.callbacks.export import CheckpointExport
-from gqaprune.callbacks.judge import PredictionJudge
-from gqaprune.callbacks.lookup import get_parts, get_run_folder, get_tensorboards
+from gqaprune.callbacks.lookup import get_run_folder, get_tensorboards
 from gqaprune.callbacks.order import Phase
 from gqaprune.callbacks.page import write_page
-from gqaprune.callbacks.pruning import get_pruning
+from gqaprune.callbacks.parts import get_parts
+from gqaprune.callbacks.run_state import get_run
 from gqaprune.checkpoints.card import describe_padding, write_card
 from gqaprune.checkpoints.formats import FORMATS
 from gqaprune.checkpoints.save import measure_weights
@@ -49,7 +48,7 @@ class RunSummary(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the plan and the perplexity before and after surgery."""
         self._finished, self._stages_logged = False, 0
-        report = _get_report(trainer)
+        report = get_run(trainer).report
         plan = get_parts(trainer, pl_module)[0].plan
         if report is None or plan is None or not trainer.is_global_zero:
             return
@@ -68,7 +67,7 @@ class RunSummary(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Write what a further cut has changed."""
-        report, plan = _get_report(trainer), get_parts(trainer, pl_module)[0].plan
+        report, plan = get_run(trainer).report, get_parts(trainer, pl_module)[0].plan
         if trainer.is_global_zero and report is not None and plan is not None and report.stages[self._stages_logged :]:
             self._write(trainer, report, plan)
 
@@ -78,7 +77,7 @@ class RunSummary(Callback):
             self._write_page(trainer, pl_module, f"in training, at step {trainer.global_step:,}")
 
     def _write_page(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
-        report = _get_report(trainer)
+        report = get_run(trainer).report
         if trainer.is_global_zero and report is not None and report.stages:
             with keep_going(PAGE_FILE):
                 write_page(trainer, pl_module, state, self._began)
@@ -110,16 +109,16 @@ class RunSummary(Callback):
 
     def _measure_quantized(self, trainer: Trainer, pl_module: LightningModule, report: Report) -> None:
         """Measure what was written, if its weights are quantised."""
-        export = _get_export(trainer)
-        if export is None or export.written is None or export.quantization is None:
+        exported = get_run(trainer).exported
+        if exported is None or exported.quantization is None:
             return
         module, data = get_parts(trainer, pl_module)
         remote = module.source.trust_remote_code
-        if not hasattr(load_config(export.written, remote), "quantization_config"):
+        if not hasattr(load_config(exported.folder, remote), "quantization_config"):
             return  # it could not be, and export has said so
-        model = load_model(export.written, "auto", module.source.attn_implementation, remote).to(module.device)
-        name = f"{report.stages[-1].name}, {export.quantization}"
-        report.add_stage(name, model, data.evaluation_batches(), measure_weights(export.written))
+        model = load_model(exported.folder, "auto", module.source.attn_implementation, remote).to(module.device)
+        name = f"{report.stages[-1].name}, {exported.quantization}"
+        report.add_stage(name, model, data.evaluation_batches(), measure_weights(exported.folder))
         if trainer.is_global_zero:
             _log_perplexity(trainer, report.stages[-1])
 
@@ -130,9 +129,7 @@ class RunSummary(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put onto a page what was predicted, once that is judged."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        judges = [callback for callback in callbacks if isinstance(callback, PredictionJudge)]
-        if trainer.is_global_zero and any(judge.predictions is not None for judge in judges):
+        if trainer.is_global_zero and get_run(trainer).predictions is not None:
             with keep_going(PAGE_FILE):
                 path = write_page(trainer, pl_module, "texts of the model beside the dense one's", self._began)
                 console.print(f"{'page':<14} {_shorten(path)}")
@@ -154,7 +151,7 @@ class RunSummary(Callback):
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finished = True
         module, data = get_parts(trainer, pl_module)
-        report, plan = _get_report(trainer), module.plan
+        report, plan = get_run(trainer).report, module.plan
         if report is not None:
             if trainer.limit_train_batches != 0:
                 report.add_stage("recovered", module.model, data.evaluation_batches())
@@ -167,14 +164,14 @@ class RunSummary(Callback):
         with keep_going(REPORT_FILE):
             report.save(folder / REPORT_FILE)
         remarks: list[str] = []
-        if (export := _get_export(trainer)) is not None and export.written is not None:
-            assert export.written_plan is not None
-            entry = FORMATS[export.written_format]
+        if (exported := get_run(trainer).exported) is not None:
+            assert exported.plan is not None
+            entry = FORMATS[exported.format]
             shapes = entry.read_shapes(unwrap_model(module.model).config)
             with keep_going("the card of the checkpoint with what was measured"):
-                write_card(export.written, export.written_plan, export.written_format, shapes, report, get_command())
-            padding = describe_padding(plan.pruned_geometry, shapes, export.written_plan.geometry)
-            remarks = [remark for remark in (padding, entry.describe(export.written)) if remark]
+                write_card(exported.folder, exported.plan, exported.format, shapes, report, get_command())
+            padding = describe_padding(plan.pruned_geometry, shapes, exported.plan.geometry)
+            remarks = [remark for remark in (padding, entry.describe(exported.folder)) if remark]
         hparams = _flatten(report.settings | dict(pl_module.hparams))
         with keep_going("the end in TensorBoard"):
             for logger in get_tensorboards(trainer):
@@ -207,31 +204,22 @@ def _stop_progress_bar(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def _print_paths(trainer: Trainer, folder: Path) -> None:
-    written = {
-        "TensorBoard": f"tensorboard --logdir {_shorten(folder)}",
-        "configuration": _shorten(folder / "config.yaml"),
-        "plan": _shorten(folder / PLAN_FILE),
-        "figure": _shorten(folder / FIGURE_FILE),
-        "report": _shorten(folder / REPORT_FILE),
-        "page": _shorten(folder / PAGE_FILE),
+    files = {
+        "configuration": folder / "config.yaml",
+        "plan": folder / PLAN_FILE,
+        "figure": folder / FIGURE_FILE,
+        "report": folder / REPORT_FILE,
+        "page": folder / PAGE_FILE,
+        "log": folder / LOG_FILE,
     }
-    if (folder / LOG_FILE).exists():
-        written["log"] = _shorten(folder / LOG_FILE)
-    if (export := _get_export(trainer)) is not None and export.written is not None:
-        needs = " (load with trust_remote_code=True)" if FORMATS[export.written_format].needs_remote_code else ""
-        written["checkpoint"] = f"{_shorten(export.written)}  {export.written_format} format{needs}"
+    written = {name: _shorten(path) for name, path in files.items() if path.exists()}
+    if get_tensorboards(trainer):
+        written = {"TensorBoard": f"tensorboard --logdir {_shorten(folder)}", **written}
+    if (exported := get_run(trainer).exported) is not None:
+        needs = " (load with trust_remote_code=True)" if FORMATS[exported.format].needs_remote_code else ""
+        written["checkpoint"] = f"{_shorten(exported.folder)}  {exported.format} format{needs}"
     for what, path in written.items():
         console.print(f"{what:<14} {path}")
-
-
-def _get_report(trainer: Trainer) -> Report | None:
-    pruning = get_pruning(trainer)
-    return None if pruning is None else pruning.report
-
-
-def _get_export(trainer: Trainer) -> CheckpointExport | None:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, CheckpointExport)), None)
 
 
 def _log_perplexity(trainer: Trainer, stage: Stage) -> None:
@@ -263,15 +251,15 @@ def _lay_out_charts(trainer: Trainer, report: Report) -> None:
 
 def _log_scores(trainer: Trainer) -> None:
     """A histogram of every block's scores, and what layers were found to be worth."""
-    pruning = get_pruning(trainer)
-    assert pruning is not None
+    run = get_run(trainer)
+    assert run.config is not None
     for logger in get_tensorboards(trainer):
-        for key, score_U in pruning.scores.items():
+        for key, score_U in run.scores.items():
             if not len(score_U):
                 continue  # all of them are outliers
             logger.experiment.add_histogram(f"scores_{key.kind}/layer_{key.layer:02}", score_U, trainer.global_step)
-        if pruning.importance:
-            figure = draw_importance(pruning.importance, pruning.config.sensitivity.method)
+        if run.importance:
+            figure = draw_importance(run.importance, run.config.sensitivity.method)
             logger.experiment.add_figure("sensitivity", figure, trainer.global_step)
 
 

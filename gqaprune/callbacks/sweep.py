@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
 from gqaprune.callbacks.export import CheckpointExport
-from gqaprune.callbacks.lookup import get_parts
 from gqaprune.callbacks.order import Phase
+from gqaprune.callbacks.parts import check_own_parts, get_parts
 from gqaprune.callbacks.pruning import TaylorPruning
 from gqaprune.checkpoints.save import check_output_folder, save
 from gqaprune.commands.sweep import FIGURE_FILE, SWEEP_FILE, SweepSettings, build_sweep_table, draw_sweep, sweep_rates
@@ -39,6 +39,7 @@ class RateSweep(Callback):
 
     def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a model that is pruned already, and folders that cannot be written, before any work."""
+        check_own_parts(trainer, pl_module, "sweep")
         module, _ = get_parts(trainer, pl_module)
         if module.plan is not None:
             raise ValueError("sweep needs the dense model, got one with a plan: leave model.plan unset")

@@ -29,7 +29,7 @@ def check_trainer(trainer: Trainer, module: CausalLMModule) -> None:
         ValueError: with a setting that works.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    _check_accumulation(trainer, callbacks)
+    check_accumulation(trainer)
     _check_interval(trainer)
     _check_optimizer(trainer, module)
     for callback in callbacks:
@@ -40,8 +40,14 @@ def check_trainer(trainer: Trainer, module: CausalLMModule) -> None:
     _check_best(callbacks)
 
 
-def _check_accumulation(trainer: Trainer, callbacks: list[Callback]) -> None:
-    if trainer.accumulate_grad_batches != 1:
+def check_accumulation(trainer: Trainer) -> None:
+    """Refuse a second say on how many micro-batches accumulate, which Lightning would refuse when training starts.
+
+    Raises:
+        ValueError: with what to set.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if trainer.accumulate_grad_batches != 1 and not trainer.strategy.handles_gradient_accumulation:
         factor = trainer.accumulate_grad_batches
         raise ValueError(
             f"trainer.accumulate_grad_batches {factor} is what pruning.scheduling sets: leave it out, and set "

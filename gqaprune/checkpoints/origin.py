@@ -1,6 +1,5 @@
 """The dense model that a pruned checkpoint comes from, and that distillation learns from."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from gqaprune.models.architecture import read_geometry
@@ -55,11 +54,11 @@ def find_teacher(student: ModelSource, recovery: RecoveryConfig) -> ModelSource:
     Raises:
         ValueError: if the student is a pruned checkpoint whose dense model is not found.
     """
-    teacher = replace(student, pretrained=recovery.teacher or student.pretrained, dtype=recovery.teacher_dtype)
+    name, dtype = recovery.teacher or student.pretrained, recovery.teacher_dtype
     if recovery.teacher is not None or _find_plan_file(student.pretrained) is None:
-        return teacher
+        return student.name_another(name, dtype, student.trust_remote_code)
     try:
-        return replace(teacher, pretrained=find_dense(student.pretrained), trust_remote_code=False)
+        return student.name_another(find_dense(student.pretrained), dtype, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(f"no teacher to learn from: {error}; name one by model.recovery.teacher") from None
 

@@ -1,7 +1,7 @@
 """What the core needs of torch.distributed; every function also works without a process group."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -43,6 +43,47 @@ def add_across_ranks(tensors: Iterable[Tensor], device: torch.device) -> None:
     if get_rank_and_world_size()[1] > 1:
         for tensor in tensors:
             tensor.copy_(sum_across_ranks({"sum": tensor.to(device)})["sum"])
+
+
+def take_from_rank_0(read: Callable[[], Sequence[Tensor]], device: torch.device) -> list[Tensor]:
+    """What rank 0 reads, on every rank; the others read nothing.
+
+    Args:
+        read: gives integer matrices on the CPU.
+        device: that the process group reduces on.
+
+    Raises:
+        ValueError: on every rank, with rank 0's sentence.
+    """
+    rank, world_size = get_rank_and_world_size()
+    if world_size == 1:
+        return list(read())
+    tensors: list[Tensor] = []
+    sentence = b""
+    if rank == 0:
+        try:
+            found = list(read())
+            tensors = [torch.tensor([tensor.shape for tensor in found]), *found]
+        except ValueError as error:
+            sentence = str(error).encode()
+    sizes = _broadcast(torch.tensor([len(sentence), len(tensors) - 1]), 2, device)
+    if length := int(sizes[0]):
+        raise ValueError(bytes(_broadcast(torch.tensor(list(sentence)), length, device).tolist()).decode())
+    count = int(sizes[1])
+    shapes = _broadcast(tensors[0].flatten() if tensors else None, 2 * count, device).view(count, 2).tolist()
+    return [
+        _broadcast(tensors[index].flatten() if tensors else None, rows * columns, device).view(rows, columns)
+        for index, (rows, columns) in enumerate(shapes, 1)
+    ]
+
+
+def _broadcast(numbers: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """Rank 0's integers on the CPU of every rank; what others give is not looked at."""
+    is_first = get_rank_and_world_size()[0] == 0
+    sent = numbers.long() if is_first and numbers is not None else torch.zeros(length, dtype=torch.long)
+    sent = sent.to(device)
+    dist.broadcast(sent, src=0)
+    return sent.cpu()
 
 
 def reduce_to_largest(numbers: Tensor) -> list[int]:

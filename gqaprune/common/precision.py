@@ -25,6 +25,17 @@ def multiply_exactly() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def use_default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make new tensors of a type while the context lasts, whatever a trainer builds modules in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _read_precision() -> tuple[str | None, dict[str, str]]:
     """What torch may do with float32, by its old setting and by its new ones, which torch before 2.9 has not."""
     matmuls = {"cuda": torch.backends.cuda.matmul, "mkldnn": getattr(torch.backends.mkldnn, "matmul", None)}

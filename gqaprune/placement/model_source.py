@@ -1,10 +1,11 @@
-"""Where a model is loaded from, and the three ways to load it: whole, layers on disk, layers sharded over devices."""
+"""Where a model comes from: loaded whole, with its layers on disk, sharded over devices, or in memory already."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from gqaprune.models.loading import build_without_weights, load_model
 from gqaprune.models.sources import load_config
@@ -27,14 +28,25 @@ class ModelSource:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 
+    def read_config(self) -> PretrainedConfig:
+        """The model's config, before anything is cut.
+
+        Raises:
+            ValueError: as `load_config`.
+        """
+        return load_config(self.pretrained, self.trust_remote_code)
+
     def build_without_weights(self) -> PreTrainedModel:
         """Build the model as it would be loaded, its parameters shapes alone.
 
         Raises:
             ValueError: as `load_config`.
         """
-        config = load_config(self.pretrained, self.trust_remote_code)
-        return build_without_weights(config, self.trust_remote_code, self.attn_implementation)
+        return build_without_weights(self.read_config(), self.trust_remote_code, self.attn_implementation)
+
+    def name_another(self, pretrained: str, dtype: str, trust_remote_code: bool) -> "ModelSource":
+        """Another model, loaded with the same attention kernel."""
+        return ModelSource(pretrained, dtype, self.attn_implementation, trust_remote_code)
 
     def load(self) -> PreTrainedModel:
         """Load the whole model into memory.
@@ -70,3 +82,38 @@ class ModelSource:
             ValueError: as `can_read_by_layer`.
         """
         return can_read_by_layer(self.pretrained, self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class ModelInMemory(ModelSource):
+    """A causal LM that the caller has loaded; it is worked on in place, so that the dense one is not there afterwards.
+
+    Args:
+        model: the causal LM. `pretrained` is what it calls itself, and may be empty.
+    """
+
+    model: PreTrainedModel = field(kw_only=True)
+    _config: PretrainedConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_config", copy.deepcopy(self.model.config))
+
+    def read_config(self) -> PretrainedConfig:
+        """The model's config as it was given."""
+        return self._config
+
+    def load(self) -> PreTrainedModel:
+        """Refuse: only its name or folder could be loaded once more.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "the dense model is needed once more, and was given in memory, where it is cut by now: give "
+            "CausalLMModule its folder or name instead"
+        )
+
+    @property
+    def can_be_read_by_layer(self) -> bool:
+        """No: it is in memory."""
+        return False

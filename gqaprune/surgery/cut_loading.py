@@ -5,7 +5,7 @@ from pathlib import Path
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from gqaprune.placement.model_source import ModelSource
+from gqaprune.placement.model_source import ModelInMemory, ModelSource
 from gqaprune.plan import PruningPlan
 from gqaprune.surgery.cut import apply_plan
 
@@ -17,7 +17,7 @@ def load_cut_model(
     mesh: DeviceMesh | None = None,
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
-    """Load a model in training mode, and cut it to a plan.
+    """Load a model in training mode, or take the one in memory, and cut it to a plan.
 
     Args:
         source: the model that the plan was made for.
@@ -29,7 +29,10 @@ def load_cut_model(
     Raises:
         ValueError: if there is no such model, or the plan is for another one.
     """
-    if offload is not None:
+    if isinstance(source, ModelInMemory):
+        assert offload is None and mesh is None, "callbacks refuse other placements of a model in memory"
+        model = source.model
+    elif offload is not None:
         model = source.load_offloaded(offload)
     elif mesh is not None:
         model = source.load_sharded(mesh)

@@ -54,9 +54,10 @@ def count_epoch_batches(trainer: Trainer) -> int:
     Lightning knows only once it has set up its loader, which may not be before a checkpoint's place in it is read.
     """
     data, limit = trainer.datamodule, trainer.limit_train_batches  # type: ignore[attr-defined]
-    if data is None:
+    count = getattr(data, "count_train_batches", None)
+    if count is None:
         return count_loaded_batches(trainer)
-    batches = data.count_train_batches()
+    batches = count()
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 

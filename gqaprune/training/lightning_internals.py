@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import subprocess
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -94,6 +94,41 @@ def count_loaded_batches(trainer: Trainer) -> int:
     """Training batches of an epoch, from the loader, which Lightning may not have set up yet."""
     trainer.fit_loop.setup_data()
     return int(trainer.num_training_batches)
+
+
+def get_train_batches(trainer: Trainer) -> Iterable[Any]:
+    """The training batches of a run that begins, of the first loader where there are several.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    source = trainer.fit_loop._data_source
+    loaders = source.dataloader() if source.instance is not None and source.is_defined() else None
+    while isinstance(loaders, (list, tuple, dict)):
+        loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders), None)
+    if loaders is None:
+        raise ValueError(
+            "there is no text to calibrate on: give TaylorPruning(calibration=...), a data module with "
+            "calibration_batches(), or training batches"
+        )
+    return cast("Iterable[Any]", loaders)
+
+
+def reads_from_module(trainer: Trainer) -> bool:
+    """Whether the training batches of a run that begins are those of the module itself, which may not be set up yet."""
+    return trainer.fit_loop._data_source.instance is trainer.lightning_module
+
+
+def run_after_configuring(module: LightningModule, do: Callable[[], None]) -> None:
+    """Do something once, when a module has been set up and has built its model, before a strategy gets hold of it."""
+    configure = module.configure_model
+
+    def configure_model() -> None:
+        vars(module).pop("configure_model", None)
+        configure()
+        do()
+
+    module.configure_model = configure_model  # type: ignore[method-assign]
 
 
 def unscales_gradients(optimizer: Optimizer) -> bool:

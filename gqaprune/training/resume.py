@@ -189,6 +189,23 @@ def read_plan(checkpoint: Path) -> dict[str, Any] | None:
     return plan
 
 
+def find_pruning_plan(checkpoint: str | Path | None, state_key: str) -> dict[str, Any] | None:
+    """The plan, in plain types, that a pruning callback left in a checkpoint of a module of another class.
+
+    Args:
+        checkpoint: a file or a folder of shards; None has no plan.
+        state_key: of the callback.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    if checkpoint is None or not Path(checkpoint).exists():
+        return None
+    states = read_checkpoint(Path(checkpoint)).get(TRAINING_STATE, {})
+    plan: dict[str, Any] | None = states.get(state_key, {}).get("plan") if isinstance(states, dict) else None
+    return plan
+
+
 def read_strategy(checkpoint: Path) -> str:
     """The strategy that wrote a sharded checkpoint, a folder, which no other can read."""
     return str(read_checkpoint(checkpoint).get("strategy", "ModelParallelStrategy"))

@@ -1,0 +1,178 @@
+"""The module and the text that callbacks work on: gqaprune's own, or what any other LightningModule brings."""
+
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gqaprune.callbacks.run_state import RunState, get_run
+from gqaprune.common.distributed import take_from_rank_0
+from gqaprune.data.given_batches import read_given_batches
+from gqaprune.data.prompts import Prompt
+from gqaprune.datamodules import TextDataModule
+from gqaprune.datamodules.config import CalibrationConfig, EvaluationConfig, TrainingConfig
+from gqaprune.models.tokenizer import load_tokenizer
+from gqaprune.module import CausalLMModule
+from gqaprune.training.lightning_internals import get_train_batches, reads_from_module
+
+
+@runtime_checkable
+class CalibrationSource(Protocol):
+    """A module or data module that has text to calibrate on."""
+
+    def calibration_batches(self) -> Iterable[Any]:
+        """Batches of token ids: tensors `[batch, tokens]`, or mappings with `input_ids` and `attention_mask`."""
+
+
+def get_parts(trainer: Trainer, pl_module: LightningModule) -> tuple[CausalLMModule, TextDataModule]:
+    """The module and the streams of a run: gqaprune's own, or ours around those of other classes.
+
+    Raises:
+        ValueError: if a module of another class has no causal LM where it should be.
+    """
+    run, data = get_run(trainer), trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(pl_module, CausalLMModule):
+        module = pl_module
+    else:
+        module = run.module = _wrap(run, pl_module)
+    if isinstance(data, TextDataModule):
+        return module, data
+    if run.data is None:
+        run.data = _find_text(trainer, run, module, pl_module)
+    return module, run.data
+
+
+def _wrap(run: RunState, pl_module: LightningModule) -> CausalLMModule:
+    model = find_causal_lm(pl_module, run.model_attribute)
+    if model is None:
+        raise ValueError(
+            f"{type(pl_module).__name__} has no causal LM in .{run.model_attribute}: build it in __init__, setup or "
+            "configure_model, or name its attribute by TaylorPruning(model_attribute=...)"
+        )
+    return run.module if run.module is not None and run.module.model is model else CausalLMModule.wrap(model)
+
+
+def _find_text(trainer: Trainer, run: RunState, module: CausalLMModule, pl_module: LightningModule) -> "GivenText":
+    holders = [one for one in (trainer.datamodule, pl_module) if one is not None]  # type: ignore[attr-defined]
+    tokenizers = [getattr(holder, "tokenizer", None) for holder in holders]
+    tokenizer = next((one for one in tokenizers if isinstance(one, PreTrainedTokenizerBase)), None)
+
+    def read() -> list[Tensor]:
+        if run.calibration is not None:
+            return read_given_batches(run.calibration)
+        for holder in holders:
+            if isinstance(holder, CalibrationSource):
+                return read_given_batches(holder.calibration_batches())
+        with torch.random.fork_rng():  # training shuffles as it would have without this
+            return read_given_batches(get_train_batches(trainer), run.calibration_limit)
+
+    return GivenText(module.source.pretrained, tokenizer, lambda: take_from_rank_0(read, trainer.strategy.root_device))
+
+
+def uses_own_parts(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether module and data module are gqaprune's, so that settings of both are known."""
+    return isinstance(pl_module, CausalLMModule) and isinstance(trainer.datamodule, TextDataModule)  # type: ignore[attr-defined]
+
+
+def check_own_parts(trainer: Trainer, pl_module: LightningModule, what: str) -> None:
+    """Refuse what needs more than a causal LM and batches.
+
+    Args:
+        trainer: whose data module is looked at.
+        pl_module: the module.
+        what: needs it.
+
+    Raises:
+        ValueError: with what to take.
+    """
+    if not uses_own_parts(trainer, pl_module):
+        names = type(pl_module).__name__, type(trainer.datamodule).__name__  # type: ignore[attr-defined]
+        raise ValueError(f"{what} needs CausalLMModule and TextDataModule, got {' and '.join(names)}")
+
+
+def find_causal_lm(pl_module: LightningModule, attribute: str) -> PreTrainedModel | None:
+    """The causal LM of a module; None where it has not been built yet.
+
+    Args:
+        pl_module: the module.
+        attribute: that holds it; dots lead to attributes of attributes.
+
+    Raises:
+        ValueError: if something else is there.
+    """
+    try:
+        model = attrgetter(attribute)(pl_module)
+    except AttributeError:
+        return None
+    if model is None or isinstance(model, PreTrainedModel):
+        return model
+    raise ValueError(
+        f"{type(pl_module).__name__}.{attribute} is a {type(model).__name__}: TaylorPruning(model_attribute=...) names "
+        "the attribute that holds the causal LM of transformers"
+    )
+
+
+class GivenText(TextDataModule):
+    """The text of another project: its calibration batches, and its tokenizer if it has one. Nothing is evaluated.
+
+    Args:
+        tokenizer: name of the model, whose tokenizer is taken where there is no other.
+        given: the tokenizer that module or data module has.
+        read: reads the calibration batches.
+        seed: of the order in which they are worked on.
+    """
+
+    def __init__(
+        self, tokenizer: str, given: PreTrainedTokenizerBase | None, read: Callable[[], list[Tensor]], seed: int = 0
+    ) -> None:
+        super().__init__(
+            tokenizer,
+            calibration=CalibrationConfig(corpora=[], held_out_windows=0),
+            training=TrainingConfig(corpora=[]),
+            evaluation=EvaluationConfig(val=[], test=[]),
+            seed=seed,
+        )
+        self._tokenizer = given
+        self._read = read
+        self._batches: list[Tensor] | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer; None where there is none to be found."""
+        if self._tokenizer is None and self.tokenizer_source:
+            try:
+                self._tokenizer = load_tokenizer(self.tokenizer_source, trust_remote_code=False)
+            except ValueError:
+                self.tokenizer_source = ""
+        return self._tokenizer
+
+    @property
+    def protocol(self) -> str:
+        """Nothing is measured."""
+        return ""
+
+    @property
+    def calibration_sources(self) -> list[str]:
+        """What the plan says of the text."""
+        return ["given batches"]
+
+    def encode_prompts(self) -> list[tuple[Prompt, dict[str, Tensor]]]:
+        """There are none."""
+        return []
+
+    def calibration_batches(self, model: PreTrainedModel | None = None) -> list[Tensor]:
+        """Token ids, each `[batch, tokens]`, those of rank 0 on every rank."""
+        if self._batches is None:
+            self._batches = self._read()
+        return self._batches
+
+
+def can_be_pruned_yet(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether a module of another class has its causal LM, and its text, before its own `setup`."""
+    run, data = get_run(trainer), trainer.datamodule  # type: ignore[attr-defined]
+    has_text = run.calibration is not None or data is not None or not reads_from_module(trainer)
+    return has_text and find_causal_lm(pl_module, run.model_attribute) is not None

@@ -1,0 +1,97 @@
+"""Token ids from batches of any project: tensors, dictionaries as collators make them, padded or not."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gqaprune.data.windows import Batch
+from gqaprune.models.losses import IGNORED
+
+_IDS, _MASK = "input_ids", "attention_mask"
+
+
+def read_given_batches(batches: Iterable[Any], limit: int | None = None) -> list[Tensor]:
+    """Token ids of batches, padding left out.
+
+    Rows of a padded batch are told apart by their lengths, so that each is read as if it stood alone: what a mask
+    hides is in no score, no moment and no loss.
+
+    Args:
+        batches: token ids `[batch, tokens]` or `[tokens]`, or mappings (also `BatchEncoding`) with `input_ids` and, if
+            they are padded, `attention_mask`; or tuples that begin with either.
+        limit: batches to read at most.
+
+    Returns:
+        Token ids, int64, each `[batch, tokens]`; a padded batch gives several. Rows of less than 2 tokens are left out,
+        for nothing in them is predicted.
+
+    Raises:
+        ValueError: if a batch has no token ids, or no batch has a row.
+    """
+    ids = [rows for index, batch in enumerate(islice(batches, limit)) for rows in _read(batch, index)]
+    if not ids:
+        raise ValueError("the calibration batches hold no row of at least 2 tokens: give batches of input_ids")
+    return ids
+
+
+def align_batch(batch: Mapping[str, Any]) -> Batch:
+    """A batch to learn from or to measure, its padding at the end of rows, where no token sees it, and unlabelled.
+
+    Args:
+        batch: `input_ids`, `[batch, tokens]`, and what else there is of `labels`, which are the ids themselves by
+            default, and `attention_mask`; one that has no padding is returned as it is.
+    """
+    ids = batch[_IDS]
+    labels, mask = batch.get("labels", ids), batch.get(_MASK)
+    if mask is None:
+        return {**batch, "labels": labels}
+    others = {name: value for name, value in batch.items() if name not in (_MASK, "position_ids")}
+    if bool(mask.all()):
+        return {**others, "labels": labels}
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    is_text = mask.gather(1, order).bool()
+    labels = labels.gather(1, order).masked_fill(~is_text, IGNORED)
+    return {**others, _IDS: ids.gather(1, order), "labels": labels}
+
+
+def _read(batch: Any, index: int) -> Iterator[Tensor]:
+    ids, mask = _find_ids(batch, index)
+    if mask is None or bool(mask.all()):
+        if ids.shape[1] > 1:
+            yield ids
+        return
+    rows = [row[kept] for row, kept in zip(ids, mask, strict=True)]
+    for length, same in groupby(sorted(rows, key=len), key=len):  # sorted() keeps the order of equal ones
+        if length > 1:
+            yield torch.stack(list(same))
+
+
+def _find_ids(batch: Any, index: int) -> tuple[Tensor, Tensor | None]:
+    """Token ids and mask, each `[batch, tokens]`."""
+    if isinstance(batch, (tuple, list)) and batch and not isinstance(batch[0], int):
+        return _find_ids(batch[0], index)
+    named = isinstance(batch, Mapping) or hasattr(batch, "keys")
+    values, masks = (batch.get(_IDS), batch.get(_MASK)) if named else (batch, None)
+    try:
+        ids = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0)
+    if ids.is_floating_point() or ids.ndim not in (1, 2):
+        has = f"a mapping with {', '.join(map(str, batch.keys()))}" if named else type(batch).__name__
+        raise ValueError(
+            f"calibration batch {index} has no token ids: give a tensor [batch, tokens] or a mapping with input_ids, "
+            f"got {has}"
+        )
+    ids = torch.atleast_2d(ids).to("cpu", torch.long)
+    if masks is None:
+        return ids, None
+    mask = torch.atleast_2d(torch.as_tensor(masks)).to("cpu", torch.bool)
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"calibration batch {index} has an attention_mask {list(mask.shape)} for input_ids {list(ids.shape)}: give "
+            "one number for each token"
+        )
+    return ids, mask
