@@ -1,33 +1,52 @@
 """gqaprune: prune GQA groups and MLP channels of decoder-only language models, repair, measure, and save them."""
 
 import logging
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from gqaprune.common.renamed import name_moved_modules
 from gqaprune.common.threads import let_threads_sleep
+from gqaprune.version import __version__
+
+if TYPE_CHECKING:
+    from gqaprune.checkpoints.save import save
+    from gqaprune.data.calibration import CalibrationSet
+    from gqaprune.data.windows import read_windows
+    from gqaprune.models.loading import load, load_model
+    from gqaprune.models.tokenizer import load_tokenizer
+    from gqaprune.pipeline import prune
+    from gqaprune.placement.loading_by_layer import load_offloaded_model, load_sharded_model
+    from gqaprune.plan import PruningPlan
+    from gqaprune.planning.config import PruningConfig
+    from gqaprune.surgery.cut import apply_plan
 
 let_threads_sleep()  # before anything imports torch
 for _name in ("torchao", "torch.utils._pytree"):
     # transformers imports torchao wherever it is, which then warns of kernels for hardware that is not there.
     logging.getLogger(_name).setLevel(logging.ERROR)
-
-from gqaprune.checkpoints.save import save
-from gqaprune.common.renamed import name_moved_modules
-from gqaprune.data.calibration import CalibrationSet
-from gqaprune.data.windows import read_windows
-from gqaprune.models.loading import load, load_model
-from gqaprune.models.tokenizer import load_tokenizer
-from gqaprune.pipeline import prune
-from gqaprune.placement.loading_by_layer import load_offloaded_model, load_sharded_model
-from gqaprune.plan import PruningPlan
-from gqaprune.planning.config import PruningConfig
-from gqaprune.surgery.cut import apply_plan
-
-__version__ = "0.1.0"
 name_moved_modules()
+
+_HOMES = {
+    "CalibrationSet": "data.calibration",
+    "PruningConfig": "planning.config",
+    "PruningPlan": "plan",
+    "apply_plan": "surgery.cut",
+    "load": "models.loading",
+    "load_model": "models.loading",
+    "load_offloaded_model": "placement.loading_by_layer",
+    "load_sharded_model": "placement.loading_by_layer",
+    "load_tokenizer": "models.tokenizer",
+    "prune": "pipeline",
+    "read_windows": "data.windows",
+    "save": "checkpoints.save",
+}
+"""Public name -> the module that has it, which is imported with the name's first use: torch takes seconds."""
 
 __all__ = [
     "CalibrationSet",
     "PruningConfig",
     "PruningPlan",
+    "__version__",
     "apply_plan",
     "load",
     "load_model",
@@ -38,3 +57,14 @@ __all__ = [
     "read_windows",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,7 @@
 """The LightningModule around a causal LM: fine-tuning, perplexity, generation."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.checkpoints.origin import find_teacher
 from gqaprune.common.atomic_files import remove_leftovers
+from gqaprune.common.console import console
 from gqaprune.common.errors import first_line
 from gqaprune.common.renamed import RenamedAttributes
 from gqaprune.common.unregistered import Unregistered
@@ -38,6 +40,7 @@ from gqaprune.placement.model_source import ModelInMemory, ModelSource
 from gqaprune.plan import PruningPlan
 from gqaprune.surgery.cut_loading import load_cut_model
 from gqaprune.training.accumulation import count_round_steps
+from gqaprune.training.change_watch import ChangeWatch
 from gqaprune.training.checkpoint_files import check_is_local, guard_loading, guard_restoring, load_weights_alone
 from gqaprune.training.compilation import LayerCompiler
 from gqaprune.training.lightning_internals import HYPER_PARAMETERS, WEIGHTS, find_trainer, unwrap_factory
@@ -47,7 +50,7 @@ from gqaprune.training.objective import Objective
 from gqaprune.training.optimizers import OptimizerConfig, clip_gradients, name_matrices
 from gqaprune.training.recovery import RecoveryConfig
 from gqaprune.training.resume import list_run_folders
-from gqaprune.training.seeding import seed_by_place
+from gqaprune.training.seeding import draws_random_numbers, seed_by_place
 from gqaprune.training.stopping import StopTogether
 
 
@@ -76,7 +79,8 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         optimizer: optimizer class and its arguments; built on the parameters that pruning left, weight decay for
             matrices only.
         schedule: course of the learning rate after the warm-up, down to 0 (`cosine`, `linear`) or `constant`.
-        warmup_steps: optimizer steps over which the learning rate rises from 0; null takes a twentieth of them.
+        warmup_steps: optimizer steps before the one with the full learning rate, each with more than the one before;
+            null takes a twentieth of all.
         max_new_tokens: tokens that `predict` adds to each prompt at most; loops take some fifty to show.
         plan: a pruning plan to apply on loading, instead of calibrating: the path of a `plan.json`, or its content, as
             a Lightning checkpoint carries it, whose weights are loaded next.
@@ -130,6 +134,8 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self._untrained_model: Unregistered[PreTrainedModel] | None = None  # its layers are on disk, or in shards
         self._objective = Objective(recovery)
         self._losses = LossWatch()
+        self._changes: ChangeWatch | None = None
+        self._draws_numbers = True
         self._matrix_names: set[str] = set()
         self._perplexities = CorpusPerplexities([], self.device)
 
@@ -194,7 +200,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
 
     def name_metrics(self) -> list[str]:
         """Names of what training logs, which callbacks may monitor."""
-        names = ["train/loss", "train/learning_rate", *(f"train/{part}" for part in self._objective.parts)]
+        names = ["train/loss", *(f"train/{part}" for part in self._objective.parts)]
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.trainer.limit_val_batches != 0 and isinstance(data, TextDataModule):
             names += [f"ppl/{corpus}" for corpus in data.get_labels("val")]
@@ -244,6 +250,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         """Add adapters and load the teacher, once; after a further cut forget what was compiled before it."""
         self.layer_compiler.reset()
         self.adapters.add(self.model, self.recovery, self.rounds_done)
+        self._draws_numbers = draws_random_numbers(self.model)
         if self._objective.lacks_teacher:
             mesh = None if find_store(self.model).is_in_memory else self._mesh
             self._objective.load_teacher(find_teacher(self.source, self.recovery), mesh)
@@ -275,7 +282,8 @@ class CausalLMModule(RenamedAttributes, LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a batch in nats per token."""
-        seed = seed_by_place(self.device, self.trainer.current_epoch, batch_idx, self.global_rank)
+        place = (self.trainer.current_epoch, batch_idx, self.global_rank)
+        seed = seed_by_place(self.device, *place) if self._draws_numbers else nullcontext()
         with seed, self.layer_compiler.compiled(self.model):
             measured = self.compute_loss(align_batch(batch))
         parts = dict(measured) if isinstance(measured, Mapping) else {"loss": measured}
@@ -283,7 +291,6 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self._losses.note(loss, self.global_step, batch_idx)
         self.log_dict({f"train/{name}": part for name, part in parts.items()})
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -312,7 +319,24 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         """Build optimizer and schedule on the live parameters, after pruning."""
         steps = count_round_steps(self.trainer, self.rounds_done, self.recovery.rounds)
         optimizer, scheduler = self.optimizer_config.build(self.named_parameters(), steps, self._matrix_names)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        # The name is what LearningRateMonitor logs.
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "learning_rate"},
+        }
+
+    def on_train_start(self) -> None:
+        """Remember the weights."""
+        self._changes = ChangeWatch(self.parameters())
+
+    def on_train_end(self) -> None:
+        """Say so if training has changed none of them."""
+        if self._changes is not None and self._changes.sees_none(self.parameters()) and self.trainer.is_global_zero:
+            console.print(
+                f"training changed no weight in {self.trainer.global_step:,} steps: look at model.optimizer's learning "
+                "rate, and at gradients that are zero"
+            )
+        self._changes = None
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

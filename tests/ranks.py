@@ -102,7 +102,7 @@ class Run:
         for path in folder.glob("pid-*"):
             path.unlink()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["gqaprune.cli"])
+        context.set_forkserver_preload(["gqaprune.cli.run"])
         self.process = context.Process(target=_run_launcher, args=(folder, arguments, fault))
         self.process.start()
 

@@ -82,7 +82,7 @@ def test_fit_logs_loss_learning_rate_perplexity_plan_and_hparams_to_tensorboard(
     folder = Path("lightning_logs/version_0")
     scalars = read_scalars(folder)
     dense, pruned, recovered = json.loads((folder / "report.json").read_text())["stages"]
-    assert len(scalars["train/loss"]) == len(scalars["train/learning_rate"]) == 4  # 32 windows / 4 / accumulation 2
+    assert len(scalars["train/loss"]) == len(scalars["learning_rate/matrices"]) == 4  # 32 windows / 4 / accumulation 2
     for name, stage in (("dense", dense), ("pruned", pruned), ("recovered", recovered)):
         assert scalars[f"ppl/embedded/{name}"][0][1] == pytest.approx(stage["perplexity"]["val/embedded"], rel=1e-5)
         assert scalars[f"ppl_test/embedded/{name}"][0][1] == pytest.approx(
@@ -91,7 +91,7 @@ def test_fit_logs_loss_learning_rate_perplexity_plan_and_hparams_to_tensorboard(
     curve = scalars["ppl/embedded"]  # pruned, then every validation
     assert curve[0] == (0, pytest.approx(pruned["perplexity"]["val/embedded"], rel=1e-5))
     assert len(curve) == 3 and curve[-1][1] == pytest.approx(recovered["perplexity"]["val/embedded"], rel=1e-5)
-    assert scalars["hp_metric"][-1][1] == pytest.approx(recovered["perplexity"]["val/embedded"], rel=1e-5)
+    assert scalars["ppl/final"][-1][1] == pytest.approx(recovered["perplexity"]["val/embedded"], rel=1e-5)
 
     events = EventAccumulator(str(folder))
     events.Reload()

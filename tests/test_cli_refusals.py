@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 
-from gqaprune.cli import check_checkpoint
+from gqaprune.cli.trainer import check_checkpoint
 from gqaprune.models.gates import compute_gate_gradients
 from gqaprune.planning.selection import keep_everything
 

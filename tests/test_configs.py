@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gqaprune.cli import PruningCLI
+from gqaprune.cli.lightning_cli import PruningCLI
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 MODEL_CONFIGS = [path for path in CONFIGS if path.parent.name == "configs"]

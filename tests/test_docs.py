@@ -13,7 +13,9 @@ import torch
 import yaml
 
 import gqaprune
-from gqaprune.cli import TOOLS, PruningCLI, _make_tool_parser, main, spell_out
+from gqaprune.cli import main
+from gqaprune.cli.arguments import TOOLS, make_tool_parser, spell_out
+from gqaprune.cli.lightning_cli import PruningCLI
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.planning.config import PruningConfig
 
@@ -112,7 +114,7 @@ def test_every_command_is_parsed_as_the_command_line_does(cli: PruningCLI, monke
         if command.arguments is None:
             continue
         name, *arguments = spell_out(list(command.arguments))
-        parser = _make_tool_parser(TOOLS[name]) if name in TOOLS else cli._subcommand_parsers[name]
+        parser = make_tool_parser(TOOLS[name]) if name in TOOLS else cli._subcommand_parsers[name]
         try:
             parser.parse_args(arguments)
         except ValueError as error:

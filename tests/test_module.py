@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 import gqaprune
 from gqaprune.callbacks import TaylorPruning
 from gqaprune.checkpoints.save import save
+from gqaprune.common.console import console
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.perplexity import measure_perplexity
@@ -112,8 +113,32 @@ def test_learning_rate_warms_up_and_ends_with_the_run(tiny_folder: Path, tmp_pat
     trainer = make_trainer(tmp_path, TaylorPruning(scheduling={0: 2, 1: 1}, rate=0.0), probe, max_epochs=2)
     trainer.fit(module, datamodule=make_data(tiny_folder, training={"batch_size": 4}))
     assert len(probe.rates) == 12  # 4 + 8 steps
-    assert probe.rates[:3] == pytest.approx([0, 0.005, 0.01])
+    assert probe.rates[:3] == pytest.approx([1 / 300, 2 / 300, 0.01])
     assert probe.rates[-1] == pytest.approx({"cosine": 2.4e-4, "linear": 1e-3, "constant": 1e-2}[schedule], rel=0.05)
+
+
+def test_a_run_of_one_step_changes_the_weights_and_one_that_changes_none_says_so(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "quiet", False)
+    said = []
+    for rate in (1e-2, 0.0):
+        module = CausalLMModule(str(tiny_folder), optimizer=partial(torch.optim.SGD, lr=rate), warmup_steps=5)
+        make_trainer(tmp_path, max_steps=1).fit(module, datamodule=make_data(tiny_folder))
+        dense = gqaprune.load_model(tiny_folder).state_dict()
+        changed = any(not torch.equal(value, dense[name]) for name, value in module.model.state_dict().items())
+        assert changed == (rate > 0)
+        said.append("training changed no weight in 1 steps" in " ".join(capsys.readouterr().out.split()))
+    assert said == [False, True]
+
+
+def test_random_state_is_left_alone_unless_something_is_dropped(tiny_folder: Path, tmp_path: Path) -> None:
+    seeded = []
+    for dropout in (0.0, 0.1):
+        module = CausalLMModule(str(tiny_folder), recovery=RecoveryConfig("lora", lora_rank=2, lora_dropout=dropout))
+        make_trainer(tmp_path, max_steps=1).fit(module, datamodule=make_data(tiny_folder))
+        seeded.append(module._draws_numbers)
+    assert seeded == [False, True]
 
 
 def test_lightning_checkpoint_carries_the_plan_and_resumes_pruned(tiny_folder: Path, tmp_path: Path) -> None:

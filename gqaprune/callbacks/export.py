@@ -32,7 +32,7 @@ from gqaprune.planning.selection import keeps_equal_counts
 
 
 class CheckpointExport(Callback):
-    """Saves the pruned and recovered model with tokenizer and plan.
+    """Saves the pruned and recovered model with tokenizer and plan; nothing where `fast_dev_run` tries the run.
 
     Where a `ModelCheckpoint` monitors something, such as `ppl/wikitext2`, these are its best weights.
 
@@ -97,6 +97,8 @@ class CheckpointExport(Callback):
             self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         module, data = get_parts(trainer, pl_module)
         folder = self._get_folder(trainer)
         state_dict = gather_state_dict(module.model)

@@ -61,14 +61,17 @@ def _find_text(trainer: Trainer, run: RunState, module: CausalLMModule, pl_modul
     tokenizers = [getattr(holder, "tokenizer", None) for holder in holders]
     tokenizer = next((one for one in tokenizers if isinstance(one, PreTrainedTokenizerBase)), None)
 
+    first = 1 if trainer.fast_dev_run else None  # type: ignore[attr-defined]
+    limit = first or run.calibration_limit
+
     def read() -> list[Tensor]:
         if run.calibration is not None:
-            return read_given_batches(run.calibration)
+            return read_given_batches(run.calibration, first)
         for holder in holders:
             if isinstance(holder, CalibrationSource):
-                return read_given_batches(holder.calibration_batches())
+                return read_given_batches(holder.calibration_batches(), first)
         with torch.random.fork_rng():  # training shuffles as it would have without this
-            return read_given_batches(get_train_batches(trainer), run.calibration_limit)
+            return read_given_batches(get_train_batches(trainer), limit)
 
     return GivenText(module.source.pretrained, tokenizer, lambda: take_from_rank_0(read, trainer.strategy.root_device))
 

@@ -357,7 +357,8 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         return Path(self.stages) if self.stages else Path(trainer.default_root_dir) / UNFINISHED
 
     def _open_stages(self, trainer: Trainer) -> StageCache:
-        return StageCache(self._get_folder(trainer), trainer.strategy.root_device)
+        is_rehearsal = trainer.fast_dev_run  # type: ignore[attr-defined]
+        return StageCache(None if is_rehearsal else self._get_folder(trainer), trainer.strategy.root_device)
 
     def read_calibration_set(
         self, module: CausalLMModule, data: TextDataModule, dense: PreTrainedModel, config: PruningConfig

@@ -30,6 +30,8 @@ from gqaprune.reporting.page import PAGE_FILE
 from gqaprune.reporting.report import REPORT_FILE, Report, Stage, build_table
 
 FIGURE_FILE = "pruning.png"
+FINAL = "ppl/final"
+"""What TensorBoard compares runs by: perplexity of the last stage."""
 
 
 class RunSummary(Callback):
@@ -78,11 +80,14 @@ class RunSummary(Callback):
 
     def _write_page(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
         report = get_run(trainer).report
-        if trainer.is_global_zero and report is not None and report.stages:
+        is_rehearsal = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.is_global_zero and report is not None and report.stages and not is_rehearsal:
             with keep_going(PAGE_FILE):
                 write_page(trainer, pl_module, state, self._began)
 
     def _write(self, trainer: Trainer, report: Report, plan: PruningPlan) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         folder = get_run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         with keep_going(PLAN_FILE):
@@ -160,6 +165,10 @@ class RunSummary(Callback):
             self._measure_quantized(trainer, pl_module, report)
         if report is None or plan is None or not trainer.is_global_zero:
             return
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            console.print(build_table(report))
+            console.print("trainer.fast_dev_run: a batch of everything was tried, and nothing written")
+            return
         folder = get_run_folder(trainer)
         with keep_going(REPORT_FILE):
             report.save(folder / REPORT_FILE)
@@ -178,7 +187,7 @@ class RunSummary(Callback):
                 if report.stages[-1].perplexity:
                     # The first validation corpus if there is one: what settings may be chosen by.
                     metric = next(iter(report.stages[-1].perplexity.values()))
-                    logger.log_hyperparams(hparams, metrics={"hp_metric": metric})
+                    logger.log_hyperparams(hparams, metrics={FINAL: metric})
                 logger.save()
         self._write_page(trainer, pl_module, "finished")
         console.print(build_table(report))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
@@ -90,6 +91,11 @@ def _check_callback(trainer: Trainer, callback: Callback) -> None:
     name = type(callback).__name__
     if isinstance(callback, LearningRateFinder):
         raise ValueError(f"{name} looks for a rate that model.optimizer sets: leave it out, and set model.optimizer.lr")
+    if isinstance(callback, BatchSizeFinder):
+        raise ValueError(
+            f"{name} looks for a size that data.training.batch_size sets: leave it out, and set "
+            "data.training.batch_size"
+        )
     if isinstance(callback, LearningRateMonitor) and not trainer.loggers:
         raise ValueError(f"{name} logs to a logger, and trainer.logger is false: leave one of them out")
     if isinstance(callback, ModelCheckpoint) and callback.dirpath:

@@ -101,6 +101,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         }
         self._check_streams()
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._read_for_rehearsal = False
         self._calibration_windows: Tensor | None = None
         self._held_out_windows: Tensor | None = None
         self._train_corpora_windows: Tensor | None = None
@@ -133,6 +134,9 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read what the stage needs, so that missing text is said before a model is loaded."""
+        if self._is_rehearsal != self._read_for_rehearsal:
+            self._calibration_windows = self._held_out_windows = self._sampled_train_windows = None
+            self._read_for_rehearsal = self._is_rehearsal
         if stage in ("fit", "predict"):
             self.encode_prompts()
         for stream in self._get_streams(stage):
@@ -180,12 +184,12 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
             self._calibration_windows = torch.empty(0, self.calibration.window, dtype=torch.long)
         if self._calibration_windows is None:
             limit = None
-            count = self.calibration.windows
+            count, held_out = self._count_calibration_windows()
             if count is not None:  # so much of each corpus, at most, that the choice stays a choice
                 limit = 16 * count * self.calibration.window
-            wanted = None if count is None else count + self.calibration.held_out_windows
+            wanted = None if count is None else count + held_out
             windows = read_windows(self.tokenizer, corpora, self.calibration.window, wanted, self.seed, limit, self.bos)
-            held_out = self._reserve_held_out(len(windows))
+            held_out = self._reserve_held_out(len(windows), count, held_out)
             self._calibration_windows, self._held_out_windows = windows.tensor_split([len(windows) - held_out])
         return self._calibration_windows
 
@@ -208,7 +212,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         if model is not None:
             check_context(model.config, self.calibration.window, "data.calibration.window")
         windows = self.read_calibration_windows()
-        if count := self.calibration.sampled_windows:
+        if count := self._rehearse(self.calibration.sampled_windows, self.calibration.batch_size):
             if model is None:
                 raise ValueError(f"data.calibration.sampled_windows is {count}: give the model that writes them")
             sampled = self._sample(model, count, self.calibration.window, self.seed)
@@ -216,12 +220,12 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
             windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.seed))]
         if not len(windows):
             raise ValueError("data.calibration has neither corpora nor sampled_windows: give one of them")
-        return list(windows.split(self.calibration.batch_size))
+        return list(windows.split(self.calibration.batch_size))[: 1 if self._is_rehearsal else None]
 
     def evaluation_batches(self, streams: Sequence[str] = ("val", "test")) -> dict[str, list[Batch]]:
         """Batches of all evaluation corpora, as `val/<corpus>` and `test/<corpus>`, or of one of the two streams."""
         return {
-            f"{stream}/{label}": make_batches(*windows, self.evaluation.batch_size)
+            f"{stream}/{label}": make_batches(*windows, self.evaluation.batch_size)[: 1 if self._is_rehearsal else None]
             for stream in streams
             for label, windows in self._evaluation_windows(stream).items()
         }
@@ -238,7 +242,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
 
     def count_train_batches(self) -> int:
         """Count the training batches of an epoch on each device; the dense model need not have written its windows."""
-        windows = len(self._read_train_corpora()) + self.training.sampled_windows
+        windows = len(self._read_train_corpora()) + self._count_sampled_train_windows()
         # `overfit_batches` gives every device the same ones.
         is_shared = self.trainer is None or not self.trainer.overfit_batches  # type: ignore[attr-defined]
         return math.ceil(windows / (self._place["num_replicas"] if is_shared else 1) / self.training.batch_size)
@@ -250,7 +254,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
             ValueError: if some of them come from the dense model, which has not written them yet.
         """
         windows = self._read_train_corpora()
-        if count := self.training.sampled_windows:
+        if count := self._count_sampled_train_windows():
             if self._sampled_train_windows is None:
                 raise ValueError(
                     f"data.training.sampled_windows is {count}: sample_train_windows(dense model) "
@@ -289,20 +293,37 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
 
     def sample_train_windows(self, model: PreTrainedModel) -> None:
         """Let the dense causal LM write the training windows that are wanted from it. Every rank has to call it."""
-        if count := self.training.sampled_windows:
+        if count := self._count_sampled_train_windows():
             # Another seed than calibration's: recovery is to see other text.
             self._sampled_train_windows = self._sample(model, count, self.training.window, self.seed + 1)
 
-    def _reserve_held_out(self, windows: int) -> int:
+    @property
+    def _is_rehearsal(self) -> bool:
+        """Whether the trainer only tries whether a run works, so that a batch of everything is enough."""
+        return self.trainer is not None and bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+    def _rehearse(self, windows: int, batch_size: int) -> int:
+        return min(windows, batch_size) if self._is_rehearsal else windows
+
+    def _count_sampled_train_windows(self) -> int:
+        return self._rehearse(self.training.sampled_windows, self.training.batch_size)
+
+    def _count_calibration_windows(self) -> tuple[int | None, int]:
+        """Windows to calibrate on, None for all, and windows to hold out."""
+        settings = self.calibration
+        if self._is_rehearsal:
+            return settings.batch_size, min(settings.held_out_windows, settings.batch_size)
+        return settings.windows, settings.held_out_windows
+
+    def _reserve_held_out(self, windows: int, count: int | None, asked: int) -> int:
         """Return how many of the calibration corpora's windows are held out; say so if they are too few for all."""
-        settings, asked = self.calibration, self.calibration.held_out_windows
-        spare = windows // 2 if settings.windows is None else max(windows // 2, windows - settings.windows)
+        spare = windows // 2 if count is None else max(windows // 2, windows - count)
         held_out = min(asked, spare)
-        is_short = held_out < asked or windows - held_out < (settings.windows or 0)
+        is_short = held_out < asked or windows - held_out < (count or 0)
         if is_short and get_rank_and_world_size()[0] == 0:
-            wanted = "all" if settings.windows is None else settings.windows
+            wanted = "all" if count is None else count
             console.print(
-                f"calibration: the corpora hold {windows} windows of {settings.window} tokens; "
+                f"calibration: the corpora hold {windows} windows of {self.calibration.window} tokens; "
                 f"{windows - held_out} are calibrated on ({wanted} wanted) and {held_out} held out ({asked} wanted)"
             )
         return held_out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, get_scheduler
 
 from gqaprune.common.errors import first_line
@@ -22,7 +22,8 @@ class OptimizerConfig:
     Args:
         factory: builds the optimizer from groups of parameters.
         schedule: course of the learning rate after the warm-up, down to 0 (`cosine`, `linear`) or `constant`.
-        warmup_steps: optimizer steps over which the learning rate rises from 0; None takes a twentieth of all.
+        warmup_steps: optimizer steps before the one with the full learning rate, each with more than the one before;
+            None takes a twentieth of all. No step has a learning rate of 0, which would change nothing.
     """
 
     factory: Callable[[Any], Optimizer]
@@ -42,7 +43,10 @@ class OptimizerConfig:
         optimizer = self.factory(group_parameters(named_parameters, flattened))
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         warmup = steps // 20 if self.warmup_steps is None else self.warmup_steps
-        return optimizer, get_scheduler(name, optimizer, warmup, steps)
+        course = get_scheduler(name, optimizer, warmup + 1, steps + 1)  # begins and ends at 0, outside of the run
+        assert isinstance(course, LambdaLR)
+        (factor,) = {id(own): own for own in course.lr_lambdas}.values()
+        return optimizer, LambdaLR(optimizer, lambda step: factor(step + 1))
 
     def rehearse(self) -> Optimizer:
         """Take a step with the optimizer of a stand-in, a matrix and a vector, before any work.
@@ -78,9 +82,9 @@ def group_parameters(
         if parameter.requires_grad:
             is_matrix = parameter.ndim > 1 or unwrap_name(name) in flattened
             (matrices if is_matrix else vectors).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": matrices}]
+    groups: list[dict[str, Any]] = [{"params": matrices, "name": "matrices"}]
     if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
+        groups.append({"params": vectors, "weight_decay": 0.0, "name": "vectors"})
     return groups
 
 

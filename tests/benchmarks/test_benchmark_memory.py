@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory
 from measuring import GEOMETRIES, make_model
 
-from gqaprune.cli import PruningCLI
+from gqaprune.cli.lightning_cli import PruningCLI
 from gqaprune.planning.memory import GIB, estimate_memory, read_sizes
 
 SHAPE = argparse.Namespace(hidden=192, width=3072, layers=8, vocabulary=512, tokens=64, calibration_tokens=128)

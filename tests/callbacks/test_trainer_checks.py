@@ -36,7 +36,7 @@ SETTINGS = {
     "an optimizer of sparse gradients": (["--model.optimizer", "torch.optim.SparseAdam"], "does not support dense"),
     "an optimizer of matrices": (["--model.optimizer", "torch.optim.Muon"], "model.optimizer cannot train: Muon only"),
     "another corpus": ([*EARLY_STOPPING, "ppl/wikitext2"], "EarlyStopping monitors ppl/wikitext2, which this run does"),
-    "a metric of nobody": ([*EARLY_STOPPING, "val_loss"], "to one of train/loss, train/learning_rate, ppl/embedded;"),
+    "a metric of nobody": ([*EARLY_STOPPING, "val_loss"], "to one of train/loss, ppl/embedded;"),
     "no validation": ([*EARLY_STOPPING, "ppl/embedded", "--trainer.limit_val_batches", "0"], "unless trainer.lim"),
     "validation too late": (
         [*EARLY_STOPPING, "ppl/embedded", "--trainer.check_val_every_n_epoch", "2"],

@@ -13,7 +13,7 @@ from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import gqaprune
-from gqaprune.cli import PruningCLI
+from gqaprune.cli.lightning_cli import PruningCLI
 from gqaprune.data.corpora import SEPARATOR, read_corpus
 from gqaprune.data.sampling import sample_from_model
 from gqaprune.data.windows import make_batches

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from gqaprune.cli import PruningCLI
+from gqaprune.cli.lightning_cli import PruningCLI
 from gqaprune.module import CausalLMModule
 from gqaprune.training.optimizers import OptimizerConfig, clip_gradients, group_parameters, name_matrices
 
@@ -59,9 +59,9 @@ def list_rates(steps: int, **settings: Any) -> list[float]:
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
-        ("cosine", [0, 0.5, 1, 0.853553, 0.5, 0.146447]),
-        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [1 / 3, 2 / 3, 1, 0.853553, 0.5, 0.146447]),
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
     ],
 )
 def test_the_rate_warms_up_and_then_runs_as_scheduled(schedule: str, expected: list[float]) -> None:
@@ -70,7 +70,7 @@ def test_the_rate_warms_up_and_then_runs_as_scheduled(schedule: str, expected: l
 
 def test_a_twentieth_of_the_steps_warms_up_unless_said_otherwise() -> None:
     rates = list_rates(40, schedule="constant")
-    assert rates[:4] == [0, 0.5, 1, 1]
+    assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1])
     assert list_rates(4, schedule="constant")[0] == 1
 
 

@@ -88,7 +88,7 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     }
     (root / "tiny.yaml").write_text(yaml.safe_dump(config))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gqaprune.cli"])
+    context.set_forkserver_preload(["gqaprune.cli.run"])
 
     def run_command(folder: Path, *arguments: str, at: str = "", number: int = signal.SIGKILL) -> int:
         folder.mkdir(exist_ok=True)

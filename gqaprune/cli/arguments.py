@@ -1,0 +1,126 @@
+"""From what is typed to settings: descriptions of commands and settings, spelling, parsers."""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from inspect import Parameter, signature
+from itertools import zip_longest
+from typing import Any, NoReturn
+
+import transformers
+from lightning.pytorch.cli import LightningArgumentParser
+
+from gqaprune.checkpoints.formats import describe_formats
+from gqaprune.cli.overview import DESCRIPTIONS
+from gqaprune.commands.compare import compare
+from gqaprune.commands.export import export
+from gqaprune.commands.inspect import inspect
+from gqaprune.commands.search import SearchSettings
+from gqaprune.commands.sweep import SweepSettings
+from gqaprune.common.renamed import find_renamed_setting
+from gqaprune.planning.allocation import describe_allocations
+
+VERBOSE: Mapping[str, Any] = {
+    "action": "store_true",
+    "help": "also show the messages of Lightning and transformers",
+}
+"""The setting of every command for what is hidden by default."""
+
+HELP: Mapping[str, Callable[[], str]] = {
+    "export.format": describe_formats,
+    "format": describe_formats,
+    "pruning.allocation": describe_allocations,
+}
+"""Settings whose values a registry names: setting -> what writes its help."""
+
+SETTINGS: Mapping[str, type] = {"search": SearchSettings, "sweep": SweepSettings}
+"""Commands of our own that have settings: name of both -> class."""
+
+TOOLS: Mapping[str, Callable[..., None]] = {"compare": compare, "export": export, "inspect": inspect}
+"""Commands that need no trainer: name -> function, whose arguments are the command's."""
+
+
+class PruningArgumentParser(LightningArgumentParser):
+    """Says what is wrong with an argument in the one sentence that every other error gets."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing the usage of some hundred arguments."""
+        command = self.prog.replace(" [options]", "")
+        reason = " ".join(message.split()).rstrip(".")
+        if (renamed := find_renamed_setting(reason)) is not None:
+            reason = renamed
+        elif 'key "pruning.split"' in reason:
+            reason = 'pruning.split needs quotes in YAML, such as "2:8": without them YAML reads a number in base 60'
+        raise ValueError(f"{reason}; `{command} --help` lists the settings") from ex
+
+
+def run_tool(name: str, arguments: list[str]) -> None:
+    """Run a command that needs no trainer."""
+    parser = make_tool_parser(TOOLS[name], f"gqaprune {name}")
+    parser.description = DESCRIPTIONS[name]
+    settings = parser.parse_args(arguments)
+    set_verbosity(settings.pop("verbose"))
+    TOOLS[name](**parser.instantiate_classes(settings).as_dict())
+
+
+def make_tool_parser(tool: Callable[..., None], prog: str | None = None) -> PruningArgumentParser:
+    """The parser of a command that needs no trainer, of its function's arguments."""
+    parser = PruningArgumentParser(prog=prog)
+    required = [one for one in signature(tool).parameters.values() if one.default is Parameter.empty]
+    several: set[str | int] = {one.name for one in required if one.annotation == list[str]}
+    for name in several:  # added by itself: a list would else be one argument, in brackets
+        parser.add_argument(str(name), nargs="+", type=str, help="folders, .gguf files or hub names")
+    parser.add_argument("--verbose", **VERBOSE)
+    parser.add_function_arguments(tool, as_positional=len(required) == 1, skip=several)  # what a tool is about
+    fill_help(parser)
+    return parser
+
+
+def fill_help(parser: LightningArgumentParser) -> None:
+    """Describe settings that registries know the values of, whatever their docstrings say."""
+    for action in parser._actions:
+        if action.dest in HELP:
+            action.help = HELP[action.dest]()
+
+
+def spell_out(arguments: list[str]) -> list[str]:
+    """Arguments as parsers know them, of those that people type.
+
+    Options may have hyphens for underscores, switches of commands without a trainer may stand alone, and `sweep` takes
+    its own settings without their group, rates as a list with commas.
+    """
+    own = {f"--{one.name}" for one in fields(SweepSettings)} if arguments[:1] == ["sweep"] else set()
+    tool = TOOLS.get(arguments[0]) if arguments else None
+    known = signature(tool).parameters.values() if tool is not None else ()
+    switches = {f"--{one.name}" for one in known if one.annotation is bool}
+    spelled = []
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        option, equals, value = argument.partition("=")
+        if option.startswith("--"):
+            option = "--" + option[2:].replace("-", "_")
+            option = f"--sweep.{option[2:]}" if option in own else option
+        if option in switches and not equals and following.lower() not in ("true", "false"):
+            equals, value = "=", "true"
+        spelled.append(option + equals + value)
+    for index, argument in enumerate(spelled):  # Python's own lists have brackets, as YAML's
+        option, equals, value = argument.partition("=")
+        if option == "--sweep.rates" and equals and not value.startswith("["):
+            spelled[index] = f"{option}=[{value}]"
+        elif spelled[index - 1] == "--sweep.rates" and index and not argument.startswith(("[", "--")):
+            spelled[index] = f"[{argument}]"
+    return spelled
+
+
+def set_verbosity(is_verbose: bool) -> None:
+    """Leave the console to the stages, the table and what needs attention, or show other libraries' messages, too."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO if is_verbose else logging.WARNING)
+    if is_verbose:
+        transformers.logging.set_verbosity_info()
+        transformers.logging.enable_progress_bar()
+        return
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    warnings.filterwarnings("ignore", message=r".*self\.log\('ppl/.*sync_dist=True.*")  # summed before it is logged
