@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gqaprune.callbacks.lookup import get_run_folder
 from gqaprune.callbacks.order import Phase
-from gqaprune.callbacks.parts import get_parts
 from gqaprune.common.atomic_files import remove_lock
 from gqaprune.common.console import console
 from gqaprune.common.distributed import check_same_on_all_ranks
+from gqaprune.module import CausalLMModule
 from gqaprune.training.resume import UNFINISHED, FoundRun, RunNote, list_checkpoint_folders, lock_note
 
 
@@ -38,6 +38,8 @@ class KeepRunNote(Callback):
             ValueError: if another run resumes the same one, or ranks would go on from several checkpoints.
         """
         check_same_on_all_ranks("checkpoints to resume from", str(self.found.checkpoint), trainer.strategy.root_device)
+        if not isinstance(pl_module, CausalLMModule):
+            return  # its checkpoints do not say which run they are of
         if stage == "fit" and trainer.is_global_zero:
             self._lock = lock_note(self.root)
             if self._lock is None and self.found.run:
@@ -49,16 +51,14 @@ class KeepRunNote(Callback):
                 console.print(
                     f"another run uses {self.root / UNFINISHED}: if this one is stopped, the same command begins anew"
                 )
-        module = get_parts(trainer, pl_module)[0]
-        module.run_id = trainer.strategy.broadcast(self.found.run or module.run_id)
+        pl_module.run_id = trainer.strategy.broadcast(self.found.run or pl_module.run_id)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the note: from here on there may be checkpoints."""
-        if self._lock is not None:
+        if self._lock is not None and isinstance(pl_module, CausalLMModule):
             folder = get_run_folder(trainer)
             checkpoints = dict.fromkeys([*self.found.searched, *list_checkpoint_folders(trainer.checkpoint_callbacks)])
-            run = get_parts(trainer, pl_module)[0].run_id
-            RunNote(self.settings, str(folder), tuple(checkpoints), run).save(self.root)
+            RunNote(self.settings, str(folder), tuple(checkpoints), pl_module.run_id).save(self.root)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove it; a run that is stopped does not come here."""

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from argparse import HelpFormatter
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from inspect import Parameter, signature
@@ -12,13 +13,14 @@ import transformers
 from lightning.pytorch.cli import LightningArgumentParser
 
 from gqaprune.checkpoints.formats import describe_formats
+from gqaprune.cli.help import MATTERS, WITHOUT_TRAINING, describe_settings, hide_training
 from gqaprune.cli.overview import DESCRIPTIONS
+from gqaprune.cli.wording import explain
 from gqaprune.commands.compare import compare
 from gqaprune.commands.export import export
 from gqaprune.commands.inspect import inspect
 from gqaprune.commands.search import SearchSettings
 from gqaprune.commands.sweep import SweepSettings
-from gqaprune.common.renamed import find_renamed_setting
 from gqaprune.planning.allocation import describe_allocations
 
 VERBOSE: Mapping[str, Any] = {
@@ -42,17 +44,37 @@ TOOLS: Mapping[str, Callable[..., None]] = {"compare": compare, "export": export
 
 
 class PruningArgumentParser(LightningArgumentParser):
-    """Says what is wrong with an argument in the one sentence that every other error gets."""
+    """Says what is wrong with an argument in the one sentence that every other error gets.
+
+    Attributes:
+        shows_all: whether `--help` lists all settings of a command, some hundred.
+    """
+
+    shows_all = False
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        """Describe the command's settings that matter, unless all are asked for."""
+        command = self._command
+        if self.shows_all or command not in MATTERS:
+            if command in WITHOUT_TRAINING:
+                hide_training(self)
+            return str(super().format_help(formatter))
+        return describe_settings(self, command, DESCRIPTIONS[command])
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage of some hundred arguments."""
         command = self.prog.replace(" [options]", "")
-        reason = " ".join(message.split()).rstrip(".")
-        if (renamed := find_renamed_setting(reason)) is not None:
-            reason = renamed
-        elif 'key "pruning.split"' in reason:
-            reason = 'pruning.split needs quotes in YAML, such as "2:8": without them YAML reads a number in base 60'
-        raise ValueError(f"{reason}; `{command} --help` lists the settings") from ex
+        parsers = (
+            [self] if self._subcommands_action is None else list(self._subcommands_action._name_parser_map.values())
+        )
+        names = {action.dest for parser in parsers for action in parser._actions if action.option_strings}
+        reason = explain(message, names)
+        end = "" if reason.endswith("?") else f"; `{command} --help` lists the settings"
+        raise ValueError(reason + end) from ex
+
+    @property
+    def _command(self) -> str:
+        return self.prog.replace(" [options]", "").rpartition(" ")[2]
 
 
 def run_tool(name: str, arguments: list[str]) -> None:
@@ -95,6 +117,9 @@ def spell_out(arguments: list[str]) -> list[str]:
     known = signature(tool).parameters.values() if tool is not None else ()
     switches = {f"--{one.name}" for one in known if one.annotation is bool}
     spelled = []
+    if any(argument.replace("-", "_") == "__help_all" for argument in arguments):
+        PruningArgumentParser.shows_all = True
+        arguments = ["--help" if one.replace("-", "_") == "__help_all" else one for one in arguments]
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         option, equals, value = argument.partition("=")
         if option.startswith("--"):

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -57,12 +58,15 @@ from gqaprune.training.resume import FoundRun, find_run, read_plan
 class PruningCLI(LightningCLI):
     """`gqaprune <command>`; the settings of pruning and export stand beside `model`, `data` and `trainer`."""
 
-    def __init__(self, log: RunLog | None = None, **kwargs: Any) -> None:
+    def __init__(self, log: RunLog | None = None, named: Mapping[str, type] | None = None, **kwargs: Any) -> None:
         self._log = log
+        self._named = named = named or {}
         self._numbered: TensorBoardLogger | None = None
         super().__init__(
-            CausalLMModule,
-            TextDataModule,
+            _find_base(named.get("model"), LightningModule, CausalLMModule),
+            _find_base(named.get("data"), LightningDataModule, TextDataModule),
+            subclass_mode_model="model" in named,
+            subclass_mode_data="data" in named,
             trainer_class=PruningTrainer,
             parser_class=PruningArgumentParser,
             trainer_defaults={
@@ -106,18 +110,33 @@ class PruningCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings in the order of the work, Lightning's own last; the tokenizer follows the model."""
-        parser.add_lightning_class_args(CausalLMModule, "model")
-        parser.add_lightning_class_args(TextDataModule, "data")
+        parser.add_lightning_class_args(self._model_class, "model", subclass_mode=self.subclass_mode_model)
+        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=self.subclass_mode_data)
         parser.add_lightning_class_args(CheckpointExport, "export")  # before pruning: it checks its folder first
         parser.add_lightning_class_args(SampleGenerations, "samples")  # likewise its prompts
         parser.add_lightning_class_args(TaylorPruning, "pruning")
         parser.add_lightning_class_args(PerplexityGuard, "guard")  # after pruning: it judges what that left
-        parser.link_arguments(("model.pretrained", "model.revision"), "data.tokenizer", name_at_revision)
-        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+        self._link(parser)
         parser.add_lightning_class_args(PruningTrainer, "trainer")
         parser.add_argument("--verbose", **VERBOSE)
         fill_help(parser)
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"})
+
+    def _link(self, parser: LightningArgumentParser) -> None:
+        """Let the data's tokenizer follow the model, where both are gqaprune's or come from it."""
+        if self._model_class is not CausalLMModule or self._datamodule_class is not TextDataModule:
+            return
+        model = "model.init_args" if self.subclass_mode_model else "model"
+        data = "data.init_args" if self.subclass_mode_data else "data"
+        names = [f"{model}.{name}" for name in ("pretrained", "revision") if self._has_setting("model", name)]
+        compute = name_at_revision if len(names) == 2 else None
+        parser.link_arguments(tuple(names) if compute else names[0], f"{data}.tokenizer", compute)
+        if self._has_setting("model", "trust_remote_code"):
+            parser.link_arguments(f"{model}.trust_remote_code", f"{data}.trust_remote_code")
+
+    def _has_setting(self, part: str, name: str) -> bool:
+        """Whether the class that is named for a part has a setting; ours have all."""
+        return part not in self._named or name in signature(self._named[part]).parameters
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Go on with a run of the same settings that did not end: in its folder, from its last checkpoint."""
@@ -145,8 +164,10 @@ class PruningCLI(LightningCLI):
         settings = self.config.get(self.config.get("subcommand", ""), {})
         path = Path(settings.get("ckpt_path") or "")
         check_is_local(settings.get("ckpt_path") or "")
-        if path.is_file() or (path / SHARDED).is_file():
-            settings.model.plan = read_plan(path) or settings.model.plan
+        is_there = path.is_file() or (path / SHARDED).is_file()
+        model = settings.model.get("init_args", settings.model) if is_there else None
+        if model is not None and "plan" in model:
+            model.plan = read_plan(path) or model.plan
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard, without Lightning's placeholder metric: the summary logs the real one."""
@@ -160,7 +181,8 @@ class PruningCLI(LightningCLI):
             given = [given] if isinstance(given, Callback) else given or []
             if not any(isinstance(callback, LearningRateMonitor) for callback in given):
                 self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
-        if self.subcommand == "fit" and get_setting(self, "model").recovery.mode == "none":
+        recovery = getattr(get_setting(self, "model"), "recovery", None)
+        if self.subcommand == "fit" and recovery is not None and recovery.mode == "none":
             kwargs["limit_train_batches"] = 0
             if get_setting(self, "pruning").placement is not Placement.MEMORY:
                 kwargs["limit_val_batches"] = 0  # Lightning's own check would run the whole model
@@ -205,6 +227,19 @@ class PruningCLI(LightningCLI):
         """Sweep with the settings under `sweep`."""
         assert isinstance(self.trainer, PruningTrainer)
         self.trainer.sweep(**kwargs, settings=get_setting(self, "sweep"))
+
+
+def _find_base(named: type | None, any_class: type, own: type) -> type:
+    """The class whose subclasses a part may be: what is named may come from ours, or be any.
+
+    Raises:
+        ValueError: if it is none of either.
+    """
+    if named is None or issubclass(named, own):
+        return own
+    if not issubclass(named, any_class):
+        raise ValueError(f"{named.__module__}.{named.__qualname__} is no {any_class.__name__}: name one")
+    return any_class
 
 
 def _check_groups(settings: Namespace) -> None:

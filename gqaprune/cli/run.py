@@ -8,6 +8,8 @@ from safetensors import SafetensorError
 
 from gqaprune.cli.arguments import TOOLS, run_tool, spell_out
 from gqaprune.cli.lightning_cli import PruningCLI
+from gqaprune.cli.named_classes import find_named_classes
+from gqaprune.cli.wording import explain_error
 from gqaprune.common.console import keep_streams_safe, logger
 from gqaprune.common.cpu import avoid_illegal_instructions
 from gqaprune.common.ranks import RankEndedError
@@ -40,9 +42,9 @@ def _run(log: RunLog) -> int:
         if sys.argv[1:2] and sys.argv[1] in TOOLS:
             run_tool(sys.argv[1], sys.argv[2:])
         else:
-            PruningCLI(log)
+            PruningCLI(log, find_named_classes(sys.argv[2:]))
     except (ValueError, OSError, SafetensorError, MisconfigurationException) as error:  # the third: a full disk, too
-        _say(f"gqaprune: error: {error}")
+        _say(f"gqaprune: error: {explain_error(error)}")
         return 1
     except RuntimeError as error:
         cause = error if isinstance(error, RankEndedError) else error.__cause__

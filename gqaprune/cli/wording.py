@@ -1,0 +1,74 @@
+"""What is wrong with what was typed, in a sentence, of what parsers say."""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from gqaprune.common.renamed import find_renamed_setting
+
+_UNKNOWN = (
+    re.compile(r"unrecognized arguments: (?:\S+ )*?(--[\w.-]+)", re.IGNORECASE),
+    re.compile(r"does not accept option '([\w.-]+)'"),
+    re.compile(r'[Kk]ey "([\w.-]+)" is not expected'),
+    re.compile(r"No action for key \"([\w.-]+)\""),
+)
+_COMMAND = re.compile(r"invalid choice: '([^']*)' \(choose from ([^)]*)\)")
+_CLASS = re.compile(r"Problem with given class_path '([\w.]+)': (.*?)(?= - Expected a | Given value type: |$)")
+_NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_KEY = re.compile(r'[Pp]arser key "([\w.-]+)": (.*)')
+_ALTERNATIVES = "Does not validate against any of the Union subtypes"
+_LONGEST = 300
+"""Characters of a reason that are shown at most: values of settings are in them, as parsers print them."""
+
+
+def explain(message: str, settings: Iterable[str]) -> str:
+    """What a parser says, in a sentence that names what was meant.
+
+    Args:
+        message: the parser's.
+        settings: all names that there are.
+    """
+    reason = " ".join(message.split()).rstrip(".")
+    if (renamed := find_renamed_setting(reason)) is not None:
+        return renamed
+    if 'key "pruning.split"' in reason:
+        return 'pruning.split needs quotes in YAML, such as "2:8": without them YAML reads a number in base 60'
+    if found := _COMMAND.search(reason):
+        command, commands = found[1], re.findall(r"'([^']*)'", found[2])
+        suggestion = _suggest(command, commands) or "."
+        return f"there is no command {command}{suggestion} Commands are {', '.join(commands)}"
+    for pattern in _UNKNOWN:
+        if found := pattern.search(reason):
+            name = found[1].removeprefix("--")
+            return f"there is no setting --{name}{_suggest(name, settings, '--')}"
+    key = _KEY.search(reason)
+    place = f"{key[1]}: " if key else ""
+    if found := _CLASS.search(reason):
+        return f"{place}{found[1].rpartition('.')[2]} cannot be used: {_shorten(found[2])}"
+    if found := _NO_CLASS.search(reason):
+        return f"{place}there is no class {found[1]}: give its full name, such as package.module.{found[1]}"
+    return f"{place}{_shorten(key[2])}" if key else _shorten(reason)
+
+
+def explain_error(error: Exception) -> str:
+    """An error that ended a run; of those that parsers raise when they build what was named, the line that helps."""
+    return explain(str(error), ()) if _ALTERNATIVES in str(error) else str(error)
+
+
+def _suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The nearest name there is, as a question; a setting's last part may be all that was typed."""
+    names = list(known)
+    near = get_close_matches(name, names, 1, 0.75)
+    last = [one for one in names if one.rpartition(".")[2] == name.rpartition(".")[2]]
+    if not near and len(last) == 1:
+        near = last
+    return f": did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _shorten(text: str) -> str:
+    """The first of several alternatives that a parser lists, without the value, which was typed."""
+    for end in (" Given value type: ", " Given value: ", " - Expected a "):
+        if text.find(end) > 0:
+            text = text[: text.find(end)]
+    text = text.strip(" -")
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " …"
