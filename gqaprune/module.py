@@ -251,6 +251,8 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self.layer_compiler.reset()
         self.adapters.add(self.model, self.recovery, self.rounds_done)
         self._draws_numbers = draws_random_numbers(self.model)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._objective.learns_all = isinstance(data, TextDataModule) and data.learns_all
         if self._objective.lacks_teacher:
             mesh = None if find_store(self.model).is_in_memory else self._mesh
             self._objective.load_teacher(find_teacher(self.source, self.recovery), mesh)

@@ -67,3 +67,8 @@ def _show_code(character: str) -> str:
 def _spell_byte(character: str) -> str:
     """The byte of a file's name that is not UTF-8, which Python reads as half a character; empty for all else."""
     return f"\\x{ord(character) - 0xDC00:02x}" if "\udc80" <= character <= "\udcff" else ""
+
+
+def replace_halves(text: str) -> str:
+    """A text whose halves of characters, which JSON can spell and no tokenizer reads, are replacement characters."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

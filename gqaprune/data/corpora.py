@@ -1,22 +1,24 @@
-"""Named corpora and their splits, as lists of documents.
+"""Corpora and their splits, as documents or conversations.
 
-A corpus is written `name`, `name@split` or a path: `wikitext2`, `ptb@validation`, `texts/*.jsonl`, `book.txt@train`.
-`embedded` and `stdlib` are texts that every Python carries.
+A corpus is written `name`, `name@split` or a path: `wikitext2`, `ptb@validation`, `texts/*.jsonl`, `book.txt@train`;
+`hub:owner/dataset@split` is any dataset on the hub. `embedded` and `stdlib` are texts that every Python carries.
 """
 
 import glob
 import inspect
-import json
+import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 from gqaprune.common.errors import first_line
+from gqaprune.common.paths import expand_path
+from gqaprune.data.examples import Columns, Conversation, Example
+from gqaprune.data.rows import KINDS, TABLES, can_be_read, find_kind, read_rows, read_text
+from gqaprune.models.hub import check_hub
 
 SPLITS = ("train", "validation", "test")
 SEPARATOR = "\n\n"
@@ -31,7 +33,7 @@ class HubDataset:
 
     Args:
         path: dataset repository or builder.
-        column: the text column.
+        column: the text column; None looks for text and conversations.
         config: name of the dataset's configuration.
         data_files: split -> file, where the repository is not read whole.
         revision: branch to read.
@@ -39,7 +41,7 @@ class HubDataset:
     """
 
     path: str
-    column: str
+    column: str | None = None
     config: str | None = None
     data_files: Mapping[str, str] | None = None
     revision: str | None = None
@@ -67,6 +69,8 @@ HUB: Mapping[str, HubDataset] = {
 }
 """Corpora read through `datasets`, from the hub or its cache."""
 
+ANY_HUB = "hub:"
+"""What names of other datasets on the hub begin with."""
 EMBEDDED = "embedded"
 """A text that every Python carries: `pydoc_data.topics`, about 0.7 MB of English prose on the language."""
 STDLIB = "stdlib"
@@ -78,12 +82,14 @@ class Corpus:
     """A corpus and one of its splits.
 
     Args:
-        name: a name in `HUB`, `embedded`, `stdlib`, or a path or glob of txt, jsonl or parquet files.
-        split: `train`, `validation`, `test`, or `all` of a local file.
+        name: a name in `HUB`, `hub:owner/dataset`, `embedded`, `stdlib`, or a path, folder or glob of files.
+        split: `train`, `validation`, `test`, or `all` of a local file; of a dataset on the hub any that it has.
+        columns: names of the columns that hold text, where they are others than usual.
     """
 
     name: str
     split: str
+    columns: Columns = Columns()  # noqa: RUF009  (never changed)
 
     def __str__(self) -> str:
         return f"{self.name}@{self.split}"
@@ -91,7 +97,9 @@ class Corpus:
     @property
     def label(self) -> str:
         """Short name for logs: the corpus's name, or the stem of its path."""
-        return self.name if self.name in (*_LOCAL, *HUB) else Path(self.name).stem.replace("*", "all")
+        if self.name in (*_LOCAL, *HUB):
+            return self.name
+        return Path(self.name.removeprefix(ANY_HUB)).stem.replace("*", "all")
 
     def overlaps(self, other: "Corpus") -> bool:
         """Whether the two share text: a source in common and the same split, or the whole of it."""
@@ -99,30 +107,35 @@ class Corpus:
         return same_split and not _sources(self.name).isdisjoint(_sources(other.name))
 
 
-def parse_corpus(text: str, default_split: str) -> Corpus:
+def parse_corpus(text: str, default_split: str, columns: Columns = Columns()) -> Corpus:  # noqa: B008
     """Read `name`, `name@split` or a path.
 
     Args:
         text: what the user wrote.
         default_split: split of a named corpus that has none; local files are read whole.
+        columns: names of the columns that hold text.
 
     Raises:
         ValueError: if the split does not exist.
     """
     name, at, split = text.rpartition("@")
-    if not at:
-        name, split = text, default_split if text in (*_LOCAL, *HUB) else "all"
+    is_place = at and (os.sep in split or os.path.exists(expand_path(text)))  # the sign is within a path
+    if not at or is_place:
+        is_named = text in (*_LOCAL, *HUB) or text.startswith(ANY_HUB)
+        name, split = text, default_split if is_named else "all"
+    if name.startswith(ANY_HUB):
+        return Corpus(name, split, columns)
     if split not in SPLITS and (split != "all" or name in (*_LOCAL, *HUB)):
         raise ValueError(
             f"corpus {text!r}: no split {split!r}; splits are {', '.join(SPLITS)}, and `all` for local files"
         )
     if name == "c4" and split == "test":
         raise ValueError("corpus 'c4' has no test split: write c4@validation")
-    return Corpus(name, split)
+    return Corpus(name if name in (*_LOCAL, *HUB) else expand_path(name), split, columns)
 
 
-def read_corpus(corpus: Corpus) -> Iterable[str]:
-    """The documents of a corpus, lazily where it is large.
+def read_corpus(corpus: Corpus) -> Iterable[Example]:
+    """The documents of a corpus, or its conversations, lazily where it is large.
 
     Local files and what every Python carries are cut into train (80 %), validation and test (10 % each) by position.
 
@@ -130,35 +143,45 @@ def read_corpus(corpus: Corpus) -> Iterable[str]:
         ValueError: if there is no such corpus or file, it holds no text, or the hub cannot be reached.
     """
     if corpus.name in HUB:
-        return _read_hub(corpus)
-    documents = _LOCAL[corpus.name]() if corpus.name in _LOCAL else _read_files(corpus.name)
-    if not any(document.strip() for document in documents):
+        return _read_hub(corpus, HUB[corpus.name])
+    if corpus.name.startswith(ANY_HUB):
+        return _read_hub(corpus, _name_dataset(corpus.name))
+    examples: Sequence[Example] = (
+        _LOCAL[corpus.name]() if corpus.name in _LOCAL else _read_files(corpus.name, corpus.columns)
+    )
+    if not any(isinstance(example, Conversation) or example.strip() for example in examples):
         raise ValueError(f"corpus {corpus.name!r} holds no text")
-    return documents if corpus.split == "all" else _take_share(documents, corpus.split)
+    return examples if corpus.split == "all" else _take_share(examples, corpus.split)
 
 
-def replace_halves(text: str) -> str:
-    """A text whose halves of characters, which JSON can spell and no tokenizer reads, are replacement characters."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _name_dataset(name: str) -> HubDataset:
+    """Where `hub:owner/dataset` is, or `hub:owner/dataset/config`."""
+    parts = name.removeprefix(ANY_HUB).split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise ValueError(f"corpus {name!r}: write hub:owner/dataset@split, or hub:owner/dataset/config@split")
+    return HubDataset("/".join(parts[:2]), config=parts[2] if len(parts) == 3 else None)
 
 
-def _read_hub(corpus: Corpus) -> Iterable[str]:
-    from datasets import load_dataset  # here and below: importing it takes a second, and most runs need none of it
+def _read_hub(corpus: Corpus, source: HubDataset) -> Iterable[Example]:
+    from datasets import load_dataset  # importing it takes a second, and most runs need none of it
 
-    source = HUB[corpus.name]
     arguments: dict[str, Any] = {"name": source.config, "revision": source.revision, "split": corpus.split}
     if source.data_files:
         arguments["data_files"] = {corpus.split: source.data_files[corpus.split]}
     if source.streaming:
         arguments["streaming"] = True
+    check_hub()
     try:
         rows = load_dataset(source.path, **{key: value for key, value in arguments.items() if value is not None})
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"corpus {corpus.name!r} could not be read from the hub or its cache ({first_line(error)}); connect once "
-            f"to fill the cache, or give a local file, or {EMBEDDED!r}"
+            f"corpus {corpus.name!r} could not be read from the hub or its cache ({first_line(error)}): give a local "
+            f"file or folder, {EMBEDDED!r}, or a mirror by HF_ENDPOINT; connected once, it stays in the cache"
         ) from None
-    return (cast(Mapping[str, str], row)[source.column] for row in rows)
+    if source.column is not None:
+        return (row[source.column] for row in rows)
+    places = ((corpus.columns.read(row, f"{corpus}, row {number}")) for number, row in enumerate(rows, start=1))
+    return (example for example in places if example is not None)
 
 
 def _read_embedded() -> list[str]:
@@ -179,125 +202,63 @@ _LOCAL: Mapping[str, Callable[[], list[str]]] = {EMBEDDED: _read_embedded, STDLI
 """Corpora that need no hub."""
 
 
-def _read_files(pattern: str) -> list[str]:
+def _read_files(pattern: str, columns: Columns) -> list[Example]:
     paths = _expand(pattern)
     if not paths:
         known = ", ".join([*HUB, *_LOCAL])
-        raise ValueError(f"no corpus or file {pattern!r}: named corpora are {known}; files are txt, jsonl or parquet")
-    documents: list[str] = []
+        raise ValueError(
+            f"no corpus or file {pattern!r}: named corpora are {known}, and {ANY_HUB}owner/dataset; files are {KINDS}"
+        )
+    examples: list[Example] = []
     for path in paths:
-        suffix = path.suffix.lower()
-        if suffix in _TABLES:
-            raise ValueError(f"{path} would be read as plain text: files are txt, jsonl (field `text`) or parquet")
-        reader = _READERS.get(suffix, _read_text)
-        documents.extend(reader(path))
-    return documents
-
-
-def _read_text(path: Path) -> list[str]:
-    try:
-        return [path.read_text(encoding="utf-8")]
-    except UnicodeDecodeError:
-        raise _refuse_encoding(path) from None
-
-
-def _refuse_encoding(path: Path) -> ValueError:
-    return ValueError(f"{path} is not UTF-8 text; give txt, jsonl or parquet")
-
-
-def _read_jsonl(path: Path) -> list[str]:
-    """Read field `text` of every line.
-
-    Lines come from `datasets` as they are: its own reader of JSON takes dates for dates and halves of characters for
-    errors, and tells no lines.
-    """
-    documents = []
-    try:
-        with _open_rows("text", path) as rows:
-            for number, row in enumerate(rows, start=1):
-                if row["text"].strip():
-                    documents.append(_parse_line(row["text"], f"{path}, line {number}"))
-    except UnicodeDecodeError:
-        raise _refuse_encoding(path) from None
-    return documents
-
-
-def _parse_line(line: str, place: str) -> str:
-    try:
-        row = json.loads(line)
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{place} is not JSON ({getattr(error, 'msg', error)})") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError(f"{place} has no string field `text`")
-    return replace_halves(row["text"])
-
-
-def _read_parquet(path: Path) -> list[str]:
-    from datasets import Value
-
-    try:
-        with _open_rows("parquet", path, batch_size=_ROWS) as rows:
-            features = rows.features
-            if features.get("text") in (Value("string"), Value("large_string")):
-                return [row["text"] for row in rows.select_columns("text") if row["text"] is not None]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a parquet file ({first_line(error)})") from None
-    if "text" not in features:
-        raise ValueError(f"{path} has no column `text`, it has {', '.join(features)}")
-    raise ValueError(f"{path}: its column `text` holds {features['text']}, not strings")
-
-
-@contextmanager
-def _open_rows(kind: str, path: Path, **options: Any) -> Iterator[Any]:
-    """Open the rows of one local file, one at a time; what `datasets` notes on disk meanwhile goes afterwards."""
-    import datasets
-
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises, which is said in a sentence
-    try:
-        with TemporaryDirectory() as cache:
-            files = glob.escape(str(path))
-            yield datasets.load_dataset(
-                kind, data_files=files, split="train", streaming=True, cache_dir=cache, **options
-            )
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-
-
-_ROWS = 1000
-"""Rows of a parquet file in memory at a time; without a number `datasets` refuses files that have none."""
-_TABLES = {".json", ".csv", ".tsv"}
-"""Endings of files whose text is among names, quotes and commas."""
-_READERS: Mapping[str, Callable[[Path], list[str]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+        if not can_be_read(path):
+            raise ValueError(f"{path} is no file of text: files are {KINDS}")
+        if find_kind(path) in TABLES:
+            read = (columns.read(row, place) for place, row in read_rows(path))
+            examples.extend(example for example in read if example is not None)
+        else:
+            examples.append(read_text(path))
+    kinds = {isinstance(example, Conversation) for example in examples}
+    if len(kinds) > 1:
+        raise ValueError(f"corpus {pattern!r} holds documents and conversations: name them as two corpora")
+    return examples
 
 
 def _expand(pattern: str) -> list[Path]:
-    if Path(pattern).is_file():
-        return [Path(pattern)]
+    """The files of a path, of a folder those that can be read, or of a glob."""
+    place = Path(pattern)
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        return sorted(path for path in place.rglob("*") if path.is_file() and can_be_read(path) and path.name[0] != ".")
     return [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if Path(path).is_file()]
 
 
 def _sources(name: str) -> set[str]:
-    if name in (EMBEDDED, *HUB):
+    if name in (EMBEDDED, *HUB) or name.startswith(ANY_HUB):
         return {name}
     return {str(path.resolve()) for path in (_find_stdlib() if name == STDLIB else _expand(name))} or {name}
 
 
-def _take_share(documents: Sequence[str], split: str) -> list[str]:
-    """Cut at document borders where there are many documents, at line borders where there are few."""
-    pieces = list(documents)
-    if len(pieces) < 100:
-        pieces = SEPARATOR.join(pieces).splitlines(keepends=True)
-        return ["".join(islice(pieces, *_bounds(pieces, split)))]
-    return pieces[slice(*_bounds(pieces, split))]
+def _take_share(examples: Sequence[Example], split: str) -> list[Example]:
+    """Cut at borders of conversations, or of documents where there are many; else at borders of lines."""
+    documents = [example for example in examples if isinstance(example, str)]
+    if len(documents) < len(examples) or len(documents) >= 100:
+        return list(examples[slice(*_bounds([_count_characters(example) for example in examples], split))])
+    lines = SEPARATOR.join(documents).splitlines(keepends=True)
+    return ["".join(islice(lines, *_bounds([len(line) for line in lines], split)))]
 
 
-def _bounds(pieces: Sequence[str], split: str) -> tuple[int, int]:
+def _count_characters(example: Example) -> int:
+    return len(example) if isinstance(example, str) else sum(len(message["content"]) for message in example.messages)
+
+
+def _bounds(lengths: Sequence[int], split: str) -> tuple[int, int]:
     """Indexes of the pieces that hold the split's share of all characters."""
     start, end = _SHARES[split]
-    total, seen, edges = sum(map(len, pieces)), 0, [0]
-    for piece in pieces:
-        seen += len(piece)
+    total, seen, edges = sum(lengths), 0, [0]
+    for length in lengths:
+        seen += length
         edges.append(seen)
     return _first_at(edges, start * total), _first_at(edges, end * total)
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from gqaprune.common import limited
 from gqaprune.common.errors import first_line
 from gqaprune.common.limited import run_limited
-from gqaprune.data.corpora import replace_halves
+from gqaprune.common.paths import expand_path
+from gqaprune.common.safe_text import replace_halves
 from gqaprune.models.tokenizer import find_bos
 
 Message = dict[str, str]
@@ -50,14 +51,14 @@ def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
     if not isinstance(source, str):
         prompts = [Prompt(replace_halves(text)) for text in source]
     else:
-        path = Path(source)
+        path = Path(expand_path(source))
         if not path.is_file():
             raise ValueError(
                 f"data.prompts {source!r} is no file: give one with a prompt per line (.txt, .jsonl), or a list of "
                 """texts, such as '["Once upon a time"]'"""
             )
         try:
-            lines = [(n, line) for n, line in enumerate(path.read_text("utf-8").split("\n"), 1) if line.strip()]
+            lines = [(n, line) for n, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1) if line.strip()]
         except UnicodeDecodeError:
             raise ValueError(f"{path} is no text in UTF-8: give a .txt or .jsonl file of prompts") from None
         is_json = path.suffix == ".jsonl"

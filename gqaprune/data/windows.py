@@ -1,13 +1,17 @@
-"""From documents to windows: tokenise, concatenate, cut into windows of equal length without padding."""
+"""From documents to windows of equal length: tokenise, concatenate, cut; conversations are packed whole."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from gqaprune.data.conversations import LossOn, encode_conversations, find_filler, pack
 from gqaprune.data.corpora import SEPARATOR, Corpus, parse_corpus, read_corpus
+from gqaprune.data.examples import Conversation, Example
 from gqaprune.models.losses import IGNORED
 from gqaprune.models.tokenizer import adds_bos, find_bos
 
@@ -26,6 +30,8 @@ _CHARACTERS_PER_READ = 1 << 20
 def tokenize_corpus(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, limit: int | None = None) -> Tensor:
     """Tokenise a corpus: documents joined by a blank line, in one piece, with the tokenizer's own special tokens.
 
+    Conversations follow one another as the tokenizer's chat template writes them.
+
     Args:
         tokenizer: the model's tokenizer.
         corpus: what to read.
@@ -37,8 +43,62 @@ def tokenize_corpus(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, limit: i
     Raises:
         ValueError: if the corpus cannot be read or is empty.
     """
-    pieces, characters = [], 0
-    documents = iter(read_corpus(corpus))
+    is_chat, examples = _open(corpus)
+    if is_chat:
+        encoded = encode_conversations(tokenizer, cast(Iterator[Conversation], examples), "all", limit=limit)
+        return torch.tensor([token for one in encoded for token in one.ids][:limit], dtype=torch.long)
+    return _tokenize(tokenizer, corpus, cast(Iterator[str], examples), limit)
+
+
+def read_labelled_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    window: int,
+    stride: int | None = None,
+    limit: int | None = None,
+    bos: bool | None = None,
+    loss_on: LossOn = "assistant",
+) -> tuple[Tensor, Tensor]:
+    """Windows of a corpus with the labels that a loss looks at: to train on, or to measure perplexity on.
+
+    Args:
+        tokenizer: of the model.
+        corpus: documents, of which all tokens are learned; or conversations, which are packed into windows whole.
+        window: tokens per window.
+        stride: tokens between the starts of two windows of documents.
+        limit: tokens to read at most.
+        bos: whether every window begins with the beginning-of-text token; None does as the model's family does.
+        loss_on: what is learned of conversations.
+
+    Returns:
+        Token ids and labels, each `[windows, window]`.
+
+    Raises:
+        ValueError: if the corpus cannot be read, is shorter than a window, or has nothing to learn.
+    """
+    is_chat, examples = _open(corpus)
+    if not is_chat:
+        tokens = _tokenize(tokenizer, corpus, cast(Iterator[str], examples), limit)
+        return cut_windows(tokens, window, stride, find_bos(tokenizer, bos))
+    encoded = encode_conversations(tokenizer, cast(Iterator[Conversation], examples), loss_on, bos, limit)
+    windows, labels = pack(encoded, window, find_filler(tokenizer))
+    if not len(windows):
+        raise ValueError(f"none of {len(encoded)} conversations has a token to learn")
+    return windows, labels
+
+
+def _open(corpus: Corpus) -> tuple[bool, Iterator[Example]]:
+    """Whether a corpus has conversations, and what it has."""
+    examples = iter(read_corpus(corpus))
+    first = next(examples, "")
+    return isinstance(first, Conversation), chain([first], examples)
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, documents: Iterator[str], limit: int | None
+) -> Tensor:
+    pieces: list[str] = []
+    characters = 0
     ids: list[int] = []
     while True:
         more = _read_characters(documents, _CHARACTERS_PER_READ)

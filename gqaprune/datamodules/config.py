@@ -14,7 +14,7 @@ class CalibrationConfig:
     """The text that units are scored and repaired on.
 
     Args:
-        corpora: corpora to calibrate on; none with `sampled_windows` alone.
+        corpora: corpora to calibrate on, or one; none with `sampled_windows` alone.
         windows: windows to calibrate on, sampled over all corpora; null takes all that are not held out.
         window: tokens per window.
         batch_size: windows per micro-batch.
@@ -28,7 +28,7 @@ class CalibrationConfig:
         ValueError: if a number is out of its bounds.
     """
 
-    corpora: list[str] = field(default_factory=_embedded)
+    corpora: list[str] | str = field(default_factory=_embedded)
     windows: int | None = 128
     window: int = 512
     batch_size: int = 4
@@ -45,7 +45,7 @@ class TrainingConfig:
     """The text that recovery trains on.
 
     Args:
-        corpora: corpora to fine-tune on.
+        corpora: corpora to fine-tune on, or one.
         window: tokens per window.
         tokens: tokens to read from each corpus at most; null reads all.
         batch_size: windows per micro-batch and device.
@@ -56,7 +56,7 @@ class TrainingConfig:
         ValueError: if a number is out of its bounds.
     """
 
-    corpora: list[str] = field(default_factory=_embedded)
+    corpora: list[str] | str = field(default_factory=_embedded)
     window: int = 512
     tokens: int | None = None
     batch_size: int = 4
@@ -84,8 +84,8 @@ class EvaluationConfig:
         ValueError: if a number is out of its bounds.
     """
 
-    val: list[str] = field(default_factory=_embedded)
-    test: list[str] = field(default_factory=_embedded)
+    val: list[str] | str = field(default_factory=_embedded)
+    test: list[str] | str = field(default_factory=_embedded)
     window: int = 2048
     stride: int | None = None
     tokens: int | None = None

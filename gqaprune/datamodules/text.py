@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -14,24 +14,26 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from gqaprune.common.console import console
 from gqaprune.common.distributed import get_rank_and_world_size
 from gqaprune.common.renamed import RenamedAttributes, build_group, name_successors
-from gqaprune.data.corpora import HUB, Corpus, parse_corpus, read_corpus
+from gqaprune.data.conversations import Encoded, LossOn, describe_example
+from gqaprune.data.corpora import ANY_HUB, HUB, Corpus, parse_corpus, read_corpus
+from gqaprune.data.examples import Columns
 from gqaprune.data.prompts import Prompt, encode_prompts, read_prompts
 from gqaprune.data.sampling import sample_from_model
 from gqaprune.data.windows import (
     Batch,
     choose_batch_size,
-    cut_windows,
     describe_bos,
     describe_protocol,
     make_batches,
+    read_labelled_windows,
     read_windows,
-    tokenize_corpus,
 )
 from gqaprune.datamodules.config import CalibrationConfig, EvaluationConfig, SamplingConfig, TrainingConfig
 from gqaprune.datamodules.loaders import TrainLoader, Windows, fill_up
 from gqaprune.evaluation.generation import check_prompt
 from gqaprune.models.architecture import check_context, read_context
-from gqaprune.models.tokenizer import find_bos, load_tokenizer
+from gqaprune.models.losses import IGNORED
+from gqaprune.models.tokenizer import load_tokenizer
 
 _DEFAULT_SPLITS = {"calibration": "train", "train": "train", "val": "validation", "test": "test"}
 
@@ -39,10 +41,14 @@ _DEFAULT_SPLITS = {"calibration": "train", "train": "train", "val": "validation"
 class TextDataModule(RenamedAttributes, LightningDataModule):
     """Text streams for pruning, fine-tuning and perplexity.
 
-    A corpus is `wikitext2`, `ptb` or `c4` (from the hub), `embedded` or `stdlib` (Python's own help and sources), or a
-    path or glob of txt, jsonl (field `text`) or parquet (column `text`) files; `@train`, `@validation` or `@test` after
-    it names a split. Named corpora have default splits by stream; local files are read whole unless a split is named.
-    Windows are packed: no padding.
+    A corpus is `wikitext2`, `ptb` or `c4` (from the hub), any dataset there as `hub:owner/dataset`, `embedded` or
+    `stdlib` (Python's own help and sources), or a path, folder or glob of text, jsonl, json and parquet files;
+    `@train`, `@validation` or `@test` after it names a split. Named corpora have default splits by stream; local files
+    are read whole unless a split is named.
+
+    Rows hold documents (`text`) or conversations: `messages`, `prompt` and `completion`, or `instruction`, `input` and
+    `output`. Documents are joined and cut into windows without padding. Conversations go through the tokenizer's chat
+    template; training and evaluation pack them whole, and learn and count the assistant's tokens alone.
 
     Args:
         tokenizer: whose tokenizer to use, as `model.pretrained`; the command line sets it from there.
@@ -56,6 +62,10 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         bos: begin every window of every stream, and every prompt, with the beginning-of-text token; false leaves it to
             the tokenizer, which adds it at a text's beginning or not at all. Null does as the model's family does:
             Gemma needs it, and the usual perplexities of all others go without.
+        loss_on: what is learned, and measured, of conversations: the `assistant`'s tokens, or `all`.
+        text_field: column of the text in jsonl, json and parquet files, and in datasets on the hub.
+        columns: names of columns that are others than `messages`, `prompt`, `completion`, `instruction`, `input`,
+            `output`: such as `{messages: dialogue}`.
         seed: seed of the choice and order of windows.
         trust_remote_code: run code that comes with the tokenizer; the command line sets it from `model`.
 
@@ -76,6 +86,9 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         prompts: list[str] | str = ["The capital of France is", "Once upon a time"],  # noqa: B006
         chat: bool | None = None,
         bos: bool | None = None,
+        loss_on: LossOn = "assistant",
+        text_field: str = "text",
+        columns: dict[str, str] | None = None,
         seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
@@ -89,9 +102,18 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         self.prompts = prompts
         self.chat = chat
         self.bos = bos
+        if loss_on not in get_args(LossOn):
+            raise ValueError(f"data.loss_on must be assistant or all, got {loss_on!r}")
+        self.loss_on = loss_on
         self.seed = seed
+        names = Columns(tuple({"text": text_field, **(columns or {})}.items()))
         self.corpora = {
-            stream: list(dict.fromkeys(parse_corpus(text, _DEFAULT_SPLITS[stream]) for text in texts))
+            stream: list(
+                dict.fromkeys(
+                    parse_corpus(text, _DEFAULT_SPLITS[stream], names)
+                    for text in ([texts] if isinstance(texts, str) else texts)
+                )
+            )
             for stream, texts in (
                 ("calibration", self.calibration.corpora),
                 ("train", self.training.corpora),
@@ -104,7 +126,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         self._read_for_rehearsal = False
         self._calibration_windows: Tensor | None = None
         self._held_out_windows: Tensor | None = None
-        self._train_corpora_windows: Tensor | None = None
+        self._train_corpora_windows: tuple[Tensor, Tensor] | None = None
         self._sampled_train_windows: Tensor | None = None
         self._windows: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         self._encoded_prompts: list[tuple[Prompt, dict[str, Tensor]]] | None = None
@@ -129,7 +151,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         assert self.trainer is not None and self.trainer.state.fn is not None
         for stream in self._get_streams(self.trainer.state.fn.value):
             for corpus in self.corpora[stream]:
-                if corpus.name in HUB:
+                if corpus.name in HUB or corpus.name.startswith(ANY_HUB):
                     read_corpus(corpus)
 
     def setup(self, stage: str) -> None:
@@ -232,8 +254,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training windows of the corpora and of the dense model, this rank's share, shuffled anew every epoch."""
-        windows = self.read_train_windows()
-        dataset = Windows(windows, windows)
+        dataset = Windows(*self._read_train())
         return TrainLoader(
             dataset,
             self.training.batch_size,
@@ -242,7 +263,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
 
     def count_train_batches(self) -> int:
         """Count the training batches of an epoch on each device; the dense model need not have written its windows."""
-        windows = len(self._read_train_corpora()) + self._count_sampled_train_windows()
+        windows = len(self._read_train_corpora()[0]) + self._count_sampled_train_windows()
         # `overfit_batches` gives every device the same ones.
         is_shared = self.trainer is None or not self.trainer.overfit_batches  # type: ignore[attr-defined]
         return math.ceil(windows / (self._place["num_replicas"] if is_shared else 1) / self.training.batch_size)
@@ -253,15 +274,24 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         Raises:
             ValueError: if some of them come from the dense model, which has not written them yet.
         """
-        windows = self._read_train_corpora()
+        return self._read_train()[0]
+
+    @property
+    def learns_all(self) -> bool:
+        """Whether every token of the training windows has a label, but for those that begin them."""
+        return not (self._read_train_corpora()[1][:, 1:] == IGNORED).any()
+
+    def _read_train(self) -> tuple[Tensor, Tensor]:
+        """Training windows and labels, those of the dense model last."""
+        windows, labels = self._read_train_corpora()
         if count := self._count_sampled_train_windows():
             if self._sampled_train_windows is None:
                 raise ValueError(
                     f"data.training.sampled_windows is {count}: sample_train_windows(dense model) "
                     "comes first, as gqaprune.callbacks.TaylorPruning does it"
                 )
-            windows = torch.cat([windows, self._sampled_train_windows])
-        return windows
+            windows, labels = (torch.cat([own, self._sampled_train_windows]) for own in (windows, labels))
+        return windows, labels
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per validation corpus."""
@@ -342,15 +372,32 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
             bos=self.bos,
         )
 
-    def _read_train_corpora(self) -> Tensor:
-        corpora = self.corpora["train"]
-        if self._train_corpora_windows is None and not corpora and self.training.sampled_windows:
-            self._train_corpora_windows = torch.empty(0, self.training.window, dtype=torch.long)
+    def _read_train_corpora(self) -> tuple[Tensor, Tensor]:
+        """Windows and labels of the training corpora, mixed."""
         if self._train_corpora_windows is None:
-            self._train_corpora_windows = read_windows(
-                self.tokenizer, corpora, self.training.window, None, self.seed, self.training.tokens, self.bos
-            )
+            read = [self._read_labelled(corpus, "training") for corpus in self.corpora["train"]]
+            if not read and not self.training.sampled_windows:
+                raise ValueError("data.training has neither corpora nor sampled_windows: give one of them")
+            none = torch.empty(0, self.training.window, dtype=torch.long)
+            windows, labels = (torch.cat([none, *(pair[part] for pair in read)]) for part in (0, 1))
+            order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.seed))
+            self._train_corpora_windows = windows[order], labels[order]
+            if get_rank_and_world_size()[0] == 0 and not self.learns_all:
+                first = Encoded(windows[order[0]].tolist(), labels[order[0]].tolist())
+                example = describe_example(self.tokenizer, first)
+                console.print(f"a training window, ⟦what is not learned⟧ in brackets: {example}", markup=False)
         return self._train_corpora_windows
+
+    def _read_labelled(self, corpus: Corpus, group: str) -> tuple[Tensor, Tensor]:
+        """Windows and labels of a corpus, as a group of settings has them."""
+        settings = self.training if group == "training" else self.evaluation
+        stride = None if group == "training" else self.evaluation.stride
+        try:
+            return read_labelled_windows(
+                self.tokenizer, corpus, settings.window, stride, settings.tokens, self.bos, self.loss_on
+            )
+        except ValueError as error:
+            raise ValueError(f"corpus {corpus}: {error} (data.{group}.window)") from None
 
     def _get_streams(self, stage: str) -> tuple[str, ...]:
         if stage == "fit":
@@ -373,18 +420,10 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
     def _evaluation_windows(self, stream: str) -> dict[str, tuple[Tensor, Tensor]]:
         if stream not in self._windows:
             self._windows[stream] = {
-                label: self._cut(corpus)
+                label: self._read_labelled(corpus, "evaluation")
                 for label, corpus in zip(self.get_labels(stream), self.corpora[stream], strict=True)
             }
         return self._windows[stream]
-
-    def _cut(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
-        tokens = tokenize_corpus(self.tokenizer, corpus, self.evaluation.tokens)
-        try:
-            first = find_bos(self.tokenizer, self.bos)
-            return cut_windows(tokens, self.evaluation.window, self.evaluation.stride, first)
-        except ValueError as error:
-            raise ValueError(f"corpus {corpus}: {error} (data.evaluation.window)") from None
 
     @property
     def _place(self) -> dict[str, Any]:

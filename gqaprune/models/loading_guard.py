@@ -22,6 +22,10 @@ class LoadingError(ValueError):
     """Says what cannot be loaded, from where, and why; a guard within another has said it already."""
 
 
+ADVICE = ": give a folder, or a mirror of the hub by HF_ENDPOINT"
+"""What to do where the hub does not answer."""
+
+
 @contextmanager
 def guard_loading(what: str, source: str | Path, file: str = "") -> Iterator[None]:
     """Say in one sentence what goes wrong while the context lasts, and from where it was to be loaded.
@@ -48,7 +52,8 @@ def make_loading_error(what: str, source: str | Path, reason: str, file: str = "
     """Why something cannot be loaded, and that a hub name is no folder here: it may be a mistyped one."""
     place = "" if os.path.lexists(source) or str(source).endswith(".gguf") else ", which is no folder here"
     where = f"{file}: " if file and file not in reason else ""
-    return LoadingError(f"cannot load a {what} from {_cut(repr(str(source)))}{place}: {where}{reason}")
+    advice = ADVICE if place and "couldn't connect" in reason else ""
+    return LoadingError(f"cannot load a {what} from {_cut(repr(str(source)))}{place}: {where}{reason}{advice}")
 
 
 def _describe(error: BaseException) -> str:

@@ -56,35 +56,52 @@ def predict_likeliest(
     return (values_BTK / temperature - total_BT1).cpu(), token_BTK.cpu()
 
 
-def measure_divergence(student_BTV: Tensor, teacher_BTV: Tensor, temperature: float = 1.0) -> Tensor:
+def measure_divergence(
+    student_BTV: Tensor, teacher_BTV: Tensor, temperature: float = 1.0, learned_BT: Tensor | None = None
+) -> Tensor:
     """`τ² · KL(teacher ‖ student)` of softened next-token distributions, mean over tokens, in nats; a scalar.
 
     Args:
         student_BTV: logits, with gradients.
         teacher_BTV: logits of the same tokens, without.
         temperature: `τ`, divides both; the factor keeps gradients of the same size.
+        learned_BT: which tokens count; None counts all.
     """
-    return _measure(_diverge, student_BTV, (teacher_BTV,), temperature)
+    return _measure(_diverge, student_BTV, (teacher_BTV,), temperature, learned_BT)
 
 
-def measure_divergence_from_top(student_BTV: Tensor, teacher: Predictions, temperature: float = 1.0) -> Tensor:
+def measure_divergence_from_top(
+    student_BTV: Tensor, teacher: Predictions, temperature: float = 1.0, learned_BT: Tensor | None = None
+) -> Tensor:
     """The same where only the teacher's likeliest tokens are known, all others being one; at most the whole divergence.
 
     Args:
         student_BTV: logits, with gradients.
         teacher: log-probabilities of the softened distribution, and their tokens.
         temperature: `τ`, that of the predictions.
+        learned_BT: which tokens count; None counts all.
     """
-    return _measure(_diverge_from_top, student_BTV, (teacher.log_probability_BTK, teacher.token_BTK), temperature)
+    known = (teacher.log_probability_BTK, teacher.token_BTK)
+    return _measure(_diverge_from_top, student_BTV, known, temperature, learned_BT)
 
 
-def measure_distance(student_BTD: Sequence[Tensor], teacher_BTD: Sequence[Tensor]) -> Tensor:
-    """Squared distance of hidden states relative to the teacher's square, mean over tokens and layers; a scalar."""
-    distances = [
-        ((student.float() - teacher.float()).square().sum(-1) / teacher.float().square().sum(-1)).mean()
+def measure_distance(
+    student_BTD: Sequence[Tensor], teacher_BTD: Sequence[Tensor], learned_BT: Tensor | None = None
+) -> Tensor:
+    """Squared distance of hidden states relative to the teacher's square, mean over tokens and layers; a scalar.
+
+    Args:
+        student_BTD: of each layer, with gradients.
+        teacher_BTD: likewise, without.
+        learned_BT: which tokens count; None counts all.
+    """
+    distances_BT = [
+        (student.float() - teacher.float()).square().sum(-1) / teacher.float().square().sum(-1)
         for student, teacher in zip(student_BTD, teacher_BTD, strict=True)
     ]
-    return torch.stack(distances).mean()
+    if learned_BT is None:
+        return torch.stack([distance_BT.mean() for distance_BT in distances_BT]).mean()
+    return torch.stack([(distance_BT * learned_BT).sum() / learned_BT.sum() for distance_BT in distances_BT]).mean()
 
 
 @torch.no_grad()
@@ -119,14 +136,26 @@ def _soften(logits_NV: Tensor, temperature: float) -> Tensor:
 
 
 def _measure(
-    diverge: Callable[..., tuple[Tensor, Tensor]], student_BTV: Tensor, teacher: Sequence[Tensor], temperature: float
+    diverge: Callable[..., tuple[Tensor, Tensor]],
+    student_BTV: Tensor,
+    teacher: Sequence[Tensor],
+    temperature: float,
+    learned_BT: Tensor | None,
 ) -> Tensor:
     """`τ²` times the mean divergence over tokens, a piece of the logits at a time."""
     slope_BTV = torch.empty_like(student_BTV, memory_format=torch.contiguous_format)
     total = student_BTV.new_zeros((), dtype=torch.float32)
     for sample, student_TV in enumerate(student_BTV):
         for piece in cut_logits(student_TV):
-            parts = (part[sample, piece] for part in teacher)
-            divergence, slope_BTV[sample, piece] = diverge(student_TV[piece], temperature, *parts)
+            parts = [part[sample, piece] for part in teacher]
+            own_NV = student_TV[piece]
+            if learned_BT is None:
+                divergence, slope_BTV[sample, piece] = diverge(own_NV, temperature, *parts)
+            else:
+                kept = learned_BT[sample, piece].nonzero().flatten()
+                slope_NV = torch.zeros_like(own_NV)
+                divergence, slope_NV[kept] = diverge(own_NV[kept], temperature, *(part[kept] for part in parts))
+                slope_BTV[sample, piece] = slope_NV
             total += divergence
-    return attach_slope(total, student_BTV, slope_BTV) * (temperature**2 / student_BTV.shape[:2].numel())
+    tokens = student_BTV.shape[:2].numel() if learned_BT is None else learned_BT.sum().clamp(min=1)
+    return attach_slope(total, student_BTV, slope_BTV) * (temperature**2 / tokens)

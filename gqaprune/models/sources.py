@@ -24,10 +24,12 @@ from transformers.utils import (
 
 from gqaprune.common.errors import first_line
 from gqaprune.common.json_files import read_json
+from gqaprune.common.paths import expand_path
 from gqaprune.models.config_bounds import check_bounds, check_type
 from gqaprune.models.config_facts import drop_code_map, drop_kernels
 from gqaprune.models.gguf_file import GgufHeader, read_header
 from gqaprune.models.gguf_reader import count_layers, is_own, read_config
+from gqaprune.models.hub import check_hub
 from gqaprune.models.loading_guard import guard_loading, make_loading_error
 from gqaprune.models.nemotron_nas import MODEL_TYPE, read_nemotron_nas
 
@@ -102,6 +104,7 @@ def _locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
         raise ValueError(
             f"{revision!r} is no revision of {name}: give a branch, a tag or a commit, such as {name}@main"
         )
+    check_hub()
     return name, {}
 
 
@@ -152,6 +155,7 @@ def _check_files(folder: Path) -> None:
 
 def make_absolute(source: str) -> str:
     """Name a model on this machine so that every folder finds the same one; names on the hub stay as they are."""
+    source = expand_path(source)
     is_path = source not in ("", EMBEDDED_MODEL) and os.path.exists(source)
     return os.path.abspath(source) if is_path else source
 

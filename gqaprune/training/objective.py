@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from gqaprune.models.architecture import get_layers
 from gqaprune.models.layerwise import record_layer_outputs
-from gqaprune.models.losses import measure_mean_loss
+from gqaprune.models.losses import IGNORED, measure_mean_loss
 from gqaprune.models.soft_targets import (
     Predictions,
     measure_distance,
@@ -32,12 +32,14 @@ class Objective:
         settings: the loss and its weights.
 
     Attributes:
+        learns_all: whether all tokens have labels, so that none has to be looked for that has not.
         teacher: the model that each step learns from; None without distillation, or with predictions on disk.
         cached_teacher: the teacher's predictions on disk; None unless `settings.teacher_top_k` asks for them.
     """
 
     def __init__(self, settings: RecoveryConfig) -> None:
         self.settings = settings
+        self.learns_all = False
         self.teacher: PreTrainedModel | None = None
         self.cached_teacher: CachedTeacher | None = None
 
@@ -95,12 +97,13 @@ class Objective:
         if not settings.distills:
             return loss, {}
         taught, taught_states = self._run_teacher(ids_BT)
-        divergence = self._measure_divergence(output.logits[:, :-1], taught, batch)
+        learned_BT = None if self.learns_all else batch["labels"] != IGNORED
+        divergence = self._measure_divergence(output.logits[:, :-1], taught, batch, learned_BT)
         parts = {"lm_loss": loss, "divergence": divergence}
         loss = (1 - settings.distill_weight) * loss + settings.distill_weight * divergence
         if self._compares_hidden_states:
             assert taught is not None, "settings refuse hidden states of a cached teacher"
-            parts["hidden_distance"] = measure_distance(states, taught_states)
+            parts["hidden_distance"] = measure_distance(states, taught_states, learned_BT)
             loss = loss + settings.hidden_weight * parts["hidden_distance"]
         return loss, parts
 
@@ -137,11 +140,17 @@ class Objective:
             return self._run(self.teacher.to(ids_BT.device), ids_BT)
 
     def _measure_divergence(
-        self, logits_BTV: Tensor, teacher: ModelOutput | None, batch: Mapping[str, Tensor]
+        self,
+        logits_BTV: Tensor,
+        teacher: ModelOutput | None,
+        batch: Mapping[str, Tensor],
+        learned_BT: Tensor | None,
     ) -> Tensor:
+        temperature = self.settings.temperature
+        next_BT = None if learned_BT is None else learned_BT[:, 1:]
         if teacher is not None:
-            return measure_divergence(logits_BTV, teacher.logits[:, :-1], self.settings.temperature)
+            return measure_divergence(logits_BTV, teacher.logits[:, :-1], temperature, next_BT)
         assert self.cached_teacher is not None, "load_teacher() comes before the loss is measured"
         cached = self.cached_teacher.predict(batch["index"])
         predictions = Predictions(*(part.to(logits_BTV.device) for part in cached))
-        return measure_divergence_from_top(logits_BTV, predictions, self.settings.temperature)
+        return measure_divergence_from_top(logits_BTV, predictions, temperature, next_BT)

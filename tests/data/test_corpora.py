@@ -1,5 +1,6 @@
 """Corpora: names and splits, files of every kind, embedded text, the hub; a sentence for what cannot be read."""
 
+import gzip
 import json
 import sysconfig
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gqaprune.data.corpora import EMBEDDED, HUB, SEPARATOR, SPLITS, Corpus, parse_corpus, read_corpus
+from gqaprune.data.examples import Conversation
 
 
 def write_jsonl(path: Path, documents: Iterable[str]) -> Path:
@@ -175,11 +177,50 @@ def test_halves_of_characters_are_replaced_and_whole_ones_are_not(tmp_path: Path
     assert read(path) == ["one \ufffd\n\ufffd 😀\t漢"]
 
 
-@pytest.mark.parametrize("name", ["a.json", "A.CSV", "a.tsv"])
-def test_tables_are_not_taken_for_text(tmp_path: Path, name: str) -> None:
-    path = write_text(tmp_path / name, '[{"text": "one"}]')
-    with pytest.raises(ValueError, match="would be read as plain text: files are txt, jsonl"):
+@pytest.mark.parametrize("name", ["A.CSV", "a.tsv", "a.pdf", "a.safetensors", "a.xlsx.gz"])
+def test_files_of_other_kinds_are_not_taken_for_text(tmp_path: Path, name: str) -> None:
+    path = write_text(tmp_path / name, "text,more")
+    with pytest.raises(
+        ValueError, match="is no file of text: files are txt, md, rst, source code, jsonl, json or parq"
+    ):
         read_corpus(Corpus(str(path), "all"))
+
+
+@pytest.mark.parametrize("text", ['[{"text": "one"}, {"text": "two"}]', '{"data": [{"text": "one"}, {"text": "two"}]}'])
+def test_json_files_are_lists_of_rows(tmp_path: Path, text: str) -> None:
+    assert read(write_text(tmp_path / "a.json", text)) == ["one", "two"]
+
+
+def test_a_byte_order_mark_is_no_text_and_gzip_is_unpacked(tmp_path: Path) -> None:
+    assert read(write_text(tmp_path / "a.txt", "\ufeffone")) == ["one"]
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("two".encode("utf-8-sig")))
+    assert read(tmp_path / "b.txt.gz") == ["two"]
+    with pytest.raises(ValueError, match="c.txt.gz is not compressed by gzip"):
+        read(write_text(tmp_path / "c.txt.gz", "three"))
+
+
+def test_folders_are_read_whole_but_for_what_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home/deep").mkdir(parents=True)
+    write_text(tmp_path / "home/a.md", "one")
+    write_text(tmp_path / "home/deep/b.jsonl", '{"text": "two"}')
+    write_text(tmp_path / "home/picture.png", "none")
+    assert read(tmp_path / "home") == ["one", "two"]
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TEXTS", str(tmp_path / "home"))
+    assert read("~/a.md") == read("$TEXTS/a.md") == ["one"]
+
+
+def test_the_sign_of_splits_may_be_in_a_path(tmp_path: Path) -> None:
+    (tmp_path / "v@2").mkdir()
+    write_text(tmp_path / "v@2/a.txt", "one")
+    assert read(tmp_path / "v@2/a.txt") == read(tmp_path / "v@2") == ["one"]
+
+
+def test_documents_and_conversations_are_two_corpora(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.jsonl", '{"text": "one"}')
+    write_text(tmp_path / "b.jsonl", '{"prompt": "one", "completion": "two"}')
+    with pytest.raises(ValueError, match="holds documents and conversations: name them as two corpora"):
+        read(f"{tmp_path}/*.jsonl")
 
 
 def test_jsonl_file_is_a_document_a_line_and_blank_lines_are_skipped(tmp_path: Path) -> None:
@@ -208,7 +249,9 @@ def test_file_whose_name_looks_like_a_glob_is_read_as_named(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["gone.txt", "gone/*.jsonl", "wikitext"])
 def test_missing_file_is_refused_with_the_corpora_there_are(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"no corpus or file '.*': named corpora are .*c4, embedded, stdlib;"):
+    with pytest.raises(
+        ValueError, match=r"no corpus or file '.*': named corpora are .*c4, embedded, stdlib, and hub:owner"
+    ):
         read(tmp_path / name)
 
 
@@ -236,16 +279,24 @@ def test_line_that_is_not_json_is_refused_with_its_number(tmp_path: Path, line: 
         read(path)
 
 
-@pytest.mark.parametrize("line", ['{"content": "x"}', '{"text": 3}', '{"text": null}', '"text"', '["text"]'])
-def test_line_without_a_text_field_is_refused_with_its_number(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ('{"content": "x"}', " has no `text`, .* it has content: name its columns by data.columns"),
+        ('{"text": 3}', ": its column `text` holds int, not a string"),
+        ('"text"', " is a str: give an object"),
+        ('["text"]', " is a list: give an object"),
+    ],
+)
+def test_line_without_a_text_field_is_refused_with_its_number(tmp_path: Path, line: str, wrong: str) -> None:
     path = write_text(tmp_path / "a.jsonl", f'{{"text": "one"}}\n{line}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 has no string field `text`"):
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 2{wrong}"):
         read(path)
 
 
 def test_parquet_without_a_text_column_is_refused_with_those_it_has(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", id=[1], content=["x"])
-    with pytest.raises(ValueError, match=r"a\.parquet has no column `text`, it has id, content"):
+    with pytest.raises(ValueError, match=r"a\.parquet, row 1 has no `text`, .* it has id, content"):
         read(path)
 
 
@@ -255,9 +306,9 @@ def test_parquet_whose_text_column_is_no_text_is_refused_by_name(tmp_path: Path)
         read(path)
 
 
-@pytest.mark.parametrize("column", [[["a"]], [{"a": 1}], [b"a"], [None]], ids=["lists", "structs", "bytes", "nulls"])
+@pytest.mark.parametrize("column", [[["a"]], [{"a": 1}], [b"a"]], ids=["lists", "structs", "bytes"])
 def test_parquet_whose_text_column_holds_something_else_is_refused_with_that(tmp_path: Path, column: list[Any]) -> None:
-    with pytest.raises(ValueError, match=r"a\.parquet: its column `text` holds .*, not strings"):
+    with pytest.raises(ValueError, match=r"a\.parquet, row 1: its column `text` holds .*, not a string"):
         read(write_parquet(tmp_path / "a.parquet", text=column))
 
 
@@ -349,6 +400,28 @@ def test_c4_streams_one_file_of_the_split(monkeypatch: pytest.MonkeyPatch) -> No
     assert hub.request["data_files"] == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
 
 
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("hub:org/chats@train_sft", {"split": "train_sft"}),
+        ("hub:org/chats/en", {"split": "validation", "name": "en"}),
+    ],
+)
+def test_any_dataset_of_the_hub_is_read_with_its_columns(
+    monkeypatch: pytest.MonkeyPatch, text: str, asked: dict[str, str]
+) -> None:
+    hub = Hub(prompt=["one"], completion=["two"])
+    monkeypatch.setattr(datasets, "load_dataset", hub.load)
+    (found,) = read_corpus(parse_corpus(text, "validation"))
+    assert isinstance(found, Conversation) and found.messages[1]["content"] == "two"
+    assert asked.items() <= hub.request.items()
+
+
+def test_a_name_of_the_hub_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="write hub:owner/dataset@split, or hub:owner/dataset/config@split"):
+        read("hub:chats")
+
+
 @pytest.mark.parametrize("name", list(HUB))
 @pytest.mark.parametrize("reason", ["no route to host\nand much more", ""], ids=["with reason", "without reason"])
 def test_hub_that_cannot_be_reached_gives_a_sentence_with_a_way_out(
@@ -358,7 +431,10 @@ def test_hub_that_cannot_be_reached_gives_a_sentence_with_a_way_out(
         raise ConnectionError(reason)
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(ValueError, match=f"corpus '{name}' could not be read .*local file, or 'embedded'") as caught:
+    with pytest.raises(
+        ValueError,
+        match=f"corpus '{name}' could not be read .*local file or folder, 'embedded', or a mirror by HF_ENDPOINT",
+    ) as caught:
         read(name)
     assert "and much more" not in str(caught.value)
     if reason:

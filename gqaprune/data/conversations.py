@@ -1,0 +1,252 @@
+"""Conversations as token ids with labels: through the tokenizer's chat template, packed into equal windows."""
+
+import re
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain, islice
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gqaprune.common import limited
+from gqaprune.common.console import track
+from gqaprune.common.errors import first_line
+from gqaprune.common.limited import run_limited
+from gqaprune.data.examples import ASSISTANT, Conversation
+from gqaprune.data.prompts import encode_beginning
+from gqaprune.models.losses import IGNORED
+from gqaprune.models.tokenizer import find_bos
+
+LossOn = Literal["assistant", "all"]
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
+"""What a template marks an assistant's own tokens with, where it does."""
+_BATCH = 256
+"""Conversations that one child process encodes."""
+_SECONDS_PER_TURN = 0.02
+_SHOWN = 600
+"""Characters of an example that are shown."""
+
+
+class Encoded(NamedTuple):
+    """A conversation as a model reads it.
+
+    Args:
+        ids: token ids.
+        labels: the same, `IGNORED` where nothing is learned.
+    """
+
+    ids: list[int]
+    labels: list[int]
+
+
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Iterable[Conversation],
+    loss_on: LossOn = "assistant",
+    bos: bool | None = None,
+    limit: int | None = None,
+) -> list[Encoded]:
+    """Put conversations through the tokenizer's chat template; those without one give plain text.
+
+    An assistant's tokens are those that the template itself marks (`{% generation %}`); where it marks none, what a
+    turn adds to the conversation before it, up to the token that ends the turn. A template is a program that anyone
+    may have written, so it runs in child processes with limits.
+
+    Args:
+        tokenizer: of the model.
+        conversations: to encode.
+        loss_on: what is learned, `assistant` turns or `all` tokens.
+        bos: whether each begins with the beginning-of-text token; None does as the model's family does.
+        limit: tokens after which no more are encoded.
+
+    Raises:
+        ValueError: if there is no template for messages, it refuses them, or it does not tell an assistant's tokens.
+    """
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    encode = partial(_encode_chat if has_template else _encode_plain, tokenizer, loss_on, find_bos(tokenizer, bos), bos)
+    encoded: list[Encoded] = []
+    tokens = 0
+    for batch in track(list(_cut(conversations)), "conversations", f"x {_BATCH}"):
+        turns = sum(len(conversation.messages) for conversation in batch)
+        answers = _encode_batch(encode, batch, limited.SECONDS + _SECONDS_PER_TURN * turns, has_template)
+        encoded += [Encoded(*answer) for answer in answers]
+        tokens += sum(len(ids) for ids, _ in answers)
+        if limit is not None and tokens >= limit:
+            break
+    return encoded
+
+
+def pack(encoded: Sequence[Encoded], window: int, filler: int) -> tuple[Tensor, Tensor]:
+    """Pack conversations into windows: each in one window if it fits, whole ones side by side, the rest filled up.
+
+    None learns from another: the first token of each has no label. Those longer than a window are cut into several.
+
+    Args:
+        encoded: conversations.
+        window: tokens per window.
+        filler: token that fills windows up at their ends, where no token sees it; without a label.
+
+    Returns:
+        Token ids and labels, each `[windows, window]`; windows without any label are left out.
+    """
+    pieces = [
+        Encoded(ids[start : start + window], [IGNORED, *labels[start + 1 : start + window]])
+        for ids, labels in encoded
+        for start in range(0, len(ids), window)
+    ]
+    learned = [piece for piece in pieces if any(label != IGNORED for label in piece.labels)]
+    bins: list[list[Encoded]] = []
+    spaces: list[tuple[int, int]] = []  # what is left of each bin, and the bin
+    for piece in sorted(learned, key=lambda one: -len(one.ids)):  # best fit, longest first
+        place = bisect_left(spaces, (len(piece.ids), -1))
+        left, number = spaces.pop(place) if place < len(spaces) else (window, len(bins))
+        if number == len(bins):
+            bins.append([])
+        bins[number].append(piece)
+        insort(spaces, (left - len(piece.ids), number))
+    rows = [[list(chain.from_iterable(piece[part] for piece in own)) for own in bins] for part in (0, 1)]
+    filled = [
+        torch.tensor([row + [blank] * (window - len(row)) for row in own], dtype=torch.long).view(-1, window)
+        for own, blank in zip(rows, (filler, IGNORED), strict=True)
+    ]
+    return filled[0], filled[1]
+
+
+def find_filler(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills windows up: for padding, for the end of text, or the first."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def describe_example(tokenizer: PreTrainedTokenizerBase, example: Encoded) -> str:
+    """An example in words: what is not learned from stands in double brackets."""
+    text, is_learned = "", None
+    last = max((place for place, label in enumerate(example.labels) if label != IGNORED), default=len(example.ids))
+    runs: list[tuple[bool, list[int]]] = []
+    for token, label in list(zip(example.ids, example.labels, strict=True))[: last + 1]:
+        if is_learned != (label != IGNORED):
+            is_learned = label != IGNORED
+            runs.append((is_learned, []))
+        runs[-1][1].append(token)
+    for is_own, ids in runs:
+        part = str(tokenizer.decode(ids))
+        text += part if is_own else f"⟦{part}⟧"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + " …"
+
+
+def _cut(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    rest = iter(conversations)
+    while batch := list(islice(rest, _BATCH)):
+        yield batch
+
+
+def _encode_batch(
+    encode: Callable[[Conversation], Encoded], batch: Sequence[Conversation], seconds: float, has_template: bool
+) -> list[tuple[list[int], list[int]]]:
+    def work() -> list[Any]:
+        answers: list[Any] = []
+        for conversation in batch:
+            try:
+                answers.append(encode(conversation))
+            except MemoryError:
+                raise
+            except Exception as error:  # whatever a template brings about
+                return [*answers, first_line(error)]
+        return answers
+
+    answers = run_limited(work, seconds) if has_template else work()
+    if isinstance(answers[-1], str):
+        content = batch[len(answers) - 1].messages[0]["content"][:80]
+        raise ValueError(f"the conversation that begins with {content!r} cannot be encoded: {answers[-1]}")
+    return [(ids, labels) for ids, labels in answers]
+
+
+def _encode_plain(
+    tokenizer: PreTrainedTokenizerBase,
+    loss_on: LossOn,
+    first: int | None,
+    bos: bool | None,
+    conversation: Conversation,
+) -> Encoded:
+    if conversation.plain is None:
+        raise ValueError("the tokenizer has no chat template, which messages need: take prompt and completion")
+    before = encode_beginning(tokenizer, conversation.plain[0], bos)
+    after = list(tokenizer(conversation.plain[1], add_special_tokens=False)["input_ids"])
+    if tokenizer.eos_token_id is not None:
+        after.append(tokenizer.eos_token_id)
+    return Encoded(before + after, (before if loss_on == "all" else [IGNORED] * len(before)) + after)
+
+
+def _encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    loss_on: LossOn,
+    first: int | None,
+    bos: bool | None,
+    conversation: Conversation,
+) -> Encoded:
+    messages = list(conversation.messages)
+    answers = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
+    if loss_on == "all":
+        ids = list(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
+        is_learned = [True] * len(ids)
+    elif _GENERATION.search(str(tokenizer.chat_template)) and list(conversation.learned) == answers:
+        filled = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ids, is_learned = list(filled["input_ids"]), [bool(own) for own in filled["assistant_masks"]]
+    else:
+        ids, is_learned = _mark_turns(tokenizer, messages, conversation.learned)
+    if first is not None and ids[:1] != [first]:
+        ids, is_learned = [first, *ids], [False, *is_learned]
+    return Encoded(ids, [token if own else IGNORED for token, own in zip(ids, is_learned, strict=True)])
+
+
+def _mark_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], learned: Sequence[int]
+) -> tuple[list[int], list[bool]]:
+    """Token ids, and which of them are of the turns that are learned, for templates that do not say so."""
+
+    def render(upto: int, asks: bool = False) -> str:
+        if not upto:
+            return ""
+        text = tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=asks)
+        return str(text)
+
+    whole = render(len(messages))
+    spans = []
+    place = 0
+    for index in learned:
+        before, through = render(index, asks=True), render(index + 1)
+        if whole.startswith(before) and whole.startswith(through):
+            start, end = len(before), len(through)
+        else:  # templates may write a turn otherwise once there are later ones
+            content = messages[index]["content"].strip()
+            start = whole.find(content, place) if content else -1
+            if start < 0:
+                raise ValueError(
+                    "the chat template does not tell an assistant's tokens from others: give one that marks them by "
+                    "{% generation %}, or set data.loss_on to all"
+                )
+            following = render(index + 1)[render(index + 1).rfind(content) + len(content) :]
+            is_ended = whole.startswith(following, start + len(content))
+            end = start + len(content) + (len(following) if is_ended else 0)
+        spans.append((start, _end_turn(tokenizer, whole, start, end)))
+        place = end
+    filled = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = filled["offset_mapping"]
+    is_learned = [any(start <= own < end for start, end in spans) for own, _ in offsets]
+    return list(filled["input_ids"]), is_learned
+
+
+def _end_turn(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> int:
+    """Where a turn ends: behind its last special token, where nothing but spaces follows that."""
+    ends = [
+        position + len(token)
+        for token in tokenizer.all_special_tokens
+        if token and (position := text.rfind(token, start, end)) >= 0
+    ]
+    last = max(ends, default=end)
+    return last if not text[last:end].strip() else end
