@@ -168,7 +168,9 @@ class CausalLMModule(RenamedAttributes, LightningModule):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The causal LM; `load` it first."""
+        """The causal LM; `load` it first, unless it was given."""
+        if self._model is None and isinstance(self.source, ModelInMemory):
+            self.load()
         model = self._model if self._untrained_model is None else self._untrained_model.module
         assert model is not None, "load() comes before the model is used"
         return model

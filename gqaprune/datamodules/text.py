@@ -383,8 +383,10 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
             order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.seed))
             self._train_corpora_windows = windows[order], labels[order]
             if get_rank_and_world_size()[0] == 0 and not self.learns_all:
-                first = Encoded(windows[order[0]].tolist(), labels[order[0]].tolist())
-                example = describe_example(self.tokenizer, first)
+                begins = (labels[:, 1] == IGNORED).nonzero().flatten()  # with what is not learned, as conversations do
+                first = int(begins[0]) if len(begins) else 0
+                encoded = Encoded(windows[first].tolist(), labels[first].tolist())
+                example = describe_example(self.tokenizer, encoded)
                 console.print(f"a training window, ⟦what is not learned⟧ in brackets: {example}", markup=False)
         return self._train_corpora_windows
 
