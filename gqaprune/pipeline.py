@@ -41,6 +41,7 @@ from gqaprune.planning.selection import (
     score_blocks,
     select_blocks,
 )
+from gqaprune.planning.target import resolve_target
 from gqaprune.reporting.report import LayerDamage, Outlier, Report, describe_model
 from gqaprune.scoring.criteria.base import Scores
 from gqaprune.scoring.repaired_damage import choose_judged, predict_damage
@@ -129,6 +130,7 @@ class Pruner:
         stages: StageCache | None = None,
     ) -> None:
         check_model(model)
+        config = resolve_target(model, config)
         check_config(config)
         check_goes_by_layer(config, find_store(model).placement)
         check_compatibility(model)

@@ -47,6 +47,7 @@ from gqaprune.placement.model_source import ModelInMemory
 from gqaprune.plan import PruningPlan
 from gqaprune.planning.allocation.steps import Spending
 from gqaprune.planning.config import PruningConfig
+from gqaprune.planning.target import resolve_target
 from gqaprune.reporting.report import Report
 from gqaprune.scoring.criteria.base import Scores
 from gqaprune.scoring.sensitivity import Importance
@@ -137,6 +138,8 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
             return  # `setup` has done it
         order_callbacks(trainer)
         module, data = get_parts(trainer, pl_module)
+        if self.config.removes_something:
+            self.config = self._run.config = resolve_target(module.source.build_without_weights(), self.config)
         check_rounds(trainer, module, self.config)
         check_schedule(trainer, module)
         check_teacher(trainer, module, self.config)

@@ -23,6 +23,9 @@ class PruningConfig(RenamedAttributes):
     Args:
         rate: share of parameters to remove, 0 to below 1. 0 leaves the model as it is; with a `kv_rate` only groups go.
         rate_base: what `rate` is a share of: `decoder` (parameters of all decoder layers) or `all` (embeddings too).
+        target_parameters: parameters to leave, such as 6e9, to the nearest step, in place of `rate`.
+        target_size: bytes of weights to leave, in the type that they are loaded in, such as `5GB` or `4.7GiB`, in place
+            of `rate`.
         kv_rate: share of the KV heads, and so of the KV cache, to remove, to the nearest group (with
             `uniform` one of every layer); 0 lets the allocation choose.
         split: attention : MLP shares of what is removed, such as `2:8` (in YAML in quotes), within one GQA group
@@ -59,6 +62,8 @@ class PruningConfig(RenamedAttributes):
 
     rate: float = 0.2
     rate_base: str = "decoder"
+    target_parameters: float | None = None
+    target_size: str | None = None
     kv_rate: float = 0.0
     split: str | None = None
     granularity: str = "group"
@@ -83,7 +88,8 @@ class PruningConfig(RenamedAttributes):
     @property
     def removes_something(self) -> bool:
         """Whether there is anything to remove."""
-        return self.rate > 0 or self.kv_rate > 0
+        has_target = self.target_parameters is not None or self.target_size is not None
+        return self.rate > 0 or self.kv_rate > 0 or has_target
 
     @property
     def uses_importance(self) -> bool:
@@ -132,6 +138,8 @@ class PruningConfig(RenamedAttributes):
         parse_criterion(self.criterion)
 
     def _check_bounds(self) -> None:
+        if self.target_parameters is not None and self.target_size is not None:
+            raise ValueError("target_parameters and target_size are two sizes to reach: leave one of them")
         if not 0 <= self.rate < 1:
             raise ValueError(f"rate must be in [0, 1), a share of the parameters, got {self.rate}; 0.2 removes 20 %")
         if not 0 <= self.kv_rate < 1:
