@@ -10,6 +10,7 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 MODEL_CONFIGS = [path for path in CONFIGS if path.parent.name == "configs"]
 GPU_CONFIGS = [path for path in CONFIGS if path.stem in ("fsdp", "deepspeed_2", "deepspeed_3")]
 RECOVERY_CONFIGS = [path for path in CONFIGS if path.parent.name == "recovery"]
+GOAL_CONFIGS = [path for path in CONFIGS if path.parent.name == "goal"]
 STRATEGY_CONFIGS = [path for path in CONFIGS if path.parent.name == "strategy" and path not in GPU_CONFIGS]
 
 
@@ -44,6 +45,26 @@ def test_every_recovery_can_be_added_to_every_model(base: Path, added: Path) -> 
     cli = PruningCLI(run=False, args=[*arguments, "--trainer.accelerator", "cpu", "--trainer.devices", "1"])
     watches = [callback for callback in cli.trainer.callbacks if getattr(callback, "monitor", None) == "ppl/wikitext2"]
     assert len(watches) == (2 if added.stem == "stop_early" else 0)
+
+
+@pytest.mark.parametrize("added", GOAL_CONFIGS, ids=lambda path: path.stem)
+def test_every_goal_can_be_added_to_a_model(added: Path) -> None:
+    base = next(config for config in MODEL_CONFIGS if config.stem == "llama3_8b")
+    arguments = [
+        "--config",
+        str(base),
+        "--config",
+        str(added),
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.devices",
+        "1",
+    ]
+    config = PruningCLI(run=False, args=arguments).config_init.pruning.config
+    assert (config.kv_rate > 0) == (added.stem in ("kv_cache", "both")) and (config.rate > 0) == (
+        added.stem != "kv_cache"
+    )
+    assert (config.repair.method == "none") == added.stem.startswith("like_")
 
 
 @pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: path.stem)

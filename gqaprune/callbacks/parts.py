@@ -5,7 +5,7 @@ from operator import attrgetter
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -81,19 +81,23 @@ def uses_own_parts(trainer: Trainer, pl_module: LightningModule) -> bool:
     return isinstance(pl_module, CausalLMModule) and isinstance(trainer.datamodule, TextDataModule)  # type: ignore[attr-defined]
 
 
-def check_own_parts(trainer: Trainer, pl_module: LightningModule, what: str) -> None:
+def check_own_parts(
+    trainer: Trainer, pl_module: LightningModule, what: str, data: LightningDataModule | None = None
+) -> None:
     """Refuse what needs more than a causal LM and batches.
 
     Args:
         trainer: whose data module is looked at.
         pl_module: the module.
         what: needs it.
+        data: the data module, where the trainer has not got it yet.
 
     Raises:
         ValueError: with what to take.
     """
-    if not uses_own_parts(trainer, pl_module):
-        names = type(pl_module).__name__, type(trainer.datamodule).__name__  # type: ignore[attr-defined]
+    data = trainer.datamodule if data is None else data  # type: ignore[attr-defined]
+    if not isinstance(pl_module, CausalLMModule) or not isinstance(data, TextDataModule):
+        names = type(pl_module).__name__, type(data).__name__
         raise ValueError(f"{what} needs CausalLMModule and TextDataModule, got {' and '.join(names)}")
 
 

@@ -29,6 +29,12 @@ VERBOSE: Mapping[str, Any] = {
 }
 """The setting of every command for what is hidden by default."""
 
+DRY_RUN: Mapping[str, Any] = {
+    "action": "store_true",
+    "help": "only say what would be left, held and done, and about how long it takes; nothing is computed or written",
+}
+"""The setting of every command with a trainer."""
+
 HELP: Mapping[str, Callable[[], str]] = {
     "export.format": describe_formats,
     "format": describe_formats,

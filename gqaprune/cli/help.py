@@ -26,6 +26,7 @@ _MACHINE = (
     "trainer.strategy",
     "trainer.precision",
     "trainer.default_root_dir",
+    "dry_run",
 )
 _TRAINED = (
     "model.recovery.mode",

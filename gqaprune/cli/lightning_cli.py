@@ -23,7 +23,9 @@ from gqaprune.callbacks import (
     TaylorPruning,
 )
 from gqaprune.callbacks.lookup import get_run_folder
+from gqaprune.callbacks.parts import check_own_parts
 from gqaprune.cli.arguments import (
+    DRY_RUN,
     SETTINGS,
     TOOLS,
     VERBOSE,
@@ -34,7 +36,9 @@ from gqaprune.cli.arguments import (
 )
 from gqaprune.cli.overview import DESCRIPTIONS
 from gqaprune.cli.trainer import PruningTrainer, check_checkpoint, keep_going_without, split_over_all
+from gqaprune.commands.dry_run import Work, describe_dry_run
 from gqaprune.common.atomic_files import check_can_be_folder
+from gqaprune.common.console import console
 from gqaprune.common.errors import first_line
 from gqaprune.common.renamed import GROUPS, describe_rename
 from gqaprune.common.run_log import RunLog
@@ -119,6 +123,7 @@ class PruningCLI(LightningCLI):
         self._link(parser)
         parser.add_lightning_class_args(PruningTrainer, "trainer")
         parser.add_argument("--verbose", **VERBOSE)
+        parser.add_argument("--dry_run", **DRY_RUN)
         fill_help(parser)
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"})
 
@@ -197,7 +202,14 @@ class PruningCLI(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that the strategy cannot go on from, or an unusable folder for logs, before any work."""
+        """Refuse a checkpoint that the strategy cannot go on from, or an unusable folder for logs, before any work.
+
+        Raises:
+            SystemExit: where the run was only to be described.
+        """
+        if self.subcommand is not None and get_setting(self, "dry_run"):
+            self._describe_run()
+            raise SystemExit(0)
         if self.subcommand == "fit" and (path := self.config_init.fit.ckpt_path):
             check_checkpoint(Path(path), self.trainer)
         split_over_all(self.trainer)
@@ -217,6 +229,28 @@ class PruningCLI(LightningCLI):
             if self._numbered is not None:
                 reserve_version(self._numbered)
             self._log.open(get_run_folder(self.trainer))
+
+    def _describe_run(self) -> None:
+        """Say what the run would do, hold and take."""
+        check_own_parts(self.trainer, self.model, "dry_run", self.datamodule)
+        data, pruning = self.datamodule, get_setting(self, "pruning").config
+        trains = self.subcommand == "fit" and self.trainer.limit_train_batches != 0
+        settings = data.calibration
+        windows = (settings.windows or 0) + settings.sampled_windows
+        sampled = settings.sampled_windows * settings.window
+        sampled += data.training.sampled_windows * data.training.window if trains else 0
+        tokens = data.training.tokens and data.training.tokens * (self.trainer.max_epochs or 1)
+        console.print(
+            describe_dry_run(
+                self.model.source.read_config(),
+                pruning,
+                Work(windows * settings.window, sampled, tokens if trains else 0),
+                self.trainer.strategy.root_device,
+                data.training.window * data.training.batch_size,
+                self.trainer.world_size,
+            )
+        )
+        console.print("nothing was computed or written: the same command without --dry_run begins the work")
 
     def search(self, **kwargs: Any) -> None:
         """Search with the settings under `search`."""

@@ -23,6 +23,7 @@ def write_advice(
     window: int,
     reach: Sequence[Reach],
     risks: Sequence[str],
+    has_hub: bool = True,
 ) -> str:
     """YAML for `gqaprune fit` and `prune`: channels alone first, a cautious share of attention second, as comments.
 
@@ -34,11 +35,15 @@ def write_advice(
         window: tokens that the model reads at most.
         reach: what can go from each kind of block.
         risks: what to know, in sentences; they become comments.
+        has_hub: whether corpora on the hub can be read here.
     """
     of_kind = {own.kind: own for own in reach}
     layers, is_large = geometry.num_layers, parameters >= LARGE
     middle = choose_middle_layers(layers)
-    corpus = "embedded" if model == EMBEDDED else "wikitext2"
+    corpus = "wikitext2" if has_hub and model != EMBEDDED else "embedded"
+    note = "text like that which the model is to be good at"
+    if not has_hub:
+        note = "the hub does not answer here, so Python's own help: name a file or folder of your text instead"
     name = dtype if dtype in DTYPES and dtype != "float16" else "bfloat16"
     if "mlp" in of_kind:
         rate = int(100 * min(0.2 if is_large else 0.25, 0.9 * of_kind["mlp"].reachable)) / 100
@@ -56,7 +61,7 @@ def write_advice(
         f"  dtype: {name}" + (" # float16 overflows" if name == "bfloat16" else ""),
         "data:",
         "  calibration:",
-        f"    corpora: [{corpus}] # text like that which the model is to be good at",
+        f"    corpora: [{corpus}] # {note}",
         "    windows: 128",
         "    sampled_windows: 128 # the model's own text, for what the corpus is not like",
         f"    window: {min(512, window)}",

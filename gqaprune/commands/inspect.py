@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +26,7 @@ from gqaprune.common.console import SafeConsole
 from gqaprune.data.windows import read_windows
 from gqaprune.models.architecture import find_blocks, read_context, read_geometry
 from gqaprune.models.dtypes import DTYPES, check_dtype, name_dtype, read_dtype
+from gqaprune.models.hub import check_hub
 from gqaprune.models.loading import build_without_weights, load
 from gqaprune.models.loading_guard import guard_loading
 from gqaprune.models.sources import load_config, pin
@@ -96,7 +98,9 @@ def inspect(
     cache = geometry.kv_cache_bytes_per_token(kind.itemsize)
     if write_config is not None:
         own = name_dtype(read_dtype(config) or "bfloat16")
-        advice = write_advice(model, geometry, sizes.parameters, own, read_context(config), reach, risks)
+        check_hub()
+        has_hub = not constants.HF_HUB_OFFLINE
+        advice = write_advice(model, geometry, sizes.parameters, own, read_context(config), reach, risks, has_hub)
         write_atomically(Path(write_config), advice.encode())
     if json:
         memory = {work: {place: n and n / GIB for place, n in row.items()} for work, row in bytes_needed.items()}

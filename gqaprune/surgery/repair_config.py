@@ -49,7 +49,7 @@ class RepairConfig:
     epochs: int = 3
     learning_rate: float = 0.02
     distill_tokens: int = 131_072
-    distill_learning_rate: float = 0.005
+    distill_learning_rate: float = 0.01
     products: str = "auto"
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class RepairConfig:
             raise ValueError(f"repair.distill_tokens must be at least 0, got {self.distill_tokens}; try 131072")
         if not 0 < self.distill_learning_rate <= 1:
             raise ValueError(
-                f"repair.distill_learning_rate must be in (0, 1], got {self.distill_learning_rate}; try 0.005"
+                f"repair.distill_learning_rate must be in (0, 1], got {self.distill_learning_rate}; try 0.01"
             )
 
     @property

@@ -1,0 +1,155 @@
+"""`--dry_run`: what a run would do, hold and take, from the model's config and the settings alone."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from transformers import PretrainedConfig
+
+from gqaprune.models.architecture import read_geometry
+from gqaprune.models.dtypes import name_dtype, read_dtype
+from gqaprune.models.loading import build_without_weights
+from gqaprune.planning.config import PruningConfig
+from gqaprune.planning.memory import GIB, ModelSizes, estimate_memory, read_sizes
+from gqaprune.planning.preflight import check_reachable
+from gqaprune.planning.selection import read_budget, select_blocks
+from gqaprune.planning.target import resolve_target
+
+_BACKWARD = 3.0
+"""Forward passes that forward and backward together cost."""
+_SAMPLED = 3.4
+"""Forward passes that a token costs which the model writes itself, one after the other."""
+_EFFICIENCY = 0.6
+"""Share of a matrix product's speed that a whole model reaches."""
+_PASSES = {"gates": 2.2, "weight gradients": 3.0, "activations": 1.2, "outliers": 0.75, "curves": 1.5, "repair": 1.3}
+"""Forward passes over the calibration text, as counted on SmolLM2-135M; each pass of refinement is some more."""
+_REFINED = 0.7
+_KINDS = {"fisher": "gates", "taylor": "gates", "wanda": "activations", "wifv": "activations", "obs": "activations"}
+_WITHOUT_TEXT = ("l1", "l2", "random")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run reads and trains.
+
+    Args:
+        calibration_tokens: of corpora and the model's own.
+        sampled_tokens: that the model writes itself, for calibration and for training.
+        training_tokens: of all epochs together; None where the text has not been counted, 0 without training.
+    """
+
+    calibration_tokens: int
+    sampled_tokens: int
+    training_tokens: int | None
+
+
+def list_stages(config: PruningConfig, work: Work) -> list[tuple[str, float]]:
+    """The stages of a run in their order, each with the tokens of forward passes that it costs."""
+    tokens = work.calibration_tokens
+    stages = [("the model writes text", _SAMPLED * work.sampled_tokens)] if work.sampled_tokens else []
+    if config.removes_something:
+        for name in config.criterion.split("+"):
+            kind = _KINDS.get(name, "" if name in _WITHOUT_TEXT else "weight gradients")
+            stages.append((f"scores, {name}", _PASSES.get(kind, 0.0) * tokens))
+        if config.scoring.protect_outliers:
+            stages.append(("outliers", _PASSES["outliers"] * tokens))
+        if config.uses_importance:
+            stages.append(("importance of layers", 2.0 * tokens))
+        if config.uses_damage_curves:
+            stages.append(("damage of each block", _PASSES["curves"] * tokens))
+        stages.append(("plan", 0.0))
+        repair = config.repair
+        passes = (_PASSES["repair"] if repair.refits_weights else 0.0) + _REFINED * repair.epochs * repair.refines
+        stages.append(("cut and repair, layer by layer", passes * tokens))
+        if repair.distills:
+            stages.append(("distillation", tokens + _BACKWARD * repair.distill_tokens))
+    if work.training_tokens != 0:
+        stages.append(("training", _BACKWARD * (work.training_tokens or 0)))
+    return [*stages, ("perplexity, checkpoint, report", 0.0)]
+
+
+def describe_dry_run(
+    config: PretrainedConfig, pruning: PruningConfig, work: Work, device: torch.device, window: int, devices: int = 1
+) -> RenderableType:
+    """What a run would do, as tables.
+
+    Args:
+        config: of the dense model.
+        pruning: what is removed and how.
+        work: what is read and trained.
+        device: that it would run on, whose speed is tried for a moment.
+        window: tokens of a micro-batch.
+        devices: how many there are.
+
+    Raises:
+        ValueError: if the budget cannot be met.
+    """
+    sizes, model = read_sizes(config), build_without_weights(config)
+    pruning = resolve_target(model, pruning)
+    dtype = read_dtype(config) or torch.float32
+    left = sizes.parameters
+    groups: int | None = 0
+    if pruning.removes_something:
+        blocks, budget = select_blocks(model, pruning), read_budget(model, pruning)
+        check_reachable(blocks, budget, pruning)
+        left -= round(budget.rate * budget.base_parameters)
+        groups = round(pruning.kv_rate * budget.kv_heads) if pruning.kv_rate else None
+        if groups is None and (pruning.attention_share == 0 or pruning.granularity == "query"):
+            groups = 0
+    geometry = read_geometry(config)
+    cache = geometry.kv_cache_bytes_per_token(dtype.itemsize)
+    kept = 1 - (groups or 0) / sizes.kv_heads
+    table = Table(title=f"{sizes.family}: what would be left", title_justify="left")
+    for name in ("", "dense", "pruned"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    table.add_row("parameters", f"{sizes.parameters:,}", f"{left:,} ({left / sizes.parameters - 1:.1%})")
+    size = dtype.itemsize / 1e9
+    table.add_row(f"weights in {name_dtype(dtype)}", f"{sizes.parameters * size:.2f} GB", f"{left * size:.2f} GB")
+    for tokens in (8192, 32768):
+        dense = cache * tokens / 1e6
+        own = "the allocation chooses" if groups is None else f"{dense * kept:,.1f} MB"
+        table.add_row(f"KV cache, {tokens:,} tokens", f"{dense:,.1f} MB", own)
+    return Group(table, _list_memory(sizes, dtype, work, window, devices), _list_work(sizes, pruning, work, device))
+
+
+def _list_memory(sizes: ModelSizes, dtype: torch.dtype, work: Work, window: int, devices: int) -> Table:
+    needed = estimate_memory(sizes, dtype.itemsize, devices, window, work.calibration_tokens)
+    table = Table(title="memory, on one device", title_justify="left", show_header=False)
+    for name, row in needed.items():
+        if (own := row["one device"]) is not None:
+            table.add_row(name, f"{own / GIB:.2f} GiB")
+    return table
+
+
+def _list_work(sizes: ModelSizes, pruning: PruningConfig, work: Work, device: torch.device) -> Table:
+    stages, speed = list_stages(pruning, work), measure_speed(device)
+    per_token = 2 * sizes.parameters / (_EFFICIENCY * speed)
+    total = sum(tokens for _, tokens in stages) * per_token
+    table = Table(title=f"stages, about {show_time(total)} on this machine", title_justify="left", show_header=False)
+    table.caption = "rough: the speed of a matrix product, tried now, and passes as counted on SmolLM2-135M"
+    for number, (name, tokens) in enumerate(stages, start=1):
+        unknown = name == "training" and work.training_tokens is None
+        taken = "its text is not counted yet" if unknown else show_time(tokens * per_token) if tokens else ""
+        table.add_row(f"{number} of {len(stages)}", name, taken)
+    return table
+
+
+def measure_speed(device: torch.device, seconds: float = 0.2) -> float:
+    """Floating-point operations a second of a matrix product in float32."""
+    size = 1024
+    left, right = (torch.ones(size, size, device=device) for _ in range(2))
+    count, began = 0, time.perf_counter()
+    while count < 2 or time.perf_counter() - began < seconds:
+        float((left @ right)[0, 0])  # waits for the device
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - began)
+
+
+def show_time(seconds: float) -> str:
+    """Seconds, minutes or hours, in two figures."""
+    units: Sequence[tuple[float, str]] = ((3600, "h"), (60, "min"), (1, "s"))
+    size, unit = next(((size, unit) for size, unit in units if seconds >= size), units[-1])
+    return f"{seconds / size:.2g} {unit}"

@@ -1,0 +1,54 @@
+"""What a run would do is said before it, and nothing of it is done."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gqaprune
+from gqaprune import PruningConfig
+from gqaprune.commands.dry_run import Work, list_stages, show_time
+from gqaprune.common.console import console
+
+from command import Run
+
+WORK = Work(calibration_tokens=1000, sampled_tokens=0, training_tokens=500)
+
+
+@pytest.mark.parametrize("command", ["fit", "prune", "search", "sweep"])
+def test_a_dry_run_says_sizes_memory_and_stages_and_writes_nothing(
+    run: Run,
+    command: str,
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(console, "quiet", False)
+    before = sorted(tmp_path.rglob("*"))
+    rates = ["--rates", "0.1,0.2"] if command == "sweep" else []
+    assert run(command, "--dry_run", "--pruning.kv_rate", "0.5", *rates) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"{gqaprune.load_model(tiny_folder).num_parameters():,}" in shown
+        and "1 of " in shown
+        and "scores, fisher" in shown
+    )
+    assert ("training" in shown) == (command == "fit") and "KV cache, 32,768 tokens" in shown
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_budget_that_cannot_be_met_is_refused_in_a_dry_run_too(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prune", "--dry_run", "--pruning.rate", "0.99") == 1
+    assert "cannot remove 99.00%" in capsys.readouterr().err
+
+
+def test_stages_follow_from_the_settings() -> None:
+    default = [name for name, _ in list_stages(PruningConfig(), WORK)]
+    assert default[:2] == ["scores, fisher", "scores, obs"] and "distillation" in default and "training" in default
+    bare: dict[str, Any] = {"repair": {"method": "none"}, "scoring": {"protect_outliers": False}}
+    plain = PruningConfig(criterion="l2", allocation="global", **bare)
+    names = [name for name, _ in list_stages(plain, Work(1000, 10, 0))]
+    assert names[0] == "the model writes text" and "distillation" not in names and "training" not in names
+    assert dict(list_stages(plain, WORK))["scores, l2"] == 0
+    assert [show_time(seconds) for seconds in (3.21, 90, 7200)] == ["3.2 s", "1.5 min", "2 h"]
