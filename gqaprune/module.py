@@ -25,6 +25,7 @@ from gqaprune.checkpoints.origin import find_teacher
 from gqaprune.common.atomic_files import remove_leftovers
 from gqaprune.common.console import console
 from gqaprune.common.errors import first_line
+from gqaprune.common.paths import expand_path
 from gqaprune.common.renamed import RenamedAttributes
 from gqaprune.common.unregistered import Unregistered
 from gqaprune.data.given_batches import align_batch
@@ -126,7 +127,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self.max_new_tokens = max_new_tokens
         self.plan: PruningPlan | None = None
         if plan is not None:
-            self.plan = PruningPlan.load(plan) if isinstance(plan, str) else PruningPlan.from_dict(plan)
+            self.plan = PruningPlan.load(expand_path(plan)) if isinstance(plan, str) else PruningPlan.from_dict(plan)
         self.plan_is_from_checkpoint = isinstance(plan, dict)
         self.rounds_done = 0
         self.run_id = uuid4().hex  # tells a run's checkpoints from those of other runs in the same folder
@@ -137,7 +138,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self._changes: ChangeWatch | None = None
         self._draws_numbers = True
         self._matrix_names: set[str] = set()
-        self._perplexities = CorpusPerplexities([], self.device)
+        self.perplexities = CorpusPerplexities()
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **settings: Any) -> "CausalLMModule":
@@ -303,11 +304,11 @@ class CausalLMModule(RenamedAttributes, LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to its corpus's perplexity."""
-        self._perplexities.update(dataloader_idx, self.model, align_batch(batch))
+        self.perplexities.update(dataloader_idx, self.model, align_batch(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log `ppl/<corpus>` over all ranks."""
-        self.log_dict(self._perplexities.compute(), prog_bar=True)
+        self.log_dict(self.perplexities.compute(), prog_bar=True)
 
     def on_test_epoch_start(self) -> None:
         """Start a perplexity for every test corpus."""
@@ -418,7 +419,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
     def _start_perplexities(self, stream: str, loaders: int) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         corpora = range(loaders) if data is None else data.get_labels(stream)
-        self._perplexities = CorpusPerplexities([f"ppl/{corpus}" for corpus in corpora], self.device)
+        self.perplexities = CorpusPerplexities(f"ppl/{corpus}" for corpus in corpora).to(self.device)
 
 
 # jsonargparse reads the default optimizer's settings from the source of a lambda, which pickles only under a name.

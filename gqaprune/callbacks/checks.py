@@ -1,5 +1,6 @@
 """Settings that exclude one another, refused before any work."""
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -12,9 +13,10 @@ from lightning.pytorch.strategies import (
 from gqaprune.callbacks.parts import get_parts
 from gqaprune.checkpoints.origin import find_teacher
 from gqaprune.common.atomic_files import check_can_be_folder
+from gqaprune.data.corpora import EMBEDDED
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.architecture import check_context
-from gqaprune.models.sources import load_config
+from gqaprune.models.sources import EMBEDDED_MODEL, load_config
 from gqaprune.module import CausalLMModule
 from gqaprune.placement.layer_store import Placement
 from gqaprune.planning.config import PruningConfig
@@ -146,3 +148,19 @@ def check_placement(
             )
     if module.plan is None:
         check_goes_by_layer(config, placement)
+
+
+def list_doubts(trainer: Trainer, module: CausalLMModule, data: TextDataModule, config: PruningConfig) -> list[str]:
+    """What is allowed and hardly meant, in sentences."""
+    doubts = []
+    if trainer.strategy.root_device.type == "cpu" and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        doubts.append(f"a device stands idle, {device}: set trainer.accelerator to auto to use it")
+    names = [corpus.name for corpus in data.corpora["calibration"]]
+    is_demo = module.source.pretrained == EMBEDDED_MODEL
+    if module.plan is None and config.needs_text and not is_demo and names == [EMBEDDED]:
+        doubts.append(
+            "the model is calibrated on Python's help alone, which is there for the demo: name text like that which it "
+            "is to be good at by data.calibration.corpora, and add its own by data.calibration.sampled_windows"
+        )
+    return doubts

@@ -21,6 +21,7 @@ from gqaprune.checkpoints.formats import (
 from gqaprune.checkpoints.save import SHARD_SIZE, check_can_be_saved, check_output_folder, check_shard_size, save
 from gqaprune.common.atomic_files import remove_leftovers
 from gqaprune.common.console import console
+from gqaprune.common.paths import expand_path
 from gqaprune.datamodules import TextDataModule
 from gqaprune.models.wrapping import unwrap_model
 from gqaprune.module import CausalLMModule
@@ -54,7 +55,7 @@ class CheckpointExport(Callback):
         max_shard_size: str = SHARD_SIZE,
         quantization: str | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder = folder and expand_path(folder)
         self.format = format
         self.max_shard_size = max_shard_size
         self.quantization = quantization

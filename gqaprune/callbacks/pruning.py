@@ -22,6 +22,7 @@ from gqaprune.callbacks.checks import (
     check_schedule,
     check_sharded,
     check_teacher,
+    list_doubts,
 )
 from gqaprune.callbacks.order import Phase, check_copies_follow, order_callbacks, sort_callbacks
 from gqaprune.callbacks.parts import (
@@ -33,6 +34,7 @@ from gqaprune.callbacks.parts import (
 from gqaprune.callbacks.run_state import RunState, get_run
 from gqaprune.callbacks.trainer_checks import check_accumulation, check_batches, check_trainer
 from gqaprune.common.console import console
+from gqaprune.common.paths import expand_path
 from gqaprune.common.precision import use_default_dtype
 from gqaprune.common.renamed import RenamedAttributes, name_successors
 from gqaprune.common.stage_cache import StageCache
@@ -114,7 +116,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         super().__init__(dict(scheduling))
         if calibration_limit < 1:
             raise ValueError(f"calibration_limit must be at least 1 training batch, got {calibration_limit}")
-        self.stages = stages
+        self.stages = stages and expand_path(stages)
         self.offload = offload
         self.sharded = sharded
         self.model_attribute = model_attribute
@@ -153,6 +155,8 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         if self.placement is not Placement.MEMORY:
             check_own_parts(trainer, pl_module, f"layers {self.placement.value}")
             check_placement(trainer, module, data, self.config, self.placement)
+        for doubt in list_doubts(trainer, module, data, self.config) if trainer.is_global_zero else ():
+            console.print(doubt)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prune, unless the module already is: by a plan that it was given, or that its checkpoint carries."""

@@ -21,6 +21,7 @@ from gqaprune.commands.export import export
 from gqaprune.commands.inspect import inspect
 from gqaprune.commands.search import SearchSettings
 from gqaprune.commands.sweep import SweepSettings
+from gqaprune.common.paths import expand_path
 from gqaprune.planning.allocation import describe_allocations
 
 VERBOSE: Mapping[str, Any] = {
@@ -89,7 +90,14 @@ def run_tool(name: str, arguments: list[str]) -> None:
     parser.description = DESCRIPTIONS[name]
     settings = parser.parse_args(arguments)
     set_verbosity(settings.pop("verbose"))
-    TOOLS[name](**parser.instantiate_classes(settings).as_dict())
+    TOOLS[name](**{key: _expand(value) for key, value in parser.instantiate_classes(settings).as_dict().items()})
+
+
+def _expand(value: Any) -> Any:
+    """A setting of a tool with paths as they are meant: its texts are names and paths."""
+    if isinstance(value, list):
+        return [_expand(one) for one in value]
+    return expand_path(value) if isinstance(value, str) else value
 
 
 def make_tool_parser(tool: Callable[..., None], prog: str | None = None) -> PruningArgumentParser:

@@ -40,6 +40,7 @@ from gqaprune.commands.dry_run import Work, describe_dry_run
 from gqaprune.common.atomic_files import check_can_be_folder
 from gqaprune.common.console import console
 from gqaprune.common.errors import first_line
+from gqaprune.common.paths import expand_path
 from gqaprune.common.renamed import GROUPS, describe_rename
 from gqaprune.common.run_log import RunLog
 from gqaprune.datamodules import TextDataModule
@@ -57,6 +58,19 @@ from gqaprune.training.lightning_internals import (
     reserve_version,
 )
 from gqaprune.training.resume import FoundRun, find_run, read_plan
+
+PATHS = (
+    "ckpt_path",
+    "export.folder",
+    "model.plan",
+    "model.recovery.teacher",
+    "pruning.sensitivity.path",
+    "pruning.stages",
+    "search.folder",
+    "sweep.folder",
+    "trainer.default_root_dir",
+)
+"""Settings that name files or folders, besides those of models and texts, which are expanded where they are read."""
 
 
 class PruningCLI(LightningCLI):
@@ -148,6 +162,9 @@ class PruningCLI(LightningCLI):
         super().parse_arguments(parser, args)
         own = self.config.get(self.config.get("subcommand", ""), self.config)  # Python can build all without running it
         _check_groups(own)
+        for name in PATHS:
+            if isinstance(value := own.get(name), str):
+                own[name] = expand_path(value)
         set_verbosity(bool(own.verbose))
         self._folder: Path | None = None
         if self.config.get("subcommand") == "fit":

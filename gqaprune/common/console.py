@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from datetime import timedelta
 from io import StringIO
 from typing import IO, Any, TypeVar, cast
 
@@ -23,6 +24,9 @@ from gqaprune.common.errors import first_line
 from gqaprune.common.safe_text import for_log, for_terminal
 
 T = TypeVar("T")
+
+_SILENCE = 60.0
+"""Seconds after which work is heard of where there is no terminal."""
 
 logger = logging.getLogger("gqaprune")
 """Hears every line of the console, quiet or not; `run.log` listens to it."""
@@ -180,6 +184,15 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:.2f} {self.unit}/s")
 
 
+def _describe_pace(done: int, total: int | None, unit: str, seconds: float) -> str:
+    """How far work is, at which rate, and how long it still takes."""
+    rate = done / seconds
+    pace = f"{rate:.2g} {unit}/s" if rate >= 0.1 else f"{1 / rate:.2g} s for each of the {unit}"
+    if total is None:
+        return f"{done} {unit}, {pace}"
+    return f"{done} of {total} {unit}, {pace}, {timedelta(seconds=round((total - done) / rate))} left"
+
+
 def track(items: Iterable[T], description: str, unit: str) -> Generator[T, None, None]:
     """Iterate with a progress bar on rank 0.
 
@@ -198,8 +211,13 @@ def track(items: Iterable[T], description: str, unit: str) -> Generator[T, None,
     )
     hidden = get_rank_and_world_size()[0] > 0
     with Progress(*columns, console=console, disable=hidden) as progress:
-        began = time.monotonic()
-        yield from progress.track(items, total=total, description=for_log(description))
+        began = said = time.monotonic()
+        for count, item in enumerate(progress.track(items, total=total, description=for_log(description)), start=1):
+            yield item
+            now = time.monotonic()
+            if not hidden and not console.is_terminal and now - said >= _SILENCE:  # where no bar moves
+                said = now
+                console.print(f"{description}: {_describe_pace(count, total, unit, now - began)}", markup=False)
         if not hidden:  # of the bar itself only its end stays on a console, and none of it in a log
             done = sum(task.completed for task in progress.tasks)
             logger.info("%s: %d %s in %.1f s", description, done, unit, time.monotonic() - began)

@@ -1,10 +1,10 @@
 """Token-weighted perplexity, as a torchmetrics Metric and as a function over batches."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
@@ -52,25 +52,27 @@ class Perplexity(Metric):
         return torch.exp(self.loss_sum / self.token_count)
 
 
-class CorpusPerplexities:
+class CorpusPerplexities(nn.Module):
     """Perplexities of several corpora, for a loop that brings their batches one at a time.
 
     Args:
         names: one for each corpus, in the loop's order.
-        device: of the sums.
     """
 
-    def __init__(self, names: Iterable[str], device: torch.device) -> None:
-        self._metrics = {name: Perplexity().to(device) for name in names}
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.names = list(names)
+        self.metrics = nn.ModuleList(Perplexity() for _ in self.names)
 
     def update(self, corpus: int, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
         """Add a batch of `input_ids` and `labels` to the corpus at a place in the order."""
-        metric = list(self._metrics.values())[corpus]
+        metric = cast(Perplexity, self.metrics[corpus])
         metric.update(*measure_losses(model, batch["input_ids"], batch["labels"]))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the perplexity of each corpus so far, by its name, over the batches of all ranks."""
-        return {name: metric.compute().float() for name, metric in self._metrics.items()}
+        measured = (cast(Perplexity, metric).compute().float() for metric in self.metrics)
+        return dict(zip(self.names, measured, strict=True))
 
 
 @multiply_exactly()

