@@ -9,9 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from gqaprune.callbacks.lookup import get_run_folder
 from gqaprune.callbacks.parts import get_parts
 from gqaprune.callbacks.run_state import get_run
+from gqaprune.checkpoints.card import find_loading_code
+from gqaprune.checkpoints.formats import FORMATS
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.common.provenance import get_command, get_versions
-from gqaprune.reporting.page import PAGE_FILE, Page, build_page
+from gqaprune.reporting.page import PAGE_FILE, Checkpoint, Page, build_page
 
 
 def write_page(trainer: Trainer, pl_module: LightningModule, state: str, began: datetime) -> Path:
@@ -30,6 +32,11 @@ def write_page(trainer: Trainer, pl_module: LightningModule, state: str, began: 
         known |= {"report": run.report, "plan": module.plan, "importance": run.importance}
         known |= {"importance_method": run.config.sensitivity.method}
     known |= {"guard": run.guard, "samples": run.samples}
+    if (exported := run.exported) is not None:
+        files = {file.name: file.stat().st_size for file in sorted(exported.folder.iterdir()) if file.is_file()}
+        code = find_loading_code(exported.folder, exported.format)
+        needs_code = FORMATS[exported.format].needs_remote_code
+        known |= {"checkpoint": Checkpoint(str(exported.folder), exported.format, files, code, needs_code)}
     if run.predictions is not None:
         known |= {"predictions": run.predictions.to_dict()}
     path = get_run_folder(trainer) / PAGE_FILE

@@ -5,6 +5,7 @@ The text is `templates/card.md`. Jinja shows every text in it as it is; `Markup`
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ CARD_FILE = "README.md"
 
 _VLLM_IGNORES_HEAD_DIM = ("qwen2", "qwen2_moe")
 """Families whose class in vLLM divides the width by the query heads for a head_dim, whatever the config says."""
+_CODE = re.compile(r"```\w*\n(.*?)```", re.DOTALL)
 _BASES = {"decoder": "decoder-layer parameters", "all": "parameters"}
 
 
@@ -74,6 +76,15 @@ def write_card(
         command=Markup(" ".join(map(for_shell, command))),
     )
     write_atomically(folder / CARD_FILE, f"{card}\n".encode())
+
+
+def find_loading_code(folder: Path, format: str) -> str:
+    """The code that loads a checkpoint, as its card shows it first."""
+    entry = FORMATS[format]
+    file = next((path.name for path in folder.glob(entry.file)), "") if entry.file else ""
+    loading = entry.loading.format(**_spell_names(str(folder), file))
+    found = _CODE.search(loading)
+    return (found[1] if found else loading).strip()
 
 
 def _spell_names(folder: str, file: str) -> dict[str, str]:

@@ -57,38 +57,40 @@ def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
 
 
 def draw_perplexities(report: Report) -> matplotlib.figure.Figure | None:
-    """Draw a bar per stage, a panel per text that perplexity was measured on; None where there is none.
+    """Draw a group of bars per text that perplexity was measured on, a bar per stage; None where there is none.
 
     Bars begin at 0, or, where one is too long for the others to be seen, at a perplexity of 1 on a logarithmic axis.
     """
-    panels = {
-        name: [(stage.name, stage.perplexity.get(name)) for stage in report.stages] for name in _list_texts(report)
-    }
+    groups = {name: {stage.name: stage.perplexity.get(name) for stage in report.stages} for name in _list_texts(report)}
     if any(stage.held_out for stage in report.stages):
-        panels["held-out calibration text"] = [(stage.name, stage.held_out) for stage in report.stages]
-    if not panels:
+        groups["held-out calibration text"] = {stage.name: stage.held_out for stage in report.stages}
+    values = [value for group in groups.values() for value in group.values() if value is not None]
+    if not values:
         return None
-    shown = [[(name, value) for name, value in values if value is not None] for values in panels.values()]
-    heights = [0.4 * len(bars) + 0.5 for bars in shown]
-    figure = matplotlib.figure.Figure(figsize=(7.0, sum(heights) + 0.3), layout="constrained")
-    rows = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, title, bars in zip(rows, panels, shown, strict=True):
-        names, values = [name for name, _ in bars], [value for _, value in bars]
-        is_wide = max(values) / min(values) > _WIDE
-        colors = [_STAGES.get(name.split(",")[0], _ATTENTION) for name in names]
-        drawn = axes.barh(
-            range(len(bars)), [v - is_wide for v in values], left=float(is_wide), color=colors, height=0.7
-        )
-        axes.bar_label(drawn, [f"{value:,.2f}" for value in values], padding=4, fontsize=10)
-        if is_wide:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.set_yticks(range(len(bars)), names)
-        axes.invert_yaxis()
-        axes.margins(x=0.16)
-        axes.set_xlim(left=float(is_wide))
-        axes.set_title(make_readable(f"perplexity, {title}"), loc="left", fontsize=11, parse_math=False)
-        axes.spines[["top", "right"]].set_visible(False)
+    is_wide = max(values) / min(values) > _WIDE
+    stages = [stage.name for stage in report.stages]
+    width = 0.8 / len(stages)
+    figure = matplotlib.figure.Figure(
+        figsize=(max(7.0, 1.2 + 0.62 * len(stages) * len(groups)), 3.2), layout="constrained"
+    )
+    axes = figure.subplots()
+    for number, stage in enumerate(stages):
+        known = [(place, group[stage]) for place, group in enumerate(groups.values()) if group[stage] is not None]
+        color = _STAGES.get(stage.split(",")[0], _ATTENTION)
+        places = [place + (number - (len(stages) - 1) / 2) * width for place, _ in known]
+        heights = [value or 0.0 for _, value in known]
+        bottom = float(is_wide)
+        drawn = axes.bar(places, [v - bottom for v in heights], width * 0.94, bottom, color=color, label=stage)
+        axes.bar_label(drawn, [f"{value:,.2f}" for value in heights], padding=2, fontsize=8)
+    if is_wide:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_ylim(bottom=float(is_wide))
+    axes.margins(y=0.12)
+    axes.set_xticks(range(len(groups)), [make_readable(name) for name in groups], parse_math=False)
+    axes.set_title("perplexity", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9, ncols=len(stages))
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from gqaprune.plan import BlockKey, PruningPlan
 from gqaprune.reporting import sections
 from gqaprune.reporting.figures import make_readable
-from gqaprune.reporting.report import Report, describe_request
+from gqaprune.reporting.report import Report, describe_request, describe_verdict
 
 PAGE_FILE = "report.html"
 
@@ -30,6 +30,25 @@ class Sample:
 
     prompt: str
     texts: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was written, and how it is loaded.
+
+    Args:
+        folder: where it is.
+        format: its name.
+        files: name -> bytes.
+        loading: code that loads it.
+        needs_remote_code: whether that runs code of the checkpoint's.
+    """
+
+    folder: str
+    format: str
+    files: Mapping[str, int]
+    loading: str
+    needs_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,7 @@ class Page:
         guard: as `guard.json` holds it; empty where the guard found nothing, None where there is no guard.
         samples: continuations in the course of training.
         predictions: as `predictions.json` holds them.
+        checkpoint: once it is written.
     """
 
     title: str
@@ -65,11 +85,16 @@ class Page:
     guard: Mapping[str, Any] | None = None
     samples: Sequence[Sample] = ()
     predictions: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint | None = None
 
 
 def build_page(page: Page) -> str:
     """Build the page as HTML."""
     facts = {
+        "checkpoint": (
+            "Checkpoint",
+            page.checkpoint and sections.describe_checkpoint(**vars(page.checkpoint)),
+        ),
         "results": ("Results", sections.describe_results(page.report)),
         "guard": ("Guard", sections.describe_guard(page.guard, page.report)),
         "plan": ("What each layer kept", sections.describe_plan(page.plan)),
@@ -87,8 +112,11 @@ def build_page(page: Page) -> str:
         if known is not None
     ]
     request = None if page.report is None else describe_request(page.report)
+    verdict = None if page.report is None else describe_verdict(page.report)
+    if verdict and page.checkpoint is not None:
+        verdict += "; it loads with code of its own" if page.checkpoint.needs_remote_code else "; it loads as it is"
     return _TEMPLATES.get_template("page.html").render(
-        title=page.title, request=request, state=page.state, sections=shown
+        title=page.title, verdict=verdict, request=request, state=page.state, sections=shown
     )
 
 

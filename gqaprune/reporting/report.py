@@ -311,6 +311,25 @@ def describe_request(report: Report) -> str:
     return f"asked to remove {'; '.join(parts)}"
 
 
+def describe_verdict(report: Report) -> str | None:
+    """What became of the model, in a sentence: size, perplexity and KV cache; None before anything was cut."""
+    if len(report.stages) < 2:
+        return None
+    dense, last = report.stages[0], report.stages[-1]
+    if dense.name != "dense":
+        return None
+    parts = [f"{1 - last.parameters / dense.parameters:.1%} fewer parameters"]
+    both = [name for name in last.perplexity if name in dense.perplexity]
+    tested = [name for name in both if name.startswith("test/")] or both
+    if tested:
+        ratios = [f"{last.perplexity[name] / dense.perplexity[name]:.2f}" for name in tested]
+        names = " and ".join(name.partition("/")[2] for name in tested)
+        parts.append(f"{' and '.join(ratios)} times the perplexity on {names}")
+    before, after = (stage.kv_heads or stage.kv_cache_bytes_per_token for stage in (dense, last))
+    parts.append("the same KV cache" if before == after else f"a KV cache {1 - after / before:.1%} smaller")
+    return ", ".join(parts)
+
+
 def show_change(value: float, dense: float) -> str:
     """A relative change in parentheses; empty where there is none."""
     return "" if value == dense else f" ({value / dense - 1:+.1%})"

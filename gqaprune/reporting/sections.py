@@ -21,7 +21,8 @@ Facts = dict[str, Any]
 
 _NARROW = 7.0
 """Inches of a figure that can be read on a phone."""
-_MARKS = {"fine": "✅", "degraded": "🔶", "broken": "❌"}
+_MARKS = {"fine": "✓", "degraded": "!", "broken": "✗"}
+"""Marks that plain fonts have: a machine may have no other."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,14 @@ def describe_results(report: Report | None) -> Facts | None:
     }
 
 
+def describe_checkpoint(
+    folder: str, format: str, files: Mapping[str, int], loading: str, needs_remote_code: bool
+) -> Facts:
+    """Describe what was written, and how it is loaded."""
+    rows = [[name, f"{size / 1e6:,.1f} MB"] for name, size in files.items()]
+    return {"folder": folder, "format": format, "loading": loading, "table": Table([], rows)}
+
+
 def describe_guard(guard: Mapping[str, Any] | None, report: Report | None) -> Facts | None:
     """Describe what the guard found, and each cause of a broken model."""
     if guard is None:
@@ -74,13 +83,13 @@ def describe_guard(guard: Mapping[str, Any] | None, report: Report | None) -> Fa
         if len(held) < 2:
             return None
         ratio = f"{held[-1] / held[0]:,.2f} times the dense model's {held[0]:,.2f}"
-        sentence = f"✅ perplexity on held-out calibration text is {held[-1]:,.2f}, {ratio}"
+        sentence = f"✓ perplexity on held-out calibration text is {held[-1]:,.2f}, {ratio}"
         return {"sentence": sentence, "verdict": None, "causes": None}
     found = guard.get("error") or (
         f"perplexity on held-out calibration text was {guard['perplexity']:,.2f}, "
         f"{guard['perplexity'] / guard['dense']:,.1f} times the dense model's {guard['dense']:,.2f}"
     )
-    mark, what = ("❌", "The guard stopped the run") if guard["stopped"] else ("🔶", "The guard warned")
+    mark, what = ("✗", "The guard stopped the run") if guard["stopped"] else ("!", "The guard warned")
     diagnosis = guard.get("diagnosis")
     return {
         "sentence": f"{mark} {what}: {found}.",
@@ -122,7 +131,7 @@ def describe_plan(plan: PruningPlan | None) -> Facts | None:
     header = ["layer", "query heads", "KV heads", "MLP channels", "attention", "MLP"]
     return {
         "picture": _picture(draw_plan(plan), "What each layer kept"),
-        "ratio": plan.describe_ratio(),
+        "ratio": plan.describe_ratio().replace("✅", "✓"),
         "layers": Table(header, rows, is_long=True),
     }
 

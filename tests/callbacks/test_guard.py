@@ -141,7 +141,7 @@ def test_a_broken_model_stops_the_run_with_its_cause_and_keeps_plan_and_scores(
     assert facts["perplexity"] == pytest.approx(measure(cut, learned_folder), rel=1e-4)
     assert json.loads((tmp_path / "report.json").read_text())["stages"][1]["held_out"] == facts["perplexity"]
     page = html.unescape((tmp_path / "report.html").read_text())
-    assert "❌ The guard stopped the run" in page and '<p class="state">stopped: PerplexityGuard: after pruning' in page
+    assert "✗ The guard stopped the run" in page and '<p class="state">stopped: PerplexityGuard: after pruning' in page
     assert all(finding["sentence"] in page for finding in facts["diagnosis"]["findings"])
     assert (tmp_path / "lightning_logs" / "unfinished" / "scores-of-fisher.stage").exists()
 

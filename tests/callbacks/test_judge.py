@@ -106,7 +106,7 @@ def test_file_holds_what_is_computed_directly_and_the_loop_is_called_one(
         "all prompts: ❌ broken: of 2 texts 2 broken" in shown and "lightning_logs/version_0/predictions.json" in shown
     )
     page = Path("lightning_logs/version_0/report.html").read_text(encoding="utf-8")
-    assert "<p>❌ broken: of 2 texts 2 broken</p>" in page and page.count("<figcaption>dense</figcaption>") == 2
+    assert "<p>✗ broken: of 2 texts 2 broken</p>" in page and page.count("<figcaption>dense</figcaption>") == 2
 
 
 def test_a_model_that_writes_what_the_dense_one_does_is_fine(predict: Predict) -> None:

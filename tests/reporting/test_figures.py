@@ -85,15 +85,16 @@ def test_perplexities_have_a_panel_per_text_and_a_bar_per_stage_that_measured_it
     ]
     figure = draw_perplexities(report)
     assert figure is not None
-    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
-    val, test, held = (
-        panels[f"perplexity, {name}"] for name in ("val/embedded", "test/wikitext2", "held-out calibration text")
-    )
-    assert read_bars(val) == pytest.approx([12.345, 45.678, 23.456]) and val.get_xscale() == "linear"
-    assert [label.get_text() for label in val.get_yticklabels()] == ["dense", "pruned", "recovered"]
-    assert read_bars(test) == pytest.approx([20.0, 1234.5]) and test.get_xscale() == "log"
-    assert [text.get_text() for text in test.texts] == ["20.00", "1,234.50"]
-    assert read_bars(held) == pytest.approx([3.0, 4.5])
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "val/embedded",
+        "test/wikitext2",
+        "held-out calibration text",
+    ]
+    bars = {str(group.get_label()): [bar.get_height() + bar.get_y() for bar in group] for group in axes.containers}
+    assert bars["dense"] == pytest.approx([12.345, 20.0, 3.0]) and axes.get_yscale() == "log"
+    assert bars["pruned"] == pytest.approx([45.678, 1234.5, 4.5]) and bars["recovered"] == pytest.approx([23.456])
+    assert {"20.00", "1,234.50"} <= {text.get_text() for text in axes.texts}
 
 
 def test_perplexities_of_nothing_are_no_figure() -> None:

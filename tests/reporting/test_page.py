@@ -17,7 +17,7 @@ from test_report import make_report
 from gqaprune.plan import BlockKey
 from gqaprune.reporting import page as page_module
 from gqaprune.reporting import sections
-from gqaprune.reporting.page import Page, Sample, build_page
+from gqaprune.reporting.page import Checkpoint, Page, Sample, build_page
 from gqaprune.reporting.report import Outlier, Report, describe_request, list_rows
 from gqaprune.surgery.refinement import Refinement
 from gqaprune.surgery.repair import BlockRepair
@@ -85,6 +85,19 @@ def make_page(**parts: Any) -> Page:
     return Page("tiny", "finished", BEGAN, BEGAN + timedelta(hours=1, seconds=62), **whole | parts)
 
 
+def test_the_page_begins_with_a_verdict_and_says_how_the_checkpoint_loads() -> None:
+    files = {"model.safetensors": 431_900_000, "config.json": 2_000}
+    checkpoint = Checkpoint("logs/checkpoint", "per-layer", files, "load('logs/checkpoint')", True)
+    page = build_page(make_page(checkpoint=checkpoint))
+    stages = make_full_report().stages
+    ratio = stages[-1].perplexity["val/embedded"] / stages[0].perplexity["val/embedded"]
+    smaller = f"{1 - stages[-1].parameters / stages[0].parameters:.1%} fewer parameters"
+    lead = f'<p class="lead">{smaller}, {ratio:.2f} times the perplexity on embedded'
+    assert lead in page and "a KV cache 33.3% smaller; it loads with code of its own.</p>" in page
+    assert "431.9 MB" in page and "load(&#39;logs/checkpoint&#39;)" in page
+    assert not set("✅❌🔶") & set(build_page(make_page(guard={})))
+
+
 class Reader(HTMLParser):
     """Checks that elements close in order; keeps attributes, texts, tables and headings."""
 
@@ -133,7 +146,7 @@ def test_page_holds_the_results_of_every_stage() -> None:
 def test_page_holds_plan_outliers_and_repair_by_layer_and_block() -> None:
     reader, report = Reader(build_page(make_page())), make_full_report()
     rows, texts = reader.rows, reader.find("p")
-    assert make_plan().describe_ratio() in texts and f"{report.describe_repair()}." in texts
+    assert make_plan().describe_ratio().replace("✅", "✓") in texts and f"{report.describe_repair()}." in texts
     assert any("massive activations; they are removed last" in text for text in texts)
     assert ["4", "6 of 9", "2 of 3", "8 of 20", "67%", "40%"] in rows
     assert rows.index(["layer 2 mlp", "1,234", "2,700×"]) < rows.index(["layer 1 mlp", "7", "22×"])
@@ -154,7 +167,7 @@ def test_page_shows_samples_by_step_and_predictions_side_by_side() -> None:
     assert reader.find("figcaption") == ["step 0", "step 8", "dense", "pruned"]
     assert reader.find("pre")[:4] == ["a tme", "a time", "a time", "the the the"]
     assert reader.find("h3").count("Once upon") == 2
-    assert reader.find("p").count("❌ broken: repeats “the” to the end") == 2
+    assert reader.find("p").count("✗ broken: repeats “the” to the end") == 2
     noted = make_predictions() | {"note": "without the dense model"}
     assert "without the dense model" in Reader(build_page(make_page(predictions=noted))).find("p")
 
