@@ -16,6 +16,7 @@ import gqaprune
 from gqaprune.cli import main
 from gqaprune.cli.arguments import TOOLS, make_tool_parser, spell_out
 from gqaprune.cli.lightning_cli import PruningCLI
+from gqaprune.commands.inspect import inspect
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.planning.config import PruningConfig
 
@@ -107,8 +108,10 @@ def settings(cli: PruningCLI) -> set[str]:
     return {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
 
 
-def test_every_command_is_parsed_as_the_command_line_does(cli: PruningCLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_every_command_is_parsed_as_the_command_line_does(
+    cli: PruningCLI, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
     refused = []
     for command in COMMANDS:
         if command.arguments is None:
@@ -140,6 +143,8 @@ def place(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.txt").write_text("The capital of France is\n")
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
     (folder / "configs").symlink_to(ROOT / "configs")
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):  # as the first of the README's lines does
+        inspect("path/to/model", write_config="mine.yaml")
     return folder
 
 
@@ -199,7 +204,7 @@ def test_relative_links_point_to_what_exists(page: Path) -> None:
 def test_settings_and_files_that_are_named_exist(page: Path, settings: set[str]) -> None:
     text = re.sub(r"^```python\n.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     named = set(re.findall(rf"(?<![\w./-])(?:--)?((?:{GROUPS})\.\w+(?:\.\w+)*)", text))
-    files = {name for name in named if name.split(".")[-1] in ("png", "json", "yaml", "safetensors")}
+    files = {name for name in named if name.split(".")[-1] in ("md", "png", "json", "yaml", "safetensors")}
     named = {re.sub(r"^model\.optimizer\..*", "model.optimizer", name) for name in named - files}
     assert named - settings == set()
     for path in set(re.findall(r"(?:configs|docs|benchmarks|gqaprune)/[\w./]+\.\w+", text)):

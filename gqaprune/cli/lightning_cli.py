@@ -132,7 +132,8 @@ class PruningCLI(LightningCLI):
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=self.subclass_mode_data)
         parser.add_lightning_class_args(CheckpointExport, "export")  # before pruning: it checks its folder first
         parser.add_lightning_class_args(SampleGenerations, "samples")  # likewise its prompts
-        parser.add_lightning_class_args(TaylorPruning, "pruning")
+        parser.add_class_arguments(TaylorPruning, "pruning", skip={"calibration"}, fail_untyped=False, sub_configs=True)
+        parser.callback_keys.append("pruning")
         parser.add_lightning_class_args(PerplexityGuard, "guard")  # after pruning: it judges what that left
         self._link(parser)
         parser.add_lightning_class_args(PruningTrainer, "trainer")
