@@ -22,6 +22,9 @@ OTHER_TOKENIZER = (
 )
 
 
+NOISE = "~ no difference from the first model: the ranges of both over their turns overlap"
+
+
 @dataclass(frozen=True)
 class Speed:
     """How fast a model is, and what it takes.
@@ -30,11 +33,15 @@ class Speed:
         prefill: tokens per second of a prompt.
         decode: tokens per second written after it.
         peak_bytes: most memory in use meanwhile, the weights included; None where the machine does not tell.
+        prefill_range: slowest and fastest turn of the prompt, in tokens per second.
+        decode_range: likewise of what is written.
     """
 
     prefill: float
     decode: float
     peak_bytes: int | None = None
+    prefill_range: tuple[float, float] | None = None
+    decode_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,8 @@ def build_comparison_table(comparison: Comparison) -> Table:
     """One row per quantity, one column per model, with the change from the first model."""
     subjects, first = comparison.subjects, comparison.subjects[0]
     notes = [*comparison.protocol, *([OTHER_TOKENIZER] if comparison.has_several_tokenizers else [])]
+    if any(_is_noise(one.speed, first.speed, name) for one in subjects[1:] for name in ("prefill", "decode")):
+        notes.append(NOISE)
     table = Table(caption="\n".join(notes) or None, caption_style="dim", caption_justify="left")
     table.add_column("", no_wrap=True)
     for subject in subjects:
@@ -144,8 +153,8 @@ def build_comparison_table(comparison: Comparison) -> Table:
         add_row(f"bits/byte {corpus}", "{:.4f}", [subject.bits_per_byte[corpus] for subject in subjects])
     speeds = [subject.speed for subject in subjects if subject.speed is not None]
     if speeds:
-        add_row("prefill tokens/s", "{:,.1f}", [speed.prefill for speed in speeds])
-        add_row("decode tokens/s", "{:,.1f}", [speed.decode for speed in speeds])
+        for name in ("prefill", "decode"):
+            table.add_row(f"{name} tokens/s", *(_show_speed(speed, speeds[0], name) for speed in speeds))
         peaks = [speed.peak_bytes for speed in speeds]
         add_row("peak memory", "{:,.1f} MB", [None if peak is None else peak / 1e6 for peak in peaks])
     for label in first.scores:
@@ -225,6 +234,19 @@ def _pick_color(index: int) -> Any:
 
 def _show_change(value: float, first: float | None) -> str:
     return show_change(value, first) if first else ""
+
+
+def _is_noise(speed: Speed | None, first: Speed | None, name: str) -> bool:
+    """Whether the turns of two models were as fast as one another's."""
+    if speed is None or first is None or speed is first:
+        return False
+    mine, other = (getattr(one, f"{name}_range") for one in (speed, first))
+    return mine is not None and other is not None and mine[0] <= other[1] and other[0] <= mine[1]
+
+
+def _show_speed(speed: Speed, first: Speed, name: str) -> str:
+    value, base = getattr(speed, name), getattr(first, name)
+    return f"{value:,.1f}" + (" ~" if _is_noise(speed, first, name) else show_change(value, base))
 
 
 def _show_perplexity(subject: Subject, first: Subject, corpus: str) -> str:

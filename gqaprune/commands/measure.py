@@ -217,10 +217,13 @@ def _measure_speed(model: PreTrainedModel, prompt: int, generated: int) -> Speed
     if has_peak(device):
         start_peak(device)
     runs = [run(model, prompt_BT, generated) for _ in range(_TURNS)]
+    prefills, decodes = sorted(prompt / one.prefill for one in runs), sorted(generated / one.decode for one in runs)
     return Speed(
-        prefill=prompt / median(one.prefill for one in runs),
-        decode=generated / median(one.decode for one in runs),
+        prefill=median(prefills),
+        decode=median(decodes),
         peak_bytes=read_peak(device) if has_peak(device) else None,
+        prefill_range=(prefills[0], prefills[-1]),
+        decode_range=(decodes[0], decodes[-1]),
     )
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,15 @@ def test_the_table_says_which_perplexities_are_not_comparable() -> None:
     assert rows["ppl embedded@test"] == ["10.00", "12.00 *"]
     assert rows["bits/byte embedded@test"][1] == "1.8000 (+20.0%)"
     assert "* its tokenizer is not the first model's: perplexities per token are not comparable" in below
+
+
+def test_speeds_whose_turns_overlap_are_no_difference() -> None:
+    first = Speed(100.0, 10.0, None, (95.0, 106.0), (9.9, 10.1))
+    comparison = make_comparison(speed=Speed(104.0, 12.0, None, (103.0, 108.0), (11.0, 13.0)))
+    comparison = replace(comparison, subjects=(replace(comparison.subjects[0], speed=first), comparison.subjects[1]))
+    rows, below = render(comparison)
+    assert rows["prefill tokens/s"] == ["100.0", "104.0 ~"] and rows["decode tokens/s"] == ["10.0", "12.0 (+20.0%)"]
+    assert "~ no difference from the first model: the ranges of both over their turns overlap" in below
 
 
 def test_layers_that_only_one_model_has_differ() -> None:
