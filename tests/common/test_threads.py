@@ -27,11 +27,11 @@ def read_settings(line: str, **given: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout.strip()
 
 
-@pytest.mark.parametrize("line", ["import gqaprune", "from gqaprune.cli import main"])
+@pytest.mark.parametrize("line", ["import gqaprune; gqaprune.prune", "from gqaprune.cli import run"])
 def test_threads_are_to_sleep_before_torch_is_imported(line: str) -> None:
     assert read_settings(line) == "{'OMP_WAIT_POLICY': 'passive'}"
 
 
 @pytest.mark.parametrize("given", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "300000"}, {"KMP_BLOCKTIME": "9"}])
 def test_what_the_user_has_set_stays(given: dict[str, str]) -> None:
-    assert read_settings("import gqaprune", **given) == str(given)
+    assert read_settings("import gqaprune; gqaprune.prune", **given) == str(given)
