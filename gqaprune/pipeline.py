@@ -130,8 +130,8 @@ class Pruner:
         stages: StageCache | None = None,
     ) -> None:
         check_model(model)
-        config = resolve_target(model, config)
         check_config(config)
+        config = resolve_target(model, config)
         check_goes_by_layer(config, find_store(model).placement)
         check_compatibility(model)
         self.dense_blocks, self.budget = select_blocks(model, config), read_budget(model, config)

@@ -82,7 +82,8 @@ def test_fit_logs_loss_learning_rate_perplexity_plan_and_hparams_to_tensorboard(
     folder = Path("lightning_logs/version_0")
     scalars = read_scalars(folder)
     dense, pruned, recovered = json.loads((folder / "report.json").read_text())["stages"]
-    assert len(scalars["train/loss"]) == len(scalars["learning_rate/matrices"]) == 4  # 32 windows / 4 / accumulation 2
+    assert len(scalars["train/loss"]) == 4  # 32 windows / 4 / accumulation 2
+    assert {step for step, _ in scalars["learning_rate/matrices"]} == {0, 1, 2, 3}
     for name, stage in (("dense", dense), ("pruned", pruned), ("recovered", recovered)):
         assert scalars[f"ppl/embedded/{name}"][0][1] == pytest.approx(stage["perplexity"]["val/embedded"], rel=1e-5)
         assert scalars[f"ppl_test/embedded/{name}"][0][1] == pytest.approx(

@@ -118,6 +118,7 @@ def make_trainer(**settings: Any) -> Any:
         "limit_train_batches": 1.0,
         "limit_val_batches": 1.0,
         "overfit_batches": 0,
+        "fast_dev_run": False,
         "gradient_clip_val": None,
         "gradient_clip_algorithm": None,
         "precision": "32-true",
