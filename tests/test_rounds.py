@@ -51,6 +51,8 @@ def recover(
 ) -> tuple[CausalLMModule, Watch, TaylorPruning]:
     module = CausalLMModule(str(folder), recovery=recovery, optimizer=fast_optimizer, warmup_steps=1)
     watch, callback = Watch(), TaylorPruning(**pruning)
+    if recovery.mode == "none":
+        settings["limit_train_batches"] = 0
     trainer = make_trainer(run, CheckpointExport(str(run / "out")), callback, watch, **settings)
     trainer.fit(module, datamodule=make_data(folder, training={"batch_size": 2}))  # 16 steps
     return module, watch, callback
@@ -70,7 +72,7 @@ def test_every_rounds_optimizer_holds_what_lives_and_moves_all_of_it(
             gone = {name for name, p in live.items() if p.shape != watch.live[number + 1][name].shape}
             assert gone
     assert [len(rates) for rates in watch.rates] == [16 * (i + 1) // rounds - 16 * i // rounds for i in range(rounds)]
-    assert all(rates[0] == 0 and rates[-1] < max(rates) for rates in watch.rates)  # each warms up and decays
+    assert all(0 < rates[0] < max(rates) and rates[-1] < max(rates) for rates in watch.rates)  # each warms up and decays
 
     tokens = make_tokens(2, 20)
     exported = load_model(tmp_path / "out").eval()

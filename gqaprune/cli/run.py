@@ -57,7 +57,7 @@ def _run(log: RunLog) -> int:
     except (KeyboardInterrupt, SystemExit) as stop:
         is_interrupt = isinstance(stop.__context__ or stop, KeyboardInterrupt)  # Lightning makes it an exit
         if not is_interrupt and getattr(stop, "code", None) in (None, 0):
-            raise
+            return 0
         return _say_stopped(128 + signal.SIGINT if is_interrupt else int(getattr(stop, "code", 1)))
     return 0
 

@@ -154,7 +154,7 @@ def test_loss_that_is_not_finite_is_refused_with_corpus_and_batch(value: float) 
 def test_perplexities_of_a_loop_are_those_of_corpora_measured_at_once() -> None:
     model = make_model("llama")
     corpora = {name: make_batches(*[make_tokens(4, 16, seed)] * 2, 2) for seed, name in enumerate(("a", "b"))}
-    perplexities = CorpusPerplexities(corpora, torch.device("cpu"))
+    perplexities = CorpusPerplexities(corpora)
     for corpus, batches in enumerate(corpora.values()):
         for batch in batches:
             perplexities.update(corpus, model, batch)

@@ -34,7 +34,8 @@ def recover(
 ) -> tuple[CausalLMModule, Probe]:
     module, probe = CausalLMModule(str(folder), recovery=recovery, optimizer=fast_optimizer), Probe()
     callbacks = (CheckpointExport(str(run / "out")), TaylorPruning(**PRUNING), probe)
-    make_trainer(run, *callbacks, max_epochs=epochs).fit(module, datamodule=make_data(folder, **data))
+    limits = {"limit_train_batches": 0} if recovery.mode == "none" else {}
+    make_trainer(run, *callbacks, max_epochs=epochs, **limits).fit(module, datamodule=make_data(folder, **data))
     return module, probe
 
 
