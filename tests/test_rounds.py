@@ -72,7 +72,7 @@ def test_every_rounds_optimizer_holds_what_lives_and_moves_all_of_it(
             gone = {name for name, p in live.items() if p.shape != watch.live[number + 1][name].shape}
             assert gone
     assert [len(rates) for rates in watch.rates] == [16 * (i + 1) // rounds - 16 * i // rounds for i in range(rounds)]
-    assert all(0 < rates[0] < max(rates) and rates[-1] < max(rates) for rates in watch.rates)  # each warms up and decays
+    assert all(0 < rates[0] < max(rates) > rates[-1] for rates in watch.rates)  # each warms up and decays
 
     tokens = make_tokens(2, 20)
     exported = load_model(tmp_path / "out").eval()

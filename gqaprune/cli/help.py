@@ -44,7 +44,15 @@ _WRITTEN = ("export.folder", "export.format", "export.quantization")
 MATTERS: Mapping[str, Sequence[str]] = {
     "fit": (*_MODEL, *_PRUNED, *_TRAINED, *_MEASURED, *_WRITTEN, *_MACHINE),
     "prune": (*_MODEL, *_PRUNED, *_LARGE, *_MEASURED, *_WRITTEN, *_MACHINE),
-    "search": (*_MODEL, "search.coarse_step", "search.fine_step", "search.folder", *_PRUNED, "data.evaluation.val", *_MACHINE),
+    "search": (
+        *_MODEL,
+        "search.coarse_step",
+        "search.fine_step",
+        "search.folder",
+        *_PRUNED,
+        "data.evaluation.val",
+        *_MACHINE,
+    ),
     "sweep": (*_MODEL, "sweep.rates", "sweep.folder", "sweep.export", *_PRUNED, *_MEASURED, *_MACHINE),
     "validate": (*_MODEL, *_MEASURED, "data.bos", *_MACHINE),
     "test": (*_MODEL, *_MEASURED, "data.bos", *_MACHINE),
