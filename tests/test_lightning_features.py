@@ -29,6 +29,7 @@ from gqaprune.datamodules import TextDataModule
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.module import CausalLMModule
 
+from command import Run
 from tiny import DATA, PLAIN, make_tokens, merge_settings
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -122,6 +123,13 @@ def test_fast_dev_run_takes_a_batch_of_everything_and_writes_nothing(
     data.trainer = None
     data.setup("fit")
     assert len(data.read_calibration_windows()) == 8
+
+
+def test_the_command_tries_a_run_without_a_trace_and_runs_barebones(run: Run) -> None:
+    assert run("fit", "--trainer.fast_dev_run", "true") == 0
+    assert not list(Path().rglob("*"))
+    assert run("fit", "--trainer.barebones", "true", "--trainer.enable_progress_bar", "null") == 0
+    assert gqaprune.load_model("checkpoint").num_parameters() > 0
 
 
 @pytest.mark.parametrize(

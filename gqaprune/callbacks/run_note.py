@@ -40,7 +40,7 @@ class KeepRunNote(Callback):
         check_same_on_all_ranks("checkpoints to resume from", str(self.found.checkpoint), trainer.strategy.root_device)
         if not isinstance(pl_module, CausalLMModule):
             return  # its checkpoints do not say which run they are of
-        if stage == "fit" and trainer.is_global_zero:
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._lock = lock_note(self.root)
             if self._lock is None and self.found.run:
                 raise ValueError(

@@ -195,11 +195,13 @@ class PruningCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard, without Lightning's placeholder metric: the summary logs the real one."""
         settings = get_setting(self, "trainer")
-        if settings.logger in (None, True):
+        if settings.barebones:
+            kwargs["log_every_n_steps"] = None  # what Lightning takes it with
+        elif settings.logger in (None, True):
             root, version = settings.default_root_dir or ".", self._folder.name if self._folder else None
             kwargs["logger"] = TensorBoardLogger(root, version=version, default_hp_metric=False)
             self._numbered = kwargs["logger"] if version is None else None
-        if self.subcommand == "fit" and settings.logger is not False:
+        if self.subcommand == "fit" and settings.logger is not False and not settings.barebones:
             given = settings.callbacks
             given = [given] if isinstance(given, Callback) else given or []
             if not any(isinstance(callback, LearningRateMonitor) for callback in given):
@@ -243,7 +245,7 @@ class PruningCLI(LightningCLI):
                 f"{path} is there already, and this run would write its settings there: move it away, set "
                 "trainer.default_root_dir to another folder, or leave trainer.logger out, which numbers its runs"
             )
-        if self._log is not None and self.trainer.is_global_zero:
+        if self._log is not None and self.trainer.is_global_zero and not get_setting(self, "trainer").fast_dev_run:
             if self._numbered is not None:
                 reserve_version(self._numbered)
             self._log.open(get_run_folder(self.trainer))

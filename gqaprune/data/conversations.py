@@ -66,7 +66,7 @@ def encode_conversations(
         ValueError: if there is no template for messages, it refuses them, or it does not tell an assistant's tokens.
     """
     has_template = getattr(tokenizer, "chat_template", None) is not None
-    encode = partial(_encode_chat if has_template else _encode_plain, tokenizer, loss_on, find_bos(tokenizer, bos), bos)
+    encode = partial(_encode_chat if has_template else _encode_plain, tokenizer, loss_on, bos)
     encoded: list[Encoded] = []
     tokens = 0
     for batch in track(list(_cut(conversations)), "conversations", f"x {_BATCH}"):
@@ -167,11 +167,7 @@ def _encode_batch(
 
 
 def _encode_plain(
-    tokenizer: PreTrainedTokenizerBase,
-    loss_on: LossOn,
-    first: int | None,
-    bos: bool | None,
-    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, bos: bool | None, conversation: Conversation
 ) -> Encoded:
     if conversation.plain is None:
         raise ValueError("the tokenizer has no chat template, which messages need: take prompt and completion")
@@ -183,11 +179,7 @@ def _encode_plain(
 
 
 def _encode_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    loss_on: LossOn,
-    first: int | None,
-    bos: bool | None,
-    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, bos: bool | None, conversation: Conversation
 ) -> Encoded:
     messages = list(conversation.messages)
     answers = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
@@ -199,6 +191,7 @@ def _encode_chat(
         ids, is_learned = list(filled["input_ids"]), [bool(own) for own in filled["assistant_masks"]]
     else:
         ids, is_learned = _mark_turns(tokenizer, messages, conversation.learned)
+    first = find_bos(tokenizer, bos)
     if first is not None and ids[:1] != [first]:
         ids, is_learned = [first, *ids], [False, *is_learned]
     return Encoded(ids, [token if own else IGNORED for token, own in zip(ids, is_learned, strict=True)])
