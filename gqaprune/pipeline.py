@@ -264,9 +264,7 @@ class Pruner:
             "importance": None if options.importance is None else list_values(options.importance),
             "spent before": self.spending and self.spending.to_dict(),
             "repair that damage is measured after": (
-                [self.config.repair.holdout, self.config.repair.refits_weights, self.config.repair.refines]
-                if self.config.sees_repair
-                else None
+                [self.config.repair.holdout, self.config.repair.refits_weights] if self.config.sees_repair else None
             ),
         }
         chosen = stages.recall("plan", inputs, lambda: self._choose(share, options, stages))

@@ -65,12 +65,12 @@ def _find_text(trainer: Trainer, run: RunState, module: CausalLMModule, pl_modul
     limit = first or run.calibration_limit
 
     def read() -> list[Tensor]:
-        if run.calibration is not None:
-            return read_given_batches(run.calibration, first)
-        for holder in holders:
-            if isinstance(holder, CalibrationSource):
-                return read_given_batches(holder.calibration_batches(), first)
         with torch.random.fork_rng():  # training shuffles as it would have without this
+            if run.calibration is not None:
+                return read_given_batches(run.calibration, first)
+            for holder in holders:
+                if isinstance(holder, CalibrationSource):
+                    return read_given_batches(holder.calibration_batches(), first)
             return read_given_batches(get_train_batches(trainer), limit)
 
     return GivenText(module.source.pretrained, tokenizer, lambda: take_from_rank_0(read, trainer.strategy.root_device))

@@ -141,7 +141,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         order_callbacks(trainer)
         module, data = get_parts(trainer, pl_module)
         if self.config.removes_something:
-            self.config = self._run.config = resolve_target(module.source.build_without_weights(), self.config)
+            self.config = self._run.config = resolve_target(module.source.build_in_its_type(), self.config)
         check_rounds(trainer, module, self.config)
         check_schedule(trainer, module)
         check_teacher(trainer, module, self.config)
@@ -162,7 +162,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         """Prune, unless the module already is: by a plan that it was given, or that its checkpoint carries."""
         if stage != "fit":
             return
-        get_run(trainer)  # which this joins
+        get_run(trainer).data = None  # an earlier fit of this trainer may have had another text
         self._pruner = self.report = None
         if not isinstance(pl_module, CausalLMModule):
             self._set_up_given(trainer, pl_module)

@@ -262,7 +262,7 @@ class PruningCLI(LightningCLI):
         tokens = data.training.tokens and data.training.tokens * (self.trainer.max_epochs or 1)
         console.print(
             describe_dry_run(
-                self.model.source.read_config(),
+                self.model.source,
                 pruning,
                 Work(windows * settings.window, sampled, tokens if trains else 0),
                 self.trainer.strategy.root_device,

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from transformers import PretrainedConfig
 
 from gqaprune.models.architecture import read_geometry
-from gqaprune.models.dtypes import name_dtype, read_dtype
-from gqaprune.models.loading import build_without_weights
+from gqaprune.models.dtypes import name_dtype
+from gqaprune.placement.model_source import ModelSource
 from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.memory import GIB, ModelSizes, estimate_memory, read_sizes
 from gqaprune.planning.preflight import check_reachable
@@ -25,8 +24,9 @@ _SAMPLED = 3.4
 _EFFICIENCY = 0.6
 """Share of a matrix product's speed that a whole model reaches."""
 _PASSES = {"gates": 2.2, "weight gradients": 3.0, "activations": 1.2, "outliers": 0.75, "curves": 1.5, "repair": 1.3}
-"""Forward passes over the calibration text, as counted on SmolLM2-135M; each pass of refinement is some more."""
+"""Forward passes over the calibration text, estimates: of gates, activations and outliers as counted once."""
 _REFINED = 0.7
+"""Likewise of each pass of refinement."""
 _KINDS = {"fisher": "gates", "taylor": "gates", "wanda": "activations", "wifv": "activations", "obs": "activations"}
 _WITHOUT_TEXT = ("l1", "l2", "random")
 
@@ -72,12 +72,12 @@ def list_stages(config: PruningConfig, work: Work) -> list[tuple[str, float]]:
 
 
 def describe_dry_run(
-    config: PretrainedConfig, pruning: PruningConfig, work: Work, device: torch.device, window: int, devices: int = 1
+    source: ModelSource, pruning: PruningConfig, work: Work, device: torch.device, window: int, devices: int = 1
 ) -> RenderableType:
     """What a run would do, as tables.
 
     Args:
-        config: of the dense model.
+        source: the dense model.
         pruning: what is removed and how.
         work: what is read and trained.
         device: that it would run on, whose speed is tried for a moment.
@@ -87,9 +87,10 @@ def describe_dry_run(
     Raises:
         ValueError: if the budget cannot be met.
     """
-    sizes, model = read_sizes(config), build_without_weights(config)
+    config, model = source.read_config(), source.build_in_its_type()
+    sizes = read_sizes(config, source.trust_remote_code)
     pruning = resolve_target(model, pruning)
-    dtype = read_dtype(config) or torch.float32
+    dtype = source.loaded_dtype
     left = sizes.parameters
     groups: int | None = 0
     if pruning.removes_something:
@@ -129,7 +130,7 @@ def _list_work(sizes: ModelSizes, pruning: PruningConfig, work: Work, device: to
     per_token = 2 * sizes.parameters / (_EFFICIENCY * speed)
     total = sum(tokens for _, tokens in stages) * per_token
     table = Table(title=f"stages, about {show_time(total)} on this machine", title_justify="left", show_header=False)
-    table.caption = "rough: the speed of a matrix product, tried now, and passes as counted on SmolLM2-135M"
+    table.caption = "rough: the speed of a matrix product, tried now, and an estimate of passes over the text"
     for number, (name, tokens) in enumerate(stages, start=1):
         unknown = name == "training" and work.training_tokens is None
         taken = "its text is not counted yet" if unknown else show_time(tokens * per_token) if tokens else ""

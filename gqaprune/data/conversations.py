@@ -82,7 +82,8 @@ def encode_conversations(
 def pack(encoded: Sequence[Encoded], window: int, filler: int) -> tuple[Tensor, Tensor]:
     """Pack conversations into windows: each in one window if it fits, whole ones side by side, the rest filled up.
 
-    None learns from another: the first token of each has no label. Those longer than a window are cut into several.
+    The first token of each has no label, for the one before it is of another. Those that are longer than a window are
+    cut into several.
 
     Args:
         encoded: conversations.

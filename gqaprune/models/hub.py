@@ -1,6 +1,7 @@
 """Whether the hub can be reached, asked once in a few seconds instead of by each library several times."""
 
 import os
+import ssl
 import sys
 import threading
 import urllib.error
@@ -33,6 +34,9 @@ def can_reach(endpoint: str) -> bool:
             urllib.request.urlopen(request, timeout=_PATIENCE).close()
         except urllib.error.HTTPError:
             pass  # which is an answer
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ssl.SSLError):  # libraries may know certificates that this does not
+                return
         except (OSError, ValueError):
             return
         answers.append(True)

@@ -4,9 +4,11 @@ import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig, PreTrainedModel
 
+from gqaprune.models.dtypes import DTYPES, read_dtype
 from gqaprune.models.loading import build_without_weights, load_model
 from gqaprune.models.sources import load_config
 from gqaprune.placement.loading_by_layer import can_read_by_layer, load_offloaded_model, load_sharded_model
@@ -43,6 +45,16 @@ class ModelSource:
             ValueError: as `load_config`.
         """
         return build_without_weights(self.read_config(), self.trust_remote_code, self.attn_implementation)
+
+    @property
+    def loaded_dtype(self) -> torch.dtype:
+        """The type that weights have once they are loaded."""
+        named = DTYPES[self.dtype]
+        return named if isinstance(named, torch.dtype) else read_dtype(self.read_config()) or torch.float32
+
+    def build_in_its_type(self) -> PreTrainedModel:
+        """Build the model without weights, its parameters in the type that they would be loaded in."""
+        return self.build_without_weights().to(self.loaded_dtype)
 
     def name_another(self, pretrained: str, dtype: str, trust_remote_code: bool) -> "ModelSource":
         """Another model, loaded with the same attention kernel."""
@@ -112,6 +124,12 @@ class ModelInMemory(ModelSource):
             "the dense model is needed once more, and was given in memory, where it is cut by now: give "
             "CausalLMModule its folder or name instead"
         )
+
+    @property
+    def loaded_dtype(self) -> torch.dtype:
+        """The type that its weights have."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def can_be_read_by_layer(self) -> bool:

@@ -117,7 +117,7 @@ def measure_curves(
         points[BlockKey(layer, kind)].append((removed, value))
     curves = {
         key: [(0, 0.0), *((gone[key] + count, damage) for count, damage in enumerate(curve))]
-        for key, curve in draw_curves(points, most, config.repair.refines).items()
+        for key, curve in draw_curves(points, most).items()
     }
     attention = {BlockKey.parse(name): score_U for name, score_U in stage.tensors.items()}
     return scores | attention, replace(options, curves=curves), points

@@ -44,8 +44,6 @@ _LEVELS = (0.25, 0.5)
 """Shares of a block's units that are removed where its damage is measured."""
 _EXPONENTS = (1.0, 3.0)
 """Powers of the number of removed units that damage may grow with."""
-_REFINED = 0.85
-"""Share of an MLP's damage that its training leaves: of a whole model's, on more text than here, 0.79 were left."""
 _LEAST = 1e-6
 """Nats per token; what is measured below it is noise."""
 
@@ -98,22 +96,17 @@ def predict_damage(points: Points, removed: float) -> float:
     return float(high * (removed / last) ** min(max(power, _EXPONENTS[0]), _EXPONENTS[1]))
 
 
-def draw_curves(
-    points: Mapping[BlockKey, Points], most: Mapping[BlockKey, int], refines: bool = False
-) -> dict[BlockKey, list[float]]:
+def draw_curves(points: Mapping[BlockKey, Points], most: Mapping[BlockKey, int]) -> dict[BlockKey, list[float]]:
     """Damage of removing 0, 1, … units of each block, as allocations compare it.
 
     Units of attention go from few layers: their damage is what is predicted. Channels go from every layer, and what
     goes together costs more than each by itself: MLPs are told apart half as much as they were measured to differ, on
-    a logarithmic scale, and their damage grows with the square of the number, which spreads it. Where repair trains
-    them after least squares, which it does not do with attention, less of their damage is left.
+    a logarithmic scale, and their damage grows with the square of the number, which spreads it.
 
     Args:
         points: of each block.
         most: units that may go.
-        refines: whether repair trains MLPs.
     """
-    left = _REFINED if refines else 1.0
     logs = [math.log(max(own[-1][1], _LEAST)) for key, own in points.items() if own and key.kind == "mlp"]
     mean = sum(logs) / max(1, len(logs))
     curves = {}
@@ -122,7 +115,7 @@ def draw_curves(
         if key.kind == "mlp" and own:
             last, high = own[-1]
             shared = math.exp((math.log(max(high, _LEAST)) + mean) / 2)
-            curves[key] = [left * shared * (removed / last) ** 2 for removed in numbers]
+            curves[key] = [shared * (removed / last) ** 2 for removed in numbers]
         else:
             curves[key] = [predict_damage(own, removed) for removed in numbers]
     return curves

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 T = TypeVar("T")
+
+_WAITING: WeakSet[Callable[[], None]] = WeakSet()
+"""What stands for modules' `configure_model` until it is called."""
 
 SHARDED = "meta.pt"
 """What Lightning writes last into the folder of a sharded checkpoint."""
@@ -121,6 +125,8 @@ def reads_from_module(trainer: Trainer) -> bool:
 
 def run_after_configuring(module: LightningModule, do: Callable[[], None]) -> None:
     """Do something once, when a module has been set up and has built its model, before a strategy gets hold of it."""
+    if vars(module).get("configure_model") in _WAITING:  # of a fit that failed before
+        del module.configure_model
     configure = module.configure_model
 
     def configure_model() -> None:
@@ -128,6 +134,7 @@ def run_after_configuring(module: LightningModule, do: Callable[[], None]) -> No
         configure()
         do()
 
+    _WAITING.add(configure_model)
     module.configure_model = configure_model  # type: ignore[method-assign]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -130,12 +130,14 @@ def test_the_plan_does_not_depend_on_padding_nor_on_the_kind_of_batches(tmp_path
 
 def test_training_reads_the_batches_that_it_would_have_read_without_pruning(tmp_path: Path) -> None:
     seen = []
-    for callbacks in ([], [prune()]):
+    shuffled = prune(calibration=TheirData().train_dataloader())
+    for callbacks in ([], [prune()], [shuffled]):
         seed_everything(3)
         module = Their()
         make_trainer(tmp_path, *callbacks).fit(module, datamodule=TheirData())
         seen.append(module.seen)
-    assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
+    for own in seen[1:]:
+        assert all(torch.equal(*pair) for pair in zip(seen[0], own, strict=True))
 
 
 def test_calibration_batches_come_from_the_argument_the_data_the_module_or_training(tmp_path: Path) -> None:
@@ -204,6 +206,34 @@ def test_the_other_callbacks_work_beside_it_or_say_why_not(
     with torch.no_grad():
         torch.testing.assert_close(saved(ids).logits, module.model(ids).logits)
     assert (tmp_path / "plan.json").exists() and "recovered" in (tmp_path / "report.json").read_text()
+
+
+def test_a_second_fit_of_a_trainer_calibrates_on_its_own_text(tmp_path: Path) -> None:
+    class Other(TheirData):
+        def calibration_batches(self) -> Iterable[Any]:
+            marks.append("other")
+            return [torch.stack(make_rows()[:1])]
+
+    marks: list[str] = []
+    trainer = make_trainer(tmp_path, prune())
+    trainer.fit(Their(), datamodule=TheirData())
+    trainer.fit_loop.epoch_progress.reset()
+    trainer.fit(Their(), datamodule=Other())
+    assert marks == ["other"]
+
+
+class FailsLate(Callback):
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        raise RuntimeError("too late")
+
+
+def test_a_fit_that_failed_before_the_model_was_built_leaves_nothing_behind(tmp_path: Path) -> None:
+    module = Their("configure_model")
+    with pytest.raises(RuntimeError, match="too late"):
+        make_trainer(tmp_path, prune(rate=0.5), FailsLate()).fit(module, datamodule=TheirData())
+    make_trainer(tmp_path, prune(rate=0.5)).fit(module, datamodule=TheirData())
+    assert count_groups(module.model) == [(4, 2)] * 3  # cut once
+    assert "configure_model" not in vars(module)
 
 
 class Nested(Their):

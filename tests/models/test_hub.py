@@ -3,8 +3,10 @@
 import http.server
 import os
 import socket
+import ssl
 import threading
 import time
+import urllib.error
 from collections.abc import Iterator
 
 import datasets
@@ -44,6 +46,14 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_for_seconds(silent: str, m
         gqaprune.load_model("someone/other")
     assert time.monotonic() - began < 5
     assert is_offline_mode() and datasets.config.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_certificate_that_is_not_known_here_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise urllib.error.URLError(ssl.SSLCertVerificationError("self-signed"))
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    assert hub.can_reach("https://mirror.example")
 
 
 def test_any_answer_will_do() -> None:

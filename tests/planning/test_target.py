@@ -1,14 +1,21 @@
 """A size to reach in place of a rate."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
+import gqaprune
 from gqaprune import CalibrationSet, prune
+from gqaprune.callbacks import TaylorPruning
+from gqaprune.datamodules import TextDataModule
 from gqaprune.models.architecture import count_parameters
+from gqaprune.module import CausalLMModule
 from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.target import parse_size, resolve_target
 
-from tiny import make_model, make_plain, make_tokens
+from tiny import DATA, PLAIN, make_model, make_plain, make_tokens
 
 
 @pytest.mark.parametrize(
@@ -37,6 +44,24 @@ def test_the_model_that_is_left_has_the_size_that_was_asked_for(dtype: torch.dty
         left = count_parameters(model)
         assert abs(left - wanted) < 600  # to the nearest step: a group has more
         assert plan.rate == pytest.approx(1 - wanted / dense) and plan.rate_base == "all"
+
+
+def test_a_size_is_that_of_the_type_that_weights_are_loaded_in(tiny_folder: Path, tmp_path: Path) -> None:
+    size = sum(own.nbytes for own in gqaprune.load_model(tiny_folder, "bfloat16").parameters())
+    module = CausalLMModule(str(tiny_folder), dtype="bfloat16")
+    pruning = TaylorPruning(**{**PLAIN, "allocation": "global", "target_size": str(int(0.9 * size))})
+    data = TextDataModule(str(tiny_folder), **DATA)
+    Trainer(
+        accelerator="cpu",
+        limit_train_batches=0,
+        limit_val_batches=0,
+        logger=False,
+        callbacks=[pruning],
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    ).fit(module, datamodule=data)
+    left = sum(own.nbytes for own in module.model.parameters())
+    assert abs(left / size - 0.9) < 0.02
 
 
 def test_targets_that_cannot_be_are_refused() -> None:
