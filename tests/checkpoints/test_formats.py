@@ -93,8 +93,7 @@ def test_commands_write_an_entered_format_and_list_it(
     assert "names format" in capsys.readouterr().out
     for arguments in (["export", "--help"], ["fit", "--help"]):
         monkeypatch.setattr("sys.argv", ["gqaprune", *arguments])
-        with pytest.raises(SystemExit):
-            main()
+        assert main() == 0
         assert "`names` (names of tensors); `auto` is" in " ".join(capsys.readouterr().out.split())
 
 
