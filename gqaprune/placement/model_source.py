@@ -8,7 +8,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig, PreTrainedModel
 
-from gqaprune.models.dtypes import DTYPES, read_dtype
+from gqaprune.models.dtypes import DTYPES, check_dtype, read_dtype
 from gqaprune.models.loading import build_without_weights, load_model
 from gqaprune.models.sources import load_config
 from gqaprune.placement.loading_by_layer import can_read_by_layer, load_offloaded_model, load_sharded_model
@@ -48,7 +48,12 @@ class ModelSource:
 
     @property
     def loaded_dtype(self) -> torch.dtype:
-        """The type that weights have once they are loaded."""
+        """The type that weights have once they are loaded.
+
+        Raises:
+            ValueError: if it is named by none of `DTYPES`.
+        """
+        check_dtype(self.dtype)
         named = DTYPES[self.dtype]
         return named if isinstance(named, torch.dtype) else read_dtype(self.read_config()) or torch.float32
 
