@@ -41,6 +41,19 @@ from gqaprune.planning.selection import (
     score_blocks,
     select_blocks,
 )
+from gqaprune.planning.stages import (
+    CURVES,
+    CUT,
+    DENSE,
+    DISTILLATION,
+    IMPORTANCE,
+    LESSONS,
+    PRUNED,
+    StageCounter,
+    Work,
+    list_stages,
+    name_scores,
+)
 from gqaprune.planning.target import resolve_target
 from gqaprune.reporting.report import LayerDamage, Outlier, Report, describe_model
 from gqaprune.scoring.criteria.base import Scores
@@ -90,7 +103,10 @@ def prune(
             ranks end with different plans or weights.
     """
     with torch.inference_mode(False), torch.enable_grad():  # which scores are made of, whatever the caller forbids
-        pruner = Pruner(model, CalibrationSet.wrap(calibration), config, evaluation=evaluation, stages=stages)
+        text = CalibrationSet.wrap(calibration)
+        tokens = sum(batch.numel() for batch in text.batches)
+        counter = StageCounter([name for name, _ in list_stages(config, Work(tokens, 0, 0))][:-1])  # nothing is written
+        pruner = Pruner(model, text, config, evaluation=evaluation, stages=stages, counter=counter)
         check_saves(model)  # what cannot be written is not worth the work
         pruner.measure("dense")
         pruner.spend()
@@ -107,6 +123,7 @@ class Pruner:
         evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on.
         held_out: likewise, calibration text that is not calibrated on, for each stage's own judgement.
         stages: where finished stages are kept, so that a killed run can be resumed.
+        counter: says which stage begins.
 
     Attributes:
         plan: from the dense model to what it is now.
@@ -128,6 +145,7 @@ class Pruner:
         evaluation: Evaluation | None = None,
         held_out: Sequence[Mapping[str, Tensor]] = (),
         stages: StageCache | None = None,
+        counter: StageCounter | None = None,
     ) -> None:
         check_model(model)
         check_config(config)
@@ -139,7 +157,7 @@ class Pruner:
         self.model, self.calibration, self.config = model, calibration, config
         self.evaluation = list_corpora(evaluation or {})
         self.held_out = {_HELD_OUT: held_out} if held_out else {}
-        self.stages = stages or StageCache()
+        self.stages, self.counter = stages or StageCache(), counter or StageCounter()
         for name, batches in {**self.evaluation, **self.held_out}.items():
             check_evaluation(model, batches, name)
         removed = None
@@ -166,6 +184,7 @@ class Pruner:
 
     def measure(self, stage: str) -> None:
         """Measure the model as it is now, as a stage of the report."""
+        self.counter.begin(PRUNED if self.share else DENSE)
         texts = {**self.evaluation, **self.held_out}
         measured = self._stages_of_model().recall(
             f"perplexity, {stage}",
@@ -234,6 +253,7 @@ class Pruner:
     def _measure_options(self) -> AllocationOptions:
         """Measure what the allocation looks at besides scores, once, on the dense model."""
         if self._options is None:
+            self.counter.begin(IMPORTANCE)
             options = measure_options(
                 self.model,
                 self.calibration,
@@ -281,6 +301,7 @@ class Pruner:
             self._note_rounding(spending.so_far)
         self.scores = {BlockKey.parse(name): score_U for name, score_U in chosen.tensors.items()}
         self.plan = self.plan.then(plan)
+        self.counter.begin(CUT)
         batches = self.calibration.batches
         damage = self._watch_damage() if facts["damages"] else None
         repairs = apply_plan_with_repair(self.model, plan, batches, self.config.repair, stages, damage)
@@ -306,7 +327,9 @@ class Pruner:
     def _choose(self, share: float, options: AllocationOptions, stages: StageCache) -> StageResult:
         """Return the plan that spends `share` of the budget on the model in its current state."""
         model, dense_blocks, config, batches = self.model, self.dense_blocks, self.config, self.calibration.batches
+        self.counter.begin(name_scores(config))
         scores, outliers = score_blocks(model, self.calibration, config, stages)
+        self.counter.begin(CURVES)
         scores, options, points = measure_curves(
             model, dense_blocks, scores, outliers, batches, config, options, stages
         )
@@ -335,6 +358,7 @@ class Pruner:
         """Note what the dense model predicts, if the decoder is to be trained towards it."""
         if not can_distill(self.model, self.config.repair):
             return
+        self.counter.begin(LESSONS)
         batches = self.calibration.batches
         repair = self.config.repair
         trained, judged = split_windows(batches, choose_held_out(len(batches), repair.holdout), repair.distill_tokens)
@@ -342,6 +366,7 @@ class Pruner:
 
     def _distill(self, lessons: Lessons) -> Distillation:
         """Train the decoder towards what was noted."""
+        self.counter.begin(DISTILLATION)
         layers, repair = get_layers(self.model), self.config.repair
 
         def do() -> StageResult:

@@ -17,6 +17,7 @@ from gqaprune.datamodules import TextDataModule
 from gqaprune.datamodules.config import CalibrationConfig, EvaluationConfig, TrainingConfig
 from gqaprune.models.tokenizer import load_tokenizer
 from gqaprune.module import CausalLMModule
+from gqaprune.planning.stages import Work
 from gqaprune.training.lightning_internals import get_train_batches, reads_from_module
 
 
@@ -121,6 +122,16 @@ def find_causal_lm(pl_module: LightningModule, attribute: str) -> PreTrainedMode
         f"{type(pl_module).__name__}.{attribute} is a {type(model).__name__}: TaylorPruning(model_attribute=...) names "
         "the attribute that holds the causal LM of transformers"
     )
+
+
+def read_work(trainer: Trainer, data: TextDataModule, trains: bool) -> Work:
+    """What a run reads, has the model write and trains on, as its settings say."""
+    settings = data.calibration
+    windows = (settings.windows or 0) + settings.sampled_windows
+    sampled = settings.sampled_windows * settings.window
+    sampled += data.training.sampled_windows * data.training.window if trains else 0
+    tokens = data.training.tokens and data.training.tokens * (trainer.max_epochs or 1)
+    return Work(windows * settings.window, sampled, tokens if trains else 0)
 
 
 class GivenText(TextDataModule):

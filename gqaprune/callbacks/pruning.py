@@ -25,12 +25,7 @@ from gqaprune.callbacks.checks import (
     list_doubts,
 )
 from gqaprune.callbacks.order import Phase, check_copies_follow, order_callbacks, sort_callbacks
-from gqaprune.callbacks.parts import (
-    can_be_pruned_yet,
-    check_own_parts,
-    get_parts,
-    uses_own_parts,
-)
+from gqaprune.callbacks.parts import can_be_pruned_yet, check_own_parts, get_parts, read_work, uses_own_parts
 from gqaprune.callbacks.run_state import RunState, get_run
 from gqaprune.callbacks.trainer_checks import check_accumulation, check_batches, check_trainer
 from gqaprune.common.console import console
@@ -49,6 +44,7 @@ from gqaprune.placement.model_source import ModelInMemory
 from gqaprune.plan import PruningPlan
 from gqaprune.planning.allocation.steps import Spending
 from gqaprune.planning.config import PruningConfig
+from gqaprune.planning.stages import END, SAMPLING, TRAINING, StageCounter, list_stages
 from gqaprune.planning.target import resolve_target
 from gqaprune.reporting.report import Report
 from gqaprune.scoring.criteria.base import Scores
@@ -126,6 +122,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         self._run = RunState()
         self._pruner: Pruner | None = None
         self._spending: Spending | None = None
+        self._counter = StageCounter()
 
     def join(self, run: RunState) -> None:
         """Tell the other callbacks what is going to be pruned, and where the model and its text are."""
@@ -219,6 +216,10 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         find_store(model).move_to(trainer.strategy.root_device)
         if data.tokenizer is not None:
             check_tokenizer(data.tokenizer, model)
+        if module.plan is None:
+            stages = list_stages(self.config, read_work(trainer, data, trains))
+            self._counter = StageCounter([name for name, _ in stages])
+            self._counter.begin(SAMPLING)
         if data.training.sampled_windows and trains:
             dense = model if module.plan is None else module.source.load().to(trainer.strategy.root_device)
             data.sample_train_windows(dense)
@@ -240,6 +241,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the trainer's own accumulation, except where `setup` has set it for a strategy that accumulates."""
+        self._counter.begin(TRAINING)
         if not trainer.strategy.handles_gradient_accumulation:
             super().on_train_start(trainer, pl_module)
             self.on_train_epoch_start(trainer)  # which Lightning leaves out where it goes on within an epoch
@@ -280,11 +282,16 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if training ended before its last round."""
+        self._counter.begin(END)
         if self._pruner is not None and self._pruner.share < 1:
             console.print(
                 f"training ended before its last round: {self._pruner.share:.0%} of the budget is spent; let it go on, "
                 "or set recovery.rounds to 1"
             )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that the end begins where nothing was trained."""
+        self._counter.begin(END)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the stages of a run that has ended; one that is stopped does not come here."""
@@ -394,6 +401,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
             evaluation=data.evaluation_batches(),
             held_out=data.held_out_batches() if config.needs_text else (),
             stages=stages,
+            counter=self._counter,
         )
         if isinstance(module.source, ModelInMemory):  # its weights may not be those of the files that it names
             pruner.plan = replace(pruner.plan, fingerprint="")

@@ -23,7 +23,7 @@ from gqaprune.callbacks import (
     TaylorPruning,
 )
 from gqaprune.callbacks.lookup import get_run_folder
-from gqaprune.callbacks.parts import check_own_parts
+from gqaprune.callbacks.parts import check_own_parts, read_work
 from gqaprune.cli.arguments import (
     DRY_RUN,
     SETTINGS,
@@ -36,7 +36,7 @@ from gqaprune.cli.arguments import (
 )
 from gqaprune.cli.overview import DESCRIPTIONS
 from gqaprune.cli.trainer import PruningTrainer, check_checkpoint, keep_going_without, split_over_all
-from gqaprune.commands.dry_run import Work, describe_dry_run
+from gqaprune.commands.dry_run import describe_dry_run
 from gqaprune.common.atomic_files import check_can_be_folder
 from gqaprune.common.console import console
 from gqaprune.common.errors import first_line
@@ -255,16 +255,11 @@ class PruningCLI(LightningCLI):
         check_own_parts(self.trainer, self.model, "dry_run", self.datamodule)
         data, pruning = self.datamodule, get_setting(self, "pruning").config
         trains = self.subcommand == "fit" and self.trainer.limit_train_batches != 0
-        settings = data.calibration
-        windows = (settings.windows or 0) + settings.sampled_windows
-        sampled = settings.sampled_windows * settings.window
-        sampled += data.training.sampled_windows * data.training.window if trains else 0
-        tokens = data.training.tokens and data.training.tokens * (self.trainer.max_epochs or 1)
         console.print(
             describe_dry_run(
                 self.model.source,
                 pruning,
-                Work(windows * settings.window, sampled, tokens if trains else 0),
+                read_work(self.trainer, data, trains),
                 self.trainer.strategy.root_device,
                 data.training.window * data.training.batch_size,
                 self.trainer.world_size,

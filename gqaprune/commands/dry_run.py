@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from rich.console import Group, RenderableType
@@ -15,60 +14,11 @@ from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.memory import GIB, ModelSizes, estimate_memory, read_sizes
 from gqaprune.planning.preflight import check_reachable
 from gqaprune.planning.selection import read_budget, select_blocks
+from gqaprune.planning.stages import TRAINING, Work, list_stages
 from gqaprune.planning.target import resolve_target
 
-_BACKWARD = 3.0
-"""Forward passes that forward and backward together cost."""
-_SAMPLED = 3.4
-"""Forward passes that a token costs which the model writes itself, one after the other."""
 _EFFICIENCY = 0.6
 """Share of a matrix product's speed that a whole model reaches."""
-_PASSES = {"gates": 2.2, "weight gradients": 3.0, "activations": 1.2, "outliers": 0.75, "curves": 1.5, "repair": 1.3}
-"""Forward passes over the calibration text, estimates: of gates, activations and outliers as counted once."""
-_REFINED = 0.7
-"""Likewise of each pass of refinement."""
-_KINDS = {"fisher": "gates", "taylor": "gates", "wanda": "activations", "wifv": "activations", "obs": "activations"}
-_WITHOUT_TEXT = ("l1", "l2", "random")
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a run reads and trains.
-
-    Args:
-        calibration_tokens: of corpora and the model's own.
-        sampled_tokens: that the model writes itself, for calibration and for training.
-        training_tokens: of all epochs together; None where the text has not been counted, 0 without training.
-    """
-
-    calibration_tokens: int
-    sampled_tokens: int
-    training_tokens: int | None
-
-
-def list_stages(config: PruningConfig, work: Work) -> list[tuple[str, float]]:
-    """The stages of a run in their order, each with the tokens of forward passes that it costs."""
-    tokens = work.calibration_tokens
-    stages = [("the model writes text", _SAMPLED * work.sampled_tokens)] if work.sampled_tokens else []
-    if config.removes_something:
-        for name in config.criterion.split("+"):
-            kind = _KINDS.get(name, "" if name in _WITHOUT_TEXT else "weight gradients")
-            stages.append((f"scores, {name}", _PASSES.get(kind, 0.0) * tokens))
-        if config.scoring.protect_outliers:
-            stages.append(("outliers", _PASSES["outliers"] * tokens))
-        if config.uses_importance:
-            stages.append(("importance of layers", 2.0 * tokens))
-        if config.uses_damage_curves:
-            stages.append(("damage of each block", _PASSES["curves"] * tokens))
-        stages.append(("plan", 0.0))
-        repair = config.repair
-        passes = (_PASSES["repair"] if repair.refits_weights else 0.0) + _REFINED * repair.epochs * repair.refines
-        stages.append(("cut and repair, layer by layer", passes * tokens))
-        if repair.distills:
-            stages.append(("distillation", tokens + _BACKWARD * repair.distill_tokens))
-    if work.training_tokens != 0:
-        stages.append(("training", _BACKWARD * (work.training_tokens or 0)))
-    return [*stages, ("perplexity, checkpoint, report", 0.0)]
 
 
 def describe_dry_run(
@@ -132,7 +82,7 @@ def _list_work(sizes: ModelSizes, pruning: PruningConfig, work: Work, device: to
     table = Table(title=f"stages, about {show_time(total)} on this machine", title_justify="left", show_header=False)
     table.caption = "rough: the speed of a matrix product, tried now, and an estimate of passes over the text"
     for number, (name, tokens) in enumerate(stages, start=1):
-        unknown = name == "training" and work.training_tokens is None
+        unknown = name == TRAINING and work.training_tokens is None
         taken = "its text is not counted yet" if unknown else show_time(tokens * per_token) if tokens else ""
         table.add_row(f"{number} of {len(stages)}", name, taken)
     return table

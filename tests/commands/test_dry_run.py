@@ -1,5 +1,6 @@
 """What a run would do is said before it, and nothing of it is done."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ import pytest
 
 import gqaprune
 from gqaprune import PruningConfig
-from gqaprune.commands.dry_run import Work, list_stages, show_time
+from gqaprune.commands.dry_run import show_time
 from gqaprune.common.console import console
+from gqaprune.planning.stages import StageCounter, Work, list_stages
 
 from command import Run
 
@@ -45,10 +47,32 @@ def test_a_budget_that_cannot_be_met_is_refused_in_a_dry_run_too(run: Run, capsy
 
 def test_stages_follow_from_the_settings() -> None:
     default = [name for name, _ in list_stages(PruningConfig(), WORK)]
-    assert default[:2] == ["scores, fisher", "scores, obs"] and "distillation" in default and "training" in default
+    assert default[2] == "scores, fisher+obs" and "distillation" in default and "training" in default
     bare: dict[str, Any] = {"repair": {"method": "none"}, "scoring": {"protect_outliers": False}}
     plain = PruningConfig(criterion="l2", allocation="global", **bare)
     names = [name for name, _ in list_stages(plain, Work(1000, 10, 0))]
     assert names[0] == "the model writes text" and "distillation" not in names and "training" not in names
     assert dict(list_stages(plain, WORK))["scores, l2"] == 0
     assert [show_time(seconds) for seconds in (3.21, 90, 7200)] == ["3.2 s", "1.5 min", "2 h"]
+
+
+def test_a_run_says_which_stage_of_how_many_it_is_in_and_says_those_that_its_dry_run_names(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "quiet", False)
+    assert run("fit", "--dry_run") == 0
+    listed = re.findall(r"(\d+) of (\d+)[ │]+([^│]+?)(?:  | │)", capsys.readouterr().out)
+    assert run("fit") == 0
+    said = re.findall(r"stage (\d+) of (\d+): (.+)", capsys.readouterr().out)
+    assert said and said == listed
+    assert [int(number) for number, _, _ in said] == list(range(1, len(said) + 1))
+
+
+def test_a_stage_is_said_once_until_another_one_begins(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "quiet", False)
+    counter = StageCounter(["cut", "training"])
+    for name in ("cut", "cut", "unknown", "training", "cut"):
+        counter.begin(name)
+    assert capsys.readouterr().out.splitlines() == ["stage 1 of 2: cut", "stage 2 of 2: training", "stage 1 of 2: cut"]
