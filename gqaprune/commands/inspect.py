@@ -167,7 +167,7 @@ def build_reach_table(reach: Sequence[Reach]) -> Table:
     )
     table = Table(title="rates that are reachable", caption=caption, caption_style="dim", title_justify="left")
     for name in ("", "parameters/unit", "parameters/block", "by default", "in all layers"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
     for one in reach:
         block = one.units * one.unit_parameters
         shares = f"{one.reachable:.1%}", f"{one.reachable_anywhere:.1%}"
@@ -188,7 +188,7 @@ def build_memory_table(
     table.add_column("", no_wrap=True)
     for place in PLACES:
         table.add_column(
-            f"{place}, {devices}" if place in ("ddp", "fsdp", "sharded") else place, justify="right", no_wrap=True
+            f"{place}, {devices}" if place in ("ddp", "fsdp", "sharded") else place, justify="right", overflow="fold"
         )
     for work, row in bytes_needed.items():
         table.add_row(work, *("–" if row[place] is None else f"{(row[place] or 0) / GIB:,.2f}" for place in PLACES))

@@ -181,7 +181,7 @@ def build_sweep_table(sweep: Sweep, protocol: str = "") -> Table:
     table = Table(title="by rate", caption=protocol or None, caption_style="dim", title_justify="left")
     corpora = list(sweep.results[0.0].perplexity)
     for name in ("rate", "parameters", "KV-cache bytes/token", f"decode @{sweep.context:,}", *corpora):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     for rate, stage in sorted(sweep.results.items()):
         dense = sweep.results[0.0]
         table.add_row(

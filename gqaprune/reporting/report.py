@@ -271,7 +271,7 @@ def build_table(report: Report) -> Table:
     )
     table.add_column("", no_wrap=True)
     for stage in report.stages:
-        table.add_column(stage.name, justify="right", no_wrap=True)
+        table.add_column(stage.name, justify="right", overflow="fold")
     for label, cells in list_rows(report):
         table.add_row(label, *cells)
     return table
