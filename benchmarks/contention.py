@@ -132,14 +132,14 @@ def describe(seconds: Seconds, others: float, options: argparse.Namespace) -> st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and write the table into RESULTS.md."""
+    """Measure, print, and write the table into results/reliability.md."""
     from quality_report import splice
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results/reliability.md")
     parser.add_argument("--work", choices=["gqaprune", "torch"], help=argparse.SUPPRESS)
     parser.add_argument("--endless", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -180,11 +180,11 @@ def measure(options: argparse.Namespace) -> tuple[list[list[str]], list[list[str
 
 
 def main() -> int:
-    """Measure, print, and write the table into RESULTS.md."""
+    """Measure, print, and write the table into results/formats.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a pruned model")
     parser.add_argument("--python", required=True, help="Python of an environment without gqaprune")
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results/formats.md")
     options = parser.parse_args()
     header = ["format", "class", "remote code", "weights", "difference of logits", "KL divergence", "cached generation"]
     lines, of_llama_cpp = measure(options)

@@ -155,13 +155,13 @@ def describe(rows: Sequence[Row], device: str, epochs: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write the tables into RESULTS.md, and print them."""
+    """Measure, write the tables into results/large_models.md, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--geometry", nargs="+", choices=list(TEXT), default=["llama-3-8b", "qwen2.5-7b"])
     parser.add_argument("--epochs", type=int, default=0, help="of refinement, after least squares")
     parser.add_argument("--seconds", type=float, default=450, help="after which what has not ended is left out")
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results/large_models.md")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("there is no CUDA device: run this where there is one, or try it with --device cpu --geometry tiny")

@@ -181,10 +181,10 @@ def draw(points: Points, path: Path) -> None:
 
 
 def main() -> int:
-    """Measure, print, draw, and write the table into RESULTS.md."""
+    """Measure, print, draw, and write the table into results/large_models.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results/large_models.md")
     parser.add_argument("--images", type=Path, default=HERE.parent / "docs" / "images")
     options = parser.parse_args()
     console.quiet = True

@@ -137,11 +137,11 @@ def measure(case: Case, variants: Mapping[str, Mapping[str, Any]], turns: int) -
 
 
 def main() -> int:
-    """Measure, print, and write the tables into RESULTS.md."""
+    """Measure, print, and write the tables into results/inference.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=list(CASES), default="cpu")
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results/inference.md")
     options = parser.parse_args()
     case = CASES[options.device]
     table = describe(measure(case, VARIANTS, options.turns), case)

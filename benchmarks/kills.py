@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md", help="Markdown file for the table")
+    parser.add_argument("--results", type=Path, default=HERE / "results/reliability.md", help="Markdown file for the table")
     options = parser.parse_args(arguments)
     moments = random.Random(options.seed)
     trials = []
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_table(trials: Sequence[Trial], length: float, path: Path) -> None:
-    """Put the trials into RESULTS.md, in the order of their moments."""
+    """Put the trials into results/reliability.md, in the order of their moments."""
     head = ["killed after", "last said to be done", "went on from", "took then", "files that differ"]
     rows = [
         [f"{t.moment:.0f} s", t.stage, t.there, f"{t.seconds:.0f} s", ", ".join(t.different) or "none"]

@@ -98,7 +98,7 @@ def describe_speed(turns: Sequence[Sequence[Seconds]]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and write the tables into RESULTS.md."""
+    """Measure, print, and write the tables into results/formats.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pruned", required=True, help="the pruned model")
     parser.add_argument("--text", required=True, metavar="FILE", help="text for perplexity, all of it a test split")
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=256, help="tokens read for speed")
     parser.add_argument("--generated", type=int, default=64, help="tokens after them")
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results/formats.md")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         models, tokenizer = load_models(options, Path(temporary))

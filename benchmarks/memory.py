@@ -152,7 +152,7 @@ def measure(work: str, place: str, folder: str, options: argparse.Namespace) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and write the table into RESULTS.md."""
+    """Measure, print, and write the table into results/cost.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=768, help="a multiple of 192")
     parser.add_argument("--width", type=int, default=2048)
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch, one window")
     parser.add_argument("--calibration-tokens", type=int, default=4096)
     parser.add_argument("--works", nargs="+", choices=WORKS, default=WORKS)
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results/cost.md")
     options = parser.parse_args(arguments)
     sizes = read_sizes(make_shape(options))
     needed = estimate_memory(sizes, 4, DEVICES, options.tokens, options.calibration_tokens)

@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 Lines = tuple[list[str], list[list[str]]]
 
 BEGIN, END = "<!-- recovery:begin -->", "<!-- recovery:end -->"
-"""Markers in RESULTS.md; what is between them is written here."""
+"""Markers in results/recovery.md; what is between them is written here."""
 PRODUCTS = {"bf16-mixed": "bfloat16", "32-true": "float32"}
 """Lightning's precision -> the type that matrix products are made in."""
 

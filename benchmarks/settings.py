@@ -86,7 +86,7 @@ def train(name: str, options: argparse.Namespace) -> tuple[float, float, int, fl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and write the table into RESULTS.md."""
+    """Measure, print, and write the table into results/training_speed.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, metavar="FILE", help="text to train on")
     parser.add_argument("--model", default="smollm2-135m")
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="at least 3; the first two are not in the median")
     parser.add_argument("--rows", default="*", help="names or patterns, with commas between them")
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results/training_speed.md")
     options = parser.parse_args(arguments)
     names = select_names(options.rows, list(ROWS))
     measured = {}

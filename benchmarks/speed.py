@@ -205,7 +205,7 @@ def build_table(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table, write it into RESULTS.md."""
+    """Measure, print the table, write it into results/cost.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=["smollm2-135m", *GEOMETRIES], default="smollm2-135m")
     parser.add_argument("--text", default="embedded", help="calibration corpus of smollm2-135m")
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--lines", nargs="+", choices=list(LINES), default=list(LINES))
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results/cost.md")
     options = parser.parse_args(arguments)
     console.quiet = True
     peaks = {name: measure_apart(name, options) for name in options.lines if name in WATCHED}

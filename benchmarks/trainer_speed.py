@@ -146,7 +146,7 @@ def describe(speeds: Mapping[str, list[float]], options: argparse.Namespace) -> 
 
 
 def main() -> int:
-    """Measure, print, and write the table into RESULTS.md."""
+    """Measure, print, and write the table into results/training_speed.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, metavar="FILE", help="text to train on")
     parser.add_argument(
@@ -158,7 +158,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results/training_speed.md")
     options = parser.parse_args()
     table = describe(measure(options), options)
     print(table)

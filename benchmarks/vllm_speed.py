@@ -111,7 +111,7 @@ def describe_ratios(turns: Sequence[Sequence[Sequence[float]]], place: int) -> l
 
 
 def main() -> int:
-    """Measure, print, and write the table into RESULTS.md."""
+    """Measure, print, and write the table into results/inference.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pruned", required=True, help="the pruned model, whose layers differ")
     parser.add_argument("--python", required=True, help="Python of an environment with vLLM")
@@ -120,7 +120,7 @@ def main() -> int:
     parser.add_argument("--generated", type=int, default=64, help="tokens after them")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results/inference.md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         lines, versions = measure(options, Path(temporary))

@@ -98,7 +98,7 @@ def describe(found: Mapping[str, tuple[int, int, float]], options: argparse.Name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table, write it into RESULTS.md."""
+    """Measure, print the table, write it into results/large_models.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=4096, help="a multiple of 32")
     parser.add_argument("--width", type=int, default=14336, help="channels")
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results/large_models.md")
     options = parser.parse_args(arguments)
     found = {}
     for part in options.parts:

@@ -25,7 +25,8 @@ from tiny import DATA, copy_with_context, make_tokenizer
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [*READMES, *DOCS, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/RESULTS.md"]
+RESULTS = [ROOT / "benchmarks/RESULTS.md", *sorted((ROOT / "benchmarks/results").glob("*.md"))]
+PAGES = [*READMES, *DOCS, ROOT / "CONTRIBUTING.md", *RESULTS]
 
 MARKS = ("GPU", "hub")
 """Words in the comment of a command that is not run, and why."""
@@ -215,3 +216,10 @@ def test_every_setting_of_pruning_is_explained(settings: set[str]) -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in [READMES[0], *DOCS])
     own = {name for name in settings if name.startswith("pruning.")}
     assert {name for name in own if not re.search(rf"{re.escape(name)}\b", text)} == set()
+
+
+def test_pages_of_results_are_short_and_all_named_by_the_first_one() -> None:
+    first, *pages = RESULTS
+    for page in pages:
+        assert len(page.read_text().splitlines()) < 150, page.name
+        assert f"](results/{page.name})" in first.read_text(), page.name
