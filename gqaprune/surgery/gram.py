@@ -18,9 +18,23 @@ from torch import Tensor
 from gqaprune.common.distributed import add_across_ranks
 
 WORKSPACE = 2**29
-"""Bytes of a device that Gram matrices, factors and the work on them take at most: 3/8 to stay, 5/8 to work in."""
+"""Bytes that Gram matrices, factors and the work on them take at most on a CPU: 3/8 to stay, 5/8 to work in. A GPU with
+more free memory keeps more."""
 _COLUMNS = 512
 """Columns of an inverse that are solved for together, or one unit's."""
+
+
+def find_room(device: torch.device) -> int:
+    """Bytes of a device that matrices may stay in: half of what a GPU has free, never less than on a CPU.
+
+    What does not fit goes to the host and back at every use: for `down_proj` of a model of 8 billion parameters, 1.6 GB.
+    """
+    least = WORKSPACE * 3 // 8
+    if device.type != "cuda":
+        return least
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, to be used again
+    return max(least, (free + unused) // 2)
 
 
 class Memory:
@@ -34,7 +48,7 @@ class Memory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self._left = device, WORKSPACE * 3 // 8
+        self.device, self._left = device, find_room(device)
 
     def make_zeros(self, rows: int, columns: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """A matrix of zeros.

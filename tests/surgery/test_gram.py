@@ -169,3 +169,14 @@ def test_own_memory_stays_near_the_workspace_and_below_one_whole_matrix(monkeypa
     kept = sum(panel.nbytes for panel in found.panels)
     assert growth["RssFile"] > 0.9 * kept - workspace * 3 / 8
     assert growth["RssAnon"] < 1.5 * workspace < 8 * size * size  # what the products' library takes is beside it
+
+
+def test_a_gpu_keeps_what_half_of_its_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, reserved, allocated = 60 * 2**30, 9 * 2**30, 5 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert gram.find_room(gpu) == 32 * 2**30
+    free = reserved = allocated = 0
+    assert gram.find_room(gpu) == gram.find_room(cpu) == gram.WORKSPACE * 3 // 8  # a full GPU is no worse off
