@@ -12,6 +12,7 @@ _PRUNED = (
     "data.calibration.sampled_windows",
     "pruning.rate",
     "pruning.kv_rate",
+    "pruning.effort",
     "pruning.allocation",
     "pruning.split",
     "pruning.granularity",

@@ -1,6 +1,8 @@
 """What to remove and how to choose it: the settings of the whole path, checked when they are made."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from gqaprune.common.field_types import check_field_types
 from gqaprune.common.renamed import RenamedAttributes, build_group, name_successors
@@ -14,6 +16,12 @@ FREE = "free"
 """The split that the allocation chooses."""
 DAMAGES = ("repaired", "gated", "scores")
 """What `optimal` may count as damage."""
+EFFORTS: Mapping[str, Mapping[str, Any]] = {
+    "quick": {"criterion": "obs", "allocation": "uniform", "repair": {"epochs": 0, "distill_tokens": 0}},
+    "default": {},
+    "best": {"repair": {"distill_tokens": 524_288}},
+}
+"""What each effort sets, in place of a default."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,9 @@ class PruningConfig(RenamedAttributes):
         target_parameters: parameters to leave, such as 6e9, to the nearest step, in place of `rate`.
         target_size: bytes of weights to leave, in the type that they are loaded in, such as `5GB` or `4.7GiB`, in place
             of `rate`.
+        effort: how much time pruning may take: `quick` (scores by `obs`, the same counts in every layer, least squares
+            alone), `default`, or `best` (four times as long a distillation). It replaces defaults: a setting that has
+            another value than its default keeps it.
         kv_rate: share of the KV heads, and so of the KV cache, to remove, to the nearest group (with
             `uniform` one of every layer); 0 lets the allocation choose.
         split: attention : MLP shares of what is removed, such as `2:8` (in YAML in quotes), within one GQA group
@@ -64,6 +75,7 @@ class PruningConfig(RenamedAttributes):
     rate_base: str = "decoder"
     target_parameters: float | None = None
     target_size: str | None = None
+    effort: str = "default"
     kv_rate: float = 0.0
     split: str | None = None
     granularity: str = "group"
@@ -82,6 +94,7 @@ class PruningConfig(RenamedAttributes):
         self._build_groups()
         check_field_types(self)
         self._check_names()
+        self._apply_effort()
         self._check_bounds()
         self._check_combinations()
 
@@ -126,9 +139,21 @@ class PruningConfig(RenamedAttributes):
                 value = build_group(f"pruning.{field.name}", group, getattr(self, field.name))
                 object.__setattr__(self, field.name, value)
 
+    def _apply_effort(self) -> None:
+        """Set what the effort does, where a setting is at its default."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, value in EFFORTS[self.effort].items():
+            current, default = getattr(self, name), defaults[name]
+            if isinstance(value, Mapping):
+                kept = {key: one for key, one in value.items() if getattr(current, key) == getattr(default, key)}
+                object.__setattr__(self, name, replace(current, **kept))
+            elif current == default:
+                object.__setattr__(self, name, value)
+
     def _check_names(self) -> None:
         for name, members in (
             ("rate_base", ("decoder", "all")),
+            ("effort", tuple(EFFORTS)),
             ("allocation", tuple(ALLOCATIONS)),
             ("damage", DAMAGES),
             ("granularity", GRANULARITIES),

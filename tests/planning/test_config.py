@@ -19,6 +19,7 @@ from tiny import make_plain
             "allocation must be one of uniform, global, inverse, proportional, optimal, got 'magic'",
         ),
         ({"rate_base": "magic"}, "rate_base must be one of decoder, all, got 'magic'"),
+        ({"effort": "none"}, "effort must be one of quick, default, best, got 'none'"),
         ({"granularity": "head"}, "granularity must be one of group, query, got 'head'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"limits": {"min_rate": 0.6, "max_rate": 0.5}}, "min_rate <= max_rate"),
@@ -102,3 +103,14 @@ def test_groups_of_settings_are_dictionaries_or_their_own_classes() -> None:
     assert PruningConfig(repair={"epochs": 2, "learning_rate": 0.1}).repair == RepairConfig(epochs=2, learning_rate=0.1)
     with pytest.raises(ValueError, match=r"pull must be in \[0, 1\], got 2"):
         PruningConfig(repair={"pull": 2.0})
+
+
+def test_effort_replaces_defaults_and_keeps_what_was_set() -> None:
+    default, quick = PruningConfig(), PruningConfig(effort="quick")
+    assert (quick.criterion, quick.allocation) == ("obs", "uniform")
+    assert not quick.repair.refines and not quick.repair.distills and quick.repair.refits_weights
+    kept = PruningConfig(effort="quick", criterion="wanda", repair={"epochs": 1})  # type: ignore[arg-type]
+    assert (kept.criterion, kept.repair.epochs, kept.repair.distill_tokens) == ("wanda", 1, 0)
+    assert PruningConfig(effort="best").repair.distill_tokens > default.repair.distill_tokens
+    assert PruningConfig(effort="default") == default
+    assert PruningConfig(**vars(quick)) == quick  # as a saved configuration is read
