@@ -67,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--results", type=Path, default=HERE / "results/reliability.md", help="Markdown file for the table")
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results/reliability.md", help="Markdown file for the table"
+    )
     options = parser.parse_args(arguments)
     moments = random.Random(options.seed)
     trials = []

@@ -198,7 +198,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=800, help="MiB")
     parser.add_argument("--layers", type=int, default=60, help="of the model, 50 MiB each")
-    parser.add_argument("--results", type=Path, default=HERE / "results/large_models.md", help="Markdown file for the table")
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results/large_models.md", help="Markdown file for the table"
+    )
     parser.add_argument("--work", type=Path, help="folder on a disk, for three times the model; a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:

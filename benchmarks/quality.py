@@ -4,8 +4,8 @@
         --peers-python ../peers/bin/python --rows 'dense,default,optipfair-*' --rates 0.1,0.2,0.3 --resume
 
 Every row (a method at a rate) runs in a process of its own and is kept as one JSON file with a key: a hash of all that
-it depends on. `--resume` runs what has no file with the current key. The tables go to the console and results/quality.md, the
-figures to docs/images.
+it depends on. `--resume` runs what has no file with the current key. The tables go to the console and to
+results/quality.md, the figures to docs/images.
 
 A new row of ours is one line in `METHODS`; a peer is an entry of `PEERS` in peers.py.
 """
@@ -139,7 +139,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rates", default="0.1,0.2,0.3", help="shares of decoder-layer parameters to remove")
     parser.add_argument("--model", default="smollm2-135m", help="the dense model; rows are named after its last part")
     parser.add_argument("--peers-python", default=sys.executable, help="Python that has requirements.txt installed")
-    parser.add_argument("--results", type=Path, default=HERE / "results/quality.md", help="Markdown file for the tables")
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results/quality.md", help="Markdown file for the tables"
+    )
     parser.add_argument("--images", type=Path, default=HERE.parent / "docs" / "images", help="folder for figures")
     parser.add_argument("--keep", type=Path, help="folder to keep pruned models of ours in, each as its row is named")
     parser.add_argument("--stages", type=Path, help="folder of stages that rows share; no seconds are kept then")

@@ -119,7 +119,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=HERE / "recovery_rows", help="where rows are kept as JSON")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="where the pruned model is kept")
     parser.add_argument("--model", default="smollm2-135m", help="the dense model")
-    parser.add_argument("--results", type=Path, default=HERE / "results/recovery.md", help="Markdown file for the tables")
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results/recovery.md", help="Markdown file for the tables"
+    )
     parser.add_argument("--images", type=Path, default=HERE.parent / "docs" / "images", help="folder for figures")
     parser.add_argument("--precision", choices=PRODUCTS, default=TRAINING["precision"], help="of Lightning's Trainer")
     parser.add_argument("--resume", action="store_true", help="skip rows that are there with the current key")

@@ -27,7 +27,7 @@ _COLUMNS = 512
 def find_room(device: torch.device) -> int:
     """Bytes of a device that matrices may stay in: half of what a GPU has free, never less than on a CPU.
 
-    What does not fit goes to the host and back at every use: for `down_proj` of a model of 8 billion parameters, 1.6 GB.
+    What does not fit goes to the host and back at every use: 1.6 GB for a `down_proj` of Llama-3-8B.
     """
     least = WORKSPACE * 3 // 8
     if device.type != "cuda":
