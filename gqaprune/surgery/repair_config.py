@@ -88,7 +88,7 @@ class RepairConfig:
 
     @property
     def fits_biases(self) -> bool:
-        """Whether biases are fitted: beside the weights, or alone as the mean of what the removed columns gave."""
+        """Whether biases are fitted, beside the weights or alone as the mean of what the removed columns gave."""
         return self.method == "bias" or (self.refits_weights and self.bias)
 
     @property
