@@ -24,7 +24,7 @@ def list_chinese_pages(app: Sphinx, docname: str, source: list[str]) -> None:
         return
     pages = sorted(page for page in app.env.found_docs if page.endswith(CHINESE) and page != docname)
     entries = [f"/{page}" for page in pages if page != README]
-    source[0] += "\n".join(["", "```{toctree}", f"简介与快速开始 </{README}>", *entries, "```", ""])
+    source[0] += "\n".join(["", "```{toctree}", ":maxdepth: 1", "", f"简介与快速开始 </{README}>", *entries, "```", ""])
 
 
 def add_languages(app: Sphinx) -> None:

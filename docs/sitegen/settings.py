@@ -64,20 +64,22 @@ def list_settings(owner: Callable[..., Any], prefix: str = "") -> Iterator[Setti
     Raises:
         ValueError: if one is not described.
     """
+    made = owner() if is_dataclass(owner) else None  # its defaults may come from factories
     described = {one.arg_name: one.description for one in parse(owner.__doc__ or "").params}
     for parameter in signature(owner).parameters.values():
         name = prefix + parameter.name
+        value = getattr(made, parameter.name, parameter.default)
         if parameter.kind is Parameter.VAR_KEYWORD:
             yield from list_settings(ANY_SETTINGS[owner], prefix)  # type: ignore[index]
         elif name in FOR_PYTHON:
             continue
-        elif is_dataclass(parameter.default):
-            yield from list_settings(type(parameter.default), f"{name}.")
+        elif is_dataclass(value):
+            yield from list_settings(type(value), f"{name}.")
         else:
             description = HELP[name]() if name in HELP else described.get(parameter.name)
             if not description:
                 raise ValueError(f"{name} is not described: {owner.__name__}'s docstring needs it under Args")
-            default = "" if parameter.default is Parameter.empty else format_default(parameter.default)
+            default = "" if value is Parameter.empty else format_default(value)
             yield Setting(name, describe_type(parameter.annotation), default, " ".join(description.split()))
 
 
