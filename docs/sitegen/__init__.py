@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 from sitegen.api import write_api
 from sitegen.languages import add_languages
@@ -23,9 +24,16 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 
 def write_pages(app: Sphinx) -> None:
-    """Write all pages that come from the code and the configurations, anew."""
+    """Write all pages that come from the code and the configurations, anew.
+
+    Raises:
+        ExtensionError: if something that needs a page is not described.
+    """
     generated = Path(app.confdir) / "generated"
     shutil.rmtree(generated, ignore_errors=True)
-    write_settings(generated / "settings")
-    write_recipes(generated / "recipes", Path(app.srcdir) / "configs")
-    write_api(generated / "api")
+    try:
+        write_settings(generated / "settings")
+        write_recipes(generated / "recipes", Path(app.srcdir) / "configs")
+        write_api(generated / "api")
+    except ValueError as error:
+        raise ExtensionError(str(error)) from None
