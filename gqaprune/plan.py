@@ -218,7 +218,7 @@ class PruningPlan:
 
     @property
     def pruned_geometry(self) -> Geometry:
-        """Shapes of the model after surgery: every kept KV head keeps its own query heads, or as many as the others."""
+        """Shapes of the model after surgery; every kept KV head keeps its own query heads, or as many as the others."""
         dense = self.geometry
         return Geometry(
             family=dense.family,

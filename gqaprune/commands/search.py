@@ -53,7 +53,7 @@ class SearchSettings:
     Args:
         coarse_step: tenths between the splits of the first pass: 1 tries 0:10, 1:9, 2:8 and so on.
         fine_step: tenths between the splits tried on both sides of the best of them: 0.1 tries 1.9:8.1, 2.1:7.9 …
-        patience: a pass ends after so many rises of perplexity in a row.
+        patience: a pass ends after so many rises of perplexity in a row, at least 1.
         folder: where `search.json` and `search.png` go; a search that finds its own trials there goes on.
 
     Raises:

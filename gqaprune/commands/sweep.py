@@ -41,8 +41,8 @@ class SweepSettings:
     """Which rates to try, and where the results go.
 
     Args:
-        rates: shares to remove, each as `pruning.rate`, in the order of the work.
-        context: tokens in the KV cache for which decoding is predicted.
+        rates: shares to remove, each above 0 and below 1 as `pruning.rate`, in the order of the work.
+        context: tokens in the KV cache for which decoding is predicted, at least 0.
         export: write the checkpoint of every rate, into `rate-<rate>`.
         folder: where `sweep.json`, `sweep.png` and the checkpoints go; a sweep that finds its results there goes on.
 

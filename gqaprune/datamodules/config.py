@@ -15,14 +15,14 @@ class CalibrationConfig:
 
     Args:
         corpora: corpora to calibrate on, or one; none with `sampled_windows` alone.
-        windows: windows to calibrate on, sampled over all corpora; null takes all that are not held out.
-        window: tokens per window.
-        batch_size: windows per micro-batch.
+        windows: windows to calibrate on, at least 1, sampled over all corpora; null takes all that are not held out.
+        window: tokens per window, at least 2.
+        batch_size: windows per micro-batch, at least 1.
         held_out_windows: further windows of the corpora, that nothing is calibrated on: what `PerplexityGuard` measures
             the model on; 0 turns it off. They come first: where the corpora have too few windows for both, up to half
             of them are held out, and that is said.
         sampled_windows: windows that the dense model writes itself, to calibrate on besides those of the corpora: they
-            make up for what the corpora are not like. Kept in the user's cache folder.
+            make up for what the corpora are not like; 0 needs none. Kept in the user's cache folder.
 
     Raises:
         ValueError: if a number is out of its bounds.
@@ -46,11 +46,12 @@ class TrainingConfig:
 
     Args:
         corpora: corpora to fine-tune on, or one.
-        window: tokens per window.
-        tokens: tokens to read from each corpus at most; null reads all.
-        batch_size: windows per micro-batch and device.
+        window: tokens per window, at least 2.
+        tokens: tokens to read from each corpus at most, 1 or more; null reads all.
+        batch_size: windows per micro-batch and device, at least 1.
         sampled_windows: windows that the dense model writes itself, to fine-tune on besides those of the corpora
-            (`corpora: []` takes these alone); sampled like those of calibration, but others.
+            (`corpora: []` takes these alone); sampled like those of calibration, but others;
+            0 needs none.
 
     Raises:
         ValueError: if a number is out of its bounds.
@@ -74,8 +75,8 @@ class EvaluationConfig:
     Args:
         val: corpora for perplexity during training, logged as `ppl/<corpus>`.
         test: corpora for reported perplexity.
-        window: tokens per window (2048 is the usual protocol, 128 LLM-Pruner's).
-        stride: tokens between the starts of windows; null means no overlap.
+        window: tokens per window, at least 2 (2048 is the usual protocol, 128 LLM-Pruner's).
+        stride: tokens between the starts of windows, 1 to `window`; null means no overlap.
         tokens: tokens to evaluate of each corpus at most, from its beginning; null evaluates all.
         batch_size: windows per batch and device; null takes as many as have 4,096 tokens. A batch that memory does not
             hold is halved.
@@ -100,7 +101,8 @@ class SamplingConfig:
     """How the dense model writes the sampled windows.
 
     Args:
-        document: tokens of each document that windows are packed from: many short ones cover more than few long ones.
+        document: tokens of each document that windows are packed from, at least 2: many short ones cover more
+            than few long ones.
         prompts: beginnings of those documents, used in turn; null means the beginning-of-text token.
         temperature: divides the logits, above 0.
         top_p: probability that the tokens sampled from have together, above 0 to 1.

@@ -62,7 +62,7 @@ class PruningConfig(RenamedAttributes):
         damage_levels: removals of each block, evenly spread up to the most that may go, at which `gated` measures, at
             least 2.
         swaps: a search that moves removals between blocks after the allocation.
-        steps: cuts in which the budget is spent, in equal parts; what is left is scored anew before each.
+        steps: cuts in which the budget is spent, at least 1, in equal parts; what is left is scored anew before each.
         repair: what makes up for the cut, on the calibration text.
 
     Groups of settings may be given as dictionaries, such as `limits={"min_groups": 2}`.

@@ -19,7 +19,7 @@ class LimitsConfig:
             none, null all but the first seventh and the last fourteenth (4 and 2 of 30), which cost most, or all where
             the damage after repair is measured of each.
         mlp_layers: decoder layers whose MLP may lose channels, likewise; null all but those at the ends.
-        frozen_layers: this many of the most important layers stay whole, whatever the allocation.
+        frozen_layers: this many of the most important layers stay whole, whatever the allocation; at least 0.
         min_groups: GQA groups that stay in every layer, at least 1; with `granularity: query` all of them stay.
         min_channels: MLP channels that stay in every layer, at least 1.
         min_rate: least share of its parameters that each layer loses that has a removable unit, 0 to 1.
@@ -103,7 +103,7 @@ class SwapsConfig:
     Args:
         generations: generations of the search, which goes on while the measured divergence from the dense model falls;
             after any allocation (a `uniform` one is not uniform then); 0 does without.
-        offspring: allocations measured in each generation.
+        offspring: allocations measured in each generation, at least 1.
 
     Raises:
         ValueError: if a setting is out of its bounds.

@@ -19,8 +19,8 @@ class RepairConfig:
             hidden states back to the dense model's, which also makes up for the error of the layers before.
         everywhere: also refit blocks that lose nothing after the first one that does; without a pull they have nothing
             to make up for and are left alone.
-        ridges: ridge strengths that each block chooses from, in units of the mean squared input of the kept columns, on
-            held-out calibration windows, downhill from the middle one.
+        ridges: ridge strengths above 0 that each block chooses from, in units of the mean squared input of the kept
+            columns, on held-out calibration windows, downhill from the middle one.
         holdout: share of the calibration batches that are held out for that choice and for how far training goes,
             between 0 and 1.
         bias: fit a bias too, where the family's checkpoints have a place for it.
@@ -88,7 +88,7 @@ class RepairConfig:
 
     @property
     def fits_biases(self) -> bool:
-        """Whether biases are fitted: beside the weights, or alone as the mean of what the removed columns gave."""
+        """Whether biases are fitted, beside the weights or alone as the mean of what the removed columns gave."""
         return self.method == "bias" or (self.refits_weights and self.bias)
 
     @property

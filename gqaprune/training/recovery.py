@@ -12,13 +12,13 @@ class RecoveryConfig:
     Args:
         mode: `full` (every weight that pruning left), `lora` (low-rank adapters, merged on export), `distill` (every
             weight, towards the dense model's predictions), `lora+distill`, or `none`.
-        lora_rank: rank of the adapters.
-        lora_alpha: their scale, times 1 / rank.
-        lora_dropout: dropout of their input, 0 to 1.
+        lora_rank: rank of the adapters, at least 1.
+        lora_alpha: their scale, times 1 / rank; above 0.
+        lora_dropout: dropout of their input, 0 to below 1.
         lora_targets: projections that get one, by name; null takes all of attention and MLP.
         temperature: softens the distributions of student and teacher, above 0.
         distill_weight: share of the divergence from the teacher in the loss, 0 to 1; the rest is the language model's.
-        hidden_weight: weight of the distance to the teacher's hidden states, added to the loss.
+        hidden_weight: weight of the distance to the teacher's hidden states, added to the loss; at least 0.
         hidden_layers: decoder layers after which that is measured; null takes the last, before the final norm.
         teacher: the dense model to learn from, and for `predict` to compare with, as `model.pretrained`; null takes
             what a pruned checkpoint's plan names, or that.
@@ -26,8 +26,8 @@ class RecoveryConfig:
         teacher_top_k: this many of the teacher's likeliest tokens stand for its predictions: they are computed before
             training, once for the same text, and kept on disk (6 bytes each for every training token); then the teacher
             is let go. 0 keeps it in memory and takes all of them.
-        rounds: prune-recover rounds: the pruning callback spends its budget in so many equal shares, what is left being
-            scored anew before each, and an equal share of the training steps follows each.
+        rounds: prune-recover rounds, at least 1: the pruning callback spends its budget in so many equal shares, what
+            is left being scored anew before each, and an equal share of the training steps follows each.
 
     Raises:
         ValueError: if a setting is out of its bounds.
