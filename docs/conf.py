@@ -30,7 +30,6 @@ nitpick_ignore_regex = [  # names of other projects, which the build does not as
 
 myst_enable_extensions = ["attrs_inline", "deflist"]
 myst_heading_anchors = 3
-myst_fence_as_directive = ["mermaid"]
 smartquotes_action = "D"  # dashes alone: quotes stay as they are typed
 
 autodoc_member_order = "bysource"

@@ -9,7 +9,6 @@ from sphinx.errors import ExtensionError
 from sitegen.api import write_api
 from sitegen.languages import add_languages
 from sitegen.links import add_links
-from sitegen.mermaid import add_mermaid
 from sitegen.recipes import write_recipes
 from sitegen.settings import write_settings
 
@@ -19,7 +18,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", write_pages)
     add_languages(app)
     add_links(app)
-    add_mermaid(app)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
