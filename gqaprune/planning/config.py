@@ -19,7 +19,7 @@ DAMAGES = ("repaired", "gated", "scores")
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "quick": {"criterion": "obs", "allocation": "uniform", "repair": {"epochs": 0, "distill_tokens": 0}},
     "default": {},
-    "best": {"repair": {"distill_tokens": 524_288}},
+    "best": {"repair": {"distill_tokens": 1_048_576}},
 }
 """What each effort sets, in place of a default."""
 

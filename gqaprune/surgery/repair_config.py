@@ -48,7 +48,7 @@ class RepairConfig:
     bias: bool = False
     epochs: int = 3
     learning_rate: float = 0.02
-    distill_tokens: int = 131_072
+    distill_tokens: int = 262_144
     distill_learning_rate: float = 0.01
     products: str = "auto"
 
@@ -75,7 +75,7 @@ class RepairConfig:
             )
 
         if self.distill_tokens < 0:
-            raise ValueError(f"repair.distill_tokens must be at least 0, got {self.distill_tokens}; try 131072")
+            raise ValueError(f"repair.distill_tokens must be at least 0, got {self.distill_tokens}; try 262144")
         if not 0 < self.distill_learning_rate <= 1:
             raise ValueError(
                 f"repair.distill_learning_rate must be in (0, 1], got {self.distill_learning_rate}; try 0.01"
