@@ -201,7 +201,7 @@ def test_relative_links_point_to_what_exists(page: Path) -> None:
     assert {path for path in paths if not path.exists()} == set()
 
 
-@pytest.mark.parametrize("page", [*READMES, *DOCS], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*READMES, *DOCS, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_settings_and_files_that_are_named_exist(page: Path, settings: set[str]) -> None:
     text = re.sub(r"^```python\n.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     named = set(re.findall(rf"(?<![\w./-])(?:--)?((?:{GROUPS})\.\w+(?:\.\w+)*)", text))

@@ -40,11 +40,3 @@ def test_lightning_example_prunes_recovers_and_exports(
     code = code.replace("Trainer(", "Trainer(accelerator='cpu', limit_train_batches=4, limit_val_batches=2, ")
     exec(code.replace('{"window": 512}', '{"window": 128, "tokens": 512}, calibration={"windows": 4}'), {})
     AutoModelForCausalLM.from_pretrained(tmp_path / "lightning_logs/version_0/checkpoint", trust_remote_code=True)
-
-
-def test_contributing_names_every_wing_of_the_package() -> None:
-    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    tree = contributing.split("```\ngqaprune/\n", 1)[1].split("```", 1)[0]
-    named = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
-    there = {path.name + ("/" if path.is_dir() else "") for path in (ROOT / "gqaprune").iterdir()}
-    assert named == {name for name in there if not name.startswith("__") and name != "py.typed"}
