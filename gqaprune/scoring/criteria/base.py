@@ -116,6 +116,18 @@ class Criterion(ABC):
         self.run = run
         self.scoring = scoring
 
+    @property
+    def passes_tokens_once(self) -> bool:
+        """Whether `score` runs each of this rank's tokens, in their order, once through the blocks' output projections.
+
+        Criteria that need no more than the inputs of these may then watch instead of making a pass of their own.
+        """
+        return False
+
+    def count_kept_bytes(self) -> int:
+        """Bytes of activations that this pass keeps on the device at a time, which those who watch leave to it."""
+        return 0
+
     @abstractmethod
     def score(self) -> Scores:
         """Score every unit; the model is left as it was.

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gqaprune.common.distributed import get_rank_and_world_size
+from gqaprune.models.architecture import get_layers
 from gqaprune.models.gates import Gates, compute_gate_gradients
 from gqaprune.placement.layer_store import find_store
 from gqaprune.scoring.criteria.backward import BackwardCriterion
@@ -27,6 +28,19 @@ class GateCriterion(BackwardCriterion):
         self.sums = {
             block.key: torch.zeros(block.units, dtype=torch.float64, device=run.device) for block in run.blocks
         }
+
+    @property
+    def passes_tokens_once(self) -> bool:
+        """Yes, unless activations are recomputed: then every token passes again before its backward pass."""
+        return find_store(self.run.model).is_in_memory and not self.run.model.is_activation_checkpointing
+
+    def count_kept_bytes(self) -> int:
+        """Inputs and outputs of all projections, of the tokens that are passed through the model at once."""
+        model = self.run.model
+        tokens = max(self._cut_passes(batch_BT)[0].numel() for batch_BT in self.run.calibration.batches)
+        linears = [module for module in get_layers(model).modules() if isinstance(module, nn.Linear)]
+        itemsize: int = model.dtype.itemsize
+        return tokens * itemsize * sum(linear.in_features + linear.out_features for linear in linears)
 
     @abstractmethod
     def add_gradients(self, gradients_BU: Gates) -> None:
