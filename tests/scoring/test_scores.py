@@ -10,6 +10,9 @@ from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import find_blocks
 from gqaprune.models.gates import compute_gate_gradients, freeze_parameters
 from gqaprune.scoring.criteria import activations
+from gqaprune.scoring.criteria.activations import BrainSurgeon
+from gqaprune.scoring.criteria.base import ScoringRun
+from gqaprune.scoring.criteria.gates import GateFisher
 from gqaprune.scoring.scores import (
     CRITERIA,
     ScoringConfig,
@@ -130,6 +133,18 @@ def test_criteria_of_activations_watch_the_pass_of_another_one_as_far_as_there_i
     assert counts == [count * sum(batch.numel() for batch in BATCHES) for count in passes]
     for key, score in scores.items():
         torch.testing.assert_close(score, (first[key] * second[key]).sqrt(), rtol=1e-6, atol=0)
+
+
+def test_what_is_watched_has_the_bits_of_a_pass_of_its_own_so_that_a_resumed_run_is_the_same() -> None:
+    model, batches = make_model("llama"), [make_tokens(5, 500, seed=seed) for seed in range(2)]  # more than a piece
+    run = ScoringRun(model, find_blocks(model), CalibrationSet(batches))
+    gates, watching, alone = (make(run, ScoringConfig()) for make in (GateFisher, BrainSurgeon, BrainSurgeon))
+    with watching.watch(gates):
+        gates.score()
+    with count_tokens(model) as counts:
+        watched = watching.score()
+    assert counts == [0, 0, 0]
+    assert all(score.equal(watched[key]) for key, score in alone.score().items())
 
 
 def test_nobody_watches_a_pass_that_recomputes_activations() -> None:

@@ -20,7 +20,7 @@ from gqaprune.models.gates import freeze_parameters
 from gqaprune.models.layerwise import Stream, embed_batches, run_layer, watch_inputs
 from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import BlockKey
-from gqaprune.scoring.criteria.base import Criterion, Scores, ScoringConfig, ScoringRun
+from gqaprune.scoring.criteria.base import Criterion, Scores, ScoringConfig, ScoringRun, cut_pieces
 from gqaprune.surgery.gram import Gram, Memory, chunk_rows, count_panel_bytes, find_room
 
 T = TypeVar("T")
@@ -112,10 +112,9 @@ class ActivationCriterion(Criterion, Generic[T]):
         scores: Scores = {}
         watched = sorted({key.layer for key in self._watched})
         passed = range(max(self._blocks.keys() - set(watched), default=-1) + 1)
+        pieces = [piece_BT for index in calibration.own_batches for piece_BT in cut_pieces(calibration.batches[index])]
         with freeze_parameters(run.model):
-            streams = embed_batches(
-                run.model, [calibration.batches[i] for i in calibration.own_batches] if passed else []
-            )
+            streams = embed_batches(run.model, pieces if passed else [])
             layers = track([*watched, *passed], run.name, "layers")  # what is kept is done with first
             for layer in find_store(run.model).hold_each(layers):
                 blocks = self._blocks.get(layer, [])

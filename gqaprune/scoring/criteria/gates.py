@@ -1,7 +1,7 @@
 """Criteria from unit gates: one backward pass, no weight gradient. Axes in tensor names: B samples, U units."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,10 +12,7 @@ from gqaprune.models.architecture import get_layers
 from gqaprune.models.gates import Gates, compute_gate_gradients
 from gqaprune.placement.layer_store import find_store
 from gqaprune.scoring.criteria.backward import BackwardCriterion
-from gqaprune.scoring.criteria.base import ScoringConfig, ScoringRun
-
-_PASS_TOKENS = 1024
-"""Tokens whose activations are held at once: samples do not touch each other."""
+from gqaprune.scoring.criteria.base import ScoringConfig, ScoringRun, cut_pieces
 
 
 class GateCriterion(BackwardCriterion):
@@ -81,15 +78,12 @@ class GateCriterion(BackwardCriterion):
             self.end_accumulation()
         return torch.cat(losses)
 
-    def _cut_passes(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+    def _cut_passes(self, input_ids: Tensor) -> Sequence[Tensor]:
         """A micro-batch, `[batch, tokens]`, in pieces that are passed through the model one by one.
 
         Of a model that recomputes its activations, which spares memory at the price of time, every sample by itself.
         """
-        recomputes = self.run.model.is_activation_checkpointing
-        samples = 1 if recomputes else max(1, _PASS_TOKENS // input_ids.shape[1])
-        passes: tuple[Tensor, ...] = input_ids.split(samples)
-        return passes
+        return input_ids.split(1) if self.run.model.is_activation_checkpointing else cut_pieces(input_ids)
 
 
 class GateFisher(GateCriterion):
