@@ -112,11 +112,12 @@ def estimate_memory(
 
     - activations `a = t · Σ over layers of (b · (4H + 2·query + 2·KV width + 4·channels) + 8H)`: what one backward pass
       keeps; of recovery's logits `l = 2b · V · t + 8V · min(t, 2²⁴ / V)`, with their gradient, and a piece in float32
-    - scoring `b·P + max(s + 8V · min(t, 2²⁴ / V), b · H · c/n + s / layers + min(W, 24 · C²))`. Backward passes keep
-      `s`, which is `a` without the inputs of projections, whose weights have no gradient, `b · 4H` a layer and token:
-      of 1,024 tokens or one window at most, less where a micro-batch is several windows. Forward passes keep the
+    - scoring `b·P + max(s + 8V · min(t, 2²⁴ / V) + g, b · H · c/n + s / layers + min(W, 24 · C²))`. Backward passes
+      keep `s`, which is `a` without the inputs of projections, whose weights have no gradient, `b · 4H` a layer and
+      token: of 1,024 tokens or one window at most, less where a micro-batch is several windows. Forward passes keep the
       hidden states of all windows; `n` is `N`, or 1 on one device; `W` bytes, `WORKSPACE`, are the most that Gram
-      matrices and the work on them take on the device
+      matrices and the work on them take on the device; `g = min(3/8 · W, 8 · layers · C²)` those that are summed in the
+      pass of backward passes. A GPU with more free memory keeps more
     - repair `b · (P + D) + 4 · b · H · c/n + max(18 · M, b · Q · c/n) + min(W, 40 · C · (C + H))`: two streams of
       hidden states, inputs and targets of one MLP, its float32 copies and optimizer or, before, what attention gave,
       `Q` wide, and second moments with their factor. Inputs and targets, half of the second term, lie in the host's
@@ -129,7 +130,7 @@ def estimate_memory(
     - FSDP divides all but activations and logits by `N` and gathers `b · (3D + 2E)` at a time, twice with a teacher;
       scoring and repair come before it and need what they need under DDP
     - gradient checkpointing keeps the hidden states between layers and one layer's activations, `b · H · t · layers +
-      a / layers`, instead of `a`, and alike for `s`
+      a / layers`, instead of `a`, and alike for `s`; `g` is 0
     - sharded pruning keeps `b · ((P − E)/N + 2D + E)` instead of `b·P`, and what gradient checkpointing keeps; recovery
       is FSDP's
     - offload keeps two layers and what lies outside the decoder, `b · (2D + E)`, instead of `b·P`, and makes no
@@ -147,6 +148,7 @@ def estimate_memory(
     recovery_keeps += 2 * b * t * sizes.vocabulary + piece
     channels = sizes.channel_range[1]
     gram = min(WORKSPACE, 24 * channels**2)
+    watched = 0 if gradient_checkpointing else min(WORKSPACE * 3 // 8, 8 * sizes.layers * channels**2)
 
     def repair(share: float) -> float:
         own = calibration_tokens * share
@@ -154,7 +156,7 @@ def estimate_memory(
         attended = own * b * sizes.head_dim * max(sizes.query_head_range)
         return layer + 4 * own * b * h + max(TRAINING_BYTES * sizes.mlp_parameters, attended) + moments
 
-    def score(share: float, kept: float | None = scoring_keeps) -> float:
+    def score(share: float, kept: float | None = scoring_keeps + watched) -> float:
         forward = b * h * calibration_tokens * share + scored / sizes.layers + gram
         return forward if kept is None else max(kept + piece, forward)
 

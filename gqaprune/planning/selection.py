@@ -24,7 +24,7 @@ from gqaprune.plan import Geometry, KeptUnits, PruningPlan
 from gqaprune.planning.allocation import ALLOCATIONS, BlockBudget, Budget, Removed
 from gqaprune.planning.allocation.budget import find_spared_kind
 from gqaprune.planning.config import PruningConfig
-from gqaprune.scoring.outliers import Outliers, find_outliers, protect_units
+from gqaprune.scoring.outliers import Outliers, list_outliers, prepare_search, protect_units
 from gqaprune.scoring.scores import Scores, score_units
 
 _WIDE = 1024
@@ -123,6 +123,8 @@ def score_blocks(
 ) -> tuple[Scores, Outliers]:
     """Score the units that may go, and find the outliers among them, which are scored to go last if the config says so.
 
+    Outliers are looked for in a pass over the text that a criterion makes.
+
     Args:
         model: the causal LM as it is now.
         calibration: the text, and how it accumulates.
@@ -133,10 +135,11 @@ def score_blocks(
         ValueError: if a loss, an activation or a score is not finite, with its place.
     """
     blocks = select_blocks(model, config)
-    scores = score_units(model, blocks, calibration, config.criterion, config.scoring, stages)
     if not (config.scoring.protect_outliers and config.needs_text):
-        return scores, {}
-    outliers = find_outliers(model, blocks, calibration.batches)
+        return score_units(model, blocks, calibration, config.criterion, config.scoring, stages), {}
+    search = prepare_search(model, blocks, calibration)
+    scores = score_units(model, blocks, calibration, config.criterion, config.scoring, stages, [search])
+    outliers = list_outliers(search)
     return protect_units(scores, outliers), outliers
 
 

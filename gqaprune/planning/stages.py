@@ -23,7 +23,8 @@ _BACKWARD = 3.0
 _SAMPLED = 3.4
 """Forward passes that a token costs which the model writes itself, one after the other."""
 _PASSES = {"gates": 2.2, "weight gradients": 3.0, "activations": 1.2, "outliers": 0.75, "curves": 1.5, "repair": 1.3}
-"""Forward passes over the calibration text, estimates: of gates, activations and outliers as counted once."""
+"""Forward passes over the calibration text, estimates: of gates, activations and outliers as counted once, each alone.
+Beside gates, activations cost 0.4 to 1.2: the rest is a pass over layers whose Gram matrices memory has no room for."""
 _REFINED = 0.7
 """Likewise of each pass of refinement."""
 _KINDS = {"fisher": "gates", "taylor": "gates", "wanda": "activations", "wifv": "activations", "obs": "activations"}
@@ -63,7 +64,8 @@ def list_stages(config: PruningConfig, work: Work) -> list[tuple[str, float]]:
             stages.append((IMPORTANCE, 2.0 * tokens))
         names = [name for name in config.criterion.split("+") if name not in _WITHOUT_TEXT]
         kinds = [_KINDS.get(name, "weight gradients") for name in names]
-        kinds += ["outliers"] * config.scoring.protect_outliers
+        is_watched = "gates" in kinds or "activations" in kinds  # outliers are then looked for in the same pass
+        kinds += ["outliers"] * (config.scoring.protect_outliers and not is_watched)
         stages.append((name_scores(config), sum(_PASSES[kind] for kind in kinds) * tokens))
         if config.uses_damage_curves:
             stages.append((CURVES, _PASSES["curves"] * tokens))

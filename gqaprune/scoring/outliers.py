@@ -9,6 +9,7 @@ Axes in tensor names: N tokens, C input columns of the output projection, U unit
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,14 +66,15 @@ class LargestOutput(ActivationCriterion[Tensor]):
         return output_U / median if median else torch.zeros_like(output_U)
 
 
-@multiply_exactly()
-def find_outliers(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Outliers:
+def find_outliers(
+    model: PreTrainedModel, blocks: Sequence[Block], calibration: CalibrationSet | Sequence[Tensor]
+) -> Outliers:
     """Find the units whose largest output on any token is `OUTLIER_RATIO` times that of their block's median unit.
 
     Args:
         model: the causal LM; it is left as it was.
         blocks: blocks to look at.
-        batches: calibration token ids, each `[batch, tokens]`, the same list on every rank; the first are read.
+        calibration: the text, or its batches alone, the same on every rank; the first ones are read.
 
     Returns:
         The same on every rank.
@@ -80,8 +82,22 @@ def find_outliers(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequ
     Raises:
         ValueError: if an activation is not finite, with its place.
     """
-    run = ScoringRun(model, blocks, CalibrationSet(_take_tokens(batches)), name="outliers")
-    ratios = LargestOutput(run, ScoringConfig()).score()
+    return list_outliers(prepare_search(model, blocks, calibration))
+
+
+def prepare_search(
+    model: PreTrainedModel, blocks: Sequence[Block], calibration: CalibrationSet | Sequence[Tensor]
+) -> LargestOutput:
+    """What `list_outliers` lists them from; it may watch the pass of another criterion before."""
+    calibration = CalibrationSet.wrap(calibration)
+    text = replace(calibration, batches=_take_tokens(calibration.batches))
+    return LargestOutput(ScoringRun(model, blocks, text, name="outliers"), ScoringConfig())
+
+
+@multiply_exactly()
+def list_outliers(largest: LargestOutput) -> Outliers:
+    """The outliers among the units that were looked at; makes a pass if none was watched."""
+    ratios = largest.score()
     found = {
         key: {unit: ratio for unit, ratio in enumerate(ratio_U.tolist()) if ratio >= OUTLIER_RATIO}
         for key, ratio_U in ratios.items()

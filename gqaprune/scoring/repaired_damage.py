@@ -14,7 +14,6 @@ U units.
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -167,16 +166,16 @@ def measure_repaired_damage(
                 for index, stream in enumerate(dense):
                     hidden[index] = run_copy(model, layer, stream, hidden[index])
             own = of_layer.get(layer, [])
-            grams = _measure_grams(model, layer, own, scores, streams if layer <= max(of_layer, default=-1) else ())
-            judged_grams = _measure_grams(
-                model, layer, [block for block in own if block.key.kind == "attention"], scores, dense, moves=False
-            )
+            fit_streams = streams if layer <= max(of_layer, default=-1) else ()
+            grams, outputs_BTD = _measure_grams(model, layer, own, scores, fit_streams)
+            _move(fit_streams, outputs_BTD)
+            attention = [block for block in own if block.key.kind == "attention"]
+            judged_grams, outputs_BTD = _measure_grams(model, layer, attention, scores, dense)
             for block in own:
                 lost = _find_lost(block, grams, judged_grams, scores, protected, levels, order, refits)
                 for removed, loss_DC in zip(levels[block.key], lost, strict=True):
                     copies[Cut(block.key, removed)] = _run_without(model, block, loss_DC, dense)
-            for stream in dense:
-                stream.hidden_BTD = run_layer(model, layer, stream)
+            _move(dense, outputs_BTD)
         points = measure_divergences(model, dense, copies)
     return RepairedDamage(
         points, {block.key: _score_order(block, order[block.key]) for block in blocks if block.key in order}
@@ -210,10 +209,8 @@ def _measure_grams(
     blocks: Sequence[Block],
     scores: Scores,
     streams: Sequence[Stream],
-    *,
-    moves: bool = True,
-) -> dict[BlockKey, Gram]:
-    """Gram matrices of blocks' inputs on streams, all ranks', which move on to the next layer.
+) -> tuple[dict[BlockKey, Gram], list[Tensor]]:
+    """Gram matrices of blocks' inputs on streams, all ranks', and what the layer makes of this rank's, `[B, T, D]`.
 
     Channels are in the order of their importance. Where a norm follows, every token counts by its relative error.
 
@@ -223,7 +220,6 @@ def _measure_grams(
         blocks: some of the layer.
         scores: of all units.
         streams: this rank's.
-        moves: whether they move on.
 
     Raises:
         ValueError: if one is not finite, with the block.
@@ -240,12 +236,8 @@ def _measure_grams(
             x_NC = x_NC / output_ND.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         grams[key].add(x_NC[:, orders[key]] if key in orders else x_NC)
 
-    if blocks or moves:
-        with watch_inputs(outputs, add) if blocks else ExitStack():
-            for stream in streams:
-                hidden_BTD = run_layer(model, layer, stream)
-                if moves:
-                    stream.hidden_BTD = hidden_BTD
+    with watch_inputs(outputs, add):
+        outputs_BTD = [run_layer(model, layer, stream) for stream in streams]
     for key, gram in grams.items():
         gram.sum_across_ranks()
         if not gram.is_finite():
@@ -253,7 +245,12 @@ def _measure_grams(
                 f"{key}: the input of its output projection is not finite on the calibration text: activations "
                 "overflow; load the model with dtype bfloat16 or float32"
             )
-    return grams
+    return grams, outputs_BTD
+
+
+def _move(streams: Sequence[Stream], outputs_BTD: Sequence[Tensor]) -> None:
+    for stream, output_BTD in zip(streams, outputs_BTD, strict=True):
+        stream.hidden_BTD = output_BTD
 
 
 def _find_lost(

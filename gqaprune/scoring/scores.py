@@ -5,6 +5,8 @@ important. Blocks compare as they are or relative to their own mean, and any two
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, name_parameter_place
 from gqaprune.placement.layer_store import find_store
-from gqaprune.scoring.criteria.activations import BrainSurgeon, Wanda, WeightedVariance
+from gqaprune.scoring.criteria.activations import ActivationCriterion, BrainSurgeon, Wanda, WeightedVariance
 from gqaprune.scoring.criteria.base import NORMALIZATIONS, REDUCTIONS, Criterion, Scores, ScoringConfig, ScoringRun
 from gqaprune.scoring.criteria.gates import GateFisher, GateTaylor
 from gqaprune.scoring.criteria.gradients import ParamFirst, ParamMix, ParamSecond, Vectorize
@@ -59,8 +61,12 @@ def score_units(
     criterion: str,
     scoring: ScoringConfig | None = None,
     stages: StageCache | None = None,
+    watchers: Sequence[ActivationCriterion[Any]] = (),
 ) -> Scores:
     """Score the units of blocks on calibration batches.
+
+    A criterion of activations watches the pass that another one makes, and makes one itself only for what it could not
+    see there.
 
     In a process group each rank takes whole accumulations and the sums are reduced once, so that the scores are
     those of one process on the same batches.
@@ -72,6 +78,7 @@ def score_units(
         criterion: a name in `CRITERIA`, or two joined by `+`: the geometric mean of both, each normalised first.
         scoring: what shapes the scores; the defaults leave the criterion as it is.
         stages: of a run with this model and this text, where each criterion's scores are kept.
+        watchers: further criteria for the same blocks, on text that begins this one, that are to watch, too.
 
     Raises:
         ValueError: if a criterion is unknown or has no text to read; if a loss, an activation or a score is NaN or
@@ -79,23 +86,50 @@ def score_units(
     """
     calibration = CalibrationSet.wrap(calibration)
     scoring, stages = scoring or ScoringConfig(), stages or StageCache()
-    scored = []
-    for name in parse_criterion(criterion):
-        if CRITERIA[name].needs_data and not calibration.batches:
-            free = ", ".join(other for other, member in CRITERIA.items() if not member.needs_data)
-            raise ValueError(f"criterion {name} needs at least one calibration batch, got none; {free} need no text")
-        run = ScoringRun(model, blocks, calibration, f"calibration: {name}")
-        inputs = {"blocks": [[*block.key, block.units] for block in blocks], "accumulation": calibration.accumulation}
-        inputs |= {setting: getattr(scoring, setting) for setting in CRITERIA[name].uses}
-        inputs |= {"seed": calibration.seed} if CRITERIA[name].uses_seed else {}
-        stage = stages.recall(f"scores of {name}", inputs, lambda: _score(CRITERIA[name](run, scoring)))  # noqa: B023
-        scores = {block.key: stage.tensors[str(block.key)] for block in blocks}
-        scored.append(normalize_scores(scores, scoring.normalization))
+    names = parse_criterion(criterion)
+    _check_text(names, calibration)
+    inputs = {name: _list_inputs(name, blocks, calibration, scoring) for name in names}
+    titles = {name: f"scores of {name}" for name in names}
+    are_there = [name for name in titles if stages.find([titles[name]], inputs[name], titles[name])]
+    results = {name: stages.read(titles[name]) for name in are_there}
+    left = {
+        name: CRITERIA[name](ScoringRun(model, blocks, calibration, f"calibration: {name}"), scoring)
+        for name in sorted(inputs, key=lambda name: issubclass(CRITERIA[name], ActivationCriterion))  # who watch, last
+        if name not in results
+    }
+    for name in list(left):
+        member = left.pop(name)
+        others = [other for other in left.values() if isinstance(other, ActivationCriterion)]
+        results[name] = _score(member, [*others, *watchers])
+        stages.write(titles[name], inputs[name], results[name])
+    scored = [
+        normalize_scores({block.key: results[name].tensors[str(block.key)] for block in blocks}, scoring.normalization)
+        for name in names
+    ]
     return scored[0] if len(scored) == 1 else combine_scores(*scored)
 
 
-def _score(criterion: Criterion) -> StageResult:
-    scores = criterion.score()
+def _check_text(names: Sequence[str], calibration: CalibrationSet) -> None:
+    for name in names:
+        if CRITERIA[name].needs_data and not calibration.batches:
+            free = ", ".join(other for other, member in CRITERIA.items() if not member.needs_data)
+            raise ValueError(f"criterion {name} needs at least one calibration batch, got none; {free} need no text")
+
+
+def _list_inputs(
+    name: str, blocks: Sequence[Block], calibration: CalibrationSet, scoring: ScoringConfig
+) -> dict[str, Any]:
+    """What the scores of a criterion depend on, besides model and text."""
+    inputs = {"blocks": [[*block.key, block.units] for block in blocks], "accumulation": calibration.accumulation}
+    inputs |= {setting: getattr(scoring, setting) for setting in CRITERIA[name].uses}
+    return inputs | ({"seed": calibration.seed} if CRITERIA[name].uses_seed else {})
+
+
+def _score(criterion: Criterion, watchers: Sequence[ActivationCriterion[Any]]) -> StageResult:
+    with ExitStack() as passes:
+        for watcher in watchers:
+            passes.enter_context(watcher.watch(criterion))
+        scores = criterion.score()
     check_finite_scores(scores)
     return StageResult(tensors={str(key): score_U for key, score_U in scores.items()})
 

@@ -24,17 +24,21 @@ _COLUMNS = 512
 """Columns of an inverse that are solved for together, or one unit's."""
 
 
-def find_room(device: torch.device) -> int:
+def find_room(device: torch.device, spared: int = 0) -> int:
     """Bytes of a device that matrices may stay in: half of what a GPU has free, never less than on a CPU.
 
     What does not fit goes to the host and back at every use: 1.6 GB for a `down_proj` of Llama-3-8B.
+
+    Args:
+        device: that works on the matrices.
+        spared: bytes of a GPU that other work takes meanwhile.
     """
     least = WORKSPACE * 3 // 8
     if device.type != "cuda":
         return least
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, to be used again
-    return max(least, (free + unused) // 2)
+    return max(least, (free + unused - spared) // 2)
 
 
 class Memory:
@@ -87,6 +91,12 @@ def chunk_rows(rows: int, columns: int) -> list[slice]:
     """Chunks of consecutive rows of a matrix: as many as an eighth of the workspace holds in float64, at least one."""
     step = max(1, WORKSPACE // 8 // (8 * max(1, columns)))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def count_panel_bytes(size: int) -> int:
+    """Bytes of the panels of a matrix of so many rows."""
+    elements: int = sum((rows.stop - rows.start) * rows.stop for rows in chunk_rows(size, size))
+    return 8 * elements
 
 
 class Panels:

@@ -72,12 +72,22 @@ def test_fsdp_needs_less_on_more_devices_and_ddp_shares_calibration_out() -> Non
 def test_gram_matrices_of_wide_mlps_take_no_more_than_their_workspace() -> None:
     sizes = make_sizes()  # 200 channels, 24 wide
     narrow, wide, wider = (
-        estimate_memory(replace(sizes, channel_range=(n, n)), 4, 2, 16, 100) for n in (200, 14336, 28672)
+        estimate_memory(replace(sizes, channel_range=(n, n)), 4, 2, 16, 100, True) for n in (200, 14336, 28672)
     )
     for work, needed in (("scoring", 24 * 200**2), ("repair", 40 * 200 * 224)):
         for place in ("one device", "ddp", "offload"):
             least, most = narrow[work][place] or 0, wide[work][place]
             assert most == wider[work][place] == least - needed + WORKSPACE, (work, place)
+
+
+def test_gram_matrices_of_all_layers_lie_beside_a_backward_pass_as_far_as_a_cpu_has_room() -> None:
+    sizes = make_sizes()  # 3 layers
+    none, narrow, wide = (
+        estimate_memory(replace(sizes, channel_range=(n, n)), 4, 2, 4096, 100)["scoring"]["ddp"] or 0
+        for n in (0, 200, 1700)
+    )
+    assert narrow - none == 3 * 8 * 200**2
+    assert wide - none == 3 * 8 * 1700**2 < WORKSPACE * 3 // 8
 
 
 def test_sharded_pruning_needs_a_share_of_the_layers_two_whole_ones_and_what_is_outside() -> None:
@@ -89,7 +99,7 @@ def test_sharded_pruning_needs_a_share_of_the_layers_two_whole_ones_and_what_is_
 
 
 def test_recomputed_activations_are_one_layers_and_the_hidden_states_between_layers() -> None:
-    sizes = replace(make_sizes(), channel_range=(1, 1))  # so small Gram matrices that backward passes need most
+    sizes = replace(make_sizes(), channel_range=(0, 0))  # no Gram matrices, so that backward passes need most
     whole, recomputed = (estimate_memory(sizes, 4, 2, 16, 0, recomputes) for recomputes in (False, True))
     heads = sizes.head_dim * (sizes.query_heads + sizes.kv_heads)
     scored = 16 * (4 * (2 * heads + 4 * sizes.channels) + 8 * 24 * sizes.layers)

@@ -6,12 +6,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune import PruningConfig, prune
+from gqaprune.common.stage_cache import StageCache
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import find_blocks, get_layers
 from gqaprune.plan import BlockKey
+from gqaprune.planning.selection import score_blocks
 from gqaprune.reporting.report import Report
+from gqaprune.scoring import outliers
 from gqaprune.scoring.outliers import OUTLIER_RATIO, find_outliers, protect_units
 
+from flops import count_tokens
 from tiny import make_model, make_plain, make_tokens
 
 BATCHES = [make_tokens(2, 16), make_tokens(1, 16, seed=1)]
@@ -69,6 +73,25 @@ def test_protected_units_go_last_and_the_others_keep_their_order() -> None:
     assert protected[MLP].argsort().tolist() == [2, 0, 1]
     assert float(protected[MLP][1]) > sum(float(score.sum()) for score in scores.values())
     assert protected[BlockKey(0, "mlp")].equal(scores[BlockKey(0, "mlp")]) and scores[MLP].tolist() == [3.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("most", [8192, 33])
+@pytest.mark.parametrize(
+    ("criterion", "passes", "own_passes"), [("fisher+obs", 1, 0), ("wanda", 1, 0), ("param_first", 1, 1), ("l1", 0, 1)]
+)
+def test_outliers_are_found_in_a_pass_that_a_criterion_makes(
+    criterion: str, passes: int, own_passes: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outliers, "_TOKENS", most)
+    model, batches = make_massive(), [*BATCHES, make_tokens(2, 16, seed=2)]
+    expected = find_outliers(model, find_blocks(model), batches)
+    with count_tokens(model) as counts:
+        config = make_plain(criterion=criterion, allocation="optimal", damage="repaired", limits={"mlp_layers": (0, 3)})
+        _, found = score_blocks(model, CalibrationSet(batches), config, StageCache())
+    assert {key: dict(units) for key, units in found.items()} == {
+        key: pytest.approx(dict(units), rel=1e-5) for key, units in expected.items()
+    }
+    assert counts == [80 * passes + (48 if most == 33 else 80) * own_passes] * 3
 
 
 @pytest.mark.parametrize("protects", [True, False])

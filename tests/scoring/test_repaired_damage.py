@@ -25,6 +25,7 @@ from gqaprune.scoring.scores import Scores
 from gqaprune.surgery.gram import Gram, Memory
 from gqaprune.surgery.removal import remove_weakest
 
+from flops import count_tokens
 from tiny import make_model, make_tokens
 
 BATCHES = [make_tokens(2, seed=seed) for seed in range(6)]
@@ -60,6 +61,16 @@ def test_without_refit_it_is_the_divergence_of_the_model_with_these_units_gated(
             gates = make_gates(blocks, scores | damage.scores, {cut.key: cut.removed}, model.device)
             with apply_gates(blocks, gates):
                 assert value == pytest.approx(diverge(dense, model(JUDGED).logits), rel=1e-3, abs=1e-6), str(cut)
+
+
+def test_layers_are_run_once_for_each_text_each_cut_and_each_cut_before() -> None:
+    model = make_model("llama", kv_heads=4)
+    with count_tokens(model) as counts:
+        damage, _ = measure(model)
+    cuts = [sum(cut.key.layer == layer for cut in damage.points) for layer in range(3)]
+    fitted = sum(batch.numel() for batch in BATCHES) - JUDGED.numel()
+    assert cuts == [4, 4, 4]
+    assert counts == [fitted + JUDGED.numel() * (1 + sum(cuts[: layer + 1])) for layer in range(3)]
 
 
 def test_with_refit_it_is_that_of_the_model_with_the_refitted_weights() -> None:

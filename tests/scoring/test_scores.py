@@ -9,6 +9,10 @@ import torch
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import find_blocks
 from gqaprune.models.gates import compute_gate_gradients, freeze_parameters
+from gqaprune.scoring.criteria import activations
+from gqaprune.scoring.criteria.activations import BrainSurgeon
+from gqaprune.scoring.criteria.base import ScoringRun
+from gqaprune.scoring.criteria.gates import GateFisher
 from gqaprune.scoring.scores import (
     CRITERIA,
     ScoringConfig,
@@ -18,6 +22,7 @@ from gqaprune.scoring.scores import (
     score_units,
 )
 
+from flops import count_tokens
 from tiny import make_model, make_tokens
 
 BATCHES = [make_tokens(2, seed=seed) for seed in range(3)]
@@ -101,6 +106,61 @@ def test_combination_is_the_geometric_mean_of_normalized_scores() -> None:
         torch.testing.assert_close(
             shares[key], (score / score.mean() * second[key] / second[key].mean()).sqrt(), msg=str(key)
         )
+
+
+@pytest.mark.parametrize(
+    ("criterion", "kept_layers", "passes"),
+    [
+        ("fisher+obs", 3, [1, 1, 1]),
+        ("obs+taylor", 3, [1, 1, 1]),
+        ("wanda+obs", 3, [1, 1, 1]),
+        ("fisher+obs", 1, [2, 2, 1]),  # whose Gram matrices there is no room for
+        ("fisher+obs", 0, [2, 2, 2]),
+        ("fisher+wifv", 0, [1, 1, 1]),  # a few numbers for each column
+        ("param_first+obs", 3, [2, 2, 2]),
+    ],
+)
+def test_criteria_of_activations_watch_the_pass_of_another_one_as_far_as_there_is_room(
+    criterion: str, kept_layers: int, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama")
+    blocks = find_blocks(model)
+    of_layer = sum(8 * block.output.in_features**2 for block in blocks[:2])
+    first, second = (score_units(model, blocks, CalibrationSet(BATCHES, 2), name) for name in criterion.split("+"))
+    monkeypatch.setattr(activations, "find_room", lambda *_: kept_layers * of_layer)
+    with count_tokens(model) as counts:
+        scores = score_units(model, blocks, CalibrationSet(BATCHES, 2), criterion)
+    assert counts == [count * sum(batch.numel() for batch in BATCHES) for count in passes]
+    for key, score in scores.items():
+        torch.testing.assert_close(score, (first[key] * second[key]).sqrt(), rtol=1e-6, atol=0)
+
+
+def test_what_is_watched_has_the_bits_of_a_pass_of_its_own_so_that_a_resumed_run_is_the_same() -> None:
+    model, batches = make_model("llama"), [make_tokens(5, 500, seed=seed) for seed in range(2)]  # more than a piece
+    run = ScoringRun(model, find_blocks(model), CalibrationSet(batches))
+    gates, watching, alone = (make(run, ScoringConfig()) for make in (GateFisher, BrainSurgeon, BrainSurgeon))
+    with watching.watch(gates):
+        gates.score()
+    with count_tokens(model) as counts:
+        watched = watching.score()
+    assert counts == [0, 0, 0]
+    assert all(score.equal(watched[key]) for key, score in alone.score().items())
+
+
+def test_nobody_watches_a_pass_that_recomputes_activations() -> None:
+    model = make_model("llama")
+    expected = score_units(model, find_blocks(model), BATCHES, "fisher+obs")
+    model.activation_checkpointing_enable()
+    for key, score in score_units(model, find_blocks(model), BATCHES, "fisher+obs").items():
+        torch.testing.assert_close(score, expected[key], rtol=1e-5, atol=0)
+
+
+def test_activations_of_a_backward_pass_are_left_their_part_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, spared = make_model("llama", channels=20, layers=3), []
+    monkeypatch.setattr(activations, "find_room", lambda _, bytes_kept: spared.append(bytes_kept) or 0)
+    score_units(model, find_blocks(model), [make_tokens(3, 500), make_tokens(3, 600)], "fisher+obs")
+    sides = 2 * (24 + 48) + 2 * (24 + 16) + 3 * (24 + 20)  # inputs and outputs of q and o, k and v, the MLP's
+    assert spared == [3 * sides * 1000 * 4]  # two windows of 500 tokens at a time
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,6 @@ def test_a_gpu_keeps_what_half_of_its_free_memory_holds(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert gram.find_room(gpu) == 32 * 2**30
+    assert gram.find_room(gpu) == 32 * 2**30 and gram.find_room(gpu, spared=4 * 2**30) == 30 * 2**30
     free = reserved = allocated = 0
     assert gram.find_room(gpu) == gram.find_room(cpu) == gram.WORKSPACE * 3 // 8  # a full GPU is no worse off

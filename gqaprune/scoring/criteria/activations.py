@@ -1,23 +1,27 @@
 """Criteria from the inputs of a block's output projection: forward passes only, one layer at a time.
 
+Where another criterion passes the same text through the same model, they watch its pass instead (`watch`).
+
 Axes in tensor names: N tokens, C input columns of the output projection, U units, c columns of one unit, O rows.
 """
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from gqaprune.common.console import track
-from gqaprune.common.distributed import get_rank_and_world_size, sum_across_ranks
+from gqaprune.common.distributed import get_rank_and_world_size, reduce_to_largest, sum_across_ranks
 from gqaprune.models.architecture import Block
 from gqaprune.models.gates import freeze_parameters
 from gqaprune.models.layerwise import Stream, embed_batches, run_layer, watch_inputs
 from gqaprune.placement.layer_store import find_store
 from gqaprune.plan import BlockKey
-from gqaprune.scoring.criteria.base import Criterion, Scores
-from gqaprune.surgery.gram import Gram, Memory, chunk_rows
+from gqaprune.scoring.criteria.base import Criterion, Scores, ScoringConfig, ScoringRun, cut_pieces
+from gqaprune.surgery.gram import Gram, Memory, chunk_rows, count_panel_bytes, find_room
 
 T = TypeVar("T")
 Sums = dict[str, Tensor]
@@ -28,6 +32,13 @@ class ActivationCriterion(Criterion, Generic[T]):
     """Adds up statistics `T` of a block's units over the tokens, and scores the units from them."""
 
     goes_by_layer = True
+
+    def __init__(self, run: ScoringRun, scoring: ScoringConfig) -> None:
+        super().__init__(run, scoring)
+        self._blocks: dict[int, list[Block]] = {}
+        for block in run.blocks:
+            self._blocks.setdefault(block.key.layer, []).append(block)
+        self._watched: dict[BlockKey, T] = {}
 
     @abstractmethod
     def start(self, block: Block, memory: Memory) -> T:
@@ -45,20 +56,70 @@ class ActivationCriterion(Criterion, Generic[T]):
     def rate(self, block: Block, statistics: T) -> Tensor:
         """Scores of a block's units from the statistics of all tokens, which it may overwrite, float64 `[units]`."""
 
+    def count_bytes(self, block: Block) -> int:
+        """Bytes of a block's statistics that count beside activations."""
+        return 0
+
+    @property
+    def passes_tokens_once(self) -> bool:
+        """Yes, unless it has watched another pass, and so leaves layers out."""
+        return not self._watched
+
+    @contextmanager
+    def watch(self, criterion: Criterion) -> Iterator[None]:
+        """Add up statistics in the pass of another criterion, where that has one, of the last layers there is room for.
+
+        `score` then makes no pass for these, and goes through the others alone. Where the statistics are large, this is
+        a matter of memory: they are kept of all these layers at once.
+
+        Args:
+            criterion: of the same blocks, on text that begins with this one's; its `score` runs within the context.
+        """
+        if self._watched or not criterion.passes_tokens_once:
+            yield
+            return
+        memory, calibration = Memory(self.run.device), self.run.calibration
+        blocks = self._choose_blocks_to_watch(find_room(self.run.device, criterion.count_kept_bytes()))
+        totals = {block.key: self.start(block, memory) for block in blocks}
+        left = dict.fromkeys(totals, sum(calibration.batches[index].numel() for index in calibration.own_batches))
+
+        @torch.no_grad()
+        def add(key: BlockKey, x_NC: Tensor) -> None:
+            x_NC = x_NC[: left[key]]
+            left[key] -= len(x_NC)
+            if len(x_NC):
+                self.add(totals[key], x_NC.float())
+
+        with watch_inputs({block.key: block.output for block in blocks}, add):
+            yield
+        self._watched = totals
+
+    def _choose_blocks_to_watch(self, room: int) -> list[Block]:
+        """Blocks of the last layers whose statistics fit into some bytes, the same on every rank."""
+        room = -reduce_to_largest(torch.tensor([-room], device=self.run.device))[0]
+        chosen = []
+        for _, blocks in sorted(self._blocks.items(), reverse=True):
+            room -= sum(self.count_bytes(block) for block in blocks)
+            if room < 0:
+                break
+            chosen += blocks
+        return chosen
+
     @torch.no_grad()
     def score(self) -> Scores:
-        """Go through the dense model, each rank with its own batches."""
+        """Go through the dense model, each rank with its own batches, as far as nothing was watched."""
         run, calibration = self.run, self.run.calibration
-        blocks: dict[int, list[Block]] = {}
-        for block in run.blocks:
-            blocks.setdefault(block.key.layer, []).append(block)
         scores: Scores = {}
+        watched = sorted({key.layer for key in self._watched})
+        passed = range(max(self._blocks.keys() - set(watched), default=-1) + 1)
+        pieces = [piece_BT for index in calibration.own_batches for piece_BT in cut_pieces(calibration.batches[index])]
         with freeze_parameters(run.model):
-            streams = embed_batches(run.model, [calibration.batches[i] for i in calibration.own_batches])
-            layers = track(range(max(blocks, default=-1) + 1), run.name, "layers")
+            streams = embed_batches(run.model, pieces if passed else [])
+            layers = track([*watched, *passed], run.name, "layers")  # what is kept is done with first
             for layer in find_store(run.model).hold_each(layers):
-                statistics = self._measure_layer(layer, blocks.get(layer, []), streams)
-                for block in blocks.get(layer, []):
+                blocks = self._blocks.get(layer, [])
+                statistics = self._measure_layer(layer, blocks, streams) if layer in passed else self._watched
+                for block in blocks:
                     total = statistics.pop(block.key)
                     if not self.add_ranks(total):
                         raise ValueError(
@@ -155,6 +216,10 @@ class BrainSurgeon(ActivationCriterion[Gram]):
     """
 
     uses = ("obs_ridge",)
+
+    def count_bytes(self, block: Block) -> int:
+        """Those of the Gram matrix."""
+        return count_panel_bytes(block.output.in_features)
 
     def start(self, block: Block, memory: Memory) -> Gram:
         """Gram matrix."""

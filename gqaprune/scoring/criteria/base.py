@@ -36,6 +36,16 @@ NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 """Name -> what each block's scores are divided by before blocks are compared."""
 
 
+_PIECE_TOKENS = 1024
+"""Tokens that are passed through the model at once: samples do not touch each other."""
+
+
+def cut_pieces(input_ids: Tensor) -> Sequence[Tensor]:
+    """A micro-batch, `[batch, tokens]`, in the pieces in which all criteria pass it, so that they see the same bits."""
+    pieces: Sequence[Tensor] = input_ids.split(max(1, _PIECE_TOKENS // input_ids.shape[1]))
+    return pieces
+
+
 @dataclass(frozen=True)
 class ScoringConfig:
     """What shapes scores besides the criterion.
@@ -115,6 +125,18 @@ class Criterion(ABC):
     def __init__(self, run: ScoringRun, scoring: ScoringConfig) -> None:
         self.run = run
         self.scoring = scoring
+
+    @property
+    def passes_tokens_once(self) -> bool:
+        """Whether `score` runs each of this rank's tokens, in their order, once through the blocks' output projections.
+
+        Criteria that need no more than the inputs of these may then watch instead of making a pass of their own.
+        """
+        return False
+
+    def count_kept_bytes(self) -> int:
+        """Bytes of activations that this pass keeps on the device at a time, which those who watch leave to it."""
+        return 0
 
     @abstractmethod
     def score(self) -> Scores:

@@ -1,20 +1,18 @@
 """Criteria from unit gates: one backward pass, no weight gradient. Axes in tensor names: B samples, U units."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gqaprune.common.distributed import get_rank_and_world_size
+from gqaprune.models.architecture import get_layers
 from gqaprune.models.gates import Gates, compute_gate_gradients
 from gqaprune.placement.layer_store import find_store
 from gqaprune.scoring.criteria.backward import BackwardCriterion
-from gqaprune.scoring.criteria.base import ScoringConfig, ScoringRun
-
-_PASS_TOKENS = 1024
-"""Tokens whose activations are held at once: samples do not touch each other."""
+from gqaprune.scoring.criteria.base import ScoringConfig, ScoringRun, cut_pieces
 
 
 class GateCriterion(BackwardCriterion):
@@ -27,6 +25,19 @@ class GateCriterion(BackwardCriterion):
         self.sums = {
             block.key: torch.zeros(block.units, dtype=torch.float64, device=run.device) for block in run.blocks
         }
+
+    @property
+    def passes_tokens_once(self) -> bool:
+        """Yes, unless activations are recomputed: then every token passes again before its backward pass."""
+        return find_store(self.run.model).is_in_memory and not self.run.model.is_activation_checkpointing
+
+    def count_kept_bytes(self) -> int:
+        """Inputs and outputs of all projections, of the tokens that are passed through the model at once."""
+        model = self.run.model
+        tokens = max(self._cut_passes(batch_BT)[0].numel() for batch_BT in self.run.calibration.batches)
+        linears = [module for module in get_layers(model).modules() if isinstance(module, nn.Linear)]
+        itemsize: int = model.dtype.itemsize
+        return tokens * itemsize * sum(linear.in_features + linear.out_features for linear in linears)
 
     @abstractmethod
     def add_gradients(self, gradients_BU: Gates) -> None:
@@ -67,15 +78,12 @@ class GateCriterion(BackwardCriterion):
             self.end_accumulation()
         return torch.cat(losses)
 
-    def _cut_passes(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+    def _cut_passes(self, input_ids: Tensor) -> Sequence[Tensor]:
         """A micro-batch, `[batch, tokens]`, in pieces that are passed through the model one by one.
 
         Of a model that recomputes its activations, which spares memory at the price of time, every sample by itself.
         """
-        recomputes = self.run.model.is_activation_checkpointing
-        samples = 1 if recomputes else max(1, _PASS_TOKENS // input_ids.shape[1])
-        passes: tuple[Tensor, ...] = input_ids.split(samples)
-        return passes
+        return input_ids.split(1) if self.run.model.is_activation_checkpointing else cut_pieces(input_ids)
 
 
 class GateFisher(GateCriterion):
