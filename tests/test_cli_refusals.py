@@ -102,7 +102,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_1_and_leaves_nothing(
     ("command", "arguments", "message"),
     [
         ("prune", [], "criterion fisher needs the whole model in memory"),
-        ("fit", ["--pruning.criterion", "obs"], "recovery.mode full would train: take gqaprune prune, or set"),
+        ("fit", ["--pruning.criterion", "obs"], "recovery.mode full cannot train them: use gqaprune prune, or"),
         ("search", [], "search tries splits on the whole model in memory: set pruning.offload to false"),
         (
             "prune",
@@ -129,7 +129,7 @@ def test_what_layers_on_disk_exclude_is_said_before_any_work(
     [
         (
             "prune",
-            "needs all 1 processes of a ModelParallelStrategy, got SingleDeviceStrategy: set trainer.strategy",
+            "that shards over all 1 processes, got SingleDeviceStrategy: set trainer.strategy",
         ),
         ("search", "search tries splits on the whole model in memory: set pruning.sharded to false"),
     ],
@@ -214,7 +214,7 @@ def list_files() -> list[str]:
         (DeepSpeedStrategy, "one file", "goes on from nothing but files that have to be unpickled"),
         (FSDPStrategy, "DeepSpeedStrategy", "has no meta.pt"),
         (SingleDeviceStrategy, "weights alone", "holds weights alone, without what training goes on with"),
-        (SingleDeviceStrategy, "something else", "is cut short, or no checkpoint of Lightning's"),
+        (SingleDeviceStrategy, "something else", "is truncated, or not a Lightning checkpoint"),
     ],
 )
 def test_training_goes_on_under_what_can_read_the_checkpoint(
