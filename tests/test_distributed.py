@@ -462,7 +462,7 @@ def test_checkpoints_go_on_under_another_strategy_or_say_why_not(config: Path, t
     assert "; its settings were different: trainer.strategy was" in done.stdout
     done = start(tmp_path / "fsdp2", "fit", config, *CHECKPOINTS, "--ckpt_path", "last")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "SingleDeviceStrategy goes on from single files and lightning_logs/version_0/checkpoints" in done.stderr
+    assert "SingleDeviceStrategy resumes from single files, but lightning_logs/version_0/checkpoints" in done.stderr
 
 
 def test_two_processes_predict_every_prompt_once(config: Path, tmp_path: Path) -> None:

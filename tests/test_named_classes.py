@@ -106,9 +106,9 @@ def test_a_module_that_comes_from_ours_keeps_the_short_form(run: Run, theirs: st
     [
         (["--model", "{}.Nope"], "cannot be imported: module '{}' has no attribute 'Nope'"),
         (["--model", "nowhere.Module"], "nowhere.Module cannot be imported: No module named 'nowhere'"),
-        (["--model", "{}.value"], "{}.value is a int: name a class"),
-        (["--data", "{}.Module"], "{}.Module is no LightningDataModule: name one"),
-        (["--trainer.callbacks", "Nope"], "trainer.callbacks: there is no class Nope: give its full name, such as"),
+        (["--model", "{}.value"], "{}.value must be a class, got int"),
+        (["--data", "{}.Module"], "{}.Module is not a LightningDataModule: name a class"),
+        (["--trainer.callbacks", "Nope"], "trainer.callbacks: there is no class Nope: write its full name, such as"),
         (["--prunning.rate", "0.3"], "there is no setting --prunning.rate: did you mean --pruning.rate?"),
         (["--rate=0.3"], "there is no setting --rate: did you mean --pruning.rate?"),
     ],

@@ -61,12 +61,12 @@ SETTINGS = {
         ["--model.recovery", '{"mode": "distill", "teacher_top_k": 100000}'],
         "recovery.teacher_top_k must be 1 to 260, got 100000",
     ),
-    "a checkpoint that is not there": (["--ckpt_path", "gone.ckpt"], "no checkpoint at gone.ckpt: name one, or leave"),
+    "a checkpoint that is not there": (["--ckpt_path", "gone.ckpt"], "no checkpoint at gone.ckpt: set --ckpt_path to"),
     "a name that is too long": (["--export.folder", "x" * 250], "File name too long; choose another folder"),
     "a file system that takes nothing": (["--export.folder", "/proc/1/out"], "cannot write to /proc/1/out: "),
     "settings of a numbered run": (
         ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", ".", "--trainer.logger.version", "0"],
-        "version_0/config.yaml is there already, and this run would write its settings there",
+        "version_0/config.yaml already exists, and this run would write its settings there",
     ),
     "a precision that needs a package": (["--trainer.precision", "transformer-engine"], "trainer: "),
 }  # fmt: skip

@@ -308,7 +308,7 @@ def test_parquet_whose_text_column_is_no_text_is_refused_by_name(tmp_path: Path)
 
 @pytest.mark.parametrize("column", [[["a"]], [{"a": 1}], [b"a"]], ids=["lists", "structs", "bytes"])
 def test_parquet_whose_text_column_holds_something_else_is_refused_with_that(tmp_path: Path, column: list[Any]) -> None:
-    with pytest.raises(ValueError, match=r"a\.parquet, row 1: its column `text` holds .*, not a string"):
+    with pytest.raises(ValueError, match=r"a\.parquet, row 1: column `text` holds .*, not a string"):
         read(write_parquet(tmp_path / "a.parquet", text=column))
 
 

@@ -173,7 +173,7 @@ def test_runs_that_are_asked_to_stop_say_how_they_go_on_and_leave_whole_files(
 ) -> None:
     assert run(tmp_path, at=at, number=number) == code
     assert "Traceback" not in read_output(tmp_path)
-    assert read_output(tmp_path).endswith("gqaprune: stopped; the same command goes on from here")
+    assert read_output(tmp_path).endswith("gqaprune: stopped; run the same command again to resume")
     assert list_left(tmp_path) == ([tmp_path / UNFINISHED])
     assert run(tmp_path) == 0, read_output(tmp_path)
     assert read_files(tmp_path) == whole()

@@ -58,7 +58,7 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint_and_the_same_command_g
     run = make_run(tmp_path, strategy, fault=fault)
     run.wait(PATIENCE)
     assert run.codes == (128 + fault.number,) * 2 and "Traceback" not in run.output
-    assert run.output.endswith("gqaprune: stopped; the same command goes on from here")
+    assert run.output.endswith("gqaprune: stopped; run the same command again to resume")
     (written,) = tmp_path.rglob("stopped-*.ckpt")
     assert written.name.endswith(f"-step={step}.ckpt")
     again = make_run(tmp_path, strategy)
@@ -79,7 +79,7 @@ def test_a_signal_outside_of_training_ends_all_ranks(fault: Fault, tmp_path: Pat
     run = make_run(tmp_path, "ddp", fault=fault)
     run.wait(PATIENCE)
     assert run.codes[0] == 128 + signal.SIGTERM and "Traceback" not in run.output
-    assert "gqaprune: stopped; the same command goes on from here" in run.output
+    assert "gqaprune: stopped; run the same command again to resume" in run.output
 
 
 @pytest.mark.parametrize(
