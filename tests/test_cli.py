@@ -94,7 +94,7 @@ def test_training_of_a_pruned_checkpoint_in_its_place_keeps_its_plan(run: Run) -
     made = Path("pruned/plan.json").read_text()
     assert run("fit", "--model.pretrained", "pruned", "--pruning.rate", "0", "--export.folder", "pruned") == 0
     assert Path("pruned/plan.json").read_text() == made
-    assert "asked to lose 30.0%" in Path("pruned/README.md").read_text()
+    assert "to remove 30.0%" in Path("pruned/README.md").read_text()
 
 
 REMOTE = """

@@ -50,7 +50,7 @@ BAD_INPUT = {
     "NaN weights": (["--model.pretrained", "broken"], "weights of layer 1 (model.layers.1.mlp.up_proj.weight) hold"),
     "no plan": (["--model.plan", "short.txt"], "short.txt is not a pruning plan"),
     "plan of another model": (["--model.plan", "other.json"], "the plan was made for another model (other)"),
-    "export over the dense model": (["--export.folder", "foreign"], "holds files that are not from an earlier run"),
+    "export over the dense model": (["--export.folder", "foreign"], "has files that are not from an earlier run"),
     "export to a file": (["--export.folder", "short.txt"], "short.txt is a file"),
     "settings of another run": (["--trainer.logger", "false"], "config.yaml already exists, and this run would"),
     "logs below a file": (["--trainer.default_root_dir", "short.txt"], "short.txt is a file"),

@@ -78,7 +78,7 @@ def write_advice(
         mlp = of_kind["mlp"]
         lines += ['  # split: "0:10" # MLP channels only; by default GQA groups are removed as well if they cost less']
         ends = f"[{middle.start}, {middle.stop}]"
-        limits += [f"mlp_layers: {ends} # others cost more; up to {mlp.reachable:.0%} of the decoder can be removed"]
+        limits += [f"mlp_layers: {ends} # others cost more; {mlp.reachable:.0%} of the decoder can be removed"]
         limits += ["channel_multiple: 128 # widths that are fast on GPUs"] if is_large else []
     else:
         lines += ["  split: free # MLPs of this family are not pruned"]
@@ -103,7 +103,7 @@ def _list_attention(own: Reach, geometry: Geometry, is_second: bool) -> list[str
     lines = [f"  # {words}, {own.of_layer:.1%} of the layer"]
     if is_second:
         lines += [
-            "  # Second step, if the first result is good: more attention, far from both ends (attention_layers below):",
+            "  # Second step, if the first one is good: more attention, far from both ends (attention_layers below):",
             '  # split: "2:8" # exact to one GQA group',
         ]
     if fewest <= FEW_KV_HEADS and geometry.ratios[0] > 2:

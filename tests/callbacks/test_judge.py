@@ -148,7 +148,7 @@ def test_the_dense_model_is_the_teacher_or_what_the_plan_cuts_or_none(
     assert found["prompts"][0]["verdict"]["level"] == "broken"
     shown = " ".join(capsys.readouterr().out.split())
     assert "no dense model to compare with, so the verdicts detect repetition" in shown
-    assert "has no plan that tells it; set --model.recovery.teacher to the dense model" in shown
+    assert "has no plan that names the dense model; set --model.recovery.teacher to the dense model" in shown
 
     plan = models / "good/plan.json"
     plan.write_text(plan.read_text().replace(str(models / "dense"), "./gone"))

@@ -276,7 +276,7 @@ def test_pruned_checkpoints_learn_from_the_model_that_they_come_from(tiny_folder
     assert count_parameters(teacher) == count_parameters(load_model(tiny_folder)) > count_parameters(module.model)
 
     shutil.rmtree(tmp_path / "copy")
-    with pytest.raises(ValueError, match="no teacher .*: no model at .*copy: .* name one by model.recovery.teacher"):
+    with pytest.raises(ValueError, match="no teacher .*: no model at .*copy: .* set model.recovery.teacher"):
         make_trainer(tmp_path, TaylorPruning(rate=0.0)).fit(
             CausalLMModule(str(tmp_path / "out"), recovery=RecoveryConfig("distill")), datamodule=data
         )
