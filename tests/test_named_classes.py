@@ -136,4 +136,4 @@ def test_a_missing_package_of_a_logger_is_the_line_that_is_kept() -> None:
 
 def test_an_unknown_command_is_said_with_the_nearest() -> None:
     said = explain("argument subcommand: invalid choice: 'prun' (choose from 'fit', 'prune')", ())
-    assert said == "there is no command prun: did you mean prune? Commands are fit, prune"
+    assert said == "there is no command prun: did you mean prune? The commands are fit, prune"

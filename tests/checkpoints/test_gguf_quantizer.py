@@ -124,7 +124,7 @@ def test_what_falls_back_to_larger_types_is_said_with_the_setting_that_avoids_it
     remark = describe_fallbacks(tmp_path / "out")
     assert "23 matrices are stored in larger types (" in remark
     assert remark.endswith(
-        "), because their rows are not multiples of 256 values: set pruning.limits.channel_multiple to 256 to avoid it in MLPs."
+        " are not multiples of 256 values: set pruning.limits.channel_multiple to 256 to avoid it in MLPs."
     )
     assert remark in said and for_markdown(remark) in (tmp_path / "out/README.md").read_text().splitlines()
     assert read_geometry(load_model(tmp_path / "out").config) == plan.pruned_geometry

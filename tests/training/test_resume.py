@@ -187,9 +187,9 @@ def test_a_changed_rate_keeps_the_scores_and_trains_anew(
     output = read_output(tmp_path)
     for sentence in (
         "a run that did not end had other settings: pruning.rate was 0.3, is 0.2; training starts again",
-        "scores of fisher: is there already, from a run that did not end",
-        "plan: done again, for rate was 0.3, is 0.2",
-        "repaired blocks: done again, for plan is another one",
+        "scores of fisher: is already done, from a run that did not end",
+        "plan: done again, because rate was 0.3, is 0.2",
+        "repaired blocks: done again, because plan has changed",
     ):
         assert sentence in output
     assert read_files(tmp_path) == whole("--pruning.rate", "0.2")
