@@ -186,7 +186,7 @@ def test_what_stops_a_run_is_diagnosed_anew_after_a_warning_of_something_else(
     monkeypatch.setattr(console, "quiet", False)
     with pytest.raises(ValueError, match=r"PerplexityGuard: at step \d+ .*learning rate"):
         fit(learned_folder, tmp_path, Wrecker(1.001, 100.0), {**HARD, "rate": 0.2}, limit_val_batches=1)
-    assert "attention gave too much" in " ".join(capsys.readouterr().out.split())  # what was warned of
+    assert "too much attention was removed" in " ".join(capsys.readouterr().out.split())  # what was warned of
     assert json.loads((tmp_path / "guard.json").read_text())["diagnosis"]["verdict"]["cause"] == "repair"
 
 

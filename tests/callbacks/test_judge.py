@@ -207,7 +207,7 @@ def test_a_prompt_that_fills_the_context_is_refused_and_text_ends_with_it(
     (row,) = predict("good", "--data.prompts", f"[{'A' * 250}]")["prompts"]
     assert row["pruned"]["text"] == "BCDEFG" and row["pruned"] == row["dense"]
     predict("good", "--data.prompts", f"[{'A' * 256}]", code=1)
-    assert "a prompt has 256 tokens and the model's context 256: give a shorter prompt" in capsys.readouterr().err
+    assert "a prompt has 256 tokens, but the model's context is 256: give a shorter prompt" in capsys.readouterr().err
 
 
 def test_predictions_do_not_follow_the_generation_config(predict: Predict, models: Path) -> None:
