@@ -282,7 +282,7 @@ def test_gguf_checkpoints_are_loaded_from_their_folder(tmp_path: Path) -> None:
         save(model, None, tmp_path / "other", format="gguf-f16")
     assert read_names(tmp_path) == {"out"}
     (tmp_path / "out/second.gguf").touch()
-    with pytest.raises(ValueError, match=r"several GGUF files \(model-f16.gguf, second.gguf\): give one of them"):
+    with pytest.raises(ValueError, match=r"several GGUF files \(model-f16.gguf, second.gguf\): use one of them"):
         load_model(tmp_path / "out")
 
 

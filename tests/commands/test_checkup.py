@@ -85,7 +85,7 @@ def test_fewer_kv_heads_than_planned_in_every_layer_are_marked(
 
 def test_a_plan_of_another_number_of_layers_is_refused(pruned_folder: Path) -> None:
     keep_everything(make_model("qwen2", layers=2)).save(pruned_folder / "plan.json")
-    with pytest.raises(ValueError, match=r"plan\.json is of 2 layers, config\.json of 3"):
+    with pytest.raises(ValueError, match=r"plan\.json has 2 layers, but config\.json has 3"):
         check(pruned_folder)
 
 
@@ -249,7 +249,7 @@ def main_or_exit() -> None:
 def test_inspect_prints_layers_risks_and_steps(pruned_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect(str(pruned_folder))
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.count("✅") == 6 and "against the base" in printed and "one GQA group" in printed
+    assert printed.count("✅") == 6 and "compared with the base" in printed and "one GQA group" in printed
     assert "risk: layers differ in shape" in printed
     inspect(str(pruned_folder), json=True)
     facts = json.loads(capsys.readouterr().out)

@@ -304,7 +304,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
         ["{dense}", "{empty}"],
         "cannot load a model from '{empty}': there is neither model.safetensors nor",
     ),
-    "no config": (["{dense}", "{root}"], "{root} is no Hugging Face checkpoint"),
+    "no config": (["{dense}", "{root}"], "{root} is not a Hugging Face checkpoint"),
     "unknown family": (["{dense}", "{gpt2}"], "model {gpt2}: models of type 'gpt2' cannot be pruned yet"),
     "tokenizer of another": (
         ["{dense}", "{wide}"],

@@ -312,12 +312,12 @@ def test_a_folder_of_the_model_without_its_head_is_read_as_in_memory(tmp_path: P
 @pytest.mark.parametrize(
     ("prefix", "message"),
     [
-        ("", r"its files lack lm_head\.weight \(1 in all\), which its config promises$"),
+        ("", r"its files lack lm_head\.weight \(1 in all\), which the config needs$"),
         (
             "base_model.model.model.",
-            r"lack lm_head\.weight \(30 in all\), .*; they hold base_model\.model\.model\.e",
+            r"lack lm_head\.weight \(30 in all\), .*; they have base_model\.model\.model\.e",
         ),
-        ("_orig_mod.model.", r"lack lm_head\.weight \(30 in all\), .*; they hold _orig_mod\.model\.embed"),
+        ("_orig_mod.model.", r"lack lm_head\.weight \(30 in all\), .*; they have _orig_mod\.model\.embed"),
     ],
 )
 def test_names_of_another_model_are_refused_as_in_memory(prefix: str, message: str, tmp_path: Path) -> None:
