@@ -160,7 +160,7 @@ def find_stage(output: str) -> str:
 
 def find_start(output: str) -> str:
     """What a run that went on found there."""
-    lines = [line for line in output.splitlines() if "there already" in line or ", from " in line]
+    lines = [line for line in output.splitlines() if "already done" in line or ", from " in line]
     if any(", from " in line and "ckpt" in line for line in lines):
         return "a checkpoint"
     names = [line.split(":")[0] for line in lines]

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from gqaprune.planning.config import PruningConfig
     from gqaprune.surgery.cut import apply_plan
 
-let_threads_sleep()  # before anything imports torch
+let_threads_sleep()  # must come before torch is imported
 for _name in ("torchao", "torch.utils._pytree"):
-    # transformers imports torchao wherever it is, which then warns of kernels for hardware that is not there.
+    # transformers imports torchao if it is installed, and torchao warns about kernels for missing hardware.
     logging.getLogger(_name).setLevel(logging.ERROR)
 name_moved_modules()
 
@@ -40,7 +40,7 @@ _HOMES = {
     "read_windows": "data.windows",
     "save": "checkpoints.save",
 }
-"""Public name -> the module that has it, which is imported with the name's first use: torch takes seconds."""
+"""Public name -> its module, which is imported when the name is first used, because torch takes seconds to import."""
 
 __all__ = [
     "CalibrationSet",

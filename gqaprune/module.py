@@ -57,10 +57,10 @@ from gqaprune.training.stopping import StopTogether
 
 @runtime_checkable
 class ChecksSettings(Protocol):
-    """A callback that refuses settings in the first hook of a fit, before text is read or a model is loaded."""
+    """A callback that checks settings in the first hook of a fit, before text is read or a model is loaded."""
 
     def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what would end the run later, by a `ValueError` with a setting that works."""
+        """Raise a `ValueError`, with a setting that works, for settings that would stop the run later."""
 
 
 class CausalLMModule(RenamedAttributes, LightningModule):
@@ -68,24 +68,25 @@ class CausalLMModule(RenamedAttributes, LightningModule):
 
     Args:
         pretrained: the model: a folder, a `.gguf` file, a hub name, or `smollm2-135m` (embedded, needs no hub); in
-            Python also a causal LM that is loaded already, which is then worked on in place.
-        dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
-        attn_implementation: attention kernel, `sdpa` or `eager`; transformers' choice by default.
-        trust_remote_code: run code that comes with the checkpoint. Pruned checkpoints do not need it here.
-        gradient_checkpointing: recompute activations in the backward pass, of training and of scores: less memory, one
-            more forward pass.
-        compile: compile the decoder layers with `torch.compile` for training steps; the first ones take minutes, and on
-            a CPU a C++ compiler is needed. Not where a strategy shards the model.
-        recovery: what training trains, and on which loss.
-        optimizer: optimizer class and its arguments; built on the parameters that pruning left, weight decay for
-            matrices only.
-        schedule: course of the learning rate after the warm-up, down to 0 (`cosine`, `linear`) or `constant`.
-        warmup_steps: optimizer steps before the one with the full learning rate, each with more than the one before;
-            null takes a twentieth of all.
-        max_new_tokens: tokens that `predict` adds to each prompt at most; loops take some fifty to show.
-        plan: a pruning plan to apply on loading, instead of calibrating: the path of a `plan.json`, or its content, as
-            a Lightning checkpoint carries it, whose weights are loaded next.
-        revision: branch, tag or commit of a model on the hub, of its tokenizer, config, weights and code.
+            Python also a loaded causal LM, which is then changed in place.
+        dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the type in the checkpoint).
+        attn_implementation: attention kernel, `sdpa` or `eager`; null lets transformers choose.
+        trust_remote_code: run code that comes with the checkpoint. gqaprune loads pruned checkpoints without it.
+        gradient_checkpointing: recompute activations in the backward pass, in training and in scoring: less memory, but
+            one more forward pass.
+        compile: compile the decoder layers with `torch.compile` for training steps; the first steps take minutes, and a
+            CPU needs a C++ compiler. Not possible if a strategy shards the model.
+        recovery: what recovery trains, and on which loss.
+        optimizer: optimizer class and its arguments; built after pruning on the parameters that are left, with weight
+            decay for matrices only.
+        schedule: learning rate after the warm-up: falls to 0 (`cosine`, `linear`) or stays the same (`constant`).
+        warmup_steps: number of optimizer steps over which the learning rate rises to its full value; null uses a
+            twentieth of all steps.
+        max_new_tokens: largest number of tokens that `predict` adds to each prompt; repetition becomes visible after
+            about fifty.
+        plan: pruning plan to apply on loading instead of calibrating: the path of a `plan.json`, or its content, as
+            Lightning checkpoints store it.
+        revision: branch, tag or commit of a model on the hub, for its tokenizer, config, weights and code.
     """
 
     @overload
@@ -114,10 +115,10 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         given = pretrained if isinstance(pretrained, PreTrainedModel) else None
         if given is not None:
             pretrained = given.name_or_path
-        pretrained = pin(make_absolute(pretrained), revision)  # checkpoints, plan and report name it
+        pretrained = pin(make_absolute(pretrained), revision)  # the name that checkpoints, plan and report use
         origin = (pretrained, dtype, attn_implementation, trust_remote_code)
         self.source = ModelSource(*origin) if given is None else ModelInMemory(*origin, model=given)
-        del given, origin  # no hyperparameters
+        del given, origin  # save_hyperparameters would save them
         self.save_hyperparameters(ignore=["optimizer", "plan", "recovery"])
         self.recovery = recovery
         self.optimizer_config = OptimizerConfig(unwrap_factory(optimizer), schedule, warmup_steps)
@@ -132,7 +133,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self.rounds_done = 0
         self.run_id = uuid4().hex  # tells a run's checkpoints from those of other runs in the same folder
         self._model: PreTrainedModel | None = None  # names of weights in checkpoints begin with this one
-        self._untrained_model: Unregistered[PreTrainedModel] | None = None  # its layers are on disk, or in shards
+        self._untrained_model: Unregistered[PreTrainedModel] | None = None  # a model with layers on disk, or sharded
         self._objective = Objective(recovery)
         self._losses = LossWatch()
         self._changes: ChangeWatch | None = None
@@ -142,16 +143,16 @@ class CausalLMModule(RenamedAttributes, LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **settings: Any) -> "CausalLMModule":
-        """Build a module from what a checkpoint says, as Lightning does; nothing in it runs code.
+        """Build a module from a Lightning checkpoint, without running code that the checkpoint may contain.
 
         Args:
-            checkpoint_path: a file on this machine, or one that is open.
-            arguments: Lightning's.
-            settings: of the module, before those of the checkpoint; code that comes with the model is run if
-                `trust_remote_code` is here, whatever the checkpoint says.
+            checkpoint_path: path of a file on this machine, or an open file.
+            arguments: further arguments of Lightning's method.
+            settings: module settings that override the checkpoint's; code that comes with the model runs only if
+                `trust_remote_code` is given here, whatever the checkpoint says.
 
         Raises:
-            ValueError: if it is somewhere else.
+            ValueError: if the path is not on this machine.
         """
         if isinstance(checkpoint_path, (str, Path)):
             check_is_local(checkpoint_path)
@@ -162,27 +163,27 @@ class CausalLMModule(RenamedAttributes, LightningModule):
 
     @classmethod
     def wrap(cls, model: PreTrainedModel) -> "CausalLMModule":
-        """A module around a causal LM that another module trains; nothing in the model is changed."""
+        """Wrap a causal LM that another module trains, without changing the model."""
         module = cls(model)
         module._model = model
         return module
 
     @property
     def model(self) -> PreTrainedModel:
-        """The causal LM; `load` it first, unless it was given."""
+        """The causal LM; call `load` first, unless the model was passed to `__init__`."""
         if self._model is None and isinstance(self.source, ModelInMemory):
             self.load()
         model = self._model if self._untrained_model is None else self._untrained_model.module
-        assert model is not None, "load() comes before the model is used"
+        assert model is not None, "call load() before using the model"
         return model
 
     def configure_callbacks(self) -> list[Callback]:
-        """Begin a run: guard what is loaded, remove what killed runs were writing, let callbacks check the settings.
+        """Begin a run: guard loading, remove leftovers of killed runs, let callbacks check the settings.
 
-        No text is read yet, no model loaded; ranks are made to stop together.
+        It reads no text and loads no model yet, and it adds a callback that makes all ranks stop together.
 
         Raises:
-            ValueError: if a setting cannot work; mode `none` needs a trainer that does not train.
+            ValueError: if a setting cannot work, such as recovery mode `none` with a trainer that trains.
         """
         guard_loading(self.trainer.strategy)
         guard_restoring(self.trainer)
@@ -192,7 +193,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self._losses = LossWatch()
         stopping = StopTogether(self._losses)
         stopping.begin(self.trainer)
-        # First, before pruning; those that are returned would come last.
+        # First, before pruning; Lightning would append callbacks that are returned.
         callbacks[:] = [stopping, *(one for one in callbacks if not isinstance(one, StopTogether))]
         if self.trainer.is_global_zero:
             remove_leftovers(*list_run_folders(Path(self.trainer.default_root_dir)))
@@ -202,7 +203,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         return []
 
     def name_metrics(self) -> list[str]:
-        """Names of what training logs, which callbacks may monitor."""
+        """List the names of the metrics that training logs and callbacks may monitor."""
         names = ["train/loss", *(f"train/{part}" for part in self._objective.parts)]
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.trainer.limit_val_batches != 0 and isinstance(data, TextDataModule):
@@ -210,11 +211,11 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         return names
 
     def load(self, offload: Path | None = None, sharded: bool = False) -> None:
-        """Load the model, pruned if there is a plan. Does nothing the second time.
+        """Load the model, pruned if there is a plan. Does nothing if it is already loaded.
 
         Args:
-            offload: its decoder layers stay on disk, those that change beside this folder: to prune, not to train.
-            sharded: its decoder layers are sharded over the devices of a `ModelParallelStrategy` from the start.
+            offload: keep the decoder layers on disk, changed ones beside this folder; for pruning, not for training.
+            sharded: shard the decoder layers over the devices of a `ModelParallelStrategy` from the start.
         """
         if self._untrained_model is not None or self._model is not None:
             return
@@ -222,7 +223,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         if isinstance(data, TextDataModule):
             data.check_context(self.source.read_config())
         mesh = self._mesh if sharded else None
-        assert mesh is not None or not sharded, "only ModelParallelStrategy has a mesh"
+        assert mesh is not None or not sharded, "only a ModelParallelStrategy has a mesh"
         model = load_cut_model(self.source, self.plan, offload, mesh, self.gradient_checkpointing)
         self._name_model_of_plan()
         if not find_store(model).is_in_memory and not self._trains:
@@ -231,18 +232,18 @@ class CausalLMModule(RenamedAttributes, LightningModule):
             self._model = model
 
     def release(self) -> None:
-        """Let the model go, so that another one has its memory; `load` brings it back."""
+        """Free the model's memory for another model; `load` loads it again."""
         self._model = None
 
     def setup(self, stage: str) -> None:
-        """Load what the pruning callback has not, and make it ready to train, before strategies shard it."""
+        """Load the model if the pruning callback has not, and prepare it for training, before a strategy shards it."""
         self.load()
         if self._trains:
             self.prepare_recovery()
 
     def configure_model(self) -> None:
-        """Split the model, and its teacher, over devices where the strategy asks."""
-        self.load()  # for `load_from_checkpoint`, which calls no other hook
+        """Shard the model and its teacher over devices if the strategy asks for it."""
+        self.load()  # `load_from_checkpoint` calls no other hook
         if self._model is not None and (trainer := find_trainer(self)) is not None:
             device = trainer.strategy.root_device
             self._matrix_names |= name_matrices(self.named_parameters())
@@ -250,7 +251,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
             self._objective.distribute_teacher(self._mesh, device)
 
     def prepare_recovery(self) -> None:
-        """Add adapters and load the teacher, once; after a further cut forget what was compiled before it."""
+        """Add adapters and load the teacher, once; after a further cut, also discard the compiled layers."""
         self.layer_compiler.reset()
         self.adapters.add(self.model, self.recovery, self.rounds_done)
         self._draws_numbers = draws_random_numbers(self.model)
@@ -264,29 +265,29 @@ class CausalLMModule(RenamedAttributes, LightningModule):
                 self._objective.cache_teacher(data.read_train_windows(), data.training.batch_size, device)
 
     def merge_adapters(self) -> None:
-        """Fold LoRA adapters into the weights, so that the model can be cut. Does nothing without them."""
+        """Merge LoRA adapters into the weights, so that the model can be cut. Does nothing without adapters."""
         self._model = self.adapters.merge(self.model)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits `[batch, tokens, vocabulary]` of token ids `[batch, tokens]`."""
+        """Compute logits `[batch, tokens, vocabulary]` from token ids `[batch, tokens]`."""
         logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
 
     def compute_loss(self, batch: Batch) -> Tensor | Mapping[str, Tensor]:
-        """The loss that a training step minimises; override it to train on another one.
+        """Compute the loss that a training step minimises; override it to train on another one.
 
         Args:
-            batch: `input_ids` and `labels`, `[batch, tokens]`, padding only at the end of rows.
+            batch: `input_ids` and `labels`, `[batch, tokens]`, padded only at the end of rows.
 
         Returns:
-            The mean loss in nats per token, a scalar with its gradient; or a mapping with it as `loss`, whose other
-            entries are logged as `train/<name>`.
+            The mean loss in nats per token, a scalar with its gradient; or a mapping with that scalar as `loss`, whose
+            other entries are logged as `train/<name>`.
         """
         loss, parts = self._objective.measure(self.model, batch)
         return {"loss": loss, **parts}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of a batch in nats per token."""
+        """Compute and log the mean loss of a batch in nats per token."""
         place = (self.trainer.current_epoch, batch_idx, self.global_rank)
         seed = seed_by_place(self.device, *place) if self._draws_numbers else nullcontext()
         with seed, self.layer_compiler.compiled(self.model):
@@ -299,7 +300,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start a perplexity for every validation corpus."""
+        """Start measuring the perplexity of every validation corpus."""
         self._start_perplexities("val", len(self.trainer.num_val_batches))
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -311,45 +312,46 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self.log_dict(self.perplexities.compute(), prog_bar=True)
 
     def on_test_epoch_start(self) -> None:
-        """Start a perplexity for every test corpus."""
+        """Start measuring the perplexity of every test corpus."""
         self._start_perplexities("test", len(self.trainer.num_test_batches))
 
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Continue a prompt greedily; returns prompt and continuation as token ids `[1, tokens]`."""
+        """Continue a prompt greedily; return prompt and continuation as token ids `[1, tokens]`."""
         return continue_greedily(self.model, batch["input_ids"], self.max_new_tokens)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build optimizer and schedule on the live parameters, after pruning."""
+        """Build optimizer and schedule for the parameters that are left after pruning."""
         steps = count_round_steps(self.trainer, self.rounds_done, self.recovery.rounds)
         optimizer, scheduler = self.optimizer_config.build(self.named_parameters(), steps, self._matrix_names)
-        # The name is what LearningRateMonitor logs.
+        # LearningRateMonitor logs under this name.
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "learning_rate"},
         }
 
     def on_train_start(self) -> None:
-        """Remember the weights."""
+        """Remember the weights, to see at the end whether training has changed them."""
         self._changes = ChangeWatch(self.parameters())
 
     def on_train_end(self) -> None:
-        """Say so if training has changed none of them."""
+        """Print a warning if training has changed no weight."""
         if self._changes is not None and self._changes.sees_none(self.parameters()) and self.trainer.is_global_zero:
             console.print(
-                f"training changed no weight in {self.trainer.global_step:,} steps: look at model.optimizer's learning "
-                "rate, and at gradients that are zero"
+                f"training changed no weight in {self.trainer.global_step:,} steps: check that the learning rate of "
+                "model.optimizer is not too small and that gradients are not zero"
             )
         self._changes = None
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip as the trainer says, also where Lightning refuses to.
+        """Clip gradients as the trainer's settings say, also in two cases that Lightning refuses.
 
-        It refuses fused optimizers under any mixed precision, though only float16 has a scaler, whose work they undo
-        after the clipping; and to clip by norm under FSDP1, because it does not know the outermost wrapper.
+        It refuses fused optimizers under any mixed precision, although only float16 has a scaler, and only with a
+        scaler do they unscale after clipping; and it refuses to clip by norm under FSDP1, because it does not know the
+        outermost wrapper.
         """
         precision = self.trainer.precision_plugin
         has_no_scaler = type(precision) is MixedPrecision and precision.scaler is None
@@ -360,40 +362,45 @@ class CausalLMModule(RenamedAttributes, LightningModule):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the plan with the hyperparameters, so that a resumed run builds the pruned shapes."""
+        """Save the plan with the hyperparameters, so that a resumed run builds the pruned shapes."""
         if self.plan is not None:
             checkpoint[HYPER_PARAMETERS]["plan"] = self.plan.to_dict()
         checkpoint |= {"run": self.run_id, "recovery": asdict(self.recovery), "rounds_done": self.rounds_done}
         checkpoint["strategy"] = type(self.trainer.strategy).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume in the round that the checkpoint was written in, with adapters if it has some."""
+        """Resume in the round in which the checkpoint was written, with its adapters if it has any."""
         self.rounds_done = checkpoint.get("rounds_done", 0)
         if self.adapters.view is None and any(".lora_" in name for name in checkpoint.get(WEIGHTS, ())):
             self.load()
             try:
                 recovery = RecoveryConfig(**checkpoint["recovery"])
             except (KeyError, TypeError) as error:
-                raise ValueError(f"the checkpoint has adapters and does not say which ({error})") from None
+                raise ValueError(
+                    f"the checkpoint has LoRA adapters but not the recovery settings that describe them ({error}): "
+                    "resume from another checkpoint, or train anew"
+                ) from None
             self.adapters.add(self.model, recovery)
 
     def load_state_dict(self, *arguments: Any, **settings: Any) -> Any:
-        """Take over weights, as torch does.
+        """Load weights, as torch does.
 
         Raises:
-            ValueError: if they are not those of the model.
+            ValueError: if they do not fit the model.
         """
         try:
             return super().load_state_dict(*arguments, **settings)
         except RuntimeError as error:
             reason = shorten(first_line(error), 300, placeholder=" …")
-            raise ValueError(f"the checkpoint is not of {self.source.pretrained} as it is here: {reason}") from None
+            raise ValueError(
+                f"the checkpoint does not fit {self.source.pretrained} as it is pruned here: {reason}"
+            ) from None
 
     def _name_model_of_plan(self) -> None:
-        """Let a plan that was given name the model that it cuts here; a run that resumes has to have the same one.
+        """Write the name of the model that it cuts into a given plan; a resumed run must have the same model.
 
         Raises:
-            ValueError: if a checkpoint's plan was made for other weights, which training would go back to.
+            ValueError: if a checkpoint's plan was made for other weights.
         """
         if self.plan is None:
             return
@@ -413,7 +420,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
 
     @property
     def _mesh(self) -> DeviceMesh | None:
-        """The devices that a `ModelParallelStrategy` shards models over; None under others."""
+        """The devices that a `ModelParallelStrategy` shards the model over; None under other strategies."""
         return None if self.device_mesh is None else self.device_mesh["data_parallel"]
 
     def _start_perplexities(self, stream: str, loaders: int) -> None:
@@ -422,6 +429,6 @@ class CausalLMModule(RenamedAttributes, LightningModule):
         self.perplexities = CorpusPerplexities(f"ppl/{corpus}" for corpus in corpora).to(self.device)
 
 
-# jsonargparse reads the default optimizer's settings from the source of a lambda, which pickles only under a name.
+# jsonargparse reads the default optimizer's settings from the source of a lambda, and a lambda needs a name to pickle.
 build_default_optimizer = signature(CausalLMModule).parameters["optimizer"].default
 build_default_optimizer.__qualname__ = "build_default_optimizer"

@@ -94,7 +94,7 @@ def test_training_of_a_pruned_checkpoint_in_its_place_keeps_its_plan(run: Run) -
     made = Path("pruned/plan.json").read_text()
     assert run("fit", "--model.pretrained", "pruned", "--pruning.rate", "0", "--export.folder", "pruned") == 0
     assert Path("pruned/plan.json").read_text() == made
-    assert "asked to lose 30.0%" in Path("pruned/README.md").read_text()
+    assert "to remove 30.0%" in Path("pruned/README.md").read_text()
 
 
 REMOTE = """
@@ -173,7 +173,7 @@ def test_search_goes_on_with_what_its_folder_holds_and_refuses_what_is_of_anothe
         assert run("search", *arguments) == 0
     assert Path("found/search.json").read_text() == first
     assert run("search", *arguments, "--data.seed", "3") == 1
-    assert "found/search.json is of another search" in capsys.readouterr().err
+    assert "found/search.json belongs to another search" in capsys.readouterr().err
     assert run("search", *arguments, "--search.patience", "0") == 1
     assert "search.patience must be at least 1, got 0" in capsys.readouterr().err
 
@@ -203,7 +203,7 @@ def test_sweep_leaves_at_every_rate_what_prune_leaves_and_goes_on_with_what_is_t
     assert run("sweep", "--rates", "0.2,0.4", "--folder", "rates", *settings) == 0
     assert json.loads(Path("rates/sweep.json").read_text()) == found
     assert run("sweep", "--rates", "0.2", "--folder", "rates", *settings, "--data.seed", "3") == 1
-    assert "rates/sweep.json is of another sweep: " in capsys.readouterr().err
+    assert "rates/sweep.json belongs to a sweep with other settings: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

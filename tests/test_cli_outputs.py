@@ -183,7 +183,7 @@ def test_a_disk_that_takes_no_logs_ends_no_run(
     reason = "[Errno 28] No space left on device\n"
     for part in ("pruning.png", "report.json", "report.html", "sample 1"):
         assert f"{part} is left out: {reason}" in said
-    assert said.count(f"TensorBoardLogger is not whole: {reason}") == 1
+    assert said.count(f"TensorBoardLogger is incomplete: {reason}") == 1
     assert (Path("lightning_logs/version_0/checkpoint") / "config.json").exists()
 
 

@@ -50,9 +50,9 @@ BAD_INPUT = {
     "NaN weights": (["--model.pretrained", "broken"], "weights of layer 1 (model.layers.1.mlp.up_proj.weight) hold"),
     "no plan": (["--model.plan", "short.txt"], "short.txt is not a pruning plan"),
     "plan of another model": (["--model.plan", "other.json"], "the plan was made for another model (other)"),
-    "export over the dense model": (["--export.folder", "foreign"], "holds files that are not from an earlier run"),
+    "export over the dense model": (["--export.folder", "foreign"], "has files that are not from an earlier run"),
     "export to a file": (["--export.folder", "short.txt"], "short.txt is a file"),
-    "settings of another run": (["--trainer.logger", "false"], "config.yaml is there already, and this run would"),
+    "settings of another run": (["--trainer.logger", "false"], "config.yaml already exists, and this run would"),
     "logs below a file": (["--trainer.default_root_dir", "short.txt"], "short.txt is a file"),
     "unknown setting": (["--pruning.no_such", "3"], "there is no setting --pruning.no_such; `gqaprune fit --help`"),
     "not a number": (["--pruning.rate", "lots"], "pruning.rate: Expected a <class 'float'>. Got value: lots"),
@@ -102,7 +102,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_1_and_leaves_nothing(
     ("command", "arguments", "message"),
     [
         ("prune", [], "criterion fisher needs the whole model in memory"),
-        ("fit", ["--pruning.criterion", "obs"], "recovery.mode full would train: take gqaprune prune, or set"),
+        ("fit", ["--pruning.criterion", "obs"], "recovery.mode full cannot train them: use gqaprune prune, or"),
         ("search", [], "search tries splits on the whole model in memory: set pruning.offload to false"),
         (
             "prune",
@@ -129,7 +129,7 @@ def test_what_layers_on_disk_exclude_is_said_before_any_work(
     [
         (
             "prune",
-            "needs all 1 processes of a ModelParallelStrategy, got SingleDeviceStrategy: set trainer.strategy",
+            "that shards over all 1 processes, got SingleDeviceStrategy: set trainer.strategy",
         ),
         ("search", "search tries splits on the whole model in memory: set pruning.sharded to false"),
     ],
@@ -186,7 +186,9 @@ def test_interrupt_during_calibration_leaves_nothing_half_written(run: Run, monk
     assert list_files() == [DENSE]
 
 
-@pytest.mark.parametrize(("command", "sentence"), [("prune", "; the same command goes on from here"), ("validate", "")])
+@pytest.mark.parametrize(
+    ("command", "sentence"), [("prune", "; run the same command again to resume"), ("validate", "")]
+)
 def test_a_stopped_command_says_that_it_goes_on_where_it_does(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, sentence: str
 ) -> None:
@@ -207,14 +209,14 @@ def list_files() -> list[str]:
     [
         (FSDPStrategy, "FSDPStrategy", None),
         (ModelParallelStrategy, "ModelParallelStrategy", None),
-        (FSDPStrategy, "ModelParallelStrategy", "FSDPStrategy cannot read what ModelParallelStrategy wrote"),
+        (FSDPStrategy, "ModelParallelStrategy", "set trainer.strategy to ModelParallelStrategy"),
         (ModelParallelStrategy, "FSDPStrategy", "set trainer.strategy to FSDPStrategy"),
-        (SingleDeviceStrategy, "FSDPStrategy", "goes on from single files"),
-        (FSDPStrategy, "one file", "goes on from folders"),
-        (DeepSpeedStrategy, "one file", "goes on from nothing but files that have to be unpickled"),
+        (SingleDeviceStrategy, "FSDPStrategy", "resumes from single files"),
+        (FSDPStrategy, "one file", "resumes from folders"),
+        (DeepSpeedStrategy, "one file", "can resume only from files that have to be unpickled"),
         (FSDPStrategy, "DeepSpeedStrategy", "has no meta.pt"),
-        (SingleDeviceStrategy, "weights alone", "holds weights alone, without what training goes on with"),
-        (SingleDeviceStrategy, "something else", "is cut short, or no checkpoint of Lightning's"),
+        (SingleDeviceStrategy, "weights alone", "has only weights, so training cannot resume from it"),
+        (SingleDeviceStrategy, "something else", "is truncated, or not a Lightning checkpoint"),
     ],
 )
 def test_training_goes_on_under_what_can_read_the_checkpoint(

@@ -219,7 +219,7 @@ def test_two_processes_score_prune_repair_and_refine_to_the_same_weights(pruning
 def test_all_processes_stop_where_one_ends_with_something_else(case: str, what: str, prunings: Path) -> None:
     errors = [(prunings / f"{case}-{rank}.txt").read_text() for rank in range(2)]
     assert errors[0] == errors[1] and f"the {what} of rank 1 differ from rank 0's, of 2 ranks" in errors[0]
-    assert "prune on one (trainer.devices 1)" in errors[0]
+    assert "or set trainer.devices to 1" in errors[0]
 
 
 def test_one_process_agrees_with_itself() -> None:
@@ -447,7 +447,7 @@ def test_two_killed_processes_end_as_others_do(config: Path, tmp_path: Path, str
     command = (tmp_path / "killed", "fit", config, *CHECKPOINTS, *strategy)
     assert start(*command, repairs=2).returncode == -9
     done = start(*command, steps=6)
-    assert done.returncode == -9 and done.stdout.count("blocks: 4 of 5 are there already") == 1
+    assert done.returncode == -9 and done.stdout.count("blocks: 4 of 5 are already done") == 1
     assert start(*command).returncode == 0
     assert not (tmp_path / "killed/lightning_logs/unfinished").exists()
     whole, killed = (load_file(tmp_path / name / "out/model.safetensors") for name in ("whole", "killed"))
@@ -459,10 +459,10 @@ def test_checkpoints_go_on_under_another_strategy_or_say_why_not(config: Path, t
         assert start(tmp_path / name, "fit", config, *CHECKPOINTS, *strategy, steps=6).returncode == -9
     done = start(tmp_path / "ddp", "fit", config, *CHECKPOINTS, "--ckpt_path", "last")
     assert done.returncode == 0 and ", from lightning_logs/version_0/checkpoints/epoch=0-step=2.ckpt" in done.stdout
-    assert "; its settings were others: trainer.strategy was" in done.stdout
+    assert "; its settings were different: trainer.strategy was" in done.stdout
     done = start(tmp_path / "fsdp2", "fit", config, *CHECKPOINTS, "--ckpt_path", "last")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "SingleDeviceStrategy goes on from single files and lightning_logs/version_0/checkpoints" in done.stderr
+    assert "SingleDeviceStrategy resumes from single files, but lightning_logs/version_0/checkpoints" in done.stderr
 
 
 def test_two_processes_predict_every_prompt_once(config: Path, tmp_path: Path) -> None:
@@ -479,31 +479,31 @@ def test_layers_on_disk_are_refused_on_several_processes(config: Path, tmp_path:
     settings = ("--pruning.offload", "true", "--pruning.criterion", "obs")
     done = start(tmp_path / "disk", "prune", config, *settings, *DDP)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "offload works on one device, got DDPStrategy: set trainer.devices to 1" in done.stderr
+    assert "pruning.offload needs a single device, got DDPStrategy: set trainer.devices to 1" in done.stderr
 
 
 def test_rounds_are_refused_where_the_model_is_sharded(config: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="recovery.rounds 2 cuts whole models between steps, which ModelParallel"):
+    with pytest.raises(AssertionError, match="recovery.rounds 2 cuts the whole model .*, but ModelParallelStrategy"):
         run(tmp_path / "fit", "fit", config, "--model.recovery.rounds", "2", *FSDP2)
 
 
 def test_compiled_layers_are_refused_where_the_model_is_sharded(config: Path, tmp_path: Path) -> None:
     done = start(tmp_path / "fit", "fit", config, "--model.compile", "true", *FSDP2)
-    assert done.returncode == 1 and "model.compile compiles whole layers, which ModelParallelStrategy" in done.stderr
+    assert done.returncode == 1 and "model.compile compiles whole layers, but ModelParallelStrategy" in done.stderr
     assert "dense:" not in done.stdout
 
 
 @pytest.mark.parametrize(
     ("strategy", "arguments", "message"),
     [
-        (DDP, (), "sharded needs all 2 processes of a ModelParallelStrategy, got DDPStrategy: set"),
+        (DDP, (), "needs a ModelParallelStrategy that shards over all 2 processes, got DDPStrategy: set"),
         (FSDP2, ("--pruning.criterion", "param_first"), "criterion param_first needs the whole model in memory, which"),
         (
             FSDP2,
             ("--data.calibration.sampled_windows", "4"),
-            "data.calibration.sampled_windows 4 needs the whole model in memory, which sharded",
+            "data.calibration.sampled_windows 4 needs the whole model in memory, but pruning.sharded",
         ),
-        (FSDP2, ("--export.format", "gguf-f16"), "format gguf-f16 needs the whole model in memory, which sharded"),
+        (FSDP2, ("--export.format", "gguf-f16"), "format gguf-f16 needs the whole model in memory, but pruning"),
     ],
 )
 def test_what_sharded_layers_exclude_is_said_before_any_work(

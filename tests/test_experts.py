@@ -34,7 +34,7 @@ def test_experts_stay_to_the_bit_and_the_report_says_so(variant: str) -> None:
     assert len(experts) == 9 and all(torch.equal(tensor, before[name]) for name, tensor in experts.items())
     share = sum(p.numel() for name, p in dense.named_parameters() if ".experts." in name)
     share /= sum(p.numel() for name, p in dense.named_parameters() if ".layers." in name)
-    assert report.note == f"experts are left alone: {share:.1%} of the decoder's parameters"
+    assert report.note == f"experts are not pruned: {share:.1%} of the decoder's parameters"
     assert report.note in str(build_table(report).caption) and report.to_dict()["note"] == report.note
 
 

@@ -119,7 +119,7 @@ def test_fast_dev_run_takes_a_batch_of_everything_and_writes_nothing(
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 1 and not list(tmp_path.rglob("*"))
     assert [len(batch) for batch in data.calibration_batches(module.model)] == [2]
-    assert "a batch of everything was tried" in " ".join(capsys.readouterr().out.split())
+    assert "one batch of each kind was tried" in " ".join(capsys.readouterr().out.split())
     data.trainer = None
     data.setup("fit")
     assert len(data.read_calibration_windows()) == 8
@@ -138,7 +138,7 @@ def test_the_command_tries_a_run_without_a_trace_and_runs_barebones(run: Run) ->
         (lambda trainer, *parts: Tuner(trainer).lr_find(parts[0], datamodule=parts[1]), "set model.optimizer.lr"),
         (
             lambda trainer, *parts: Tuner(trainer).scale_batch_size(parts[0], datamodule=parts[1]),
-            "BatchSizeFinder looks for a size that data.training.batch_size sets",
+            "BatchSizeFinder searches a batch size, but data.training.batch_size sets",
         ),
     ],
 )

@@ -106,9 +106,9 @@ def test_a_module_that_comes_from_ours_keeps_the_short_form(run: Run, theirs: st
     [
         (["--model", "{}.Nope"], "cannot be imported: module '{}' has no attribute 'Nope'"),
         (["--model", "nowhere.Module"], "nowhere.Module cannot be imported: No module named 'nowhere'"),
-        (["--model", "{}.value"], "{}.value is a int: name a class"),
-        (["--data", "{}.Module"], "{}.Module is no LightningDataModule: name one"),
-        (["--trainer.callbacks", "Nope"], "trainer.callbacks: there is no class Nope: give its full name, such as"),
+        (["--model", "{}.value"], "{}.value must be a class, got int"),
+        (["--data", "{}.Module"], "{}.Module is not a LightningDataModule: name a class"),
+        (["--trainer.callbacks", "Nope"], "trainer.callbacks: there is no class Nope: write its full name, such as"),
         (["--prunning.rate", "0.3"], "there is no setting --prunning.rate: did you mean --pruning.rate?"),
         (["--rate=0.3"], "there is no setting --rate: did you mean --pruning.rate?"),
     ],
@@ -136,4 +136,4 @@ def test_a_missing_package_of_a_logger_is_the_line_that_is_kept() -> None:
 
 def test_an_unknown_command_is_said_with_the_nearest() -> None:
     said = explain("argument subcommand: invalid choice: 'prun' (choose from 'fit', 'prune')", ())
-    assert said == "there is no command prun: did you mean prune? Commands are fit, prune"
+    assert said == "there is no command prun: did you mean prune? The commands are fit, prune"

@@ -161,7 +161,7 @@ def test_a_checkpoint_runs_nothing(
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_a_checkpoint_is_not_fetched(run: Run, capsys: pytest.CaptureFixture[str], command: str, name: str) -> None:
     assert run(command, "--ckpt_path", name) == 1
-    assert f"a checkpoint is a file or a folder on this machine, got {name}" in capsys.readouterr().err
+    assert f"a checkpoint must be a file or a folder on this machine, got {name}" in capsys.readouterr().err
 
 
 def test_nothing_that_a_stopped_run_left_runs_code(

@@ -372,7 +372,9 @@ def test_biases_without_a_place_are_refused_before_anything_is_scored(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gqaprune.planning.selection.score_units", lambda *_: pytest.fail("scored"))
-    with pytest.raises(ValueError, match="qwen2 checkpoints have no place for a bias of .*; repair without bias"):
+    with pytest.raises(
+        ValueError, match="qwen2 checkpoints cannot store a bias of .*: set pruning.repair.bias to false"
+    ):
         prune(make_model("qwen2"), BATCHES, make_plain(rate=0.2, **settings))
 
 

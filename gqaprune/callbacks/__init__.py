@@ -1,7 +1,7 @@
 """Lightning callbacks: pruning before fit, guard, split search, rates, export, samples, predictions, the run's summary.
 
-May import everything but the command line. A callback only wires: its work belongs into a wing without Lightning. To
-add one, write a file named after its class, and export it here.
+May import everything but the command line. A callback only connects Lightning's hooks to functions: put the work itself
+into a package without Lightning. To add a callback, write a file named after its class and export the class here.
 """
 
 from gqaprune.callbacks.export import CheckpointExport

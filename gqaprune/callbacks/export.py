@@ -33,17 +33,18 @@ from gqaprune.planning.selection import keeps_equal_counts
 
 
 class CheckpointExport(Callback):
-    """Saves the pruned and recovered model with tokenizer and plan; nothing where `fast_dev_run` tries the run.
+    """Saves the pruned and recovered model with tokenizer and plan; with `fast_dev_run` it saves nothing.
 
-    Where a `ModelCheckpoint` monitors something, such as `ppl/wikitext2`, these are its best weights.
+    If a `ModelCheckpoint` monitors a metric, such as `ppl/wikitext2`, its best weights are saved.
 
     Args:
-        folder: where to; null means `checkpoint` in the run's folder.
-        format: one of `checkpoints.formats.FORMATS`, or `auto`: `stock` where counts are equal, else `per-layer`.
-        max_shard_size: weights above it are split into several files; where `pruning.offload`
-            or `pruning.sharded` keep layers out of memory, each has its own.
-        quantization: `int8` stores the matrices of the decoder layers in 8 bits, through torchao; the model is then
-            measured so, too.
+        folder: folder to write the checkpoint to; null means `checkpoint` in the run's folder.
+        format: one of `checkpoints.formats.FORMATS`, or `auto`: `stock` if all layers have equal counts, else
+            `per-layer`.
+        max_shard_size: largest size of a weights file, such as `5GB`; larger checkpoints are divided into several
+            files. With `pruning.offload` or `pruning.sharded` every layer has a file of its own.
+        quantization: `int8` stores the matrices of the decoder layers in 8 bits, with torchao, and the quantised model
+            is measured as well; null stores them in the type of the weights.
     """
 
     phase: ClassVar = Phase.EXPORT
@@ -62,11 +63,11 @@ class CheckpointExport(Callback):
         self.written: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin anew."""
+        """Forget the checkpoint of an earlier fit."""
         self.written = get_run(trainer).exported = None
 
     def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse an unusable folder or format before hours of work, not after; put callbacks into order."""
+        """Check folder and format before hours of work, not after; sort the callbacks by phase."""
         order_callbacks(trainer)
         folder = self._get_folder(trainer)
         if trainer.is_global_zero:
@@ -86,12 +87,12 @@ class CheckpointExport(Callback):
             check_equal_counts(config, run.config)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export after training, while the strategy still holds the weights: the best ones, if some were kept."""
+        """Export while the strategy still has the weights: the best ones if a `ModelCheckpoint` kept them."""
         _restore_best(trainer, get_parts(trainer, pl_module)[0].rounds_done)
         self._export(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export where there was nothing to train, or nothing any more in a run that goes on."""
+        """Export if nothing was trained, or if a resumed run had no steps left to train."""
         if self.written is None and trainer.limit_train_batches != 0:
             self.on_train_end(trainer, pl_module)
         elif self.written is None:
@@ -124,8 +125,8 @@ class CheckpointExport(Callback):
         except ValueError as error:
             if self.format == AUTO and self.quantization is None:
                 raise
-            written = save(*what, max_shard_size=self.max_shard_size)  # the work is not lost for its wrapping
-            console.print(f"{error}; saved in {written} format")
+            written = save(*what, max_shard_size=self.max_shard_size)  # a format that fails must not lose the model
+            console.print(f"{error}; saved in {written} format instead")
             return written
 
     def _get_folder(self, trainer: Trainer) -> Path:
@@ -135,30 +136,33 @@ class CheckpointExport(Callback):
 
 
 def _find_whole_plan(module: CausalLMModule) -> PruningPlan | None:
-    """What was cut from the dense model: where this run cut nothing, what an earlier one did."""
+    """Return the plan from the dense model to this one; if this run cut nothing, the plan of an earlier run."""
     if module.plan is None or not module.plan.removes_nothing:
         return module.plan
     return find_plan(module.source.pretrained, module.plan.geometry) or module.plan
 
 
 def _restore_best(trainer: Trainer, rounds_done: int) -> None:
-    """Put back the weights of the best checkpoint, where a `ModelCheckpoint` monitors something. Every rank calls it.
+    """Load the weights of the best checkpoint if a `ModelCheckpoint` monitors a metric. Every rank calls it.
 
     Args:
-        trainer: at the end of training.
-        rounds_done: rounds of pruning that the model has behind it; a best one with fewer is of other shapes.
+        trainer: the trainer, at the end of training.
+        rounds_done: pruning rounds that the model has been through; a checkpoint with fewer has other shapes.
     """
     monitors = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     best = next((callback for callback in monitors if callback.monitor and callback.best_model_path), None)
     if best is None:
         return
     optimizers, trainer.strategy.optimizers = trainer.strategy.optimizers, []
-    try:  # FSDP would look for their states, which a checkpoint of weights alone lacks
+    try:  # FSDP would look for optimizer states, and a checkpoint of weights alone has none
         checkpoint = trainer.strategy.load_checkpoint(best.best_model_path, weights_only=True)
     finally:
         trainer.strategy.optimizers = optimizers
     if checkpoint.get("rounds_done", rounds_done) != rounds_done:
-        console.print(f"{best.best_model_path} is of an earlier round of pruning: the last weights are kept")
+        console.print(
+            f"the best checkpoint, {best.best_model_path}, is from an earlier pruning round and has other shapes: the "
+            "export uses the last weights"
+        )
         return
     trainer.strategy.load_model_state_dict(checkpoint)
     console.print(f"best {best.monitor}: {float(best.best_model_score or 0):.4g}, in {best.best_model_path}")

@@ -1,4 +1,4 @@
-"""Stop before money is spent on a broken model: watch perplexity on held-out windows, and say why it exploded."""
+"""Stop before money is spent on a broken model: watch perplexity on held-out windows and explain why it exploded."""
 
 import json
 import math
@@ -29,23 +29,23 @@ GUARD_FILE = "guard.json"
 class PerplexityGuard(Callback):
     """Warns or stops after pruning, and at each validation, when perplexity is too far above the dense model's.
 
-    It measures `data.calibration.held_out_windows`, which nothing is calibrated on. When it fires, it undoes one
-    possible cause after another on the dense model, which is loaded once more for it, and says which of them explains
-    what was lost and which setting to change; `guard.json` in the run's folder holds all of it, beside the plan.
-    Where a strategy shards the model, or its layers are on disk, it fires without a diagnosis. Where it has nothing to
-    measure, or nothing to compare with, it says why it is off.
+    It measures `data.calibration.held_out_windows`, text that is not used for calibration. When it fires, it loads the
+    dense model again, undoes one possible cause after another, and prints the cause that explains most of the loss and
+    the setting to change; it writes all of this to `guard.json` in the run's folder, beside the plan. If a strategy
+    shards the model, or its layers are on disk, it fires without a diagnosis. If it has nothing to measure or nothing
+    to compare with, it prints why it is off.
 
     Args:
-        warn_ratio: times the dense model's perplexity at which it warns, above 1.
-        stop_ratio: times the dense model's perplexity at which it stops the run, at least `warn_ratio`.
-        max_perplexity: perplexity at which it stops the run, where the dense model's is below it.
+        warn_ratio: multiple of the dense model's perplexity at which it warns, above 1.
+        stop_ratio: multiple of the dense model's perplexity at which it stops the run, at least `warn_ratio`.
+        max_perplexity: perplexity at which it stops the run if the dense model's is lower; above 1.
         diagnoses: whether to look for the cause.
 
     Attributes:
-        facts: what `guard.json` holds; empty as long as it has not fired.
+        facts: the content of `guard.json`; empty until the guard fires.
 
     Raises:
-        ValueError: if a bound makes no sense.
+        ValueError: if a bound is out of range.
     """
 
     phase: ClassVar = Phase.WORK
@@ -59,26 +59,26 @@ class PerplexityGuard(Callback):
     ) -> None:
         if not 1 < warn_ratio <= stop_ratio:
             raise ValueError(
-                f"guard needs 1 < warn_ratio <= stop_ratio, got {warn_ratio} and {stop_ratio}; 3 and 10 are usual"
+                f"guard needs 1 < warn_ratio <= stop_ratio, got {warn_ratio} and {stop_ratio}; try 3 and 10"
             )
         if max_perplexity <= 1:
-            raise ValueError(f"guard.max_perplexity must be above 1, got {max_perplexity}; 100 is the default")
+            raise ValueError(f"guard.max_perplexity must be above 1, got {max_perplexity}; try 100")
         self.warn_ratio, self.stop_ratio, self.max_perplexity = warn_ratio, stop_ratio, max_perplexity
         self.diagnoses = diagnoses
         self.diagnosis: Diagnosis | None = None
         self.facts: dict[str, Any] = {}
 
     def join(self, run: RunState) -> None:
-        """Let the page of the run show what is found."""
+        """Share `facts` with the run, so that its page shows them."""
         run.guard = self.facts
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say so where no callback prunes."""
+        """Print that the guard is off if no callback prunes."""
         if stage == "fit" and get_run(trainer).config is None and trainer.is_global_zero:
-            console.print("PerplexityGuard is off: no callback prunes, so that no dense model is measured")
+            console.print("PerplexityGuard is off: no callback prunes, so there is no dense perplexity to compare with")
 
     def on_after_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew, and judge what pruning has left."""
+        """Forget earlier results and judge the pruned model."""
         self.diagnosis = None
         self.facts.clear()
         report = _get_report(trainer)
@@ -88,18 +88,18 @@ class PerplexityGuard(Callback):
             self._judge(trainer, pl_module, report, report.stages[-1].held_out, is_trained=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if training is not judged."""
+        """Print that training is not judged if there is no validation."""
         report = _get_report(trainer)
         is_on = report is not None and report.stages[0].held_out is not None
         validates = is_on and trainer.enable_validation and bool(get_parts(trainer, pl_module)[1].corpora["val"])
         if is_on and not validates and trainer.is_global_zero:
             console.print(
-                "PerplexityGuard judges what pruning left and not what training makes of it: there is no validation; "
-                "name a corpus in data.evaluation.val and leave trainer.limit_val_batches above 0"
+                "PerplexityGuard judges the model after pruning but not during training, because there is no "
+                "validation: name a corpus in data.evaluation.val and leave trainer.limit_val_batches above 0"
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge what training has made of it so far."""
+        """Judge the model at this step of training."""
         report = _get_report(trainer)
         if trainer.sanity_checking or report is None or report.stages[0].held_out is None:
             return
@@ -108,7 +108,7 @@ class PerplexityGuard(Callback):
         self._judge(trainer, pl_module, report, perplexity, is_trained=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say where a model that was cut and could not be measured is not finite, and keep its plan."""
+        """Keep the plan of a cut model that could not be measured, and print where its values are not finite."""
         report = _get_report(trainer)
         if report is None or report.stages[-1].name != "dense" or not isinstance(exception, ValueError):
             return
@@ -131,7 +131,7 @@ class PerplexityGuard(Callback):
         stops = ratio >= self.stop_ratio or is_over
         module, data = get_parts(trainer, pl_module)
         is_whole = not is_sharded(module.model) and find_store(module.model).is_in_memory
-        # What was warned of need not be what stops the run.
+        # The cause of an earlier warning may differ from the cause of the stop.
         if self.diagnoses and is_whole and (self.diagnosis is None or stops):
             self.diagnosis = _diagnose(module, data, is_trained)
         found = f"; {self.diagnosis.describe()}" if self.diagnosis is not None else ""
@@ -144,16 +144,16 @@ class PerplexityGuard(Callback):
         if trainer.is_global_zero:
             self._write(trainer, module, report, {"perplexity": perplexity, "dense": dense, "stopped": stops})
         if stops:
-            folder = trainer.strategy.broadcast(str(get_run_folder(trainer)))  # other ranks number their own
+            folder = trainer.strategy.broadcast(str(get_run_folder(trainer)))  # other ranks number their folders anew
             raise ValueError(
-                f"PerplexityGuard: {sentence} (it stops at {bound}){found}; the plan is in {folder}, "
-                "finished stages are kept; guard.stop_ratio and guard.max_perplexity are the bounds"
+                f"PerplexityGuard: {sentence} (it stops at {bound}){found}; the plan is in {folder} and finished "
+                "stages are kept; to continue all the same, raise guard.stop_ratio or guard.max_perplexity"
             )
         if trainer.is_global_zero:
             console.print(f"PerplexityGuard: {sentence} (it warns at {self.warn_ratio:g} times){found}")
 
     def _write(self, trainer: Trainer, module: CausalLMModule, report: Report, facts: dict[str, Any]) -> None:
-        """Keep plan, report and what was found in the run's folder, and show the latter."""
+        """Write plan, report and diagnosis to the run's folder, and print the diagnosis."""
         folder = get_run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         assert module.plan is not None
@@ -170,36 +170,36 @@ class PerplexityGuard(Callback):
 
 
 def _make_plain(value: Any) -> Any:
-    """Data with null for numbers that are not finite, which JSON has not."""
+    """Replace numbers that are not finite by null, because JSON cannot express them."""
     if isinstance(value, dict):
-        return {key: _make_plain(own) for key, own in value.items()}
+        return {key: _make_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_make_plain(own) for own in value]
+        return [_make_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _diagnose(module: CausalLMModule, data: TextDataModule, is_trained: bool) -> Diagnosis:
     assert module.plan is not None
-    with torch.inference_mode(False), torch.enable_grad():  # validation forbids gradients, which scores are made of
+    with torch.inference_mode(False), torch.enable_grad():  # validation disables gradients, and scores need them
         dense = module.source.load().to(module.model.device)
         made_for = read_dtype(module.source.read_config())
         return diagnose(dense, module.model, module.plan, data.held_out_batches(), made_for, is_trained)
 
 
 def _get_report(trainer: Trainer) -> Report | None:
-    """What pruning measured, on a run that pruned; None where a plan was given, or nothing is removed."""
+    """Return the report if this run pruned; None if it was given a plan, or removes nothing."""
     report = get_run(trainer).report
     return report if report is not None and report.stages and report.stages[0].name == "dense" else None
 
 
 def _find_reason_for_silence(trainer: Trainer, pl_module: LightningModule) -> str:
-    """Why nothing is judged; empty where it is, where a setting asks for that, or where a checkpoint is resumed."""
+    """Return why nothing is judged; empty if it is judged, is switched off by a setting, or the run is resumed."""
     run = get_run(trainer)
     assert run.config is not None, "a callback has pruned"
     if run.report is None or not run.report.stages:
         return ""
     if run.report.stages[0].name != "dense":
-        return "the plan was given, so that the dense model is not measured"
+        return "the plan was given, so the dense model is not measured"
     data = get_parts(trainer, pl_module)[1]
     settings = data.calibration
     if isinstance(data, GivenText):
@@ -207,10 +207,10 @@ def _find_reason_for_silence(trainer: Trainer, pl_module: LightningModule) -> st
     if run.report.stages[0].held_out is not None or not settings.held_out_windows:
         return ""
     if not run.config.needs_text:
-        return "these settings calibrate on no text, of which it measures held-out windows"
+        return "these settings need no calibration text, so there are no held-out windows to measure"
     if not settings.corpora:
-        return "data.calibration.corpora is empty, of which it measures held-out windows"
+        return "data.calibration.corpora is empty, so there are no held-out windows to measure"
     return (
-        f"the calibration corpora hold a single window of {settings.window} tokens: give more text or a shorter "
-        "data.calibration.window"
+        f"the calibration corpora fill only one window of {settings.window} tokens: add text to "
+        "data.calibration.corpora or shorten data.calibration.window"
     )

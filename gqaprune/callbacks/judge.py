@@ -1,4 +1,4 @@
-"""Judge what `predict` wrote, beside what the dense model writes."""
+"""Judge the continuations that `predict` wrote, side by side with the dense model's."""
 
 import os
 from typing import Any, ClassVar
@@ -28,11 +28,11 @@ PREDICTIONS_FILE = "predictions.json"
 class PredictionJudge(Callback):
     """Prints each prompt with the texts of both models and a verdict; writes `predictions.json` in the run's folder.
 
-    The dense model is `model.recovery.teacher`; or, where the module cuts it by `model.plan`, `model.pretrained`; or
-    what the plan beside a pruned checkpoint names. It has the pruned one's device, which waits on the CPU meanwhile.
+    The dense model is `model.recovery.teacher`; else `model.pretrained` if `model.plan` cuts it; else the model that
+    the plan beside a pruned checkpoint names. It runs on the pruned model's device, while that one is on the CPU.
 
     Args:
-        releases: let the pruned model go for good instead, in a program that does not need it afterwards.
+        releases: free the pruned model instead of moving it to the CPU; for programs that do not need it afterwards.
     """
 
     phase: ClassVar = Phase.EXPORT
@@ -44,7 +44,7 @@ class PredictionJudge(Callback):
         self._written: list[Tensor] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the dense model, before any work."""
+        """Find the dense model before any work."""
         if stage == "predict":
             check_own_parts(trainer, pl_module, "PredictionJudge")
             self._written = []
@@ -53,11 +53,11 @@ class PredictionJudge(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Tensor, *_: Any, **__: Any
     ) -> None:
-        """Keep what the model wrote."""
+        """Keep the model's continuation."""
         self._written.append(outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare, on rank 0: every rank wrote the same."""
+        """Compare the continuations, on rank 0 only because every rank wrote the same."""
         if not trainer.is_global_zero:
             return
         module, data = get_parts(trainer, pl_module)
@@ -73,10 +73,10 @@ class PredictionJudge(Callback):
                 module.model.to("cpu")
             dense = self._load_dense(module, data).to(trainer.strategy.root_device)
             for index, ids_1T in enumerate(track(ids, "the dense model", "prompts")):
-                own = continue_greedily(dense, ids_1T.to(dense.device), module.max_new_tokens)
+                dense_ids = continue_greedily(dense, ids_1T.to(dense.device), module.max_new_tokens)
                 perplexities[index] = _measure(dense, self._written[index].to(dense.device), sizes[index])
-                added = split_continuation(dense, own, sizes[index])
-                dense_texts[index] = _describe(data, *added, _measure(dense, own, sizes[index]))
+                added = split_continuation(dense, dense_ids, sizes[index])
+                dense_texts[index] = _describe(data, *added, _measure(dense, dense_ids, sizes[index]))
             if not self.releases and not is_sharded(module.model):
                 module.model.to(trainer.strategy.root_device)
         texts = [_describe(data, *added, value) for added, value in zip(pruned, perplexities, strict=True)]
@@ -95,7 +95,7 @@ class PredictionJudge(Callback):
         source = module.source.name_another(
             self._dense,
             module.recovery.teacher_dtype if is_teacher else module.source.dtype,
-            # A model that a plan alone names runs no code.
+            # A model that only a plan names must not run code.
             module.source.trust_remote_code and (is_teacher or module.plan is not None),
         )
         dense = source.load().eval()
@@ -104,18 +104,18 @@ class PredictionJudge(Callback):
 
 
 def choose_dense(module: CausalLMModule) -> tuple[str, str]:
-    """Where the dense model comes from, or an empty string and why there is none, in a sentence.
+    """Return the name of the dense model, or an empty string and a sentence that says why there is none.
 
     Raises:
-        ValueError: if `recovery.teacher` names a model that is not there.
+        ValueError: if `recovery.teacher` names a model that does not exist.
     """
     if module.recovery.teacher is not None:
         load_config(module.recovery.teacher, module.source.trust_remote_code)
         return module.recovery.teacher, ""
     if module.plan is not None:
         return module.source.pretrained, ""
-    alone = "no dense model to compare with, so that only what repeats itself is seen, not what makes no sense"
-    way_out = "name it by --model.recovery.teacher"
+    alone = "no dense model to compare with, so the verdicts detect repetition but not text that makes no sense"
+    way_out = "set --model.recovery.teacher to the dense model"
     try:
         return find_dense(module.source.pretrained), ""
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Put what the callbacks of a run know onto its page."""
+"""Write a run's page from the results that its callbacks share."""
 
 from datetime import datetime
 from pathlib import Path
@@ -17,13 +17,13 @@ from gqaprune.reporting.page import PAGE_FILE, Checkpoint, Page, build_page
 
 
 def write_page(trainer: Trainer, pl_module: LightningModule, state: str, began: datetime) -> Path:
-    """Write `report.html` into the run's folder, whole or not at all.
+    """Write `report.html` into the run's folder, atomically.
 
     Args:
-        trainer: whose run is told.
-        pl_module: the module.
-        state: how far the run is, in words.
-        began: when it began.
+        trainer: trainer of the run.
+        pl_module: its module.
+        state: progress of the run, in words.
+        began: time at which the run began.
     """
     module, _ = get_parts(trainer, pl_module)
     run = get_run(trainer)

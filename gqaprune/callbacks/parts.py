@@ -1,4 +1,4 @@
-"""The module and the text that callbacks work on: gqaprune's own, or what any other LightningModule brings."""
+"""The module and the text that callbacks work on: gqaprune's own, or those of any other LightningModule."""
 
 from collections.abc import Callable, Iterable
 from operator import attrgetter
@@ -23,17 +23,17 @@ from gqaprune.training.lightning_internals import get_train_batches, reads_from_
 
 @runtime_checkable
 class CalibrationSource(Protocol):
-    """A module or data module that has text to calibrate on."""
+    """A module or data module that provides text to calibrate on."""
 
     def calibration_batches(self) -> Iterable[Any]:
-        """Batches of token ids: tensors `[batch, tokens]`, or mappings with `input_ids` and `attention_mask`."""
+        """Return batches of token ids: tensors `[batch, tokens]`, or mappings with `input_ids` and `attention_mask`."""
 
 
 def get_parts(trainer: Trainer, pl_module: LightningModule) -> tuple[CausalLMModule, TextDataModule]:
-    """The module and the streams of a run: gqaprune's own, or ours around those of other classes.
+    """Return the module and the data of a run: gqaprune's own, or wrappers around those of other classes.
 
     Raises:
-        ValueError: if a module of another class has no causal LM where it should be.
+        ValueError: if a module of another class has no causal LM at `model_attribute`.
     """
     run, data = get_run(trainer), trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(pl_module, CausalLMModule):
@@ -52,7 +52,7 @@ def _wrap(run: RunState, pl_module: LightningModule) -> CausalLMModule:
     if model is None:
         raise ValueError(
             f"{type(pl_module).__name__} has no causal LM in .{run.model_attribute}: build it in __init__, setup or "
-            "configure_model, or name its attribute by TaylorPruning(model_attribute=...)"
+            "configure_model, or pass its attribute's name as TaylorPruning(model_attribute=...)"
         )
     return run.module if run.module is not None and run.module.model is model else CausalLMModule.wrap(model)
 
@@ -66,7 +66,7 @@ def _find_text(trainer: Trainer, run: RunState, module: CausalLMModule, pl_modul
     limit = first or run.calibration_limit
 
     def read() -> list[Tensor]:
-        with torch.random.fork_rng():  # training shuffles as it would have without this
+        with torch.random.fork_rng():  # so that training shuffles as it would without this
             if run.calibration is not None:
                 return read_given_batches(run.calibration, first)
             for holder in holders:
@@ -78,23 +78,23 @@ def _find_text(trainer: Trainer, run: RunState, module: CausalLMModule, pl_modul
 
 
 def uses_own_parts(trainer: Trainer, pl_module: LightningModule) -> bool:
-    """Whether module and data module are gqaprune's, so that settings of both are known."""
+    """Return whether module and data module are gqaprune's, so that the settings of both are known."""
     return isinstance(pl_module, CausalLMModule) and isinstance(trainer.datamodule, TextDataModule)  # type: ignore[attr-defined]
 
 
 def check_own_parts(
     trainer: Trainer, pl_module: LightningModule, what: str, data: LightningDataModule | None = None
 ) -> None:
-    """Refuse what needs more than a causal LM and batches.
+    """Raise an error if module or data module are of other classes than gqaprune's.
 
     Args:
-        trainer: whose data module is looked at.
+        trainer: trainer whose data module is checked.
         pl_module: the module.
-        what: needs it.
-        data: the data module, where the trainer has not got it yet.
+        what: name of the feature that needs them, for the error.
+        data: the data module, if the trainer does not have it yet.
 
     Raises:
-        ValueError: with what to take.
+        ValueError: with the classes it needs.
     """
     data = trainer.datamodule if data is None else data  # type: ignore[attr-defined]
     if not isinstance(pl_module, CausalLMModule) or not isinstance(data, TextDataModule):
@@ -103,14 +103,14 @@ def check_own_parts(
 
 
 def find_causal_lm(pl_module: LightningModule, attribute: str) -> PreTrainedModel | None:
-    """The causal LM of a module; None where it has not been built yet.
+    """Return the causal LM of a module; None if it has not been built yet.
 
     Args:
         pl_module: the module.
-        attribute: that holds it; dots lead to attributes of attributes.
+        attribute: name of the attribute that holds the causal LM; dots lead to attributes of attributes.
 
     Raises:
-        ValueError: if something else is there.
+        ValueError: if the attribute holds something else.
     """
     try:
         model = attrgetter(attribute)(pl_module)
@@ -119,13 +119,13 @@ def find_causal_lm(pl_module: LightningModule, attribute: str) -> PreTrainedMode
     if model is None or isinstance(model, PreTrainedModel):
         return model
     raise ValueError(
-        f"{type(pl_module).__name__}.{attribute} is a {type(model).__name__}: TaylorPruning(model_attribute=...) names "
-        "the attribute that holds the causal LM of transformers"
+        f"{type(pl_module).__name__}.{attribute} is a {type(model).__name__}, not a causal LM of transformers: pass "
+        "the name of the attribute that holds one as TaylorPruning(model_attribute=...)"
     )
 
 
 def read_work(trainer: Trainer, data: TextDataModule, trains: bool) -> Work:
-    """What a run reads, has the model write and trains on, as its settings say."""
+    """Compute from the settings how many tokens a run calibrates on, samples from the model and trains on."""
     settings = data.calibration
     windows = (settings.windows or 0) + settings.sampled_windows
     sampled = settings.sampled_windows * settings.window
@@ -138,10 +138,10 @@ class GivenText(TextDataModule):
     """The text of another project: its calibration batches, and its tokenizer if it has one. Nothing is evaluated.
 
     Args:
-        tokenizer: name of the model, whose tokenizer is taken where there is no other.
-        given: the tokenizer that module or data module has.
-        read: reads the calibration batches.
-        seed: of the order in which they are worked on.
+        tokenizer: name of the model, whose tokenizer is used if `given` is None.
+        given: tokenizer of the module or data module.
+        read: function that reads the calibration batches.
+        seed: seed of the order in which the batches are scored.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class GivenText(TextDataModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer; None where there is none to be found."""
+        """The tokenizer; None if none is found."""
         if self._tokenizer is None and self.tokenizer_source:
             try:
                 self._tokenizer = load_tokenizer(self.tokenizer_source, trust_remote_code=False)
@@ -170,27 +170,27 @@ class GivenText(TextDataModule):
 
     @property
     def protocol(self) -> str:
-        """Nothing is measured."""
+        """An empty string, because nothing is measured."""
         return ""
 
     @property
     def calibration_sources(self) -> list[str]:
-        """What the plan says of the text."""
+        """The source of the text, as the plan records it."""
         return ["given batches"]
 
     def encode_prompts(self) -> list[tuple[Prompt, dict[str, Tensor]]]:
-        """There are none."""
+        """Return an empty list: there are no prompts."""
         return []
 
     def calibration_batches(self, model: PreTrainedModel | None = None) -> list[Tensor]:
-        """Token ids, each `[batch, tokens]`, those of rank 0 on every rank."""
+        """Return token ids, each `[batch, tokens]`; every rank gets those of rank 0."""
         if self._batches is None:
             self._batches = self._read()
         return self._batches
 
 
 def can_be_pruned_yet(trainer: Trainer, pl_module: LightningModule) -> bool:
-    """Whether a module of another class has its causal LM, and its text, before its own `setup`."""
+    """Return whether a module of another class has its causal LM and its text already before its `setup`."""
     run, data = get_run(trainer), trainer.datamodule  # type: ignore[attr-defined]
     has_text = run.calibration is not None or data is not None or not reads_from_module(trainer)
     return has_text and find_causal_lm(pl_module, run.model_attribute) is not None

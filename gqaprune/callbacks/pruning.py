@@ -1,4 +1,4 @@
-"""Prune before fit, while Lightning has not built the optimizer yet; accumulate gradients during fit; prune on."""
+"""Prune before Lightning builds the optimizer; accumulate gradients during fit; prune again between rounds."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -58,33 +58,34 @@ from gqaprune.training.resume import UNFINISHED, find_pruning_plan
 class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
     """Scores units on calibration micro-batches and cuts the model in `setup`; then schedules gradient accumulation.
 
-    Any LightningModule will do that has a causal LM of transformers, built in `__init__`, `setup` or `configure_model`:
-    it is cut in place, before optimizers are built and strategies wrap it. `CausalLMModule` and `TextDataModule` bring
-    more: perplexity before and after, layers on disk or sharded, rounds, resuming between steps.
+    It works with any LightningModule that builds a causal LM of transformers in `__init__`, `setup` or
+    `configure_model`: the model is cut in place, before optimizers are built and strategies wrap it. `CausalLMModule`
+    and `TextDataModule` add perplexity before and after, layers on disk or sharded, rounds, and resuming between steps.
 
-    In calibration, gate gradients are accumulated over as many micro-batches as training accumulates in its
-    first epoch. Just before, callbacks that have `on_before_pruning(trainer, pl_module)` see the dense model, and must
-    leave it as it is; those that have `on_after_pruning` see the pruned one. In training it is the
-    `GradientAccumulationScheduler` it inherits from; with `recovery.rounds` of
-    more than 1 it cuts again between steps, on single devices and DDP, where every rank holds the whole model. It only
-    wires: the path is `gqaprune.pipeline`.
+    Calibration accumulates gate gradients over as many micro-batches as training does in its first epoch. Callbacks
+    with a method `on_before_pruning(trainer, pl_module)` see the dense model and must not change it; those with
+    `on_after_pruning` see the pruned one. During training this callback is the `GradientAccumulationScheduler` that it
+    inherits from; if `recovery.rounds` is above 1, it also cuts between steps, on a single device or with DDP, where
+    every rank has the whole model. It only connects hooks: the method itself is `gqaprune.pipeline`.
 
     Args:
         scheduling: epoch -> micro-batches per optimizer step, from that epoch on.
         stages: folder for the finished stages of a run that has not ended; null means `lightning_logs/unfinished` under
             `trainer.default_root_dir`. A run that ends removes them.
-        offload: keep the model's decoder layers in its safetensors files and read them one at a time, so that a model
-            larger than memory is pruned, to the same result; layers that change are kept beside `stages` meanwhile.
-            Nothing is trained then, and the criterion has to go layer by layer: `obs`, `wanda`, `wifv`, `l1`, `l2`,
-            `random` and two of them joined. The allocation cannot be one that needs a sensitivity.
-        sharded: shard the model's decoder layers over the devices of a `ModelParallelStrategy` from the start, and
-            gather one at a time, so that a model larger than a device is pruned, to the same plan. Besides what
-            `offload` can do, criteria may look at gates (`fisher`, `taylor`), and recovery may follow in the same run.
-        model_attribute: where modules of other classes hold the causal LM; dots lead to attributes of attributes.
-        calibration: batches to calibrate on, where the data module is of another class: a DataLoader, or any iterable
-            of token ids `[batch, tokens]` or of mappings with `input_ids` and `attention_mask`. None takes what
-            `calibration_batches()` of data module or module gives, else the first training batches.
-        calibration_limit: training batches that are calibrated on at most, where there is nothing else.
+        offload: keep the decoder layers in the model's safetensors files and read one at a time, to prune a model that
+            is larger than memory, with the same result; changed layers are written beside `stages`. Such a run cannot
+            train or use an allocation that needs a sensitivity, and its criterion must work layer by layer: `obs`,
+            `wanda`, `wifv`, `l1`, `l2`, `random`, or two of them joined.
+        sharded: shard the decoder layers over the devices of a `ModelParallelStrategy` from the start and gather one at
+            a time, to prune a model that is larger than one device, with the same plan. Unlike `offload`, it allows
+            gate criteria (`fisher`, `taylor`) and recovery in the same run.
+        model_attribute: attribute of a module of another class that holds the causal LM; dots lead to attributes of
+            attributes.
+        calibration: batches to calibrate on if the data module is of another class: a DataLoader, or any iterable of
+            token ids `[batch, tokens]` or of mappings with `input_ids` and `attention_mask`. None uses
+            `calibration_batches()` of the data module or the module, else the first training batches.
+        calibration_limit: largest number of training batches to calibrate on if there is no other calibration text; at
+            least 1.
         settings: what to remove and how, the fields of `gqaprune.PruningConfig`.
 
     Raises:
@@ -111,7 +112,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
     ) -> None:
         super().__init__(dict(scheduling))
         if calibration_limit < 1:
-            raise ValueError(f"calibration_limit must be at least 1 training batch, got {calibration_limit}")
+            raise ValueError(f"calibration_limit must be at least 1 training batch, got {calibration_limit}; try 64")
         self.stages = stages and expand_path(stages)
         self.offload = offload
         self.sharded = sharded
@@ -125,14 +126,14 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         self._counter = StageCounter()
 
     def join(self, run: RunState) -> None:
-        """Tell the other callbacks what is going to be pruned, and where the model and its text are."""
+        """Share the pruning settings, and where the model and its text are, with the other callbacks."""
         run.config, run.placement = self.config, self.placement
         run.model_attribute, run.calibration = self.model_attribute, self.calibration
         run.calibration_limit = self.calibration_limit
         self._run = run
 
     def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what excludes one another, and what would end training; put callbacks into order."""
+        """Check for settings that exclude one another or would stop training later; sort the callbacks by phase."""
         if not isinstance(pl_module, CausalLMModule):
             return  # `setup` has done it
         order_callbacks(trainer)
@@ -150,16 +151,16 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         if self.offload:
             check_offload(trainer, module)
         if self.placement is not Placement.MEMORY:
-            check_own_parts(trainer, pl_module, f"layers {self.placement.value}")
+            check_own_parts(trainer, pl_module, f"pruning.{self.placement.value}")
             check_placement(trainer, module, data, self.config, self.placement)
         for doubt in list_doubts(trainer, module, data, self.config) if trainer.is_global_zero else ():
             console.print(doubt)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prune, unless the module already is: by a plan that it was given, or that its checkpoint carries."""
+        """Prune, unless the module is already pruned by a plan that it was given or that its checkpoint carries."""
         if stage != "fit":
             return
-        get_run(trainer).data = None  # an earlier fit of this trainer may have had another text
+        get_run(trainer).data = None  # an earlier fit of this trainer may have had other text
         self._pruner = self.report = None
         if not isinstance(pl_module, CausalLMModule):
             self._set_up_given(trainer, pl_module)
@@ -170,7 +171,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         if self.sharded:
             check_sharded(trainer)
         if module.plan is None and self.config.needs_text:
-            data.read_calibration_windows()  # missing text is said before a model is loaded
+            data.read_calibration_windows()  # so that missing text raises before a model is loaded
         folder = self._get_folder(trainer).with_name("offloaded") if self.offload else None
         module.load(folder, self.sharded or self._only_trains_sharded(trainer, module, data))
         self._prune(trainer, module, data)
@@ -192,7 +193,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
 
     def _prune_given(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, data = get_parts(trainer, pl_module)
-        trainer.callbacks = sort_callbacks(trainer)  # type: ignore[attr-defined]  # not in place: it is gone through
+        trainer.callbacks = sort_callbacks(trainer)  # type: ignore[attr-defined]  # a copy: Lightning iterates over it
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ChecksSettings):
                 callback.check_settings(trainer, pl_module)
@@ -200,13 +201,13 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
             module.plan = PruningPlan.from_dict(plan)
             module.plan_is_from_checkpoint = True
             apply_plan(module.model, module.plan)
-        with use_default_dtype(torch.float32):  # `configure_model` of half precision runs with another
+        with use_default_dtype(torch.float32):  # half precision calls `configure_model` with another default
             self._prune(trainer, module, data)
 
     def _prune(self, trainer: Trainer, module: CausalLMModule, data: TextDataModule) -> None:
         try:
             self._cut(trainer, module, data)
-        finally:  # what was cut is known, even where it cannot be measured
+        finally:  # the cut is known even if measuring the pruned model raises
             if self._pruner is not None:
                 module.plan, self.report = self._pruner.plan, self._pruner.report
         _tell(trainer, "on_after_pruning")
@@ -234,17 +235,17 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         self._spend(1 / module.recovery.rounds if trains else 1.0)
 
     def _spend(self, share: float, stage: str = "pruned") -> None:
-        """Cut until a share of the budget is spent; the other callbacks see what was found."""
+        """Cut until a share of the budget is spent, and share scores and importance with the other callbacks."""
         assert self._pruner is not None
         self._pruner.spend(share, stage)
         self._run.scores, self._run.importance = self._pruner.scores, self._pruner.importance
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the trainer's own accumulation, except where `setup` has set it for a strategy that accumulates."""
+        """Check the trainer's accumulation, unless the strategy accumulates by itself."""
         self._counter.begin(TRAINING)
         if not trainer.strategy.handles_gradient_accumulation:
             super().on_train_start(trainer, pl_module)
-            self.on_train_epoch_start(trainer)  # which Lightning leaves out where it goes on within an epoch
+            self.on_train_epoch_start(trainer)  # Lightning skips it when it resumes within an epoch
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Accumulate as scheduled, and validate between optimizer steps."""
@@ -252,13 +253,13 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         validate_between_steps(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on between optimizer steps."""
+        """Resume at the beginning of an optimizer step."""
         is_ours = trainer.state.fn == TrainerFn.FITTING and uses_own_parts(trainer, pl_module)
         if is_ours and not trainer.strategy.handles_gradient_accumulation:
             go_back_to_step(checkpoint, self.get_accumulate_grad_batches(read_epoch(checkpoint)))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Prune on where a round of recovery has had its steps."""
+        """Prune again once a round of recovery has done its steps."""
         if not isinstance(pl_module, CausalLMModule):
             return
         module, data = get_parts(trainer, pl_module)
@@ -266,7 +267,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         if done >= rounds or trainer.global_step < find_round_start(trainer, done, rounds):
             return
         if self._pruner is None and self._spending is None:
-            return  # the plan was given, and is whole
+            return  # the plan was given and spends the whole budget
         stop_signals.stop_at_once()
         module.merge_adapters()
         if self._pruner is None:
@@ -275,32 +276,32 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         module.plan, module.rounds_done = self._pruner.plan, done
         module.prepare_recovery()
         if isinstance(trainer.strategy, DDPStrategy):
-            trainer.strategy.model = module  # out of the wrapper, which holds on to what was cut
+            trainer.strategy.model = module  # without its wrapper, which keeps the weights that were cut
             trainer.strategy.configure_ddp()
         trainer.strategy.setup_optimizers(trainer)
         stop_signals.defer()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if training ended before its last round."""
+        """Print a warning if training ended before its last round."""
         self._counter.begin(END)
         if self._pruner is not None and self._pruner.share < 1:
             console.print(
-                f"training ended before its last round: {self._pruner.share:.0%} of the budget is spent; let it go on, "
-                "or set recovery.rounds to 1"
+                f"training ended before its last round and only {self._pruner.share:.0%} of the budget is spent: train "
+                "for more steps, or set recovery.rounds to 1"
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that the end begins where nothing was trained."""
+        """Count the last stage if nothing was trained."""
         self._counter.begin(END)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the stages of a run that has ended; one that is stopped does not come here."""
+        """Remove the finished stages of a run that has ended; a stopped run does not call this and keeps them."""
         if stage == "fit":
             self._open_stages(trainer).clear()
 
     @property
     def report(self) -> Report | None:
-        """Stages as measured; None before the first one."""
+        """The measured stages; None before the first one."""
         return self._run.report
 
     @report.setter
@@ -309,24 +310,24 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
 
     @property
     def scores(self) -> Scores:
-        """Scores of the last cut's units, but for outliers; empty where nothing was scored."""
+        """Scores of the last cut's units, without outliers; empty if nothing was scored."""
         return self._run.scores
 
     @property
     def importance(self) -> Importance:
-        """Importance of the dense model's blocks; empty where the allocation does not look at it."""
+        """Importance of the dense model's blocks; empty if the allocation does not use it."""
         return self._run.importance
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on has to know: what was measured, and of later rounds, what earlier ones spent."""
+        """Return the state that a resumed run needs: the report, the plan, and the budget spent by earlier rounds."""
         spending = self._pruner.spending if self._pruner is not None else self._spending
         state = {} if self.report is None else {"report": self.report.to_dict()}
         if (wrapped := self._run.module) is not None and wrapped.plan is not None:
-            state["plan"] = wrapped.plan.to_dict()  # which other modules do not keep
+            state["plan"] = wrapped.plan.to_dict()  # modules of other classes do not keep it
         return state if spending is None else state | {"spending": spending.to_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         if "report" in state_dict:
             self.report = Report.from_dict(state_dict["report"])
         if "spending" in state_dict:
@@ -334,11 +335,11 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
 
     @property
     def placement(self) -> Placement:
-        """Where the settings have the model's decoder layers while it is pruned."""
+        """Where the settings keep the model's decoder layers while it is pruned."""
         return Placement.DISK if self.offload else Placement.DEVICES if self.sharded else Placement.MEMORY
 
     def _only_trains_sharded(self, trainer: Trainer, module: CausalLMModule, data: TextDataModule) -> bool:
-        """Whether no rank has to hold the whole model at any time, for nothing is to be pruned that is not already."""
+        """Return whether no rank ever needs the whole model, because this run trains and has nothing to prune."""
         return (
             isinstance(trainer.strategy, ModelParallelStrategy)
             and trainer.limit_train_batches != 0
@@ -348,23 +349,23 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         )
 
     def _check_factor(self, trainer: Trainer) -> None:
-        """Refuse another number of micro-batches than a strategy that accumulates itself was told.
+        """Raise an error if a strategy that accumulates by itself was given another number of micro-batches.
 
         Raises:
-            ValueError: with what to set.
+            ValueError: with the setting to change.
         """
         if not trainer.strategy.handles_gradient_accumulation or trainer.limit_train_batches == 0:
             return
         name, factors = type(trainer.strategy).__name__, sorted(set(self.scheduling.values()))
         if len(factors) > 1:
             raise ValueError(
-                f"{name} accumulates the same number of micro-batches in every epoch, pruning.scheduling has "
-                f"{self.scheduling}: leave one, such as {{0: {factors[0]}}}"
+                f"{name} accumulates the same number of micro-batches in every epoch, but pruning.scheduling is "
+                f"{self.scheduling}: set it to a single number, such as {{0: {factors[0]}}}"
             )
         if trainer.accumulate_grad_batches != factors[0]:
             raise ValueError(
-                f"{name} accumulates as the trainer says, {trainer.accumulate_grad_batches}, and pruning.scheduling is "
-                f"{self.scheduling}: set trainer.accumulate_grad_batches to {factors[0]}, too"
+                f"{name} accumulates trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}, but "
+                f"pruning.scheduling is {self.scheduling}: set trainer.accumulate_grad_batches to {factors[0]} as well"
             )
 
     def _get_folder(self, trainer: Trainer) -> Path:
@@ -377,7 +378,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
     def read_calibration_set(
         self, module: CausalLMModule, data: TextDataModule, dense: PreTrainedModel, config: PruningConfig
     ) -> CalibrationSet:
-        """Read the calibration text that a config needs, accumulated as training accumulates in its first epoch."""
+        """Read the calibration text that a config needs, with the accumulation of the first training epoch."""
         return CalibrationSet(
             data.calibration_batches(dense) if config.needs_text else [],
             accumulation=self.get_accumulate_grad_batches(0),
@@ -403,15 +404,15 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
             stages=stages,
             counter=self._counter,
         )
-        if isinstance(module.source, ModelInMemory):  # its weights may not be those of the files that it names
+        if isinstance(module.source, ModelInMemory):  # its weights may differ from the files that it names
             pruner.plan = replace(pruner.plan, fingerprint="")
         pruner.report.protocol = data.protocol
         return pruner
 
     def _resume(self, module: CausalLMModule, data: TextDataModule, share: float, stages: StageCache) -> Pruner:
-        """Go on from what the checkpoint carries."""
+        """Build a pruner that continues from the checkpoint's plan and spending."""
         assert module.plan is not None and self._spending is not None and self.report is not None
-        settled = self.report.settings["repair"]["products"]  # by the run's first cut
+        settled = self.report.settings["repair"]["products"]  # settled by the run's first cut
         config = replace(self.config, repair=replace(self.config.repair, products=settled))
         pruner = self._start(module, data, module.source.load().to(module.device), stages, config)
         pruner.resume(module.model, module.plan, share, self._spending)
@@ -420,7 +421,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
 
 
 def _tell(trainer: Trainer, hook: str) -> None:
-    """Call a hook that Lightning does not know of those callbacks that have it."""
+    """Call a hook that Lightning does not know, on the callbacks that have it."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if (call := getattr(callback, hook, None)) is not None:
             call(trainer, trainer.lightning_module)

@@ -1,4 +1,4 @@
-"""What the callbacks of a run know together: each writes its own part, any of them may read it, in whatever order."""
+"""State that the callbacks of a run share: each writes its own part, and all of them read it, in any order."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,10 +25,10 @@ class Exported:
     """A checkpoint that was written.
 
     Args:
-        folder: where it is.
+        folder: folder of the checkpoint.
         format: one of `checkpoints.formats.FORMATS`.
-        plan: from the dense model to it.
-        quantization: of its weights, as it was asked for.
+        plan: plan that turns the dense model into this one.
+        quantization: quantization of its weights that was asked for.
     """
 
     folder: Path
@@ -39,23 +39,23 @@ class Exported:
 
 @dataclass
 class RunState:
-    """One run, as its callbacks know it.
+    """The state of one run that its callbacks share.
 
     Args:
-        model_attribute: of modules of other classes, which holds the causal LM.
-        calibration: batches to calibrate on, if the data module is of another class; None finds some.
-        calibration_limit: training batches that are read for it at most.
-        config: what is pruned and how; None where no callback prunes.
-        placement: where the decoder layers are meanwhile.
-        report: stages as measured; None before the first one.
-        scores: of the last cut's units, but for outliers.
-        importance: of the dense model's blocks.
+        model_attribute: attribute of a module of another class that holds the causal LM.
+        calibration: batches to calibrate on if the data module is of another class; None looks for some.
+        calibration_limit: largest number of training batches to calibrate on.
+        config: what is pruned and how; None if no callback prunes.
+        placement: where the decoder layers are during pruning.
+        report: the measured stages; None before the first one.
+        scores: scores of the last cut's units, without outliers.
+        importance: importance of the dense model's blocks.
         exported: the checkpoint, once it is written.
-        guard: what the guard found, as `guard.json` holds it; None where there is no guard.
+        guard: content of `guard.json`; None if there is no guard.
         samples: continuations of prompts at several steps.
-        predictions: what `predict` wrote and how it was judged.
-        module: of a module of another class, ours around its causal LM.
-        data: likewise around another data module's text.
+        predictions: texts that `predict` wrote, with their verdicts.
+        module: `CausalLMModule` around the causal LM of a module of another class.
+        data: `TextDataModule` around the text of a data module of another class.
     """
 
     model_attribute: str = "model"
@@ -76,17 +76,17 @@ class RunState:
 
 @runtime_checkable
 class JoinsRun(Protocol):
-    """A callback that tells the others of its run what it is going to do, before any of them works."""
+    """A callback that shares its settings with the others of its run, before any of them works."""
 
     def join(self, run: RunState) -> None:
-        """Write into a run's state what is known before the run."""
+        """Write the settings that are known before the run into its state."""
 
 
 _RUNS: "WeakKeyDictionary[Trainer, RunState]" = WeakKeyDictionary()
 
 
 def get_run(trainer: Trainer) -> RunState:
-    """The run of a trainer; all its callbacks have joined it."""
+    """Return the run state of a trainer, which all its callbacks have joined."""
     if trainer not in _RUNS:
         run = _RUNS[trainer] = RunState()
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Show in TensorBoard and on the run's page what the model makes of a few prompts: dense, and while it is trained."""
+"""Show the model's continuations of a few prompts, dense and during training, in TensorBoard and on the run's page."""
 
 from typing import Any, ClassVar
 
@@ -18,22 +18,22 @@ from gqaprune.placement.layer_store import find_store
 from gqaprune.reporting.page import Sample
 
 DENSE = -1
-"""Stands for the step of the dense model, before all others."""
+"""The step under which texts of the dense model are kept, before all others."""
 
 
 class SampleGenerations(Callback):
     """Logs greedy continuations of `data.prompts` as text: before the first step, and at each validation.
 
-    Those of the dense model stand beside, where this run prunes it. Rank 0 writes them by itself. A model that a
-    strategy has sharded cannot be run so: nothing is logged then, and that is said. A prompt that cannot be continued
-    is left out, with a warning: it never ends a run.
+    If this run prunes the model, the dense model's continuations are shown beside them. Rank 0 writes them alone; if a
+    strategy shards the model, one rank cannot run it, so a console line says that nothing is logged. A prompt that
+    cannot be continued is skipped with a warning: it never ends a run.
 
     Args:
-        prompts: so many of `data.prompts`, the first ones; 0 logs none.
-        max_new_tokens: tokens that are added to each at most.
+        prompts: number of `data.prompts` to continue, from the first on; 0 logs none.
+        max_new_tokens: largest number of tokens to add to each prompt, at least 1.
 
     Attributes:
-        written: number of the prompt -> the prompt, and step -> text; the dense model's has the step `DENSE`.
+        written: prompt number -> the prompt, and step -> text; the dense model's text has the step `DENSE`.
 
     Raises:
         ValueError: if a number is out of its bounds.
@@ -45,47 +45,47 @@ class SampleGenerations(Callback):
         if prompts < 0 or max_new_tokens < 1:
             raise ValueError(
                 "samples needs prompts >= 0 and max_new_tokens >= 1, got "
-                f"{prompts} and {max_new_tokens}; prompts: 0 logs none"
+                f"{prompts} and {max_new_tokens}; set samples.prompts to 0 to log none"
             )
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.written: dict[int, tuple[str, dict[int, str]]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the prompts; forget what an earlier run wrote."""
-        # What has no step is of this run, whose pruning came first.
-        self.written = {number: own for number, own in self.written.items() if list(own[1]) == [DENSE]}
+        """Read the prompts; forget the texts of an earlier run."""
+        # Prompts with the dense text alone belong to this run, whose pruning may have come first.
+        self.written = {number: entry for number, entry in self.written.items() if list(entry[1]) == [DENSE]}
         data = trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and self.prompts and trainer.limit_train_batches != 0 and isinstance(data, TextDataModule):
             data.encode_prompts()
 
     def on_before_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what the dense model makes of the prompts, which is shown beside all that follows."""
+        """Write the dense model's continuations, which are shown beside all later ones."""
         module, _ = get_parts(trainer, pl_module)
         if trainer.limit_train_batches != 0 and find_store(module.model).is_in_memory:
             self._write(trainer, pl_module, DENSE)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show where recovery starts from, or say that nothing can be shown."""
+        """Log continuations before the first step of recovery, or print why none are logged."""
         module, data = get_parts(trainer, pl_module)
         if self.prompts and trainer.is_global_zero and isinstance(data, GivenText):
-            console.print("SampleGenerations is off: it continues the prompts of a TextDataModule")
+            console.print("SampleGenerations is off: it needs the prompts of a TextDataModule")
         if self.prompts and trainer.is_global_zero and is_sharded(module.model):
             name = type(trainer.strategy).__name__
-            console.print(f"no sample generations are logged: {name} shards the model, which one rank cannot run alone")
+            console.print(f"SampleGenerations is off: {name} shards the model, so one rank cannot run it alone")
         self._log(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show how far it has come."""
+        """Log continuations at this step."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._log(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was written, for a run that goes on."""
+        """Return the texts written so far, for a run that resumes."""
         return {"written": {number: (prompt, dict(texts)) for number, (prompt, texts) in self.written.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore the texts that `state_dict` returned."""
         self.written = {number: (prompt, dict(texts)) for number, (prompt, texts) in state_dict["written"].items()}
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,7 +99,7 @@ class SampleGenerations(Callback):
                     logger.experiment.add_text(f"samples/{number}", _format(prompt, *shown), trainer.global_step)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[int]:
-        """Continue the prompts as the model is now; return the numbers of those that could be."""
+        """Continue the prompts with the current model; return the numbers of those that succeeded."""
         module, data = get_parts(trainer, pl_module)
         if not self.prompts or not trainer.is_global_zero or is_sharded(module.model):
             return []
@@ -123,6 +123,6 @@ class SampleGenerations(Callback):
 
 
 def _format(prompt: str, *answers: str) -> str:
-    """As Markdown that leaves all as they are, blocks of code: the prompt, the dense model's answer, the answer."""
+    """Format the prompt and its continuations as code blocks, so that Markdown shows them unchanged."""
     parts = ("\n".join(f"    {line}" for line in text.splitlines() or [""]) for text in (prompt, *answers))
     return "\n\n→\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""Search the best split where pruning would be, and show what was found."""
+"""Search the best split in place of pruning, and show the trials."""
 
 import os
 from pathlib import Path
@@ -18,10 +18,10 @@ from gqaprune.reporting.figures import save_figure
 
 
 class SplitSearch(Callback):
-    """Finds the best split of attention and MLP in `setup`, on the dense model. It only wires.
+    """Finds the best split of attention and MLP in `setup`, on the dense model. It only connects hooks.
 
     Args:
-        pruning: the pruning whose settings are searched for.
+        pruning: the pruning callback, whose settings every trial uses.
         settings: steps, patience and folder of the search.
     """
 
@@ -32,7 +32,7 @@ class SplitSearch(Callback):
         self.settings = settings
 
     def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what has no splits to search, and a folder that cannot be written, before any work."""
+        """Check, before any work, that the model is dense and in memory and that the folder can be written."""
         check_own_parts(trainer, pl_module, "search")
         module, _ = get_parts(trainer, pl_module)
         if module.plan is not None:
@@ -49,7 +49,7 @@ class SplitSearch(Callback):
         if trainer.is_global_zero and (config.steps > 1 or config.swaps.generations):
             console.print("search tries single cuts: pruning.steps and pruning.swaps are ignored")
         if config.needs_text:
-            data.read_calibration_windows()  # missing text is said before a model is loaded
+            data.read_calibration_windows()  # so that missing text raises before a model is loaded
         module.load()
         model = module.model.to(trainer.strategy.root_device)
         check_tokenizer(data.tokenizer, model)

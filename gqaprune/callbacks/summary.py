@@ -1,4 +1,4 @@
-"""Measure what recovery reached, and tell the run's story: console, TensorBoard, files in the run's folder."""
+"""Measure the recovered model and report the run: on the console, in TensorBoard, in files of the run's folder."""
 
 import json
 import os
@@ -31,13 +31,13 @@ from gqaprune.reporting.report import REPORT_FILE, Report, Stage, build_table
 
 FIGURE_FILE = "pruning.png"
 FINAL = "ppl/final"
-"""What TensorBoard compares runs by: perplexity of the last stage."""
+"""The metric by which TensorBoard compares runs: perplexity of the last stage."""
 
 
 class RunSummary(Callback):
     """Writes plan, figure, report and page into the run's folder, logs to TensorBoard, prints the table and the paths.
 
-    The page, `report.html`, is written once there is a plan, at each validation, and when the run ends or is stopped.
+    It writes the page, `report.html`, after pruning, at each validation, and when the run ends or is stopped.
     """
 
     phase: ClassVar = Phase.EXPORT
@@ -48,7 +48,7 @@ class RunSummary(Callback):
         self._began = datetime.now().astimezone()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the plan and the perplexity before and after surgery."""
+        """Show the plan, and the perplexity before and after pruning."""
         self._finished, self._stages_logged = False, 0
         report = get_run(trainer).report
         plan = get_parts(trainer, pl_module)[0].plan
@@ -68,13 +68,13 @@ class RunSummary(Callback):
         self._write_page(trainer, pl_module, "pruned, not trained yet")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Write what a further cut has changed."""
+        """Write the report again if a further cut has changed it."""
         report, plan = get_run(trainer).report, get_parts(trainer, pl_module)[0].plan
         if trainer.is_global_zero and report is not None and plan is not None and report.stages[self._stages_logged :]:
             self._write(trainer, report, plan)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show how far it has come."""
+        """Write the page at this step."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._write_page(trainer, pl_module, f"in training, at step {trainer.global_step:,}")
 
@@ -113,14 +113,14 @@ class RunSummary(Callback):
         self._finish(trainer, pl_module)
 
     def _measure_quantized(self, trainer: Trainer, pl_module: LightningModule, report: Report) -> None:
-        """Measure what was written, if its weights are quantised."""
+        """Measure the exported checkpoint if its weights are quantised."""
         exported = get_run(trainer).exported
         if exported is None or exported.quantization is None:
             return
         module, data = get_parts(trainer, pl_module)
         remote = module.source.trust_remote_code
         if not hasattr(load_config(exported.folder, remote), "quantization_config"):
-            return  # it could not be, and export has said so
+            return  # it could not be quantised, and the export has said so
         model = load_model(exported.folder, "auto", module.source.attn_implementation, remote).to(module.device)
         name = f"{report.stages[-1].name}, {exported.quantization}"
         report.add_stage(name, model, data.evaluation_batches(), measure_weights(exported.folder))
@@ -128,19 +128,19 @@ class RunSummary(Callback):
             _log_perplexity(trainer, report.stages[-1])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish where there was nothing to train, or nothing any more in a run that goes on."""
+        """Finish if nothing was trained, or if a resumed run had no steps left to train."""
         if not self._finished:
             self._finish(trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put onto a page what was predicted, once that is judged."""
+        """Write the judged predictions to a page."""
         if trainer.is_global_zero and get_run(trainer).predictions is not None:
             with keep_going(PAGE_FILE):
                 path = write_page(trainer, pl_module, "texts of the model beside the dense one's", self._began)
                 console.print(f"{'page':<14} {_shorten(path)}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say on the page what stopped it; where there is nothing to tell yet, remove the run's folder."""
+        """Write on the page why the run stopped; remove the run's folder if it has no results yet."""
         folder = get_run_folder(trainer)
         if not trainer.is_global_zero or not folder.is_dir():
             return
@@ -167,7 +167,7 @@ class RunSummary(Callback):
             return
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             console.print(build_table(report))
-            console.print("trainer.fast_dev_run: a batch of everything was tried, and nothing written")
+            console.print("trainer.fast_dev_run: one batch of each kind was tried, and nothing was written")
             return
         folder = get_run_folder(trainer)
         with keep_going(REPORT_FILE):
@@ -177,7 +177,7 @@ class RunSummary(Callback):
             assert exported.plan is not None
             entry = FORMATS[exported.format]
             shapes = entry.read_shapes(unwrap_model(module.model).config)
-            with keep_going("the card of the checkpoint with what was measured"):
+            with keep_going("the checkpoint's model card with measurements"):
                 write_card(exported.folder, exported.plan, exported.format, shapes, report, get_command())
             padding = describe_padding(plan.pruned_geometry, shapes, exported.plan.geometry)
             remarks = [remark for remark in (padding, entry.describe(exported.folder)) if remark]
@@ -185,7 +185,7 @@ class RunSummary(Callback):
         with keep_going("the end in TensorBoard"):
             for logger in get_tensorboards(trainer):
                 if report.stages[-1].perplexity:
-                    # The first validation corpus if there is one: what settings may be chosen by.
+                    # The first validation corpus if there is one: settings may be chosen by it.
                     metric = next(iter(report.stages[-1].perplexity.values()))
                     logger.log_hyperparams(hparams, metrics={FINAL: metric})
                 logger.save()
@@ -198,14 +198,14 @@ class RunSummary(Callback):
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Remove a run's folder if nothing but its log and the empty event file that Lightning may have opened is in it."""
+    """Remove a run's folder if it has nothing but its log and the empty event file that Lightning may have opened."""
     files = [file for file in folder.iterdir() if file.name != LOG_FILE]
-    if len(files) <= 1 and all(file.name.startswith("events.out.tfevents") for file in files):  # more: earlier runs'
+    if len(files) <= 1 and all(file.name.startswith("events.out.tfevents") for file in files):  # others: earlier runs
         shutil.rmtree(folder)
 
 
 def _stop_progress_bar(trainer: Trainer, pl_module: LightningModule) -> None:
-    """End Lightning's display, which would else run to the end of the program and over what is printed next."""
+    """End Lightning's display, which would otherwise overwrite the lines that are printed next."""
     bar = trainer.progress_bar_callback
     if bar is not None:
         bar.on_train_end(trainer, pl_module)
@@ -232,13 +232,13 @@ def _print_paths(trainer: Trainer, folder: Path) -> None:
 
 
 def _log_perplexity(trainer: Trainer, stage: Stage) -> None:
-    """`ppl/<corpus>/<stage>` on validation text, `ppl_test/<corpus>/<stage>` on test text."""
+    """Log `ppl/<corpus>/<stage>` for validation text and `ppl_test/<corpus>/<stage>` for test text."""
     metrics = {}
     for name, value in stage.perplexity.items():
         stream, corpus = name.split("/", 1)
         tag = f"{'ppl' if stream == 'val' else 'ppl_test'}/{corpus}"
         metrics[f"{tag}/{stage.name}"] = value
-        if stage.name == "pruned" and stream == "val":  # where the validation curve starts
+        if stage.name == "pruned" and stream == "val":  # the first point of the validation curve
             metrics[tag] = value
     with keep_going("perplexity in TensorBoard"):
         for logger in trainer.loggers:
@@ -246,9 +246,9 @@ def _log_perplexity(trainer: Trainer, stage: Stage) -> None:
 
 
 def _lay_out_charts(trainer: Trainer, report: Report) -> None:
-    """TensorBoard's custom scalars: of each validation corpus one chart of the loss and every stage's perplexity."""
+    """Add to TensorBoard, for each validation corpus, one chart of the loss and every stage's perplexity."""
     corpora = [name.split("/", 1)[1] for name in report.stages[0].perplexity if name.startswith("val/")]
-    # Tags are regular expressions there, of names in which TensorBoard has replaced what it does not take.
+    # Tags are regular expressions here, and TensorBoard has replaced characters that it does not accept in names.
     names = {corpus: re.sub(r"[^-/\w]", ".", corpus) for corpus in corpora}
     charts = {
         f"loss and perplexity, {corpus}": ["Multiline", ["^train/loss$", f"^ppl/{name}(/.*)?$"]]
@@ -259,7 +259,7 @@ def _lay_out_charts(trainer: Trainer, report: Report) -> None:
 
 
 def _log_scores(trainer: Trainer) -> None:
-    """A histogram of every block's scores, and what layers were found to be worth."""
+    """Log a histogram of every block's scores, and a figure of the blocks' importance."""
     run = get_run(trainer)
     assert run.config is not None
     for logger in get_tensorboards(trainer):
@@ -278,12 +278,12 @@ def _describe_plan(plan: PruningPlan) -> str:
 
 
 def _flatten(values: dict[str, Any]) -> dict[str, Any]:
-    """TensorBoard's hparams take numbers, strings and booleans only."""
+    """Convert values to numbers, strings and booleans, the only types that TensorBoard's hparams accept."""
     simple = (bool, int, float, str)
     return {
         name: value if isinstance(value, simple) else json.dumps(value, default=str)
         for name, value in values.items()
-        if not name.startswith("_")  # Lightning's own notes
+        if not name.startswith("_")  # Lightning's internal entries
     }
 
 

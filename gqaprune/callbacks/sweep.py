@@ -1,4 +1,4 @@
-"""Prune at several rates where pruning would be, and show what each of them costs."""
+"""Prune at several rates in place of pruning once, and show what each rate costs."""
 
 import os
 from pathlib import Path
@@ -22,11 +22,11 @@ from gqaprune.reporting.figures import make_readable, save_figure
 
 
 class RateSweep(Callback):
-    """Prunes the dense model at every rate in `setup`. It only wires.
+    """Prunes the dense model at every rate in `setup`. It only connects hooks.
 
     Args:
-        pruning: the pruning whose settings are used.
-        export: how checkpoints are written.
+        pruning: the pruning callback, whose settings are used.
+        export: the export callback, whose settings checkpoints are written with.
         settings: the rates and the folder.
     """
 
@@ -38,7 +38,7 @@ class RateSweep(Callback):
         self.settings = settings
 
     def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a model that is pruned already, and folders that cannot be written, before any work."""
+        """Check, before any work, that the model is dense and in memory and that the folders can be written."""
         check_own_parts(trainer, pl_module, "sweep")
         module, _ = get_parts(trainer, pl_module)
         if module.plan is not None:
@@ -57,7 +57,7 @@ class RateSweep(Callback):
         module, data = get_parts(trainer, pl_module)
         config = self.pruning.config
         if config.needs_text:
-            data.read_calibration_windows()  # missing text is said before a model is loaded
+            data.read_calibration_windows()  # so that missing text raises before a model is loaded
 
         def load() -> PreTrainedModel:
             module.release()

@@ -1,4 +1,4 @@
-"""Settings of Lightning's trainer that would end a run only once its model is pruned, refused before any work."""
+"""Check, before any work, settings of Lightning's trainer that would otherwise stop a run only after pruning."""
 
 import math
 from pathlib import Path
@@ -24,7 +24,7 @@ from gqaprune.training.lightning_internals import unscales_gradients
 
 
 def check_trainer(trainer: Trainer, module: CausalLMModule) -> None:
-    """Refuse what Lightning would refuse when training starts, or later. Nothing is read for it but configs.
+    """Raise an error for settings that Lightning refuses when training starts, or later. It reads only configs.
 
     Raises:
         ValueError: with a setting that works.
@@ -42,35 +42,35 @@ def check_trainer(trainer: Trainer, module: CausalLMModule) -> None:
 
 
 def check_accumulation(trainer: Trainer) -> None:
-    """Refuse a second say on how many micro-batches accumulate, which Lightning would refuse when training starts.
+    """Raise an error if accumulation is set in more than one place, which Lightning refuses when training starts.
 
     Raises:
-        ValueError: with what to set.
+        ValueError: with the setting to change.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if trainer.accumulate_grad_batches != 1 and not trainer.strategy.handles_gradient_accumulation:
         factor = trainer.accumulate_grad_batches
         raise ValueError(
-            f"trainer.accumulate_grad_batches {factor} is what pruning.scheduling sets: leave it out, and set "
-            f"pruning.scheduling to {{0: {factor}}}"
+            f"trainer.accumulate_grad_batches {factor} is set, but pruning.scheduling sets the accumulation: leave it "
+            f"out, and set pruning.scheduling to {{0: {factor}}}"
         )
     schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
     if len(schedulers) > 1:
         names = ", ".join(type(scheduler).__name__ for scheduler in schedulers)
-        raise ValueError(f"{names} each set how many micro-batches accumulate: set pruning.scheduling alone")
+        raise ValueError(f"{names} all set the accumulation: leave out all but pruning.scheduling")
 
 
 def _check_interval(trainer: Trainer) -> None:
     interval = getattr(trainer, "val_check_interval", None)
     if not isinstance(interval, (int, float)):
         raise ValueError(
-            "trainer.val_check_interval is a time, and validation comes between optimizer steps: set it to a number of "
-            "training batches, or to a share of an epoch such as 0.25"
+            "trainer.val_check_interval is a time, but validation can only run between optimizer steps: set it to a "
+            "number of training batches, or to a share of an epoch such as 0.25"
         )
     if interval <= 0 and trainer.limit_val_batches != 0:
         raise ValueError(
-            f"trainer.val_check_interval must be above 0, got {interval}; 1.0 validates after each epoch, and "
-            "trainer.limit_val_batches 0 never"
+            f"trainer.val_check_interval must be above 0, got {interval}; set it to 1.0 to validate after each epoch, "
+            "or set trainer.limit_val_batches to 0 to never validate"
         )
 
 
@@ -78,32 +78,37 @@ def _check_optimizer(trainer: Trainer, module: CausalLMModule) -> None:
     optimizer = module.optimizer_config.rehearse()
     if trainer.gradient_clip_val and trainer.precision == "16-mixed" and unscales_gradients(optimizer):
         raise ValueError(
-            f"trainer.gradient_clip_val {trainer.gradient_clip_val} clips gradients, which {type(optimizer).__name__} "
-            f"unscales itself under precision {trainer.precision}: set model.optimizer.fused to false, or "
-            "trainer.precision to bf16-mixed"
+            f"trainer.gradient_clip_val {trainer.gradient_clip_val} needs unscaled gradients, but under precision "
+            f"{trainer.precision} {type(optimizer).__name__} unscales them only within its step: set "
+            "model.optimizer.fused to false, or trainer.precision to bf16-mixed"
         )
     is_by_value = trainer.gradient_clip_algorithm == "value"
     if trainer.gradient_clip_val and is_by_value and isinstance(trainer.strategy, DeepSpeedStrategy):
-        raise ValueError("DeepSpeed clips gradients by norm alone: set trainer.gradient_clip_algorithm to norm")
+        raise ValueError(
+            "DeepSpeed can clip gradients only by norm, got trainer.gradient_clip_algorithm value: set it to norm"
+        )
 
 
 def _check_callback(trainer: Trainer, callback: Callback) -> None:
     name = type(callback).__name__
     if isinstance(callback, LearningRateFinder):
-        raise ValueError(f"{name} looks for a rate that model.optimizer sets: leave it out, and set model.optimizer.lr")
+        raise ValueError(
+            f"{name} searches a learning rate, but model.optimizer sets it: leave {name} out, and set "
+            "model.optimizer.lr"
+        )
     if isinstance(callback, BatchSizeFinder):
         raise ValueError(
-            f"{name} looks for a size that data.training.batch_size sets: leave it out, and set "
+            f"{name} searches a batch size, but data.training.batch_size sets it: leave {name} out, and set "
             "data.training.batch_size"
         )
     if isinstance(callback, LearningRateMonitor) and not trainer.loggers:
-        raise ValueError(f"{name} logs to a logger, and trainer.logger is false: leave one of them out")
+        raise ValueError(f"{name} needs a logger, but trainer.logger is false: leave out one of the two")
     if isinstance(callback, ModelCheckpoint) and callback.dirpath:
         check_can_be_folder(Path(callback.dirpath))
 
 
 def _check_copy(trainer: Trainer, module: CausalLMModule, callback: Callback) -> None:
-    """Refuse what changes the model after a callback has copied it, or splits it."""
+    """Raise an error if the model is changed after a callback has copied it, or is sharded."""
     name = type(callback).__name__
     if module.recovery.uses_lora or module.recovery.rounds > 1:
         setting = f"rounds {module.recovery.rounds}" if module.recovery.rounds > 1 else f"mode {module.recovery.mode}"
@@ -113,13 +118,13 @@ def _check_copy(trainer: Trainer, module: CausalLMModule, callback: Callback) ->
         )
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ValueError(
-            f"{name} copies the whole model, which {type(trainer.strategy).__name__} shards: set trainer.strategy to "
+            f"{name} copies the whole model, but {type(trainer.strategy).__name__} shards it: set trainer.strategy to "
             f"ddp or auto, or leave {name} out"
         )
 
 
 def _check_monitors(trainer: Trainer, module: CausalLMModule, callbacks: list[Callback]) -> None:
-    """Refuse to watch a metric that nothing logs; modules and callbacks of other classes may log any."""
+    """Raise an error if a callback monitors a metric that nothing logs; modules of other classes may log any."""
     known = module.name_metrics()
     is_all_known = type(module) is CausalLMModule and all(
         type(callback).__module__.startswith("gqaprune.") or is_of_lightning(callback) for callback in callbacks
@@ -127,40 +132,41 @@ def _check_monitors(trainer: Trainer, module: CausalLMModule, callbacks: list[Ca
     for callback in callbacks:
         if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or callback.monitor is None:
             continue
-        own = ("epoch", "step") if isinstance(callback, ModelCheckpoint) else ()
+        counters = ("epoch", "step") if isinstance(callback, ModelCheckpoint) else ()
         is_ours = callback.monitor.startswith(("ppl/", "train/"))
-        if callback.monitor not in (*known, *own) and (is_ours or is_all_known):
+        if callback.monitor not in (*known, *counters) and (is_ours or is_all_known):
             raise ValueError(
                 f"{type(callback).__name__} monitors {callback.monitor}, which this run does not log: set its monitor "
-                f"to one of {', '.join(known)}; each corpus of data.evaluation.val has a ppl/, unless "
+                f"to one of {', '.join(known)}; ppl/<corpus> is logged for each corpus of data.evaluation.val, unless "
                 "trainer.limit_val_batches is 0"
             )
         if callback.monitor.startswith("ppl/") and (epochs := trainer.max_epochs or 1) != -1:
             every = trainer.check_val_every_n_epoch or 1
             if every > epochs:
                 raise ValueError(
-                    f"{type(callback).__name__} monitors {callback.monitor}, which is never measured: "
-                    f"trainer.check_val_every_n_epoch is {every}, and there are {epochs} epochs; set it to 1"
+                    f"{type(callback).__name__} monitors {callback.monitor}, which is never measured, because "
+                    f"trainer.check_val_every_n_epoch is {every} and trainer.max_epochs is {epochs}: set "
+                    "trainer.check_val_every_n_epoch to 1"
                 )
 
 
 def _check_best(callbacks: list[Callback]) -> None:
-    """Refuse an average beside best weights: one of them alone can be exported."""
+    """Raise an error if weights are both averaged and chosen as best: only one of them can be exported."""
     monitors = [one.monitor for one in callbacks if isinstance(one, ModelCheckpoint) and one.monitor is not None]
     if monitors and any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
         raise ValueError(
-            "StochasticWeightAveraging averages weights when training ends, and the export takes the weights that "
-            f"ModelCheckpoint found best by {monitors[0]}: leave one of them out, or take EMAWeightAveraging, whose "
-            "checkpoints hold averages"
+            "StochasticWeightAveraging averages weights when training ends, but the export uses the weights that "
+            f"ModelCheckpoint found best by {monitors[0]}: leave one of them out, or use EMAWeightAveraging, whose "
+            "checkpoints contain averages"
         )
 
 
 def check_batches(trainer: Trainer, data: TextDataModule) -> None:
-    """Refuse limits that leave no batch, and validation after more batches than an epoch has on each device.
+    """Raise an error if limits leave no batch, or validation comes after more batches than an epoch has per device.
 
     Args:
-        trainer: whose strategy knows the number of devices.
-        data: has read its corpora.
+        trainer: trainer whose strategy knows the number of devices.
+        data: data module that has read its corpora.
 
     Raises:
         ValueError: with a setting that works.
@@ -173,13 +179,13 @@ def check_batches(trainer: Trainer, data: TextDataModule) -> None:
         limit = getattr(trainer, f"limit_{name}_batches")
         if isinstance(limit, float) and limit and count and int(count * limit) == 0:
             raise ValueError(
-                f"trainer.limit_{name}_batches {limit} of {count} batches is none: set it to at least "
+                f"trainer.limit_{name}_batches {limit} of {count} batches leaves none: set it to at least "
                 f"{math.ceil(1000 / count) / 1000:g}, or to a number of batches such as 1"
             )
     batches, interval = count_epoch_batches(trainer), trainer.val_check_interval
     if validates and trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > batches:
         raise ValueError(
             f"trainer.val_check_interval {interval} is more than the {batches} training batches that an epoch has on "
-            f"each device: set it to at most {batches}, to a share of an epoch such as 0.25, or "
-            "trainer.check_val_every_n_epoch to null, which counts on over epochs"
+            f"each device: set it to at most {batches}, or to a share of an epoch such as 0.25, or set "
+            "trainer.check_val_every_n_epoch to null to count batches across epochs"
         )

@@ -1,4 +1,4 @@
-"""LoRA adapters in checkpoints: merged into the weights that are saved, and saved by themselves beside them."""
+"""Merge LoRA adapters into the weights of a checkpoint, and save the adapters beside them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from gqaprune.common.precision import multiply_exactly
 from gqaprune.models.wrapping import ADAPTED, unwrap_name
 
 ADAPTER_FOLDER = "adapter"
-"""Where LoRA adapters are saved in a checkpoint's folder, whose weights have them already."""
+"""Folder in a checkpoint with its LoRA adapters, which are already merged into the checkpoint's weights."""
 
 
 def save_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor], folder: Path) -> None:
@@ -21,7 +21,7 @@ def save_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor], folder: 
     Args:
         adapted: peft's view of the model, which may be sharded.
         state_dict: whole weights of the model under it, adapters included.
-        folder: where to.
+        folder: folder to write to.
     """
     named = {f"base_model.model.{name}": tensor for name, tensor in state_dict.items()}  # as peft names them
     adapted.save_pretrained(str(folder), state_dict=named)
@@ -30,22 +30,22 @@ def save_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor], folder: 
 @multiply_exactly()
 @torch.no_grad()
 def merge_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights that a model without adapters needs to compute the same; nothing is changed.
+    """Return weights with merged adapters, for a model without them; its arguments stay unchanged.
 
     Args:
         adapted: peft's view of the model, which may be sharded.
         state_dict: whole weights of the model under it, adapters included.
 
     Raises:
-        ValueError: if there are adapters of another kind than LoRA's on linear layers, or more than one on a layer.
+        ValueError: if there are adapters other than LoRA on linear layers, or several on one layer.
     """
     weights = {name.replace(".base_layer.", "."): tensor for name, tensor in state_dict.items() if ".lora_" not in name}
     for path, module in adapted.get_base_model().named_modules():
-        name = unwrap_name(path)  # as weights are named
+        name = unwrap_name(path)  # the name in the state dict
         if isinstance(module, ADAPTED) and not _is_plain(module):
             raise ValueError(
-                f"{name} has {type(module).__name__} adapters that cannot be merged on saving: save the model that "
-                "merge_and_unload() of the PeftModel returns"
+                f"{name} has {type(module).__name__} adapters, which cannot be merged on saving: call "
+                "merge_and_unload() of the PeftModel and save the model that it returns"
             )
         if isinstance(module, LoraLinear):
             (adapter,) = module.active_adapters
@@ -56,7 +56,7 @@ def merge_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor]) -> dict
 
 
 def _is_plain(module: object) -> bool:
-    """Whether a module computes with one LoRA product beside its weights, and nothing else."""
+    """Return whether a module adds one LoRA product to its output, and nothing else."""
     if not isinstance(module, LoraLinear) or len(module.active_adapters) != 1:
         return False
     return not (module.merged or module.disable_adapters or module.lora_variant or any(module.lora_bias.values()))

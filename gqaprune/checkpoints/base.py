@@ -1,4 +1,4 @@
-"""What an export format is: the function that writes it, what it can hold, and what reads it."""
+"""Description of an export format: the function that writes it, the models it can store, and how to load it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from gqaprune.plan import Geometry
 
 @dataclass(frozen=True)
 class Content:
-    """What a format writes.
+    """A model to write.
 
     Args:
         model: the pruned (or dense) model, whose config has the shapes.
         state_dict: its whole weights.
-        tokenizer: of the model, if there is one.
-        max_shard_size: weights above it are split into several files, such as `5GB`.
+        tokenizer: tokenizer of the model, if there is one.
+        max_shard_size: largest size of a weights file, such as `5GB`.
     """
 
     model: PreTrainedModel
@@ -29,10 +29,10 @@ class Content:
 
 
 def show_loading(arguments: str = "") -> str:
-    """The code block of a model card that loads a checkpoint with plain transformers.
+    """Return a model card's code block that loads a checkpoint with plain transformers.
 
     Args:
-        arguments: further ones of `from_pretrained`, from their comma on.
+        arguments: further arguments of `from_pretrained`, beginning with a comma.
     """
     return (
         "```python\n"
@@ -43,11 +43,11 @@ def show_loading(arguments: str = "") -> str:
 
 
 def accept_any(config: PretrainedConfig) -> None:
-    """Refuse nothing."""
+    """Accept every config."""
 
 
 def say_nothing(folder: Path) -> str:
-    """Remark on nothing."""
+    """Return no remark."""
     return ""
 
 
@@ -57,20 +57,21 @@ class Format:
 
     Args:
         write: writes content into a new folder.
-        summary: what it is, in a few words, for help texts.
-        about: the same in a sentence, for the model card.
-        loading: code block of the model card that loads it. In Python `{folder_string}` and `{file_string}` stand for
-            the names, quotes included, and in a command `{folder_word}` and `{file_word}` for the paths.
-        serving: command of the model card that serves it by vLLM, with `{folder_word}`; empty where it cannot.
-        check: refuses a model of this config that the format cannot hold, by a ValueError that names what can.
-        read_shapes: finds the shapes in the files of a model of this config; padding makes them larger than its own.
-        describe: what is worth a remark in the files of a folder, in a sentence; empty if nothing.
-        file: pattern of the one file that holds config, weights and tokenizer; empty for a folder of several files.
-        is_automatic: whether `auto` may choose it: `auto` is the first such format that can hold the model.
-        only_unequal: whether it is for models whose layers differ alone; others are written as `stock`.
-        needs_equal_counts: whether every layer has to keep as many units as all others.
-        needs_remote_code: whether plain transformers loads it with `trust_remote_code=True` alone.
-        goes_by_layer: whether it can be written where one decoder layer is in memory at a time.
+        summary: short description for help texts.
+        about: description in a sentence, for the model card.
+        loading: code block of the model card that loads it. In Python, `{folder_string}` and `{file_string}` are
+            replaced by the names, quotes included; in a command, `{folder_word}` and `{file_word}` by the paths.
+        serving: command of the model card that serves it with vLLM, with `{folder_word}`; empty if vLLM cannot.
+        check: raises a ValueError, which names formats that work, if the format cannot store a model of this config.
+        read_shapes: finds the shapes in the files of a model of this config; padding makes them larger than the
+            model's.
+        describe: returns a sentence about the files in a folder that is worth printing; empty if there is none.
+        file: pattern of the one file with config, weights and tokenizer; empty for a folder of several files.
+        is_automatic: whether `auto` may choose it: `auto` is the first such format that can store the model.
+        only_unequal: whether it is only for models whose layers differ; others are written as `stock`.
+        needs_equal_counts: whether every layer must keep the same number of units.
+        needs_remote_code: whether plain transformers loads it only with `trust_remote_code=True`.
+        goes_by_layer: whether it can be written with one decoder layer in memory at a time.
         takes_quantization: whether the matrices of its decoder layers can be stored in 8 bits.
     """
 

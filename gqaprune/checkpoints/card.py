@@ -1,6 +1,6 @@
-"""The model card: `README.md` of a checkpoint's folder, with the front matter that the hub reads.
+"""Write the model card: `README.md` of a checkpoint's folder, with the front matter that the hub reads.
 
-The text is `templates/card.md`. Jinja shows every text in it as it is; `Markup` marks what is Markdown, YAML or code.
+The text is `templates/card.md`. Strings are escaped in it; `Markup` marks those that are Markdown, YAML or code.
 """
 
 import json
@@ -22,7 +22,7 @@ from gqaprune.reporting.report import Report, Stage
 CARD_FILE = "README.md"
 
 _VLLM_IGNORES_HEAD_DIM = ("qwen2", "qwen2_moe")
-"""Families whose class in vLLM divides the width by the query heads for a head_dim, whatever the config says."""
+"""Families whose class in vLLM computes head_dim as width divided by query heads, whatever the config says."""
 _CODE = re.compile(r"```\w*\n(.*?)```", re.DOTALL)
 _BASES = {"decoder": "decoder-layer parameters", "all": "parameters"}
 
@@ -39,13 +39,13 @@ def write_card(
     """Write the card of a checkpoint.
 
     Args:
-        folder: of the checkpoint.
-        plan: what was cut.
-        format: of the checkpoint.
+        folder: folder of the checkpoint.
+        plan: plan of the cut.
+        format: format of the checkpoint.
         written: shapes in its files.
-        report: what was measured.
-        command: that made it.
-        name: that the folder is going to have, if another.
+        report: measured stages.
+        command: command that made it.
+        name: final name of the folder, if it is still a temporary one.
     """
     dense, entry = Path(plan.model).name or "a model", FORMATS[format]
     file = next((path.name for path in folder.glob(entry.file)), "") if entry.file else ""
@@ -79,7 +79,7 @@ def write_card(
 
 
 def find_loading_code(folder: Path, format: str) -> str:
-    """The code that loads a checkpoint, as its card shows it first."""
+    """Return the first code block of a checkpoint's card that loads it."""
     entry = FORMATS[format]
     file = next((path.name for path in folder.glob(entry.file)), "") if entry.file else ""
     loading = entry.loading.format(**_spell_names(str(folder), file))
@@ -88,8 +88,8 @@ def find_loading_code(folder: Path, format: str) -> str:
 
 
 def _spell_names(folder: str, file: str) -> dict[str, str]:
-    """A checkpoint's folder and the file in it as Python and a shell write them."""
-    path = f"./{folder}" if folder.startswith("-") else folder  # else it is an option
+    """Quote the names of a checkpoint's folder and file for Python and for a shell."""
+    path = f"./{folder}" if folder.startswith("-") else folder  # so that a shell does not take it for an option
     return {
         "folder_string": for_python(folder),
         "file_string": for_python(file),
@@ -99,7 +99,7 @@ def _spell_names(folder: str, file: str) -> dict[str, str]:
 
 
 def _describe_serving(command: str, folder: Path, written: Geometry) -> str:
-    """The command that serves a checkpoint by vLLM, of a name to fill in; empty where it cannot."""
+    """Return the command that serves a checkpoint with vLLM, with a placeholder; empty if vLLM cannot."""
     config = folder / "config.json"
     if not command or (config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8"))):
         return ""
@@ -109,7 +109,7 @@ def _describe_serving(command: str, folder: Path, written: Geometry) -> str:
 
 
 def _is_hub_name(model: str) -> bool:
-    """Whether a model is not a folder here but `owner/name` on the hub, at a revision or not."""
+    """Return whether a model is not a local folder but `owner/name` on the hub, with or without a revision."""
     is_name = model.partition("@")[0].count("/") == 1
     return is_name and not model.startswith((".", "~", "/")) and not os.path.exists(model)
 
@@ -135,7 +135,7 @@ def _list_layers(plan: PruningPlan) -> list[tuple[str, ...]]:
 
 
 def describe_padding(pruned: Geometry, written: Geometry, dense: Geometry | None = None) -> str:
-    """What padding put into the files, in a sentence; empty where there is none.
+    """Describe the padding in the files in a sentence; empty if there is none.
 
     Args:
         pruned: shapes of the model.
@@ -145,13 +145,13 @@ def describe_padding(pruned: Geometry, written: Geometry, dense: Geometry | None
     zeros = written.projection_weights - pruned.projection_weights
     if not zeros:
         return ""
-    what = "layers are filled up with zeros to sizes that the format has"
+    what = "layers are padded with zeros to sizes that the format allows"
     if written.is_uniform:
-        heads = f"{written.query_heads[0]} query heads on {written.kv_heads[0]} KV heads"
-        what = f"every layer has {heads} and {written.channels[0]:,} channels, those it lacks as zeros"
+        heads = f"{written.query_heads[0]} query heads, {written.kv_heads[0]} KV heads"
+        what = f"every layer is padded with zeros to {heads} and {written.channels[0]:,} channels"
     removed = 0 if dense is None else dense.projection_weights - pruned.projection_weights
-    share = f", {zeros / removed:.0%} of what pruning removed" if removed else ""
-    return f"In the files {what}: {zeros / 1e6:,.2f} M parameters{share}."
+    share = f", {zeros / removed:.0%} of the parameters that pruning removed" if removed else ""
+    return f"In the files, {what}: {zeros / 1e6:,.2f} M parameters{share}."
 
 
 def _list_perplexities(stages: Sequence[Stage]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The export formats, by name, and which of them a model is written in."""
+"""List the export formats by name, and choose the one that a model is written in."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -30,7 +30,7 @@ from gqaprune.models.nemotron_nas import check_can_be_nemotron_nas, find_nemotro
 from gqaprune.placement.layer_store import Placement
 
 AUTO = "auto"
-"""The name that stands for the first automatic format that can hold the model."""
+"""The name for the first automatic format that can store the model."""
 
 _SERVING = "vllm serve {folder_word}"
 
@@ -49,7 +49,7 @@ model, tokenizer = gqaprune.load({folder_string})
 FORMATS: Mapping[str, Format] = {
     "stock": Format(
         write_stock,
-        summary="plain transformers loads it; needs equal counts in every layer",
+        summary="loads with plain transformers; needs equal counts in every layer",
         about="A stock checkpoint: plain transformers loads it.",
         serving=_SERVING,
         check=check_stock_config,
@@ -60,7 +60,7 @@ FORMATS: Mapping[str, Format] = {
     "per-layer": Format(
         write_per_layer,
         summary="unequal counts, with a small modeling file",
-        about="Layers differ in shape, so that plain transformers needs the small modeling file beside the weights.",
+        about="Layers differ in shape, so plain transformers needs the small modeling file beside the weights.",
         loading=show_loading(", trust_remote_code=True"),
         serving=f"{_SERVING} --trust-remote-code",
         check=check_class,
@@ -71,22 +71,22 @@ FORMATS: Mapping[str, Format] = {
     ),
     "padded": Format(
         write_padded,
-        summary="a stock class, zeros for what some layers lack",
-        about="A stock checkpoint, in which zeros fill the layers up to equal shapes.",
+        summary="a stock class, with smaller layers padded with zeros",
+        about="A stock checkpoint, in which layers are padded with zeros to equal shapes.",
         serving=_SERVING,
         read_shapes=find_padded_shapes,
         is_automatic=True,
     ),
     "nemotron-nas": Format(
         write_nemotron_nas,
-        summary="for vLLM, SGLang and mlx-lm, each MLP padded to a multiple of 256 channels; attention whole",
-        about="A Nemotron-NAS (DeciLM) checkpoint: engines that know this architecture give each layer its own width.",
+        summary="for vLLM, SGLang and mlx-lm, with each MLP padded to a multiple of 256 channels; attention unpruned",
+        about="A Nemotron-NAS (DeciLM) checkpoint: engines with this architecture give each layer its own width.",
         loading=(
             "```bash\n"
             'mlx_lm.generate --model {folder_word} --trust-remote-code --prompt "Once upon a time"\n'
             "```\n\n"
-            "mlx-lm and vLLM have the model built in; the remote code is the class of its config alone. transformers "
-            "has no class for the model; gqaprune reads it as a Llama:\n\n"
+            "mlx-lm and vLLM have the model built in; the remote code is only the class of its config. transformers "
+            "has no class for the model; gqaprune loads it as a Llama:\n\n"
             "```python\n"
             "model, tokenizer = gqaprune.load({folder_string})\n"
             "```"
@@ -99,12 +99,12 @@ FORMATS: Mapping[str, Format] = {
     "mlx": Format(
         write_mlx,
         summary="any counts, with a modeling file for mlx-lm",
-        about="A checkpoint for mlx-lm, which builds each layer at its own size by the small modeling file beside it.",
+        about="A checkpoint for mlx-lm, which builds each layer at its own size with the modeling file beside it.",
         loading=(
             "```bash\n"
             'mlx_lm.generate --model {folder_word} --trust-remote-code --prompt "Once upon a time"\n'
             "```\n\n"
-            "transformers loads it, too, with `trust_remote_code=True`."
+            "transformers loads it as well, with `trust_remote_code=True`."
         ),
         check=check_can_be_mlx,
         needs_remote_code=True,
@@ -114,7 +114,7 @@ FORMATS: Mapping[str, Format] = {
         f"gguf-{kind}": Format(
             partial(write_gguf_checkpoint, kind=kind),
             summary=f"a file for llama.cpp, matrices in {kind}, each layer at its own size",
-            about="A GGUF file for llama.cpp and what builds on it. transformers' own reader takes no unequal layers.",
+            about="A GGUF file for llama.cpp and programs based on it. transformers cannot read its unequal layers.",
             loading=_GGUF_LOADING,
             check=choose_architecture,
             read_shapes=partial(find_gguf_shapes, kind=kind),
@@ -126,8 +126,8 @@ FORMATS: Mapping[str, Format] = {
     **{
         f"gguf-{kind}-padded": Format(
             partial(write_gguf_checkpoint, kind=kind, is_padded=True),
-            summary=f"the same with layers padded, which plain transformers loads, matrices in {kind}",
-            about="A GGUF file for llama.cpp, and for transformers: zeros fill the layers up to equal shapes.",
+            summary=f"the same with padded layers, matrices in {kind}; loads with plain transformers",
+            about="A GGUF file for llama.cpp and for transformers, with layers padded with zeros to equal shapes.",
             loading=show_loading(", gguf_file={file_string}"),
             check=partial(choose_architecture, is_padded=True),
             read_shapes=partial(find_gguf_shapes, kind=kind, is_padded=True),
@@ -139,8 +139,8 @@ FORMATS: Mapping[str, Format] = {
     **{
         f"gguf-{kind}": Format(
             partial(write_quantized_checkpoint, kind=kind),
-            summary=f"the same in {bits} bits, by llama.cpp's quantiser",
-            about=f"A GGUF file in the mixture {kind.upper()} of llama.cpp's quantiser, for it and what builds on it.",
+            summary=f"a file for llama.cpp in {bits} bits, from its own quantiser",
+            about=f"A GGUF file in the mixture {kind.upper()} of llama.cpp's quantiser, for llama.cpp-based programs.",
             loading=_GGUF_LOADING,
             check=check_quantizable,
             read_shapes=find_quantized_shapes,
@@ -155,10 +155,10 @@ FORMATS: Mapping[str, Format] = {
 
 
 def describe_formats() -> str:
-    """What the setting `format` takes, for help texts."""
+    """Describe the values of the setting `format`, for help texts."""
     automatic = join_choices([f"`{name}`" for name, entry in FORMATS.items() if entry.is_automatic])
     choices = describe_choices({name: entry.summary for name, entry in FORMATS.items()})
-    return f"{choices}; `{AUTO}` is {automatic}, the first that can hold the model."
+    return f"{choices}; `{AUTO}` is the first of {automatic} that can store the model."
 
 
 def choose_format(
@@ -167,17 +167,17 @@ def choose_format(
     quantization: str | None = None,
     placement: Placement = Placement.MEMORY,
 ) -> str:
-    """Resolve the name of a format to the one that a model of this config is written in.
+    """Choose the format that a model of this config is written in.
 
     Args:
-        config: of the model.
+        config: config of the model.
         format: one of `FORMATS`, or `auto`.
-        quantization: that the weights are to be stored in.
+        quantization: quantization of the weights.
         placement: where the model's decoder layers are when it is written.
 
     Raises:
-        ValueError: if there is no such format, it cannot hold the model, or not with this quantisation; or if `auto`
-            comes to one that needs the whole model in memory.
+        ValueError: if the format does not exist or cannot store the model, or not with this quantisation; or if `auto`
+            chooses one that needs the whole model in memory, and it is elsewhere.
     """
     if quantization is not None:
         make_quantization_config(quantization)
@@ -190,24 +190,24 @@ def choose_format(
         raise ValueError(f"format must be one of {', '.join((AUTO, *FORMATS))}, got {format!r}")
     entry = FORMATS[format]
     if quantization is not None and not entry.takes_quantization:
-        raise ValueError(f"{format} does not go with quantization {quantization}: set one of them")
+        raise ValueError(f"format {format} cannot be combined with quantization {quantization}: set only one of them")
     if entry.only_unequal and not config.is_heterogeneous:
-        return "stock"  # which is what that would be, without a file of its own
+        return "stock"  # with equal layers, it would only add a modeling file
     entry.check(config)
     return format
 
 
 def check_unequal_by_layer(config: PretrainedConfig, placement: Placement) -> None:
-    """Refuse layers of unequal counts that nothing can hold which is written layer by layer.
+    """Raise an error if layers of unequal counts would be written layer by layer in a format that cannot be.
 
     Raises:
-        ValueError: with what can be written.
+        ValueError: with settings that work.
     """
     if placement is not Placement.MEMORY and not _can_hold(FORMATS["per-layer"], config):
         raise ValueError(
-            f"{type(config).__name__} comes with code of its own: padded alone holds layers of unequal counts, and it "
-            f"needs the whole model in memory, which {placement.value} avoids; keep equal counts (allocation uniform) "
-            f"or leave {placement.value} off"
+            f"{type(config).__name__} comes with its own code: only format padded can store its layers of unequal "
+            f"counts, and that needs the whole model in memory, but pruning.{placement.value} keeps layers out of it; "
+            f"set pruning.allocation to uniform or pruning.{placement.value} to false"
         )
 
 
@@ -220,15 +220,15 @@ def _can_hold(entry: Format, config: PretrainedConfig) -> bool:
 
 
 def needs_equal_counts(format: str) -> bool:
-    """Whether a format, by its name, needs equal counts in every layer; `auto` does not."""
+    """Return whether a format, by its name, needs equal counts in every layer; `auto` does not."""
     return format != AUTO and FORMATS[format].needs_equal_counts
 
 
 def check_written_by_layer(format: str, quantization: str | None, placement: Placement) -> None:
-    """Refuse what cannot be written layer by layer, where a model's decoder layers are not all in memory.
+    """Raise an error if a format or quantization needs the whole model in memory and its layers are elsewhere.
 
     Raises:
-        ValueError: with what can, and how to get there from it.
+        ValueError: with formats that work, and a later command that writes the requested one.
     """
     if placement is Placement.MEMORY:
         return
@@ -239,6 +239,6 @@ def check_written_by_layer(format: str, quantization: str | None, placement: Pla
     ):
         if value is not None:
             raise ValueError(
-                f"{name} {value} needs the whole model in memory, which {placement.value} avoids: set it to {way_out}, "
-                f"and where there is memory for it, gqaprune export --{name} {value}"
+                f"{name} {value} needs the whole model in memory, but pruning.{placement.value} keeps layers out of "
+                f"it: set {name} to {way_out}, and run gqaprune export --{name} {value} on a machine with enough memory"
             )

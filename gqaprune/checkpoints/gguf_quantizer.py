@@ -1,6 +1,6 @@
-"""Quantise a GGUF file to 4 to 6 bits by llama.cpp's own quantiser, in the mixtures of types that llama.cpp names.
+"""Quantise a GGUF file to 4 to 6 bits with llama.cpp's quantiser, in llama.cpp's mixtures of types.
 
-It is the one in the wheel `xllamacpp`, which rounds matrices and leaves the choice of their types to its caller, or
+The quantiser is that of the wheel `xllamacpp`, which rounds matrices and leaves the choice of types to its caller, or
 else the program `llama-quantize`. Both write the same bytes of weights.
 
 Source of the mixtures: github.com/ggml-org/llama.cpp/blob/master/src/llama-quant.cpp, without its exception for
@@ -36,25 +36,25 @@ MIXTURES = {
     "q5_k_m": (Type.Q5_K, gguf.LlamaFileType.MOSTLY_Q5_K_M),
     "q6_k": (Type.Q6_K, gguf.LlamaFileType.MOSTLY_Q6_K),
 }
-"""Name -> type of most matrices, and what the file says of itself; the matrices that matter most are `Q6_K`."""
+"""Name -> type of most matrices, and the file type in the header; the matrices that matter most are `Q6_K`."""
 
 _FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
-"""What matrices are stored in whose rows are no whole blocks of 256."""
+"""Types of matrices whose rows are not whole blocks of 256."""
 _WIDTH = 32
-"""Widths of MLPs in the file are multiples of it, which is the block of every fallback."""
+"""Widths of MLPs in the file are multiples of it, because it is the block of every fallback."""
 _ROUNDING = 0.25
-"""Above what 4 bits change a matrix by, relative to its norm: 0.07 where values are normal."""
+"""A bound above the relative change of a matrix in 4 bits, which is 0.07 for normally distributed values."""
 _ARCHITECTURE, _FILE_TYPE = "general.architecture", "general.file_type"
 
 Quantizer = Callable[[Path, Path, str], None]
-"""Quantises one file into another, in the mixture of a name."""
+"""Quantises one file into another, in the named mixture."""
 
 
 def write_quantized_checkpoint(content: Content, folder: Path, kind: str) -> None:
     """Write a model into a folder, as one GGUF file in a mixture of types.
 
     Raises:
-        ValueError: as `write_gguf_checkpoint` and `find_quantizer`, or if the quantiser fails.
+        ValueError: like `write_gguf_checkpoint` and `find_quantizer`, or if the quantiser fails.
     """
     quantize = find_quantizer()
     write_gguf_checkpoint(content, folder, "f16", channel_multiple=_WIDTH)
@@ -67,26 +67,26 @@ def write_quantized_checkpoint(content: Content, folder: Path, kind: str) -> Non
 
 
 def find_quantized_shapes(config: PretrainedConfig) -> Geometry:
-    """Find the shapes that `write_quantized_checkpoint` gives a model of a config.
+    """Find the shapes in the file that `write_quantized_checkpoint` writes for a config.
 
     Raises:
-        ValueError: as `find_gguf_shapes`.
+        ValueError: like `find_gguf_shapes`.
     """
     return find_gguf_shapes(config, channel_multiple=_WIDTH)
 
 
 def check_quantizable(config: PretrainedConfig) -> None:
-    """Refuse a model that the format has no place for, or any where there is no quantiser.
+    """Raise an error if the format cannot store the model, or no quantiser is installed.
 
     Raises:
-        ValueError: as `choose_architecture` and `find_quantizer`.
+        ValueError: like `choose_architecture` and `find_quantizer`.
     """
     choose_architecture(config)
     find_quantizer()
 
 
 def find_quantizer() -> Quantizer:
-    """Find what quantises: the wheel `xllamacpp`, or else the program `llama-quantize`.
+    """Find the quantiser: the wheel `xllamacpp`, or else the program `llama-quantize`.
 
     Raises:
         ValueError: if neither is installed.
@@ -96,13 +96,13 @@ def find_quantizer() -> Quantizer:
     if program := shutil.which("llama-quantize"):
         return partial(_quantize_by_program, program)
     raise ValueError(
-        "4 to 6 bits need llama.cpp's quantiser, and neither xllamacpp nor llama-quantize is here: "
+        "4 to 6 bits need llama.cpp's quantiser, but neither xllamacpp nor llama-quantize is installed: "
         "pip install 'gqaprune[llama-cpp]', or use gguf-q8_0"
     )
 
 
 def describe_fallbacks(folder: Path) -> str:
-    """What the file in a folder stores in other types than asked for, and why, in a sentence; empty if nothing."""
+    """Describe which matrices of the file in a folder have larger types than requested, and why; empty if none."""
     header = read_header(next(folder.glob("*.gguf")))
     matrices = [tensor for tensor in header.tensors.values() if len(tensor.shape) > 1]
     counts = Counter(tensor.kind.name.lower() for tensor in matrices if tensor.kind not in _FALLBACKS)
@@ -111,12 +111,12 @@ def describe_fallbacks(folder: Path) -> str:
     types = ", ".join(f"{count} in {name}" for name, count in counts.most_common())
     hidden = header.metadata[f"{header.metadata[_ARCHITECTURE]}.embedding_length"]
     if hidden % gguf.QK_K:
-        reason = f"most of them have {hidden} values in a row, which is this model's hidden size"
+        reason = f"most of them have rows of {hidden} values, this model's hidden size"
     else:
         reason = f"set pruning.limits.channel_multiple to {gguf.QK_K} to avoid it in MLPs"
     return (
-        f"{counts.total()} of {len(matrices)} matrices have rows that are not multiples of {gguf.QK_K} values, and are "
-        f"stored in larger types ({types}): {reason}."
+        f"{counts.total()} of {len(matrices)} matrices are stored in larger types ({types}), because their rows are "
+        f"not multiples of {gguf.QK_K} values: {reason}."
     )
 
 
@@ -124,11 +124,11 @@ def _quantize_by_program(program: str, source: Path, target: Path, kind: str) ->
     done = subprocess.run([program, str(source), str(target), kind.upper()], capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise ValueError(f"{program} could not write {kind} ({said[-1] if said else 'it said nothing'}); use gguf-q8_0")
+        raise ValueError(f"{program} could not write {kind} ({said[-1] if said else 'no message'}); use gguf-q8_0")
 
 
 def _load_rounding() -> Callable[..., int] | None:
-    """What rounds rows of a matrix in the wheel's library; None where there is none, or its system hides it."""
+    """Load the function of the wheel's library that rounds rows; None if it is missing or not exported here."""
     try:
         import xllamacpp  # type: ignore[import-untyped]
 
@@ -148,7 +148,7 @@ def _quantize_by_wheel(rounding: Callable[..., int], source: Path, target: Path,
     writer = gguf.GGUFWriter(target, architecture)
     try:
         for name, field in reader.fields.items():
-            if name.startswith("GGUF.") or name == _ARCHITECTURE:  # which the writer sets
+            if name.startswith("GGUF.") or name == _ARCHITECTURE:  # the writer sets these
                 continue
             value = MIXTURES[kind][1] if name == _FILE_TYPE else field.contents()
             writer.add_key_value(name, value, field.types[0], field.types[-1])
@@ -167,7 +167,7 @@ def _quantize_by_wheel(rounding: Callable[..., int], source: Path, target: Path,
 
 
 def _choose_type(tensor: ReaderTensor, kind: str, layers: int, is_tied: bool) -> Type:
-    """The type of a tensor in a mixture: values of attention, second matrices of MLPs and heads have more bits."""
+    """Choose a tensor's type in a mixture: attention values, second matrices of MLPs and the head have more bits."""
     if len(tensor.shape) == 1:
         return tensor.tensor_type
     name, wanted = tensor.name, MIXTURES[kind][0]
@@ -180,19 +180,19 @@ def _choose_type(tensor: ReaderTensor, kind: str, layers: int, is_tied: bool) ->
 
 
 def _has_more_bits(layer: int, layers: int) -> bool:
-    """Whether a layer is one of the first or last eighth, or every third between."""
+    """Return whether a layer is in the first or last eighth, or is every third layer between."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _measure_row(values: int, kind: Type) -> int:
-    """Bytes of a row."""
+    """Return the bytes of a row."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     return values // block * size
 
 
 def _round(rounding: Callable[..., int], matrix: np.ndarray[Any, Any], kind: Type) -> np.ndarray[Any, Any]:
-    """Round a matrix, its rows shared out among threads."""
+    """Round a matrix, with its rows divided among threads."""
     values = np.ascontiguousarray(matrix, dtype=np.float32)
     rows, columns = values.shape
     quantized = np.empty((rows, _measure_row(columns, kind)), np.uint8)
@@ -208,10 +208,10 @@ def _round(rounding: Callable[..., int], matrix: np.ndarray[Any, Any], kind: Typ
 
 
 def _check_copy(source: Path, target: Path) -> None:
-    """Check that a quantised file holds the model and the tokenizer of the file it was made from.
+    """Check that a quantised file has the model and the tokenizer of the file it was made from.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: with the difference.
     """
     before, after = read_header(source), read_header(target)
     for name, value in before.metadata.items():
@@ -222,4 +222,4 @@ def _check_copy(source: Path, target: Path) -> None:
             raise ValueError(f"llama.cpp's quantiser changed the shape of {name}; use gguf-q8_0")
         expected = read_tensor(before, name)
         if not (read_tensor(after, name) - expected).norm() <= _ROUNDING * expected.norm():
-            raise ValueError(f"llama.cpp's quantiser changed {name} by more than it rounds; use gguf-q8_0")
+            raise ValueError(f"llama.cpp's quantiser changed {name} by more than rounding; use gguf-q8_0")

@@ -1,4 +1,4 @@
-"""Write a tokenizer into a GGUF file, and check that text is read from there as before."""
+"""Write a tokenizer into a GGUF file, and check that it tokenizes text as before."""
 
 import json
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ from gqaprune.models.tokenizer import adds_bos
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe", rf"{_WORDS}|\p{{N}}|{_REST}": "qwen2"}
-"""Pattern that a byte-level tokenizer splits text by -> what the format calls it."""
+"""Pattern by which a byte-level tokenizer splits text -> its name in the format."""
 _SAMPLE = "Pruned in 2026: 1234567890 heads — naïve?\n\n\tdef f(x):  return 'x'  # 漢字 🙂"
-"""What the written tokenizer has to read as the given one does."""
+"""A text for which the written tokenizer must give the same tokens as the original."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Vocabulary:
 
     Args:
         model: kind of the tokenizer.
-        split: how text is split before the merges.
-        tokens: by id.
-        types: what each token is.
-        merges: best first.
-        scores: of each token, where the kind needs them.
+        split: name of the way in which text is split before the merges.
+        tokens: tokens by id.
+        types: type of each token.
+        merges: merges, best first.
+        scores: score of each token, if the kind needs them.
     """
 
     model: str
@@ -44,7 +44,7 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
-    """What a tokenizer is made of, its tokens filled up to the embedding's rows.
+    """Read a tokenizer's parts, with tokens added up to the number of the embedding's rows.
 
     Raises:
         ValueError: if the format has no name for its kind.
@@ -59,8 +59,8 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
         is_byte = model.get("byte_fallback", False) and len(token) == 6 and token.startswith("<0x")
         tokens[index], types[index] = token, int(gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL)
     for added in backend["added_tokens"]:
-        own = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        tokens[added["id"]], types[added["id"]] = added["content"], int(own)
+        token_type = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        tokens[added["id"]], types[added["id"]] = added["content"], int(token_type)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if model.get("byte_fallback"):
         ranks = {merge.replace(" ", "", 1): rank for rank, merge in reversed(list(enumerate(merges)))}
@@ -69,7 +69,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
 
 
 def _name_split(step: Mapping[str, Any] | None) -> str:
-    """What the format calls the way in which a byte-level tokenizer splits text."""
+    """Return the format's name for the way in which a byte-level tokenizer splits text."""
     steps = step["pretokenizers"] if step is not None and step["type"] == "Sequence" else [step or {"type": "none"}]
     kinds = [each["type"] for each in steps]
     if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
@@ -79,19 +79,19 @@ def _name_split(step: Mapping[str, Any] | None) -> str:
     if kinds == ["Split", "ByteLevel"] and (name := _SPLITS.get(steps[0]["pattern"].get("Regex", ""))):
         return name
     raise ValueError(
-        f"the GGUF format has no name for how this tokenizer splits text ({' and '.join(kinds)}); use padded"
+        f"the GGUF format cannot express how this tokenizer splits text ({' and '.join(kinds)}); use padded"
     )
 
 
-def write_vocabulary(writer: gguf.GGUFWriter, own: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a tokenizer's terms, special tokens and chat template."""
-    writer.add_tokenizer_model(own.model)
-    writer.add_tokenizer_pre(own.split)
-    writer.add_token_list(own.tokens)
-    writer.add_token_types(own.types)
-    if own.scores:
-        writer.add_token_scores(own.scores)
-    writer.add_token_merges(own.merges)
+def write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer's vocabulary, special tokens and chat template."""
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.split)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+    writer.add_token_merges(vocabulary.merges)
     for add, index in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_eos_token_id, tokenizer.eos_token_id),
@@ -106,15 +106,12 @@ def write_vocabulary(writer: gguf.GGUFWriter, own: Vocabulary, tokenizer: PreTra
 
 
 def check_written_tokenizer(file: Path, tokenizer: PreTrainedTokenizerBase, by_transformers: bool) -> None:
-    """Read the tokenizer back.
+    """Check that the tokenizer in a file gives the same tokens as the original.
 
     Args:
-        file: that holds it.
-        tokenizer: as it was given.
-        by_transformers: read it by transformers' own reader, which the file is for.
-
-    Raises:
-        ValueError: if it cannot be, or reads text in another way.
+        file: the GGUF file.
+        tokenizer: the original.
+        by_transformers: read it with transformers' own reader, for which the file is made.
     """
     try:
         if by_transformers:
@@ -128,6 +125,6 @@ def check_written_tokenizer(file: Path, tokenizer: PreTrainedTokenizerBase, by_t
     expected, found = (each(_SAMPLE, add_special_tokens=False)["input_ids"] for each in (tokenizer, written))
     if expected != found:
         raise ValueError(
-            "the tokenizer would read text in another way from the GGUF file, which does not hold all that it does; "
-            "use padded"
+            "the tokenizer in the GGUF file gives different tokens, because the format cannot express all of its "
+            "steps; use padded"
         )

@@ -1,8 +1,8 @@
-"""Write a pruned model as a GGUF file, for llama.cpp and what builds on it.
+"""Write a pruned model as a GGUF file, for llama.cpp and programs based on it.
 
-Every layer has its own sizes in the file where an architecture of llama.cpp takes them (`models/gguf_layout.py` has
-the table). Untied Qwen3 has none, and `padded` is for transformers' own reader: there layers are filled up with zeros
-to equal shapes, for that one to head counts that it accepts.
+Every layer keeps its own sizes in the file if an architecture of llama.cpp supports that (see the table in
+`models/gguf_layout.py`). None does for untied Qwen3, nor does transformers' own reader, for which `padded` is made: for
+these, layers are padded with zeros to equal shapes, which for transformers must have head counts that it accepts.
 
 Source: the format, github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -34,13 +34,13 @@ TYPES = {
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-"""Name -> how matrices are stored; vectors are float32, and matrices whose rows are no whole blocks f16."""
+"""Name -> type of matrices; vectors are float32, and matrices whose rows are not whole blocks are f16."""
 
 _EQUAL = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _SCALES_ROPE = ("llama", "deci")
 """Architectures that read Llama 3.1's scaled rotary frequencies from the file."""
 _ROUNDING = 1 / 200
-"""Above what a stored value differs by, relative to the largest of its tensor: half a step of 8 bits is 1 / 254."""
+"""Bound of a stored value's error relative to the largest of its tensor; half a step of 8 bits is 1 / 254."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def write_gguf_checkpoint(
     """Write a model into a folder, as one file of matrices of a kind.
 
     Raises:
-        ValueError: as `write_gguf`, or if there is no tokenizer.
+        ValueError: like `write_gguf`, or if there is no tokenizer.
     """
     if content.tokenizer is None:
-        raise ValueError("a GGUF file holds the tokenizer too, got none; save with the model's tokenizer")
+        raise ValueError("a GGUF file needs a tokenizer, got None: save with the model's tokenizer")
     config = content.model.config
     name = Path(str(config.name_or_path or "")).name
     file, weights = folder / f"model-{kind}.gguf", content.state_dict
@@ -81,21 +81,21 @@ def write_gguf(
     """Write config, weights and tokenizer into one file, and read them back.
 
     Args:
-        file: where to.
-        config: of the pruned (or dense) model.
+        file: file to write.
+        config: config of the pruned (or dense) model.
         state_dict: its whole weights.
         tokenizer: byte-level BPE with a pattern that the format knows, or BPE with byte fallback.
         kind: one of `TYPES`.
-        name: of the model.
-        is_padded: give every layer the sizes that transformers' own reader accepts.
+        name: name of the model.
+        is_padded: pad every layer to sizes that transformers' own reader accepts.
         channel_multiple: widths of MLPs in the file become multiples of it, and of the kind's blocks.
 
     Returns:
         The shapes in the file.
 
     Raises:
-        ValueError: if the format has no place for the architecture, for something in it or for the tokenizer, or a
-            weight does not fit float16.
+        ValueError: if the format cannot store the architecture, a part of it or the tokenizer, or a weight is too
+            large for float16.
     """
     config, weights = copy.deepcopy(config), dict(state_dict)
     config.tie_word_embeddings = HEAD not in weights or torch.equal(weights[HEAD], weights[EMBEDDING])
@@ -136,10 +136,10 @@ def write_gguf(
 def find_gguf_shapes(
     config: PretrainedConfig, kind: str = "f16", is_padded: bool = False, channel_multiple: int = 1
 ) -> Geometry:
-    """Find the shapes that `write_gguf` gives a model of a config.
+    """Find the shapes in the file that `write_gguf` writes for a config.
 
     Raises:
-        ValueError: if the format has no place for the architecture or for the shapes.
+        ValueError: if the format cannot store the architecture or the shapes.
     """
     architecture, geometry = choose_architecture(config, is_padded), read_geometry(config)
     condition, block = _get_padding(architecture, kind, is_padded, channel_multiple)
@@ -149,14 +149,16 @@ def find_gguf_shapes(
 
 
 def choose_architecture(config: PretrainedConfig, is_padded: bool = False) -> str:
-    """The format's name of the architecture that holds a model.
+    """Choose the architecture of the format that can store a model, and return its name.
 
     Raises:
-        ValueError: naming what it has no place for.
+        ValueError: with the part of the model that it cannot store.
     """
-    families = [family for family in FAMILIES if not (is_padded and family == "qwen3")]  # whose heads it cannot read
+    families = [
+        family for family in FAMILIES if not (is_padded and family == "qwen3")
+    ]  # transformers misreads its heads
     if config.model_type not in families:
-        raise ValueError(f"GGUF export knows {', '.join(families)} models, got {config.model_type!r}; use padded")
+        raise ValueError(f"GGUF export supports {', '.join(families)} models, got {config.model_type!r}; use padded")
     rope = config.rope_parameters.get("rope_type", "default")
     architecture = _EQUAL[config.model_type]
     if not is_padded and not _takes(architecture, read_geometry(config), rope):
@@ -169,24 +171,24 @@ def choose_architecture(config: PretrainedConfig, is_padded: bool = False) -> st
         (config.hidden_act != "silu", f"the activation {config.hidden_act!r}"),
     ):
         if is_odd:
-            raise ValueError(f"a GGUF file of a {config.model_type} model has no place for {what}; use padded")
+            raise ValueError(f"a GGUF file of a {config.model_type} model cannot store {what}; use padded")
     return architecture
 
 
 def _takes(architecture: str, geometry: Geometry, rope: str) -> bool:
-    """Whether an architecture of equal layers computes a model: llama.cpp's `qwen2` takes no other width of heads."""
+    """Return whether an architecture of equal layers fits a model; llama.cpp's `qwen2` has one width of heads."""
     return geometry.is_uniform and (architecture != "qwen2" or (_fills_width(geometry) and rope == "default"))
 
 
 def _needs_padding(architecture: str, geometry: Geometry, is_padded: bool) -> bool:
-    """Whether layers have to be made equal."""
+    """Return whether layers have to be padded to equal shapes."""
     return is_padded or not (geometry.is_uniform or architecture in UNEQUAL)
 
 
 def _get_padding(
     architecture: str, kind: str, is_padded: bool, channel_multiple: int
 ) -> tuple[Callable[[Geometry], bool], int]:
-    """Whether a reader accepts equal shapes, transformers' where they are for it; what widths are multiples of."""
+    """Return a check whether the reader accepts equal shapes, and the number that widths are multiples of."""
     accepts = (_divides_width if architecture == "llama" else _fills_width) if is_padded else lambda _: True
     return accepts, math.lcm(channel_multiple, _get_block_size(TYPES[kind][0]))
 
@@ -200,14 +202,14 @@ def _fills_width(geometry: Geometry) -> bool:
 
 
 def _get_block_size(kind: gguf.GGMLQuantizationType) -> int:
-    """Values that share a scale."""
+    """Return the number of values that share a scale."""
     return gguf.GGML_QUANT_SIZES[kind][0]
 
 
 def _write_config(
     writer: gguf.GGUFWriter, architecture: str, config: PretrainedConfig, geometry: Geometry, name: str
 ) -> None:
-    writer.add_name(f"{name or 'a model'}, pruned")  # transformers takes a bare "mistral" for something else
+    writer.add_name(f"{name or 'a model'}, pruned")  # transformers treats a bare "mistral" as a special name
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -229,14 +231,14 @@ def _write_config(
 def _list_entries(
     architecture: str, config: PretrainedConfig, weights: Mapping[str, Tensor], kind: gguf.GGMLQuantizationType
 ) -> Iterator[_Entry]:
-    """The tensors under their names in the file.
+    """Yield the tensors under their names in the file.
 
     Raises:
         ValueError: if a weight is not finite in float16.
     """
     for source, tensor in weights.items():
         if not tensor.to(torch.float16).isfinite().all():
-            raise ValueError(f"{source} holds values that float16 cannot, which GGUF files store; use padded")
+            raise ValueError(f"{source} has values that are too large for float16 in a GGUF file; use padded")
     geometry, vector = read_geometry(config), gguf.GGMLQuantizationType.F32
     if config.rope_parameters.get("rope_type") == "llama3":
         yield _Entry(ROPE_FACTORS, _compute_rope_factors(config.rope_parameters, geometry.head_dim), vector)
@@ -247,7 +249,7 @@ def _list_entries(
 
 
 def _compute_rope_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
-    """What Llama 3.1 divides rotary frequencies by, `[head_dim / 2]`: 1 where waves are short, `factor` where long."""
+    """Compute Llama 3.1's divisors of rotary frequencies, `[head_dim / 2]`: 1 for short waves, `factor` for long."""
     wave = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
     smooth = ((context / wave - low) / (high - low)).clamp(0, 1)
@@ -260,20 +262,20 @@ def _store(tensor: Tensor, entry: _Entry) -> np.ndarray[Any, Any]:
 
 
 def _check_written(file: Path, config: PretrainedConfig, weights: Mapping[str, Tensor]) -> None:
-    """Read config and weights back, tensor by tensor.
+    """Check config and weights in a file, tensor by tensor.
 
     Raises:
-        ValueError: naming what is not read as it was.
+        ValueError: with the part that is wrong.
     """
     header = read_header(file)
     written = read_config(header)
     if difference := read_geometry(written).difference(read_geometry(config)):
-        raise ValueError(f"{file.name} was not written as the model is ({difference}): export it again")
+        raise ValueError(f"{file.name} differs from the model ({difference}): export it again")
     missing = set(weights)
     for name, tensor in read_weights(header, written, torch.float32):
         expected = weights[name].detach().float().cpu()
         if tensor.shape != expected.shape or (tensor - expected).abs().max() > _ROUNDING * expected.abs().max():
-            raise ValueError(f"{name} cannot be read from {file.name} as it was written: export it again")
+            raise ValueError(f"{name} in {file.name} differs from the model: export it again")
         missing.remove(name)
     if missing:
         raise ValueError(f"{file.name} lacks {min(missing)} ({len(missing)} in all): export it again")

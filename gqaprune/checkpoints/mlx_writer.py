@@ -1,7 +1,7 @@
-"""Write a model as a folder for mlx-lm: a stock or per-layer checkpoint, and the file that mlx-lm builds it with.
+"""Write a model as a folder for mlx-lm: a stock or per-layer checkpoint, and the modeling file for mlx-lm.
 
-`model_file` in the config names that file. It also reads the rotary embedding from where transformers writes it, which
-mlx-lm's own Llama does not.
+`model_file` in the config names that file. It also reads the rotary embedding where transformers writes it, unlike
+mlx-lm's own Llama.
 """
 
 import json
@@ -19,11 +19,11 @@ from gqaprune.models.architecture import find_oddity, make_stock_config
 MLX_FILE = "modeling_mlx.py"
 
 _MODULES = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "qwen3"}
-"""`model_type` -> module of mlx-lm whose layers take sizes and biases of their own."""
+"""`model_type` -> module of mlx-lm whose layers can have their own sizes and biases."""
 
 
 def write_mlx(content: Content, folder: Path) -> None:
-    """Write a checkpoint of a stock class if one holds the shapes, else per layer, and the file beside it."""
+    """Write a checkpoint of a stock class if it can store the shapes, else per layer, with the modeling file."""
     config = content.model.config
     write = write_per_layer if make_stock_config(config) is None else write_stock
     write(content, folder)
@@ -35,13 +35,15 @@ def write_mlx(content: Content, folder: Path) -> None:
 
 
 def check_can_be_mlx(config: PretrainedConfig) -> None:
-    """Refuse a model that mlx-lm would misread.
+    """Raise an error if mlx-lm would misread the model.
 
     Raises:
-        ValueError: naming what it has no place for.
+        ValueError: with the part that it cannot read.
     """
     if config.model_type not in _MODULES:
-        raise ValueError(f"mlx holds {', '.join(_MODULES)} models, got {config.model_type!r}; use per-layer or padded")
+        raise ValueError(
+            f"format mlx supports {', '.join(_MODULES)} models, got {config.model_type!r}; use per-layer or padded"
+        )
     has_biases = config.model_type == "qwen3" and config.attention_bias
     if oddity := find_oddity(config) or ("its biases" if has_biases else ""):
-        raise ValueError(f"mlx has no place for {oddity}; use per-layer or padded")
+        raise ValueError(f"format mlx cannot store {oddity}; use per-layer or padded")

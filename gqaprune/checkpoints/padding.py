@@ -1,7 +1,7 @@
-"""Equal shapes in every layer for a model whose layers differ: zeros for the units that some of them lack.
+"""Pad the layers of a model to equal shapes, with zeros for the units that they lack.
 
-A unit of zeros gives zeros: the values of its KV head are 0, the gates of its channels are shut. So the logits stay the
-same, and a stock class can hold the model, at the price of storing the zeros and multiplying by them.
+A unit of zeros has output 0, so the logits stay the same and a stock class can store the model, at the price of storing
+the zeros and multiplying by them.
 """
 
 import copy
@@ -18,7 +18,7 @@ from gqaprune.models.families import get_family
 from gqaprune.plan import Geometry
 
 _MOST_HEADS = 4
-"""Head counts are looked for up to so many times the largest one."""
+"""Head counts are searched up to this many times the largest one."""
 
 
 def pad_checkpoint(
@@ -27,11 +27,11 @@ def pad_checkpoint(
     is_loadable: Callable[[Geometry], bool] = lambda _: True,
     channel_multiple: int = 1,
 ) -> tuple[PretrainedConfig, dict[str, Tensor]]:
-    """Config of a stock class and weights for it, every layer padded to the largest one's units.
+    """Make config and weights of a stock class, with every layer padded to the units of the largest.
 
     Args:
-        config: of the pruned model; left as it is.
-        state_dict: its whole weights; tensors that need no padding are handed on.
+        config: config of the pruned model; it is not changed.
+        state_dict: its whole weights; tensors that need no padding are not copied.
         is_loadable: a further condition on the padded shapes.
         channel_multiple: widths of the MLPs become multiples of it.
 
@@ -39,7 +39,7 @@ def pad_checkpoint(
         Config and weights.
 
     Raises:
-        ValueError: if no stock class can hold the shapes.
+        ValueError: if no stock class can store the shapes.
     """
     geometry = read_geometry(config)
     padded, stock = _find_shapes(config, geometry, is_loadable, channel_multiple)
@@ -49,10 +49,10 @@ def pad_checkpoint(
 def find_padded_shapes(
     config: PretrainedConfig, is_loadable: Callable[[Geometry], bool] = lambda _: True, channel_multiple: int = 1
 ) -> Geometry:
-    """Find the shapes that `pad_checkpoint` gives a model of a config.
+    """Find the shapes to which `pad_checkpoint` pads a model of a config.
 
     Raises:
-        ValueError: if no stock class can hold the shapes.
+        ValueError: if no stock class can store the shapes.
     """
     return _find_shapes(config, read_geometry(config), is_loadable, channel_multiple)[0]
 
@@ -60,13 +60,13 @@ def find_padded_shapes(
 def pad_state_dict(
     state_dict: Mapping[str, Tensor], config: PretrainedConfig, old: Geometry, new: Geometry
 ) -> dict[str, Tensor]:
-    """Weights of larger shapes: each unit at the place it has there, zeros for those that are missing.
+    """Pad weights to larger shapes, with zeros for missing units.
 
     Args:
         state_dict: whole weights.
-        config: of the model that they are of.
+        config: config of their model.
         old: its shapes.
-        new: shapes at least as large; of as many layers.
+        new: shapes at least as large, with as many layers.
     """
     family, head = get_family(config), old.head_dim
     weights = dict(state_dict)
@@ -76,16 +76,16 @@ def pad_state_dict(
             size = head if kind == "attention" else 1
             prefix = f"{family.layers}.{layer}.{layout.module}"
             for name, parts in layout.inputs.items():
-                own, totals = [places[part] for part in parts], [sizes[part] for part in parts]
+                part_places, totals = [places[part] for part in parts], [sizes[part] for part in parts]
                 for tensor in ("weight", "bias"):
-                    _pad(weights, f"{prefix}.{name}.{tensor}", 0, own, totals, size)
+                    _pad(weights, f"{prefix}.{name}.{tensor}", 0, part_places, totals, size)
             part = "query" if kind == "attention" else "up"
             _pad(weights, f"{prefix}.{layout.output}.weight", 1, [places[part]], [sizes[part]], size)
     return weights
 
 
 def _place_units(old: Geometry, new: Geometry, layer: int) -> tuple[dict[str, list[int]], dict[str, int]]:
-    """Where each head and channel of a layer goes, and how many there are then, by part of the projections."""
+    """Find the new index of each head and channel of a layer, and their new numbers, by part of the projections."""
     ratio, wider = old.ratios[layer], new.ratios[layer]
     queries = [group * wider + head for group in range(old.kv_heads[layer]) for head in range(ratio)]
     groups, channels = list(range(old.kv_heads[layer])), list(range(old.channels[layer]))
@@ -102,7 +102,7 @@ def _pad(
     if tensor is None or sum(sizes) * unit == tensor.shape[dim]:
         return
     starts = [sum(sizes[:part]) for part in range(len(sizes))]
-    units = torch.tensor([start + place for start, own in zip(starts, places, strict=True) for place in own])
+    units = torch.tensor([start + place for start, part in zip(starts, places, strict=True) for place in part])
     indexes = (units[:, None] * unit + torch.arange(unit)).flatten().to(tensor.device)
     shape = list(tensor.shape)
     shape[dim] = sum(sizes) * unit
@@ -112,7 +112,7 @@ def _pad(
 def _find_shapes(
     config: PretrainedConfig, geometry: Geometry, is_loadable: Callable[[Geometry], bool], channel_multiple: int
 ) -> tuple[Geometry, PretrainedConfig]:
-    """The smallest equal shapes that hold every layer's and that a stock class accepts."""
+    """Find the smallest equal shapes that fit every layer and that a stock class accepts."""
     kv_heads, ratio = max(geometry.kv_heads), max(geometry.ratios)
     width = ceil(max(geometry.channels) / channel_multiple) * channel_multiple
     counts = [
@@ -131,6 +131,6 @@ def _find_shapes(
             if stock is not None:
                 return padded, stock
     raise ValueError(
-        f"no stock {config.model_type} holds {kv_heads} KV heads of {ratio} query heads each on a hidden size of "
-        f"{geometry.hidden_size}; save the model per layer"
+        f"no stock {config.model_type} can have {kv_heads} KV heads of {ratio} query heads each with a hidden size of "
+        f"{geometry.hidden_size}; use format per-layer"
     )

@@ -1,8 +1,8 @@
 """Write a model as a folder: config, tokenizer and safetensors files.
 
-`stock` has equal counts in every layer; `per-layer` unequal ones, in `per_layer_config`, with a small modeling file
-beside the weights; `padded` is a stock class with zeros for what some layers lack; `nemotron-nas` is for engines that
-have this architecture, and gives each layer a width of its own. transformers does not have it.
+`stock` has equal counts in every layer; `per-layer` has unequal ones, in `per_layer_config`, with a small modeling file
+beside the weights; `padded` is a stock class whose smaller layers are padded with zeros; `nemotron-nas` is for engines
+with this architecture, which transformers lacks, and has a width for each layer.
 """
 
 import copy
@@ -40,29 +40,27 @@ from gqaprune.plan import Geometry
 
 
 def write_stock(content: Content, folder: Path) -> None:
-    """Write a checkpoint of a stock class, whose config holds the shapes as they are."""
+    """Write a checkpoint of a stock class, whose config can express the shapes."""
     stock = make_stock_config(content.model.config)
     assert stock is not None
     _write_class(content, folder, stock, content.state_dict)
 
 
 def check_stock_config(config: PretrainedConfig) -> None:
-    """Refuse shapes that no stock class can hold.
+    """Raise an error if no stock class can store the shapes.
 
     Raises:
-        ValueError: with how they differ.
+        ValueError: with their differences.
     """
     if make_stock_config(config) is None:
-        raise ValueError(
-            f"{_describe_difference(read_geometry(config))}; per-layer keeps it as it is, padded adds zeros"
-        )
+        raise ValueError(f"{_describe_difference(read_geometry(config))}; use per-layer, or padded, which adds zeros")
 
 
 def write_padded(content: Content, folder: Path) -> None:
     """Write a checkpoint of a stock class with every layer as large as the largest.
 
     Raises:
-        ValueError: if no stock class can hold the shapes.
+        ValueError: if no stock class can store the shapes.
     """
     _write_class(content, folder, *pad_checkpoint(content.model.config, content.state_dict))
 
@@ -77,20 +75,20 @@ def write_per_layer(content: Content, folder: Path) -> None:
 
 
 def check_class(config: PretrainedConfig) -> None:
-    """Refuse a model of classes that the modeling file cannot build on.
+    """Raise an error if the modeling file cannot inherit from the model's class.
 
     Raises:
-        ValueError: naming the class.
+        ValueError: with the class.
     """
     if has_own_code(config):
         raise ValueError(
-            f"per-layer writes a modeling file for classes of transformers, {type(config).__name__} comes with code of "
-            "its own; padded adds zeros"
+            f"format per-layer needs a class of transformers, but {type(config).__name__} comes with its own code; use "
+            "padded, which adds zeros"
         )
 
 
 def write_nemotron_nas(content: Content, folder: Path) -> None:
-    """Write a checkpoint of Nemotron-NAS, each layer padded to a width that it has, with the class of its config."""
+    """Write a Nemotron-NAS checkpoint, each layer padded to a width that it allows, with the class of its config."""
     config = content.model.config
     weights = pad_state_dict(content.state_dict, config, read_geometry(config), find_nemotron_nas_shapes(config))
     if has_attention_bias(config):
@@ -103,11 +101,11 @@ def write_nemotron_nas(content: Content, folder: Path) -> None:
 
 
 def quantize_checkpoint(folder: Path, quantization: str, max_shard_size: str, trust_remote_code: bool) -> None:
-    """Write the weights of a checkpoint anew, quantised; all else stays."""
+    """Replace the weights of a checkpoint by quantised ones; its other files stay."""
     model = load_model(folder, trust_remote_code=trust_remote_code, quantization=quantization)
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         file.unlink()
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)  # with the map of its code
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)  # it has the checkpoint's auto_map
     config.quantization_config = model.config.quantization_config
     _save_pretrained(model, config, folder, None, max_shard_size)
 
@@ -132,10 +130,10 @@ def _save_pretrained(
 ) -> None:
     architectures, modeling = config.architectures, folder / MODELING_FILE
     source = modeling.read_bytes() if modeling.is_file() else None
-    own_config, model.config = model.config, config
+    previous_config, model.config = model.config, config
     try:
         if find_store(model).is_in_memory:
-            weights = None if state_dict is None else dict(state_dict)  # from which transformers drops tied ones
+            weights = None if state_dict is None else dict(state_dict)  # a copy: transformers drops tied ones from it
             model.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
         else:
             write_weights(model, folder)
@@ -144,8 +142,8 @@ def _save_pretrained(
                 custom_object_save(model, folder, config)
         check_checkpoint(_list_stored(model, state_dict), folder)
     finally:
-        model.config = own_config
-    # save_pretrained writes the class in memory, and its code; the checkpoint may be for another one.
+        model.config = previous_config
+    # save_pretrained writes the class in memory and its code, but the checkpoint may be for another class.
     config.architectures = architectures
     if source is None:
         modeling.unlink(missing_ok=True)
@@ -153,13 +151,13 @@ def _save_pretrained(
         modeling.write_bytes(source)
     config.save_pretrained(folder)
     _drop_missing_code(folder)
-    for file in folder.iterdir():  # weights are written for their owner only; they may be read like their config
+    for file in folder.iterdir():  # weights are written with owner-only permissions: use those of the config
         if file.is_file():
             shutil.copymode(folder / "config.json", file)
 
 
 def _list_stored(model: PreTrainedModel, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """The tensors that a checkpoint of a model has to hold, under their names in files."""
+    """Return the tensors that a model's checkpoint must have, under their names in files."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         state_dict = quantizer.get_state_dict_and_metadata(model)[0]
@@ -172,7 +170,7 @@ def _list_stored(model: PreTrainedModel, state_dict: dict[str, Tensor] | None) -
 
 
 def _drop_missing_code(folder: Path) -> None:
-    """Leave in `auto_map`, of config and tokenizer, what is in the folder: code is written with its map, or neither."""
+    """Remove entries whose code is not in the folder from `auto_map` of config and tokenizer."""
     for file in (folder / CONFIG_NAME, folder / TOKENIZER_CONFIG_FILE):
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         local = {name: _name_local_class(where, folder) for name, where in settings.get("auto_map", {}).items()}
@@ -184,7 +182,7 @@ def _drop_missing_code(folder: Path) -> None:
 
 
 def _name_local_class(where: Any, folder: Path) -> Any:
-    """`owner/name--modeling.Class` -> `modeling.Class` if a folder has that file, else None; of each in a list."""
+    """Turn `owner/name--modeling.Class` into `modeling.Class` if the folder has that file, else None; also in lists."""
     if isinstance(where, list):
         local = [_name_local_class(each, folder) for each in where]
         return local if any(local) else None
@@ -195,7 +193,7 @@ def _name_local_class(where: Any, folder: Path) -> Any:
 def _describe_difference(geometry: Geometry) -> str:
     if geometry.is_uniform:
         return (
-            f"no stock {geometry.family} has {geometry.query_heads[0]} query heads on a hidden size of "
+            f"no stock {geometry.family} can have {geometry.query_heads[0]} query heads with a hidden size of "
             f"{geometry.hidden_size}"
         )
     shapes = list(zip(geometry.query_heads, geometry.kv_heads, geometry.channels, strict=True))
@@ -209,7 +207,7 @@ def _describe_difference(geometry: Geometry) -> str:
 
 
 def _join(numbers: Sequence[int]) -> str:
-    """Ascending numbers with runs joined: `0-3, 7`."""
+    """Join ascending numbers, with runs as ranges: `0-3, 7`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

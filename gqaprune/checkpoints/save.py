@@ -1,6 +1,6 @@
-"""Save pruned models as checkpoints that load without gqaprune, whole or not at all.
+"""Save pruned models, atomically, as checkpoints that load without gqaprune.
 
-`formats.py` has the formats. Weights are safetensors or GGUF; nothing is pickled.
+The formats are in `formats.py`. Weights are safetensors or GGUF; nothing is pickled.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ from gqaprune.placement.writing_by_layer import attend_writing
 from gqaprune.plan import PLAN_FILE, PruningPlan
 
 SHARD_SIZE = "5GB"
-"""Size above which weights are split into several files, unless said otherwise."""
+"""Default of the largest size of a weights file."""
 
 
 def save(
@@ -39,35 +39,35 @@ def save(
     max_shard_size: str = SHARD_SIZE,
     quantization: str | None = None,
 ) -> str:
-    """Save a model as a checkpoint, whole or not at all.
+    """Save a model as a checkpoint, atomically.
 
-    Where a model's decoder layers are sharded over devices, every rank has to call it; rank 0 writes.
+    If the model's decoder layers are sharded over devices, every rank must call it; rank 0 writes.
 
     Args:
         model: the pruned (or dense) model.
-        tokenizer: saved beside it, if given; GGUF needs one.
-        folder: where to; an earlier checkpoint there that has a plan is replaced once the new one is complete. Any
-            other model is left alone, the dense one above all.
-        plan: saved as `plan.json`, if given, and told in `README.md`.
+        tokenizer: tokenizer to save beside it, if given; GGUF needs one.
+        folder: folder to write to. An earlier checkpoint with a plan is replaced when the new one is complete; any
+            other content, above all a dense model, is never overwritten.
+        plan: plan to save as `plan.json` and to describe in `README.md`, if given.
         state_dict: whole weights to save instead of the model's own, which may be sharded.
-        adapted: peft's view of the model, if it has LoRA adapters: they are merged into the weights that are saved, and
-            saved by themselves in `adapter/` of the folder.
-        format: one of `FORMATS`, or `auto`: the first automatic one of them that can hold the model.
-        max_shard_size: weights above it are split into several files, such as `5GB`; where a model's decoder layers
-            are not all in memory, each gets a file instead.
-        quantization: `int8` stores the matrices of the decoder layers in 8 bits, each row with its own scale, through
+        adapted: peft's view of the model, if it has LoRA adapters: they are merged into the saved weights, and also
+            saved in `adapter/` of the folder.
+        format: one of `FORMATS`, or `auto`: the first automatic format that can store the model.
+        max_shard_size: largest size of a weights file, such as `5GB`; if the decoder layers are not all in memory, each
+            has a file of its own instead.
+        quantization: `int8` stores the matrices of the decoder layers in 8 bits, with a scale for each row, with
             torchao.
 
     Returns:
         The format written, one of `FORMATS`.
 
     Raises:
-        ValueError: if `folder` is a file, or holds something else than a pruned checkpoint; if the format cannot hold
-            the model, with those that can; if transformers refuses to save its config or its tokenizer; or if the model
-            has PEFT adapters that `adapted` does not view.
+        ValueError: if `folder` is a file, or has other content than a pruned checkpoint; if the format cannot store the
+            model; if transformers refuses to save its config or its tokenizer; or if the model has PEFT adapters that
+            are not given as `adapted`.
     """
     check_output_folder(Path(folder))
-    folder = Path(folder).resolve()  # of a link what it points to
+    folder = Path(folder).resolve()  # the target of a link
     check_shard_size(max_shard_size)
     if adapted is None:
         check_no_adapters(model)
@@ -98,12 +98,12 @@ def save(
 
 
 def check_can_be_saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, format: str) -> None:
-    """Refuse what transformers loads and computes with but does not save, such as `output_attentions` under sdpa.
+    """Raise an error for configs that transformers can load but not save, such as `output_attentions` with sdpa.
 
     Args:
-        model: whose weights are not looked at.
-        tokenizer: that is to be saved beside it.
-        format: one of `FORMATS`; single files are not written by transformers.
+        model: the model; its weights are not used.
+        tokenizer: tokenizer to save beside it.
+        format: one of `FORMATS`; those of single files are not written by transformers.
 
     Raises:
         ValueError: with the file to correct.
@@ -113,50 +113,50 @@ def check_can_be_saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def measure_weights(folder: Path) -> int:
-    """Bytes of the weights in a checkpoint's folder."""
+    """Return the bytes of the weights in a checkpoint's folder."""
     patterns = ("*.safetensors", *_list_file_patterns())
     return sum(file.stat().st_size for pattern in patterns for file in folder.glob(pattern))
 
 
 def _list_file_patterns() -> list[str]:
-    """Patterns of the files that are a whole checkpoint each, every one once."""
+    """List the patterns of files that are a whole checkpoint, without duplicates."""
     return sorted({entry.file for entry in FORMATS.values() if entry.file})
 
 
 def check_output_folder(folder: Path) -> None:
-    """Refuse a place where a checkpoint would overwrite something else.
+    """Raise an error if a checkpoint in this folder would overwrite something else.
 
     Raises:
-        ValueError: if it is a file, lies below a file, cannot be replaced, or is a folder with other content.
+        ValueError: if it is a file or below a file, cannot be replaced, or is a folder with other content.
     """
-    for place in (folder, folder.resolve().parent):  # the latter has the new one until that is complete
+    for place in (folder, folder.resolve().parent):  # the parent has the new checkpoint until it is complete
         check_can_be_folder(place)
     is_here = folder.resolve() == Path.cwd()
     if is_here or folder.resolve().is_mount():
         what = "the working directory" if is_here else "a mount point"
         raise ValueError(
-            f"cannot write a checkpoint to {folder}: it is {what}, which cannot be replaced; name a folder in it"
+            f"cannot write a checkpoint to {folder}: it is {what}, which cannot be replaced; choose a folder in it"
         )
     if folder.is_dir() and any(folder.iterdir()) and not _is_earlier_checkpoint(folder):
         raise ValueError(
-            f"cannot write a checkpoint to {folder}: it holds files that are not from an earlier run (no {PLAN_FILE} "
+            f"cannot write a checkpoint to {folder}: it has files that are not from an earlier run (no {PLAN_FILE} "
             "beside a model); choose an empty or new folder"
         )
 
 
 def _is_earlier_checkpoint(folder: Path) -> bool:
-    # A run's folder has a plan, too.
+    # A plan is not enough: a run's folder has one as well.
     is_model = (folder / "config.json").exists() or any(any(folder.glob(each)) for each in _list_file_patterns())
     return is_model and (folder / PLAN_FILE).exists()
 
 
 def check_shard_size(size: str) -> None:
-    """Refuse a size that means nothing.
+    """Raise an error if a size cannot be parsed.
 
     Raises:
-        ValueError: with one that does.
+        ValueError: with a valid size.
     """
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=size)
     except ValueError:
-        raise ValueError(f"max_shard_size must be a number and MB, GB or TB, such as 5GB, got {size!r}") from None
+        raise ValueError(f"max_shard_size must be a number with MB, GB or TB, got {size!r}; try 5GB") from None

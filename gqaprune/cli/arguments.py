@@ -1,4 +1,4 @@
-"""From what is typed to settings: descriptions of commands and settings, spelling, parsers."""
+"""Parse command-line arguments into settings: descriptions of commands and settings, spelling, parsers."""
 
 import logging
 import warnings
@@ -28,11 +28,12 @@ VERBOSE: Mapping[str, Any] = {
     "action": "store_true",
     "help": "also show the messages of Lightning and transformers",
 }
-"""The setting of every command for what is hidden by default."""
+"""The setting of every command that shows messages hidden by default."""
 
 DRY_RUN: Mapping[str, Any] = {
     "action": "store_true",
-    "help": "only say what would be left, held and done, and about how long it takes; nothing is computed or written",
+    "help": "only print the sizes after pruning, the memory and the stages of the run with their approximate time; "
+    "compute and write nothing",
 }
 """The setting of every command with a trainer."""
 
@@ -41,17 +42,17 @@ HELP: Mapping[str, Callable[[], str]] = {
     "format": describe_formats,
     "pruning.allocation": describe_allocations,
 }
-"""Settings whose values a registry names: setting -> what writes its help."""
+"""Settings whose values are listed in a registry: setting -> function that writes its help."""
 
 SETTINGS: Mapping[str, type] = {"search": SearchSettings, "sweep": SweepSettings}
-"""Commands of our own that have settings: name of both -> class."""
+"""gqaprune's commands with a group of settings of the same name: name -> class of the group."""
 
 TOOLS: Mapping[str, Callable[..., None]] = {"compare": compare, "export": export, "inspect": inspect}
 """Commands that need no trainer: name -> function, whose arguments are the command's."""
 
 
 class PruningArgumentParser(LightningArgumentParser):
-    """Says what is wrong with an argument in the one sentence that every other error gets.
+    """Reports a wrong argument in one sentence, like every other error.
 
     Attributes:
         shows_all: whether `--help` lists all settings of a command, some hundred.
@@ -60,7 +61,7 @@ class PruningArgumentParser(LightningArgumentParser):
     shows_all = False
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        """Describe the command's settings that matter, unless all are asked for."""
+        """Describe the command's most important settings, or all of them if `shows_all` is set."""
         command = self._command
         if self.shows_all or command not in MATTERS:
             if command in WITHOUT_TRAINING:
@@ -69,7 +70,7 @@ class PruningArgumentParser(LightningArgumentParser):
         return describe_settings(self, command, DESCRIPTIONS[command])
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise instead of printing the usage of some hundred arguments."""
+        """Raise an error instead of printing the usage of some hundred arguments."""
         command = self.prog.replace(" [options]", "")
         parsers = (
             [self] if self._subcommands_action is None else list(self._subcommands_action._name_parser_map.values())
@@ -94,39 +95,39 @@ def run_tool(name: str, arguments: list[str]) -> None:
 
 
 def _expand(value: Any) -> Any:
-    """A setting of a tool with paths as they are meant: its texts are names and paths."""
+    """Expand the paths in a tool's setting; its strings are names and paths."""
     if isinstance(value, list):
         return [_expand(one) for one in value]
     return expand_path(value) if isinstance(value, str) else value
 
 
 def make_tool_parser(tool: Callable[..., None], prog: str | None = None) -> PruningArgumentParser:
-    """The parser of a command that needs no trainer, of its function's arguments."""
+    """Make the parser of a command that needs no trainer, from its function's arguments."""
     parser = PruningArgumentParser(prog=prog)
     required = [one for one in signature(tool).parameters.values() if one.default is Parameter.empty]
     several: set[str | int] = {one.name for one in required if one.annotation == list[str]}
-    for name in several:  # added by itself: a list would else be one argument, in brackets
+    for name in several:  # added here because jsonargparse would want a list as one argument, in brackets
         parser.add_argument(str(name), nargs="+", type=str, help="folders, .gguf files or hub names")
     parser.add_argument("--verbose", **VERBOSE)
-    parser.add_function_arguments(tool, as_positional=len(required) == 1, skip=several)  # what a tool is about
+    parser.add_function_arguments(tool, as_positional=len(required) == 1, skip=several)  # such as `inspect MODEL`
     fill_help(parser)
     return parser
 
 
 def fill_help(parser: LightningArgumentParser) -> None:
-    """Describe settings that registries know the values of, whatever their docstrings say."""
+    """Replace the help of settings whose values are listed in a registry."""
     for action in parser._actions:
         if action.dest in HELP:
             action.help = HELP[action.dest]()
 
 
 def spell_out(arguments: list[str]) -> list[str]:
-    """Arguments as parsers know them, of those that people type.
+    """Rewrite arguments, as people type them, in the form that parsers expect.
 
-    Options may have hyphens for underscores, switches of commands without a trainer may stand alone, and `sweep` takes
-    its own settings without their group, rates as a list with commas.
+    Options may have hyphens instead of underscores, switches of commands without a trainer need no value, and `sweep`
+    accepts its settings without their group, and rates as a list with commas.
     """
-    own = {f"--{one.name}" for one in fields(SweepSettings)} if arguments[:1] == ["sweep"] else set()
+    ungrouped = {f"--{one.name}" for one in fields(SweepSettings)} if arguments[:1] == ["sweep"] else set()
     tool = TOOLS.get(arguments[0]) if arguments else None
     known = signature(tool).parameters.values() if tool is not None else ()
     switches = {f"--{one.name}" for one in known if one.annotation is bool}
@@ -138,11 +139,11 @@ def spell_out(arguments: list[str]) -> list[str]:
         option, equals, value = argument.partition("=")
         if option.startswith("--"):
             option = "--" + option[2:].replace("-", "_")
-            option = f"--sweep.{option[2:]}" if option in own else option
+            option = f"--sweep.{option[2:]}" if option in ungrouped else option
         if option in switches and not equals and following.lower() not in ("true", "false"):
             equals, value = "=", "true"
         spelled.append(option + equals + value)
-    for index, argument in enumerate(spelled):  # Python's own lists have brackets, as YAML's
+    for index, argument in enumerate(spelled):  # the parser expects brackets around a list
         option, equals, value = argument.partition("=")
         if option == "--sweep.rates" and equals and not value.startswith("["):
             spelled[index] = f"{option}=[{value}]"
@@ -152,7 +153,7 @@ def spell_out(arguments: list[str]) -> list[str]:
 
 
 def set_verbosity(is_verbose: bool) -> None:
-    """Leave the console to the stages, the table and what needs attention, or show other libraries' messages, too."""
+    """Show messages of Lightning and transformers, or only their warnings."""
     logging.getLogger("lightning.pytorch").setLevel(logging.INFO if is_verbose else logging.WARNING)
     if is_verbose:
         transformers.logging.set_verbosity_info()
@@ -162,4 +163,4 @@ def set_verbosity(is_verbose: bool) -> None:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-    warnings.filterwarnings("ignore", message=r".*self\.log\('ppl/.*sync_dist=True.*")  # summed before it is logged
+    warnings.filterwarnings("ignore", message=r".*self\.log\('ppl/.*sync_dist=True.*")  # it is already summed

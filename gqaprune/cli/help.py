@@ -1,4 +1,4 @@
-"""What `gqaprune COMMAND --help` shows: the settings that matter, or with `--help_all` all of them."""
+"""Write `gqaprune COMMAND --help`: the most important settings; `--help_all` lists all of them."""
 
 import argparse
 import shutil
@@ -59,10 +59,10 @@ MATTERS: Mapping[str, Sequence[str]] = {
     "test": (*_MODEL, *_MEASURED, "data.bos", *_MACHINE),
     "predict": (*_MODEL, "model.max_new_tokens", "model.recovery.teacher", "data.prompts", "data.chat", *_MACHINE),
 }
-"""Command -> settings that most runs choose among, in the order of the work."""
+"""Command -> settings that most runs change, in the order of the work."""
 
 TRAINING = ("model.optimizer", "model.schedule", "model.warmup_steps", "model.compile", "data.training", "samples")
-"""Beginnings of settings that nothing looks at where nothing is trained."""
+"""Beginnings of settings that have no effect without training."""
 
 WITHOUT_TRAINING = ("prune", "search", "sweep", "validate", "test", "predict")
 
@@ -70,19 +70,19 @@ _GROUPS = {"model": "Model", "data": "Text", "pruning": "Pruning", "export": "Ch
 
 
 def hide_training(parser: argparse.ArgumentParser) -> None:
-    """Leave out of a command's help what only training looks at."""
+    """Leave settings that only training uses out of a command's help."""
     for action in parser._actions:
         if any(action.dest == name or action.dest.startswith(f"{name}.") for name in TRAINING):
             action.help = argparse.SUPPRESS
 
 
 def describe_settings(parser: argparse.ArgumentParser, command: str, description: str) -> str:
-    """The settings that matter to a command, by group, each with its default.
+    """Describe a command's most important settings by group, each with its default.
 
     Args:
-        parser: the command's.
-        command: its name.
-        description: what it does.
+        parser: parser of the command.
+        command: name of the command.
+        description: sentence that says what the command does.
     """
     width = min(shutil.get_terminal_size((100, 20)).columns, 100)
     actions = {action.dest: action for action in parser._actions}
@@ -105,7 +105,7 @@ def _describe(action: argparse.Action, width: int) -> list[str]:
     text = " ".join((action.help or "").replace("%%", "%").split()).partition(" (type:")[0]
     default = action.default
     if action.required:
-        text += " (needed)"
+        text += " (required)"
     elif default is not None and default != argparse.SUPPRESS and not callable(default) and len(str(default)) < 60:
         text += f" (default: {default})"
     return fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6).splitlines()

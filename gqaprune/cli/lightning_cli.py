@@ -1,4 +1,4 @@
-"""LightningCLI with `prune`, `search` and `sweep`, and settings of pruning beside those of model, data and trainer."""
+"""LightningCLI with the commands `prune`, `search` and `sweep` and with the settings of pruning and export."""
 
 import json
 from collections.abc import Mapping
@@ -70,11 +70,11 @@ PATHS = (
     "sweep.folder",
     "trainer.default_root_dir",
 )
-"""Settings that name files or folders, besides those of models and texts, which are expanded where they are read."""
+"""Settings that name files or folders; those of models and texts are expanded where they are read."""
 
 
 class PruningCLI(LightningCLI):
-    """`gqaprune <command>`; the settings of pruning and export stand beside `model`, `data` and `trainer`."""
+    """`gqaprune <command>`, with settings of pruning and export beside `model`, `data` and `trainer`."""
 
     def __init__(self, log: RunLog | None = None, named: Mapping[str, type] | None = None, **kwargs: Any) -> None:
         self._log = log
@@ -90,10 +90,10 @@ class PruningCLI(LightningCLI):
             trainer_defaults={
                 "log_every_n_steps": 1,
                 "enable_model_summary": False,
-                "callbacks": [PredictionJudge(releases=True), RunSummary()],  # which tells what was judged
+                "callbacks": [PredictionJudge(releases=True), RunSummary()],  # the summary shows the judge's results
             },
             seed_everything_default=0,
-            auto_configure_optimizers=False,  # would hold the dense parameters: it is built before pruning
+            auto_configure_optimizers=False,  # Lightning would build it before pruning, with the dense parameters
             parser_kwargs={
                 "description": "Prune GQA groups and MLP channels of causal LMs, recover, measure, save.",
                 "version": gqaprune.__version__,
@@ -103,22 +103,22 @@ class PruningCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """LightningCLI's commands and our own, with the arguments that are not settings."""
-        own = {"model", "datamodule"}
-        # `verbose` of validate and test would hide their results, `weights_only false` would run what files say.
+        """Return Lightning's commands and gqaprune's, with the arguments that are not settings."""
+        parts = {"model", "datamodule"}
+        # `verbose` of validate and test would hide their results; `weights_only false` would run code in files.
         hidden = {"verbose", "weights_only"}
         of_lightning = {name: skipped | hidden for name, skipped in LightningCLI.subcommands().items()}
-        return {**of_lightning, "prune": own, **{name: own | {"settings"} for name in SETTINGS}}
+        return {**of_lightning, "prune": parts, **{name: parts | {"settings"} for name in SETTINGS}}
 
     def setup_parser(self, add_subcommands: bool, *arguments: Any) -> None:
-        """Describe the commands as they are here, not as Lightning's own docstrings have them."""
+        """Add the commands that need no trainer, and replace Lightning's descriptions of the others."""
         super().setup_parser(add_subcommands, *arguments)
         if add_subcommands:
             parsers = get_subcommand_parsers(self)
             for name, settings in SETTINGS.items():
                 groups = parsers[name].groups
                 assert groups is not None
-                groups.pop(name)  # the method's own, empty, which would keep the settings from that name
+                groups.pop(name)  # the method's empty group, which would block the name
                 parsers[name].add_class_arguments(settings, name)
             for name, parser in parsers.items():
                 parser.description = DESCRIPTIONS[name]
@@ -127,14 +127,14 @@ class PruningCLI(LightningCLI):
             describe_subcommands(self, DESCRIPTIONS)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Settings in the order of the work, Lightning's own last; the tokenizer follows the model."""
+        """Add settings in the order of the work, Lightning's last; the tokenizer follows the model."""
         parser.add_lightning_class_args(self._model_class, "model", subclass_mode=self.subclass_mode_model)
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=self.subclass_mode_data)
         parser.add_lightning_class_args(CheckpointExport, "export")  # before pruning: it checks its folder first
-        parser.add_lightning_class_args(SampleGenerations, "samples")  # likewise its prompts
+        parser.add_lightning_class_args(SampleGenerations, "samples")  # before pruning: it reads its prompts first
         parser.add_class_arguments(TaylorPruning, "pruning", skip={"calibration"}, fail_untyped=False, sub_configs=True)
         parser.callback_keys.append("pruning")
-        parser.add_lightning_class_args(PerplexityGuard, "guard")  # after pruning: it judges what that left
+        parser.add_lightning_class_args(PerplexityGuard, "guard")  # after pruning: it judges the pruned model
         self._link(parser)
         parser.add_lightning_class_args(PruningTrainer, "trainer")
         parser.add_argument("--verbose", **VERBOSE)
@@ -143,7 +143,7 @@ class PruningCLI(LightningCLI):
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"})
 
     def _link(self, parser: LightningArgumentParser) -> None:
-        """Let the data's tokenizer follow the model, where both are gqaprune's or come from it."""
+        """Let the data's tokenizer follow the model, if the classes of both come from gqaprune."""
         if self._model_class is not CausalLMModule or self._datamodule_class is not TextDataModule:
             return
         model = "model.init_args" if self.subclass_mode_model else "model"
@@ -155,18 +155,18 @@ class PruningCLI(LightningCLI):
             parser.link_arguments(f"{model}.trust_remote_code", f"{data}.trust_remote_code")
 
     def _has_setting(self, part: str, name: str) -> bool:
-        """Whether the class that is named for a part has a setting; ours have all."""
+        """Return whether the class that is named for a part has a setting; gqaprune's classes have all."""
         return part not in self._named or name in signature(self._named[part]).parameters
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Go on with a run of the same settings that did not end: in its folder, from its last checkpoint."""
+        """Parse the arguments, and find a run with the same settings to resume, with its folder and checkpoint."""
         super().parse_arguments(parser, args)
-        own = self.config.get(self.config.get("subcommand", ""), self.config)  # Python can build all without running it
-        _check_groups(own)
+        values = self.config.get(self.config.get("subcommand", ""), self.config)  # no subcommand when used from Python
+        _check_groups(values)
         for name in PATHS:
-            if isinstance(value := own.get(name), str):
-                own[name] = expand_path(value)
-        set_verbosity(bool(own.verbose))
+            if isinstance(value := values.get(name), str):
+                values[name] = expand_path(value)
+        set_verbosity(bool(values.verbose))
         self._folder: Path | None = None
         if self.config.get("subcommand") == "fit":
             settings, root = self.config.fit, Path(self.config.fit.trainer.default_root_dir or ".")
@@ -180,9 +180,9 @@ class PruningCLI(LightningCLI):
             self.trainer_defaults["callbacks"] = [RunSummary(), KeepRunNote(root, listed, found)]
 
     def _parse_ckpt_path(self) -> None:
-        """Take over a checkpoint's plan, whose shapes its weights have.
+        """Use a checkpoint's plan, because its weights have the plan's shapes.
 
-        Lightning would take all of the model's settings: those of the run that wrote it, not of the command.
+        Lightning would use all model settings of the run that wrote the checkpoint instead of the command's.
         """
         settings = self.config.get(self.config.get("subcommand", ""), {})
         path = Path(settings.get("ckpt_path") or "")
@@ -193,10 +193,10 @@ class PruningCLI(LightningCLI):
             model.plan = read_plan(path) or model.plan
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to TensorBoard, without Lightning's placeholder metric: the summary logs the real one."""
+        """Build the trainer; it logs to TensorBoard without Lightning's placeholder metric, which the summary logs."""
         settings = get_setting(self, "trainer")
         if settings.barebones:
-            kwargs["log_every_n_steps"] = None  # what Lightning takes it with
+            kwargs["log_every_n_steps"] = None  # Lightning requires this with `barebones`
         elif settings.logger in (None, True):
             root, version = settings.default_root_dir or ".", self._folder.name if self._folder else None
             kwargs["logger"] = TensorBoardLogger(root, version=version, default_hp_metric=False)
@@ -210,22 +210,22 @@ class PruningCLI(LightningCLI):
         if self.subcommand == "fit" and recovery is not None and recovery.mode == "none":
             kwargs["limit_train_batches"] = 0
             if get_setting(self, "pruning").placement is not Placement.MEMORY:
-                kwargs["limit_val_batches"] = 0  # Lightning's own check would run the whole model
+                kwargs["limit_val_batches"] = 0  # Lightning's sanity check would run the whole model
         if self.subcommand == "predict":
-            kwargs["use_distributed_sampler"] = False  # every rank writes every text: models split over them need it
+            kwargs["use_distributed_sampler"] = False  # every rank continues every prompt: sharded models need that
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (RuntimeError, TypeError, NotImplementedError, ImportError) as error:
             raise ValueError(f"trainer: {first_line(error)}") from None
-        for own in trainer.loggers:
-            keep_going_without(own)
+        for logger in trainer.loggers:
+            keep_going_without(logger)
         return trainer
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that the strategy cannot go on from, or an unusable folder for logs, before any work.
+        """Check, before any work, that the strategy can resume from the checkpoint and that logs can be written.
 
         Raises:
-            SystemExit: where the run was only to be described.
+            SystemExit: after a dry run.
         """
         if self.subcommand is not None and get_setting(self, "dry_run"):
             self._describe_run()
@@ -233,17 +233,17 @@ class PruningCLI(LightningCLI):
         if self.subcommand == "fit" and (path := self.config_init.fit.ckpt_path):
             check_checkpoint(Path(path), self.trainer)
         split_over_all(self.trainer)
-        for own in self.trainer.loggers:
-            if isinstance(own, (TensorBoardLogger, CSVLogger)):
-                check_can_be_folder(Path(own.log_dir))
+        for logger in self.trainer.loggers:
+            if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+                check_can_be_folder(Path(logger.log_dir))
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         check_can_be_folder(folder)
         path = folder / "config.yaml"
         callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])
         if path.exists() and any(isinstance(one, SaveConfigCallback) and not one.overwrite for one in callbacks):
             raise ValueError(
-                f"{path} is there already, and this run would write its settings there: move it away, set "
-                "trainer.default_root_dir to another folder, or leave trainer.logger out, which numbers its runs"
+                f"{path} already exists, and this run would write its settings there: move it away, set "
+                "trainer.default_root_dir to another folder, or leave trainer.logger out, so that runs are numbered"
             )
         if self._log is not None and self.trainer.is_global_zero and not get_setting(self, "trainer").fast_dev_run:
             if self._numbered is not None:
@@ -251,7 +251,7 @@ class PruningCLI(LightningCLI):
             self._log.open(get_run_folder(self.trainer))
 
     def _describe_run(self) -> None:
-        """Say what the run would do, hold and take."""
+        """Print the work, memory and time of the run."""
         check_own_parts(self.trainer, self.model, "dry_run", self.datamodule)
         data, pruning = self.datamodule, get_setting(self, "pruning").config
         trains = self.subcommand == "fit" and self.trainer.limit_train_batches != 0
@@ -265,7 +265,7 @@ class PruningCLI(LightningCLI):
                 self.trainer.world_size,
             )
         )
-        console.print("nothing was computed or written: the same command without --dry_run begins the work")
+        console.print("nothing was computed or written; run the same command without --dry_run to start")
 
     def search(self, **kwargs: Any) -> None:
         """Search with the settings under `search`."""
@@ -279,23 +279,25 @@ class PruningCLI(LightningCLI):
 
 
 def _find_base(named: type | None, any_class: type, own: type) -> type:
-    """The class whose subclasses a part may be: what is named may come from ours, or be any.
+    """Return the base class of a part of the command line: gqaprune's if the named class inherits from it, else any.
 
     Raises:
-        ValueError: if it is none of either.
+        ValueError: if the named class is not of the right kind.
     """
     if named is None or issubclass(named, own):
         return own
     if not issubclass(named, any_class):
-        raise ValueError(f"{named.__module__}.{named.__qualname__} is no {any_class.__name__}: name one")
+        raise ValueError(
+            f"{named.__module__}.{named.__qualname__} is not a {any_class.__name__}: name a class that inherits from it"
+        )
     return any_class
 
 
 def _check_groups(settings: Namespace) -> None:
-    """Refuse a value where a group of settings has to be, which the parser lets pass.
+    """Raise an error if a group of settings is given a single value, which the parser accepts.
 
     Raises:
-        ValueError: with the name that the value's setting has now.
+        ValueError: with the current name of the setting.
     """
     for name in GROUPS:
         if (value := settings.get(name)) is not None and not isinstance(value, (Namespace, dict)):
@@ -303,9 +305,9 @@ def _check_groups(settings: Namespace) -> None:
 
 
 def _list_settings(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
-    """All settings of a command as plain data, by their full names, without the place that it begins at."""
+    """List all settings of a command as plain data by their full names, without the checkpoint it resumes from."""
     text = parser.dump(config, format="json", skip_none=False, skip_link_targets=False)
-    dumped = json.loads(text, parse_constant=str)  # infinity is no JSON, which a run's note is
+    dumped = json.loads(text, parse_constant=str)  # infinity as a string, because a run's note is valid JSON
     flat: dict[str, Any] = {}
 
     def add(values: Mapping[str, Any], prefix: str) -> None:

@@ -1,4 +1,4 @@
-"""Modules and data modules of other projects, named on the command line or in a configuration file."""
+"""Find modules and data modules of other projects that the command line or a configuration file names."""
 
 import importlib
 import os
@@ -17,13 +17,13 @@ _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def find_named_classes(arguments: Sequence[str]) -> dict[str, type]:
-    """The classes that `--model` and `--data`, or `class_path` in a configuration, name; the folder is looked in, too.
+    """Import the classes that `--model`, `--data` or `class_path` in a configuration name, also from this folder.
 
     Args:
-        arguments: of the command line, after the command.
+        arguments: arguments of the command line, after the command.
 
     Raises:
-        ValueError: if there is no such class.
+        ValueError: if a class does not exist.
     """
     names: dict[str, str] = {}
     for option, value in _list_options(arguments):
@@ -48,7 +48,7 @@ def _read_names(path: Path) -> dict[str, str]:
     try:
         settings: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return {}  # the parser will say so
+        return {}  # the parser will raise the error
     groups = {part: settings.get(part) for part in PARTS} if isinstance(settings, Mapping) else {}
     named = {part: group.get("class_path") for part, group in groups.items() if isinstance(group, Mapping)}
     return {part: name for part, name in named.items() if isinstance(name, str)}
@@ -57,11 +57,11 @@ def _read_names(path: Path) -> dict[str, str]:
 def _import_class(name: str) -> type:
     module, _, attribute = name.rpartition(".")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where `python script.py` would look, too
+        sys.path.append(os.getcwd())  # `python script.py` would search there as well
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the module's own code raises
+        named = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # the module's code can raise anything
         raise ValueError(f"{name} cannot be imported: {first_line(error)}") from error
-    if not isinstance(found, type):
-        raise ValueError(f"{name} is a {type(found).__name__}: name a class")
-    return found
+    if not isinstance(named, type):
+        raise ValueError(f"{name} must be a class, got {type(named).__name__}")
+    return named

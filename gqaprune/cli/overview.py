@@ -1,4 +1,4 @@
-"""What the commands are, in words; it imports nothing, so that `gqaprune --help` is there at once."""
+"""Describe the commands. It imports nothing of gqaprune, so that `gqaprune --help` is fast."""
 
 from textwrap import fill
 
@@ -6,17 +6,18 @@ DESCRIPTIONS: dict[str, str] = {
     "fit": "Calibrate, prune, fine-tune, measure and save a model. Settings come from YAML files and the command line.",
     "validate": "Measure perplexity on the validation corpora of any model, dense or pruned.",
     "test": "Measure perplexity on the test corpora of any model, dense or pruned.",
-    "predict": "Continue prompts with a pruned model and the dense one, side by side, and judge what it writes.",
+    "predict": "Continue prompts with a pruned model and the dense one, side by side, and judge the pruned model's "
+    "texts.",
     "prune": "Calibrate, prune and save a model, without training.",
-    "compare": "Show models side by side, pruned or dense: what they hold, perplexity, speed, memory, tasks.",
+    "compare": "Show models side by side, pruned or dense: sizes, perplexity, speed, memory, tasks.",
     "export": "Write a model, pruned or dense, in another format, or in 8 bits.",
-    "inspect": "Print what a model holds and the memory that work on it needs, from its config.",
+    "inspect": "Print a model's shapes and parameters, and the memory that pruning and training need.",
     "search": "Find the split of attention and MLP (pruning.split) that costs the least perplexity on validation text. "
-    "It is scored once; every split is cut and refitted on a copy: later steps, swaps and training are not seen.",
-    "sweep": "Prune a model at several rates (--rates 0.1,0.2,0.3), scored and measured once, to choose one: a table, "
-    "a curve, and the checkpoint of each.",
+    "The model is scored once, and every split is cut and refitted on a copy. Steps, swaps and training are ignored.",
+    "sweep": "Prune a model at several rates (--rates 0.1,0.2,0.3) to choose one, scoring it only once. Writes a "
+    "table, a curve, and a checkpoint for each rate.",
 }
-"""Command -> what it does."""
+"""Command -> description."""
 
 _EXAMPLES = """Examples:
   gqaprune inspect FOLDER --write_config mine.yaml
@@ -25,7 +26,7 @@ _EXAMPLES = """Examples:
 
 
 def describe_commands() -> str:
-    """The commands, each with a sentence or two, in the order of the work."""
+    """Describe the commands, each in a sentence or two, in the order of the work."""
     order = ["inspect", "prune", "fit", "search", "sweep", "compare", "export", "validate", "test", "predict"]
     lines = [_describe(name) for name in order]
     return "\n".join(
@@ -38,7 +39,7 @@ def describe_commands() -> str:
             "",
             _EXAMPLES,
             "",
-            "gqaprune COMMAND --help lists the settings that matter, gqaprune COMMAND --help_all all of them.",
+            "gqaprune COMMAND --help lists the most important settings, gqaprune COMMAND --help_all all of them.",
         ]
     )
 

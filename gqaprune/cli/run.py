@@ -1,4 +1,4 @@
-"""One run of the command: signals, streams, its log, and errors in one sentence."""
+"""Run the command once: signals, streams, its log, and errors in one sentence."""
 
 import signal
 import sys
@@ -20,7 +20,7 @@ from gqaprune.training.launch import end_with_launcher
 
 
 def run_command() -> int:
-    """Run what `sys.argv` says. Returns the exit code: 1 after an error that the user can mend, said in a sentence."""
+    """Run the command in `sys.argv` and return the exit code; errors that users can fix are one sentence, and 1."""
     sys.argv[1:] = spell_out(sys.argv[1:])
     avoid_illegal_instructions()
     stop_signals.install()
@@ -31,8 +31,8 @@ def run_command() -> int:
             output.flush()
             if output.error is None:
                 return code
-            _say(f"gqaprune: standard output is not whole: {output.error.strerror or output.error}")
-            return code or int(set(sys.argv[1:2]) <= TOOLS.keys())  # what they print is their work
+            _say(f"gqaprune: standard output is incomplete: {output.error.strerror or output.error}")
+            return code or int(set(sys.argv[1:2]) <= TOOLS.keys())  # the output of these commands is their result
     finally:
         stop_signals.restore()
 
@@ -43,7 +43,7 @@ def _run(log: RunLog) -> int:
             run_tool(sys.argv[1], sys.argv[2:])
         else:
             PruningCLI(log, find_named_classes(sys.argv[2:]))
-    except (ValueError, OSError, SafetensorError, MisconfigurationException) as error:  # the third: a full disk, too
+    except (ValueError, OSError, SafetensorError, MisconfigurationException) as error:  # a full disk is the third kind
         _say(f"gqaprune: error: {explain_error(error)}")
         return 1
     except RuntimeError as error:
@@ -55,7 +55,7 @@ def _run(log: RunLog) -> int:
         _say(f"gqaprune: error: {cause}{_describe_restart()}")
         return cause.code
     except (KeyboardInterrupt, SystemExit) as stop:
-        is_interrupt = isinstance(stop.__context__ or stop, KeyboardInterrupt)  # Lightning makes it an exit
+        is_interrupt = isinstance(stop.__context__ or stop, KeyboardInterrupt)  # Lightning turns it into an exit
         if not is_interrupt and getattr(stop, "code", None) in (None, 0):
             return 0
         return _say_stopped(128 + signal.SIGINT if is_interrupt else int(getattr(stop, "code", 1)))
@@ -68,11 +68,11 @@ def _say_stopped(code: int) -> int:
 
 
 def _describe_restart() -> str:
-    return "; the same command goes on from here" if {"fit", "prune"} & set(sys.argv[1:]) else ""
+    return "; run the same command again to resume" if {"fit", "prune"} & set(sys.argv[1:]) else ""
 
 
 def _say(sentence: str) -> None:
-    """Say what ended the command, on the console and in the run's log."""
+    """Print why the command ended, on the console and in the run's log."""
     sentence = for_log(" ".join(sentence.split()))
     print(sentence, file=sys.stderr)
     logger.error("%s", sentence)

@@ -1,4 +1,4 @@
-"""Lightning's trainer with the commands that it has not: `prune`, `search`, `sweep`; and what it is checked for."""
+"""Lightning's trainer with the additional commands `prune`, `search` and `sweep`, and checks of its settings."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -30,10 +30,10 @@ from gqaprune.training.resume import is_whole, read_strategy
 
 
 class PruningTrainer(Trainer):
-    """Lightning's Trainer, which can also prune without training."""
+    """Lightning's Trainer, extended to prune without training."""
 
     def save_checkpoint(self, filepath: str | Path, *arguments: Any, **options: Any) -> None:
-        """Save what training can be resumed from; a full disk is said with the file, what it takes and what is free."""
+        """Save a checkpoint; the error of a full disk names the file, the space it needs and the space that is free."""
         module, optimizers = self.lightning_module, self.optimizers
         states = (value for optimizer in optimizers for state in optimizer.state.values() for value in state.values())
         tensors = (value for value in (*module.parameters(), *states) if isinstance(value, torch.Tensor))
@@ -48,17 +48,17 @@ class PruningTrainer(Trainer):
         self.fit(model, datamodule=datamodule)
 
     def search(self, model: LightningModule, datamodule: LightningDataModule, settings: SearchSettings) -> None:
-        """Find the split of attention and MLP at which pruning costs least."""
+        """Find the split of attention and MLP at which pruning costs the least perplexity."""
         callbacks: list[Callback] = getattr(self, "callbacks", [])
         pruning = next(callback for callback in callbacks if isinstance(callback, TaylorPruning))
         left_out = (TaylorPruning, PerplexityGuard, CheckpointExport)
         others = [callback for callback in callbacks if not isinstance(callback, left_out)]
         self.callbacks = [SplitSearch(pruning, settings), *others]
-        self.limit_test_batches = 0  # test text chooses no settings
+        self.limit_test_batches = 0  # test text must not choose settings
         self.prune(model, datamodule)
 
     def sweep(self, model: LightningModule, datamodule: LightningDataModule, settings: SweepSettings) -> None:
-        """Prune at several rates, to choose one by what each costs."""
+        """Prune at several rates, to compare what each costs."""
         callbacks: list[Callback] = getattr(self, "callbacks", [])
         pruning = next(callback for callback in callbacks if isinstance(callback, TaylorPruning))
         export = next(callback for callback in callbacks if isinstance(callback, CheckpointExport))
@@ -68,8 +68,8 @@ class PruningTrainer(Trainer):
         self.prune(model, datamodule)
 
 
-def keep_going_without(own: Logger) -> None:
-    """Let nothing that a logger cannot write end a run; it is said once."""
+def keep_going_without(target: Logger) -> None:
+    """Keep a run alive when a logger cannot write, and print the first error of the logger."""
     said: list[str] = []
 
     def forgive(method: Callable[..., object]) -> Callable[..., object]:
@@ -77,50 +77,55 @@ def keep_going_without(own: Logger) -> None:
         def call(*arguments: Any, **options: Any) -> object:
             try:
                 return method(*arguments, **options)
-            except Exception as error:  # whatever it is, the run is worth more
+            except Exception as error:  # no error of a logger is worth losing the run
                 if not said:
-                    said.append(first_line(error.__cause__ or error))  # Lightning blames the value for a full disk
-                    console.print(f"{type(own).__name__} is not whole: {said[0]}")
+                    said.append(first_line(error.__cause__ or error))  # for a full disk, Lightning blames the value
+                    console.print(f"{type(target).__name__} is incomplete: {said[0]}")
                 return None
 
         return call
 
     for name in ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint"):
-        setattr(own, name, forgive(getattr(own, name)))
+        setattr(target, name, forgive(getattr(target, name)))
 
 
 def split_over_all(trainer: Trainer) -> None:
-    """Make `data_parallel_size: auto` without tensor parallelism all processes, for Lightning's is one a node."""
+    """Make `data_parallel_size: auto` mean all processes if there is no tensor parallelism; Lightning means nodes."""
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy) and get_parallel_sizes(strategy) == ("auto", 1):
         set_data_parallel_size(strategy, trainer.num_devices * trainer.num_nodes)
 
 
 def check_checkpoint(path: Path, trainer: Trainer) -> None:
-    """Refuse to go on from a checkpoint of weights alone, or of a strategy whose checkpoints the trainer's cannot read.
+    """Raise an error if training cannot resume from a checkpoint: weights alone, or written by another strategy.
 
     Raises:
-        ValueError: with what can.
+        ValueError: with a setting that works.
     """
     if not path.exists() and str(path) not in ("last", "best", "hpc"):
-        raise ValueError(f"no checkpoint at {path}: name one, or leave --ckpt_path out to begin anew")
+        raise ValueError(
+            f"no checkpoint at {path}: set --ckpt_path to a checkpoint, or leave it out to train from the start"
+        )
     if not path.exists():
         return
     name = type(trainer.strategy).__name__
     if isinstance(trainer.strategy, DeepSpeedStrategy):
-        raise ValueError(f"{name} goes on from nothing but files that have to be unpickled: begin anew, or under FSDP")
+        raise ValueError(
+            f"{name} can resume only from files that have to be unpickled, which could run code: leave --ckpt_path out "
+            "to train from the start, or use FSDP"
+        )
     is_sharding = isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy))
     if is_sharding != path.is_dir():
         kind, other = ("one file", "folders") if is_sharding else ("a folder of shards", "single files")
         raise ValueError(
-            f"{name} goes on from {other} and {path} is {kind}: set trainer.strategy to what wrote it; one device, "
-            "ddp, ModelParallelStrategy with save_distributed_checkpoint false and FSDPStrategy with state_dict_type "
-            "full write single files"
+            f"{name} resumes from {other}, but {path} is {kind}: set trainer.strategy to the strategy that wrote it; "
+            "one device, ddp, ModelParallelStrategy with save_distributed_checkpoint false and FSDPStrategy with "
+            "state_dict_type full write single files"
         )
     if is_sharding and (writer := read_strategy(path)) != name:
-        raise ValueError(f"{name} cannot read what {writer} wrote, {path}: set trainer.strategy to {writer}")
+        raise ValueError(f"{name} cannot read {path}, which {writer} wrote: set trainer.strategy to {writer}")
     if not is_whole(path):
         raise ValueError(
-            f"{path} holds weights alone, without what training goes on with: write whole checkpoints "
-            "(save_weights_only false), and begin anew with --ckpt_path null"
+            f"{path} has only weights, so training cannot resume from it: set save_weights_only to false in "
+            "ModelCheckpoint, and use --ckpt_path null to train from the start"
         )

@@ -1,4 +1,4 @@
-"""What is wrong with what was typed, in a sentence, of what parsers say."""
+"""Turn parsers' messages about wrong arguments into one sentence."""
 
 import re
 from collections.abc import Iterable
@@ -18,25 +18,25 @@ _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _KEY = re.compile(r'[Pp]arser key "([\w.-]+)": (.*)')
 _ALTERNATIVES = "Does not validate against any of the Union subtypes"
 _LONGEST = 300
-"""Characters of a reason that are shown at most: values of settings are in them, as parsers print them."""
+"""Largest number of a reason's characters to show: parsers print whole values of settings in it."""
 
 
 def explain(message: str, settings: Iterable[str]) -> str:
-    """What a parser says, in a sentence that names what was meant.
+    """Turn a parser's message into a sentence that suggests what was meant.
 
     Args:
-        message: the parser's.
-        settings: all names that there are.
+        message: message of the parser.
+        settings: names of all settings.
     """
     reason = " ".join(message.split()).rstrip(".")
     if (renamed := find_renamed_setting(reason)) is not None:
         return renamed
     if 'key "pruning.split"' in reason:
-        return 'pruning.split needs quotes in YAML, such as "2:8": without them YAML reads a number in base 60'
+        return 'pruning.split needs quotes in YAML, such as "2:8": without them YAML reads 2:8 as a number in base 60'
     if found := _COMMAND.search(reason):
         command, commands = found[1], re.findall(r"'([^']*)'", found[2])
         suggestion = _suggest(command, commands) or "."
-        return f"there is no command {command}{suggestion} Commands are {', '.join(commands)}"
+        return f"there is no command {command}{suggestion} The commands are {', '.join(commands)}"
     for pattern in _UNKNOWN:
         if found := pattern.search(reason):
             name = found[1].removeprefix("--")
@@ -46,17 +46,17 @@ def explain(message: str, settings: Iterable[str]) -> str:
     if found := _CLASS.search(reason):
         return f"{place}{found[1].rpartition('.')[2]} cannot be used: {_shorten(found[2])}"
     if found := _NO_CLASS.search(reason):
-        return f"{place}there is no class {found[1]}: give its full name, such as package.module.{found[1]}"
+        return f"{place}there is no class {found[1]}: write its full name, such as package.module.{found[1]}"
     return f"{place}{_shorten(key[2])}" if key else _shorten(reason)
 
 
 def explain_error(error: Exception) -> str:
-    """An error that ended a run; of those that parsers raise when they build what was named, the line that helps."""
+    """Return an error's text; of a parser's long error about a class that it could not build, the line that helps."""
     return explain(str(error), ()) if _ALTERNATIVES in str(error) else str(error)
 
 
 def _suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The nearest name there is, as a question; a setting's last part may be all that was typed."""
+    """Suggest the nearest known name, as a question; a setting may be typed by its last part alone."""
     names = list(known)
     near = get_close_matches(name, names, 1, 0.75)
     last = [one for one in names if one.rpartition(".")[2] == name.rpartition(".")[2]]
@@ -66,7 +66,7 @@ def _suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def _shorten(text: str) -> str:
-    """The first of several alternatives that a parser lists, without the value, which was typed."""
+    """Keep the first of several alternatives that a parser lists, without the value that was typed."""
     for end in (" Given value type: ", " Given value: ", " - Expected a "):
         if text.find(end) > 0:
             text = text[: text.find(end)]

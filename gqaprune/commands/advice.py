@@ -1,4 +1,4 @@
-"""A configuration that is right for a model to begin with, as commented YAML."""
+"""Write a first configuration for a model, as commented YAML."""
 
 import json
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from gqaprune.plan import Geometry
 from gqaprune.planning.selection import choose_middle_layers
 
 LARGE = 1_000_000_000
-"""Parameters from which on micro-batches are small and widths round for a GPU."""
+"""Number of parameters from which micro-batches are smaller and widths are rounded for a GPU."""
 EMBEDDED = "smollm2-135m"
-"""The model that comes with its text, without the hub."""
+"""The embedded model, for which the embedded text is suggested."""
 
 
 def write_advice(
@@ -25,25 +25,25 @@ def write_advice(
     risks: Sequence[str],
     has_hub: bool = True,
 ) -> str:
-    """YAML for `gqaprune fit` and `prune`: channels alone first, a cautious share of attention second, as comments.
+    """Write YAML for `gqaprune fit` and `prune`; comments show how to prune more attention as a second step.
 
     Args:
         model: name or folder of the model.
-        geometry: its shapes.
-        parameters: all of them.
-        dtype: its own type, a name of `model.dtype`.
-        window: tokens that the model reads at most.
-        reach: what can go from each kind of block.
-        risks: what to know, in sentences; they become comments.
+        geometry: shapes of the model.
+        parameters: number of all its parameters.
+        dtype: type of its weights, a name of `model.dtype`.
+        window: length of the model's context in tokens.
+        reach: how much can be removed from each kind of block.
+        risks: sentences about risks; they become comments.
         has_hub: whether corpora on the hub can be read here.
     """
     of_kind = {own.kind: own for own in reach}
     layers, is_large = geometry.num_layers, parameters >= LARGE
     middle = choose_middle_layers(layers)
     corpus = "wikitext2" if has_hub and model != EMBEDDED else "embedded"
-    note = "text like that which the model is to be good at"
+    note = "use text like the text that the model will be used on"
     if not has_hub:
-        note = "the hub does not answer here, so Python's own help: name a file or folder of your text instead"
+        note = "the hub cannot be reached, so this is Python's help: use a file or folder of your own text instead"
     name = dtype if dtype in DTYPES and dtype != "float16" else "bfloat16"
     if "mlp" in of_kind:
         rate = int(100 * min(0.2 if is_large else 0.25, 0.9 * of_kind["mlp"].reachable)) / 100
@@ -63,7 +63,7 @@ def write_advice(
         "  calibration:",
         f"    corpora: [{corpus}] # {note}",
         "    windows: 128",
-        "    sampled_windows: 128 # the model's own text, for what the corpus is not like",
+        "    sampled_windows: 128 # text that the model writes itself, which covers what the corpus lacks",
         f"    window: {min(512, window)}",
         f"    batch_size: {2 if is_large else 4}",
         f"  training: {{corpora: [{corpus}], window: {min(1024 if is_large else 512, window)}, "
@@ -75,13 +75,13 @@ def write_advice(
     ]
     limits = []
     if "mlp" in of_kind:
-        own = of_kind["mlp"]
-        lines += ['  # split: "0:10" # channels alone; by default GQA groups go, too, where they cost least']
+        mlp = of_kind["mlp"]
+        lines += ['  # split: "0:10" # MLP channels only; by default GQA groups are removed as well if they cost less']
         ends = f"[{middle.start}, {middle.stop}]"
-        limits += [f"mlp_layers: {ends} # the ends cost most; {own.reachable:.0%} of the decoder can go so"]
-        limits += ["channel_multiple: 128 # widths that run fast on GPUs"] if is_large else []
+        limits += [f"mlp_layers: {ends} # others cost more; {mlp.reachable:.0%} of the decoder can be removed"]
+        limits += ["channel_multiple: 128 # widths that are fast on GPUs"] if is_large else []
     else:
-        lines += ["  split: free # its MLPs stay whole"]
+        lines += ["  split: free # MLPs of this family are not pruned"]
     if "attention" in of_kind:
         is_second = "mlp" in of_kind
         lines += _list_attention(of_kind["attention"], geometry, is_second)
@@ -95,24 +95,24 @@ def write_advice(
 
 
 def _list_attention(own: Reach, geometry: Geometry, is_second: bool) -> list[str]:
-    """Lines that let attention give as well, in the middle third of the layers."""
+    """Return lines that also prune attention, in the middle third of the layers."""
     fewest = min(geometry.kv_heads)
     if fewest == 1:
-        return [] if is_second else ["  granularity: query # one KV head: its group cannot go"]
+        return [] if is_second else ["  granularity: query # with one KV head, a GQA group cannot be removed"]
     words = f"one of {fewest} KV heads is {own.of_block:.0%} of a layer's attention"
     lines = [f"  # {words}, {own.of_layer:.1%} of the layer"]
     if is_second:
         lines += [
-            "  # Second, if the first keeps enough: more of attention, far from both ends (attention_layers below):",
-            '  # split: "2:8" # within one GQA group',
+            "  # Second step, if the first one is good: more attention, far from both ends (attention_layers below):",
+            '  # split: "2:8" # exact to one GQA group',
         ]
     if fewest <= FEW_KV_HEADS and geometry.ratios[0] > 2:
-        lines += [f"  # granularity: query # {geometry.ratios[0]}:1 → {geometry.ratios[0] - 1}:1, every KV head stays"]
+        lines += [f"  # granularity: query # {geometry.ratios[0]}:1 → {geometry.ratios[0] - 1}:1, keeps every KV head"]
     return lines
 
 
 def _list_inner_layers(layers: int) -> range:
-    """Layers far from both ends."""
+    """Return the layers that are far from both ends."""
     return range(layers // 3 + layers // 28, layers - layers // 7)
 
 

@@ -1,4 +1,4 @@
-"""Whether a tokenizer and the windows of a model agree about BOS, and what it makes of perplexity where they do not."""
+"""Check whether a model's tokenizer and windows agree about BOS, and what perplexity is if they do not."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +16,21 @@ from gqaprune.models.sources import find_weights, locate
 from gqaprune.models.tokenizer import adds_bos, find_bos, load_tokenizer
 
 MEASURED_PARAMETERS = 2_000_000_000
-"""Parameters up to which a model is loaded for this."""
+"""Largest number of parameters of a model that is loaded for this check."""
 TOLERATED = 1.5
-"""Times the lower of the two perplexities that the higher one may be."""
+"""Largest ratio of the two perplexities that is not reported."""
 _WINDOWS, _WINDOW = 3, 512
 
 
 @dataclass(frozen=True)
 class BosCheck:
-    """A tokenizer that puts BOS before a text, and windows that do not begin with it, or the other way.
+    """A disagreement: the tokenizer adds BOS to texts and windows do not begin with it, or the other way round.
 
     Args:
-        begins_windows: whether windows begin with it; the tokenizer does the opposite.
-        with_bos: perplexity of a few windows of the embedded text that begin with it; None where it is not measured.
-        without_bos: likewise, of the text as the tokenizer leaves it.
-        reason: why it is not measured.
+        begins_windows: whether windows begin with BOS; the tokenizer does the opposite.
+        with_bos: perplexity on a few windows of the embedded text that begin with BOS; None if it is not measured.
+        without_bos: the same without BOS.
+        reason: why perplexity is not measured.
     """
 
     begins_windows: bool
@@ -45,13 +45,13 @@ class BosCheck:
         return None not in pair and max(pair) > TOLERATED * min(pair)  # type: ignore[type-var, operator]
 
     def describe(self) -> str:
-        """Say what differs and what it comes to, in a sentence."""
+        """Describe the disagreement and its effect in a sentence."""
         if self.begins_windows:
-            parties = "windows begin with BOS, which the tokenizer does not put before a text"
+            parties = "windows begin with BOS, but the tokenizer does not add it to texts"
         else:
-            parties = "the tokenizer puts BOS before a text, and windows do not begin with it"
+            parties = "the tokenizer adds BOS to texts, but windows do not begin with it"
         if self.with_bos is None or self.without_bos is None:
-            return f"{parties}; what that makes of perplexity is not measured: {self.reason}"
+            return f"{parties}; its effect on perplexity is not measured: {self.reason}"
         found = f"perplexity is {self.with_bos:,.1f} with it and {self.without_bos:,.1f} without"
         is_better = self.with_bos < self.without_bos
         if not self.matters or is_better == self.begins_windows:
@@ -60,19 +60,19 @@ class BosCheck:
 
 
 def check_bos(source: str, config: PretrainedConfig, parameters: int, trust_remote_code: bool) -> BosCheck | None:
-    """Measure a model with and without BOS where its tokenizer and its windows do not agree about it.
+    """Measure a model with and without BOS if its tokenizer and its windows do not agree about it.
 
     Args:
-        source: as for `load_model`.
-        config: of the model.
-        parameters: of the model.
+        source: model, as for `load_model`.
+        config: config of the model.
+        parameters: number of its parameters.
         trust_remote_code: run code that comes with the model.
 
     Returns:
-        What was found; None where they agree, or there is no tokenizer to ask.
+        The disagreement; None if they agree, or if there is no tokenizer.
     """
     try:
-        if _says_add_bos(source) == begins_with_bos(config.model_type):  # its tokenizer takes long to load
+        if _says_add_bos(source) == begins_with_bos(config.model_type):  # a GGUF's tokenizer takes long to load
             return None
         tokenizer = load_tokenizer(source, trust_remote_code)
     except ValueError:
@@ -99,6 +99,6 @@ def check_bos(source: str, config: PretrainedConfig, parameters: int, trust_remo
 
 
 def _says_add_bos(source: str) -> object:
-    """What a GGUF file says of its tokenizer, True or False; None for all else."""
+    """Return whether a GGUF file says that its tokenizer adds BOS; None for other models."""
     place, gguf = locate(source)
     return read_header(Path(place) / gguf["gguf_file"]).metadata.get("tokenizer.ggml.add_bos_token") if gguf else None

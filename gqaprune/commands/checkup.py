@@ -1,4 +1,4 @@
-"""Whether a pruned checkpoint is whole: each layer's ratio, what went from its base, its tensors against its config."""
+"""Check a pruned checkpoint: each layer's ratio, the units removed from it, its tensors against its config."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ class LayerCheck:
     Args:
         layer: index of the decoder layer.
         shape: its heads and channels, in words.
-        removed: what went from the base's layer, in words; empty where nothing did or the base is not known.
-        keeps_ratio: whether every KV head has as many query heads as the plan says, or in all other layers.
-        wrong_tensors: tensors whose shapes are not those of the config, with both shapes, and those that no file holds.
+        removed: units removed from the dense layer, in words; empty if there are none or the plan is not known.
+        keeps_ratio: whether each KV head has as many query heads as the plan says; without a plan, as in other layers.
+        wrong_tensors: tensors whose shapes differ from the config, with both shapes, and tensors that are missing.
     """
 
     layer: int
@@ -37,7 +37,7 @@ class LayerCheck:
 
 
 def read_plan_of(folder: Path) -> PruningPlan | None:
-    """The plan that a pruned checkpoint carries; None where there is none."""
+    """Read the plan in a pruned checkpoint's folder; None if it has none."""
     return PruningPlan.load(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
 
 
@@ -48,20 +48,20 @@ def check_layers(
 
     Args:
         config: its config.
-        plan: what was cut; None where it is not known.
-        wrong: what `find_wrong_tensors` finds in its folder.
+        plan: plan of the cut; None if it is not known.
+        wrong: result of `find_wrong_tensors`.
 
     Raises:
-        ValueError: if the plan is of another number of layers.
+        ValueError: if the plan has another number of layers.
     """
     geometry = read_geometry(config)
     promised = geometry if plan is None else plan.pruned_geometry
     if promised.num_layers != geometry.num_layers:
         raise ValueError(
-            f"{PLAN_FILE} is of {promised.num_layers} layers, {CONFIG_NAME} of {geometry.num_layers}: "
-            "one of them comes from another model"
+            f"{PLAN_FILE} has {promised.num_layers} layers, but {CONFIG_NAME} has {geometry.num_layers}: one of them "
+            "belongs to another model"
         )
-    # All layers of a padded checkpoint are as large as its largest; what was cut is in the plan alone.
+    # All layers of a padded checkpoint are as large as its largest; only the plan has the units that were cut.
     is_padded = geometry.is_padding_of(promised)
     usual = max(set(geometry.ratios), key=geometry.ratios.count)
     checks = []
@@ -80,7 +80,7 @@ def check_layers(
 
 
 def correct_by_weights(folder: Path, config: PretrainedConfig, trust_remote_code: bool = False) -> None:
-    """Make a config say what the files say: the type of their weights, and whether the head is the embedding.
+    """Correct a config in place by its weights: their type, and whether head and embedding are tied.
 
     Args:
         folder: the checkpoint.
@@ -88,7 +88,7 @@ def correct_by_weights(folder: Path, config: PretrainedConfig, trust_remote_code
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        ValueError: if a file is broken, or holds tensors of a type that the config does not explain.
+        ValueError: if a file is broken, or has tensors of a type that the config does not explain.
     """
     if not _has_weights(folder):
         return
@@ -109,10 +109,10 @@ def _has_weights(folder: Path) -> bool:
 def find_wrong_tensors(
     folder: Path, config: PretrainedConfig, trust_remote_code: bool = False
 ) -> dict[int | None, list[str]]:
-    """Layer -> its tensors that are not as the config promises; None -> those outside of the layers.
+    """Find tensors that differ from the config: layer -> sentences; None -> those outside of the layers.
 
-    Their names and shapes are read, not the tensors. Experts and quantised weights are stored under other names than
-    those of the model: of these only what has the model's names is looked at.
+    It reads only names and shapes. Experts and quantised weights are stored under other names than the model's; of
+    these, only tensors with the model's names are checked.
 
     Args:
         folder: the checkpoint.
@@ -123,7 +123,7 @@ def find_wrong_tensors(
         ValueError: if a file is broken.
     """
     if not (folder / CONFIG_NAME).is_file():
-        return {}  # a GGUF
+        return {}  # a GGUF file
     found: dict[str, list[int]] = {}
     for path in find_weights(folder) if _has_weights(folder) else ():
         with safe_open(path, "pt") as file:
@@ -134,7 +134,7 @@ def find_wrong_tensors(
     wrong: dict[int | None, list[str]] = {}
     for name, tensor in promised.items():
         if (shape := found.get(name, list(tensor.shape))) != list(tensor.shape):
-            sentence = f"{name} is {shape}, its config promises {list(tensor.shape)}"
+            sentence = f"{name} has shape {shape}, but the config says {list(tensor.shape)}"
             wrong.setdefault(find_layer(name, family.layers), []).append(sentence)
     if find_other_storage(config):
         return wrong
@@ -145,13 +145,13 @@ def find_wrong_tensors(
         if id(parameter) not in held:
             missing.setdefault(find_layer(name, family.layers), []).append(name)
     for layer, names in missing.items():
-        wrong.setdefault(layer, []).append(f"no file holds {names[0]} ({len(names)} in all)")
+        wrong.setdefault(layer, []).append(f"{names[0]} is missing ({len(names)} in all)")
     return wrong
 
 
 def build_layers_table(checks: list[LayerCheck], base: str) -> Table:
-    """One row per layer."""
-    caption = f"against {base}" if base else "what it was pruned from is not known"
+    """Build a table with one row per layer."""
+    caption = f"compared with {base}" if base else "the dense model is not known"
     table = Table(title="layers", caption=caption, caption_style="dim", title_justify="left")
     for name in ("layer", "heads and channels", "removed", "ratio", "tensors"):
         table.add_column(name, justify="right" if name == "layer" else "left")

@@ -1,4 +1,4 @@
-"""`gqaprune compare`: several models side by side, in a table, as JSON, and as a figure."""
+"""`gqaprune compare`: show several models side by side, in a table, as JSON, or in a figure."""
 
 import json as json_format
 from collections.abc import Sequence
@@ -30,30 +30,30 @@ def compare(
     png: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Show models side by side: what they hold, perplexity, speed, memory, and tasks if wanted.
+    """Show models side by side: sizes, perplexity, speed, memory, and tasks if any are named.
 
-    All of them read the same text. Where tokenizers differ, bits per byte are comparable, perplexities per token not.
+    All models read the same text. If tokenizers differ, compare bits per byte, not perplexities per token.
 
     Args:
-        models: two or more, dense or pruned: folders, `.gguf` files, hub names, also as `owner/name@revision`, or
-            `smollm2-135m`; the others are compared with the first.
-        corpora: whose perplexity to measure, as `data.evaluation.test`; `[]` measures none.
-        eval_window: tokens per window.
-        eval_stride: tokens between the starts of windows; null means no overlap.
-        eval_tokens: tokens of each corpus at most, from its beginning, by the first model's tokenizer; the other models
-            read the same text. Null takes the whole split.
+        models: two or more models, dense or pruned: folders, `.gguf` files, hub names, also as `owner/name@revision`,
+            or `smollm2-135m`; the others are compared with the first.
+        corpora: corpora whose perplexity to measure, as `data.evaluation.test`; `[]` measures none.
+        eval_window: tokens per window, at least 2.
+        eval_stride: tokens between the starts of windows, 1 to `eval_window`; null means no overlap.
+        eval_tokens: largest number of tokens of each corpus, from its beginning, at least 1, counted with the first
+            model's tokenizer; the other models read the same text. Null reads the whole split.
         bos: begin every window, and every question of a task, with the beginning-of-text token, as `data.bos`; null
-            does as each model's family does.
+            follows each model's family.
         speed: measure tokens per second and peak memory.
-        prompt: tokens of the prompt that speed and memory are measured with.
-        generated: tokens written after it, one by one.
+        prompt: tokens of the prompt that speed and memory are measured with, at least 1.
+        generated: tokens that are generated after the prompt, one by one, at least 1.
         tasks: tasks of lm-evaluation-harness, such as `arc_easy,hellaswag`; needs the extra `eval`.
-        tasks_limit: documents of each task at most, from its beginning.
+        tasks_limit: largest number of documents of each task, from its beginning, at least 1; null uses all.
         tasks_folder: a folder with YAML files of further tasks.
-        dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (each checkpoint's own).
+        dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the type in each checkpoint).
         json: print one JSON object instead of a table.
-        png: where to draw a figure of layers, perplexity and size.
-        trust_remote_code: run code that comes with the models. Pruned checkpoints do not need it here.
+        png: path of a figure of layers, perplexity and size; null draws none.
+        trust_remote_code: run code that comes with the models. gqaprune loads pruned checkpoints without it.
 
     Raises:
         ValueError: if a model, corpus or task cannot be read, or a number is out of its bounds.
@@ -79,10 +79,10 @@ def compare(
 
 def _check_settings(models: Sequence[str], dtype: str, png: str | None, **counts: int | None) -> None:
     if len(models) < 2:
-        raise ValueError(f"compare needs two models or more, got {len(models)}: gqaprune inspect shows a single one")
+        raise ValueError(f"compare needs two models or more, got {len(models)}: use gqaprune inspect for a single one")
     check_dtype(dtype)
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
     if png is not None and (not Path(png).parent.is_dir() or Path(png).is_dir()):
-        raise ValueError(f"cannot write a figure to {png}: give a file in a folder that exists")
+        raise ValueError(f"cannot write a figure to {png}: choose a file in a folder that exists")

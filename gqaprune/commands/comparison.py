@@ -1,4 +1,4 @@
-"""What `compare` measured of several models: as data, as a table beside the first model, and as a figure."""
+"""Results of `compare`: as data, as a table with changes from the first model, and as a figure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,24 +17,24 @@ from gqaprune.planning.memory import find_range
 from gqaprune.reporting.report import Stage, show_change
 
 OTHER_TOKENIZER = (
-    "* its tokenizer is not the first model's: perplexities per token are not comparable with the first model's, "
-    "bits per byte are"
+    "* its tokenizer differs from the first model's: bits per byte are comparable with the first model's, perplexities "
+    "per token are not"
 )
 
 
-NOISE = "~ no difference from the first model: the ranges of both over their turns overlap"
+NOISE = "~ no clear difference from the first model: the ranges of both over their turns overlap"
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a model is, and what it takes.
+    """Speed and peak memory of a model.
 
     Args:
-        prefill: tokens per second of a prompt.
-        decode: tokens per second written after it.
-        peak_bytes: most memory in use meanwhile, the weights included; None where the machine does not tell.
+        prefill: tokens of the prompt per second.
+        decode: generated tokens per second.
+        peak_bytes: peak memory, weights included; None if the machine does not report it.
         prefill_range: slowest and fastest turn of the prompt, in tokens per second.
-        decode_range: likewise of what is written.
+        decode_range: slowest and fastest turn of the generated tokens, in tokens per second.
     """
 
     prefill: float
@@ -49,15 +49,15 @@ class Subject:
     """One of the models compared.
 
     Args:
-        model: folder, file or name, as it was given.
-        dtype: of the weights in memory.
+        model: folder, file or name, as the user wrote it.
+        dtype: type of the weights in memory.
         geometry: shapes of its layers.
-        stage: its counts, size on disk (`weight_bytes`) and perplexities by corpus; its name heads the column.
-        tokens: tokens of each corpus's text, by its own tokenizer.
-        bits_per_byte: what its losses make per byte of that text, by corpus.
-        has_other_tokenizer: whether its tokens of that text are not the first model's.
-        speed: None where it was not measured.
-        scores: by task and metric.
+        stage: its counts, size on disk (`weight_bytes`) and perplexities by corpus; its name is the column's title.
+        tokens: number of tokens of each corpus's text with its own tokenizer.
+        bits_per_byte: its loss in bits per byte of that text, by corpus.
+        has_other_tokenizer: whether its tokens of that text differ from the first model's.
+        speed: speed and memory; None if they were not measured.
+        scores: scores by task and metric.
     """
 
     model: str
@@ -90,7 +90,7 @@ class Subject:
         }
 
     def count_differing_layers(self, first: "Subject") -> int:
-        """Layers whose shapes are not those of the same layer of another model, or that only one of them has."""
+        """Count the layers whose shapes differ from another model's, and those that only one of the models has."""
         mine, other = (
             list(zip(shapes.query_heads, shapes.kv_heads, shapes.channels, strict=True))
             for shapes in (self.geometry, first.geometry)
@@ -105,7 +105,7 @@ class Comparison:
     Args:
         subjects: the models.
         text_bytes: bytes of each corpus's text, the same for all models.
-        protocol: how each kind of thing was measured, in words.
+        protocol: descriptions of how each quantity was measured.
     """
 
     subjects: tuple[Subject, ...]
@@ -114,7 +114,7 @@ class Comparison:
 
     @property
     def has_several_tokenizers(self) -> bool:
-        """Whether perplexities per token are not comparable."""
+        """Whether tokenizers differ, so that perplexities per token are not comparable."""
         return any(subject.has_other_tokenizer for subject in self.subjects)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Comparison:
 
 
 def build_comparison_table(comparison: Comparison) -> Table:
-    """One row per quantity, one column per model, with the change from the first model."""
+    """Build a table with one row per quantity and one column per model, with the change from the first model."""
     subjects, first = comparison.subjects, comparison.subjects[0]
     notes = [*comparison.protocol, *([OTHER_TOKENIZER] if comparison.has_several_tokenizers else [])]
     if any(_is_noise(one.speed, first.speed, name) for one in subjects[1:] for name in ("prefill", "decode")):
@@ -169,10 +169,10 @@ def build_comparison_table(comparison: Comparison) -> Table:
 
 
 def draw_comparison(comparison: Comparison) -> matplotlib.figure.Figure:
-    """Draw each layer's heads and channels as shares of the first model's, and bars of what text and disk say."""
+    """Draw each layer's heads and channels as shares of the first model's, and bars of text results and size."""
     subjects, first = comparison.subjects, comparison.subjects[0]
     panels = {"query heads": "query_heads", "KV heads": "kv_heads", "MLP channels": "channels"}
-    if all(subject.geometry.ratios == first.geometry.ratios for subject in subjects):  # then they say the same
+    if all(subject.geometry.ratios == first.geometry.ratios for subject in subjects):  # then both curves are the same
         panels = {"attention heads": "kv_heads", "MLP channels": "channels"}
     panels = {title: name for title, name in panels.items() if any(getattr(first.geometry, name))}
     bars = (["text"] if comparison.text_bytes else []) + ["size"]
@@ -195,7 +195,7 @@ def _draw_shares(axes: Axes, comparison: Comparison, title: str, name: str) -> N
     base = getattr(comparison.subjects[0].geometry, name)
     for index, subject in enumerate(comparison.subjects):
         shares = [count / dense for count, dense in zip(getattr(subject.geometry, name), base, strict=False)]
-        width = 1.5 + 1.5 * (len(comparison.subjects) - 1 - index)  # where lines lie upon each other all are seen
+        width = 1.5 + 1.5 * (len(comparison.subjects) - 1 - index)  # so that overlapping lines are all visible
         axes.plot(shares, drawstyle="steps-mid", linewidth=width, color=_pick_color(index), label=subject.stage.name)
     axes.set_title(f"{title}, share of the first model's", loc="left", fontsize=11)
     axes.set_ylim(0, max(1.1, axes.get_ylim()[1]))
@@ -205,7 +205,7 @@ def _draw_shares(axes: Axes, comparison: Comparison, title: str, name: str) -> N
 
 
 def _draw_text(axes: Axes, comparison: Comparison) -> None:
-    """Bars of perplexity, or of bits per byte where tokenizers differ."""
+    """Draw bars of perplexity, or of bits per byte if tokenizers differ."""
     corpora = list(comparison.text_bytes)
     if comparison.has_several_tokenizers:
         values = [[subject.bits_per_byte[corpus] for corpus in corpora] for subject in comparison.subjects]
@@ -216,7 +216,7 @@ def _draw_text(axes: Axes, comparison: Comparison) -> None:
 
 
 def _draw_bars(axes: Axes, values: list[list[float]], groups: list[str], title: str, pattern: str) -> None:
-    """One bar per model in each group."""
+    """Draw one bar per model in each group."""
     width = 0.8 / len(values)
     for index, row in enumerate(values):
         places = [group + (index - (len(values) - 1) / 2) * width for group in range(len(groups))]
@@ -237,7 +237,7 @@ def _show_change(value: float, first: float | None) -> str:
 
 
 def _is_noise(speed: Speed | None, first: Speed | None, name: str) -> bool:
-    """Whether the turns of two models were as fast as one another's."""
+    """Return whether the speeds of two models overlap over their turns."""
     if speed is None or first is None or speed is first:
         return False
     mine, other = (getattr(one, f"{name}_range") for one in (speed, first))

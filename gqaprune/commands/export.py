@@ -1,4 +1,4 @@
-"""`gqaprune export`: write a model that is already pruned, or a dense one, in another format."""
+"""`gqaprune export`: write a pruned or dense model in another format."""
 
 from pathlib import Path
 
@@ -27,23 +27,24 @@ def export(
     """Write a model in another format: pruned or dense, a folder, a GGUF file or a hub name.
 
     Args:
-        model: what to write: a folder, a `.gguf` file, a hub name, or `smollm2-135m`.
-        folder: where to, a new or empty folder.
-        format: one of `checkpoints.formats.FORMATS`, or `auto`: `stock` where counts are equal, else `per-layer`.
-        max_shard_size: weights above it are split into several files.
-        quantization: `int8` stores the matrices of the decoder layers in 8 bits, through torchao.
-        dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
-        trust_remote_code: run code that comes with the model. Pruned checkpoints do not need it here.
+        model: model to write: a folder, a `.gguf` file, a hub name, or `smollm2-135m`.
+        folder: new or empty folder to write to.
+        format: one of `checkpoints.formats.FORMATS`, or `auto`: `stock` if all layers have equal counts, else
+            `per-layer`.
+        max_shard_size: largest size of a weights file, such as `5GB`; larger checkpoints are divided into several
+            files.
+        quantization: `int8` stores the matrices of the decoder layers in 8 bits, with torchao.
+        dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the type in the checkpoint).
+        trust_remote_code: run code that comes with the model. gqaprune loads pruned checkpoints without it.
         revision: branch, tag or commit of a model on the hub.
 
     Raises:
-        ValueError: if there is no such model, its weights are not finite in the type asked for, or the format cannot
-            hold it.
+        ValueError: if the model does not exist, its weights are not finite in `dtype`, or the format cannot store it.
     """
     model = pin(model, revision)
     loaded = load_model(model, dtype, trust_remote_code=trust_remote_code)
     entry = FORMATS[choose_format(loaded.config, format, quantization)]
-    find_blocks(loaded)  # refuses quantised weights
+    find_blocks(loaded)  # raises an error for quantised weights
     check_finite_weights(loaded)
     plan = find_plan(model, read_geometry(loaded.config))
     written = save(

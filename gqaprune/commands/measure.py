@@ -1,4 +1,4 @@
-"""Measure several models alike, on the same text, one at a time in memory."""
+"""Measure several models in the same way, on the same text, one at a time in memory."""
 
 import math
 import sys
@@ -36,12 +36,12 @@ class Measuring:
     Args:
         eval_window: tokens per window.
         eval_stride: tokens between the starts of windows; None means no overlap.
-        eval_tokens: tokens of each corpus at most, by the first model's tokenizer; None takes all.
-        bos: whether every window, and every question of a task, begins with the beginning-of-text token; None does as
-            each model's family does.
-        lengths: tokens read and tokens written to measure speed and memory with; None measures neither.
-        tasks: None runs none.
-        dtype: of the weights, as `load_model` takes it.
+        eval_tokens: largest number of tokens of each corpus, counted with the first model's tokenizer; None means all.
+        bos: whether every window, and every question of a task, begins with the beginning-of-text token; None follows
+            each model's family.
+        lengths: tokens of the prompt and generated tokens for speed and memory; None measures neither.
+        tasks: tasks to run; None runs none.
+        dtype: type of the weights, as in `load_model`.
         trust_remote_code: run code that comes with the models.
     """
 
@@ -56,19 +56,19 @@ class Measuring:
 
     @property
     def device(self) -> str:
-        """Where models are measured."""
+        """The device on which models are measured."""
         return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
 class _Text:
-    """The text of a corpus that every model reads: all of it, or what so many tokens of the first model hold.
+    """The text of a corpus that every model reads: all of it, or the first model's tokens up to a limit.
 
     Args:
-        corpus: its name, with the split.
+        corpus: name of the corpus, with the split.
         text: the text.
-        ids: the first model's tokens, as they are without a limit.
-        again: the tokens that its tokenizer makes of `text`; where a limit cuts a word its end may differ.
+        ids: the first model's tokens of the corpus, up to the limit.
+        again: the first model's tokens of `text`; if the limit cuts a word, their end may differ from `ids`.
     """
 
     corpus: str
@@ -79,7 +79,7 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A model that is still to be measured: what is known of it without its weights."""
+    """A model that is not measured yet, with everything that is known without its weights."""
 
     model: str
     name: str
@@ -93,11 +93,11 @@ def measure_models(models: Sequence[str], corpora: Sequence[str], measuring: Mea
 
     Args:
         models: two or more folders, files or names.
-        corpora: as `data.evaluation.test`.
-        measuring: what, and how.
+        corpora: corpora, as in `data.evaluation.test`.
+        measuring: what to measure, and how.
 
     Raises:
-        ValueError: if a model or corpus cannot be read; where files tell it, before the first model is measured.
+        ValueError: if a model or corpus cannot be read; if possible, before the first model is measured.
     """
     parsed = list(dict.fromkeys(parse_corpus(text, "test") for text in corpora))
     columns = zip(models, _name_columns(models), strict=True)
@@ -106,8 +106,8 @@ def measure_models(models: Sequence[str], corpora: Sequence[str], measuring: Mea
     read = [_tokenize(candidate, texts, measuring) for candidate in candidates]
     if others := [candidate.model for candidate, ids in zip(candidates, read, strict=True) if _differs(ids, texts)]:
         print(
-            f"gqaprune: warning: tokenizers differ ({candidates[0].model} against {', '.join(others)}): compare bits "
-            "per byte, not perplexities per token",
+            f"gqaprune: warning: the tokenizer of {candidates[0].model} differs from that of {', '.join(others)}: "
+            "compare bits per byte, not perplexities per token",
             file=sys.stderr,
         )
     subjects = []
@@ -123,7 +123,7 @@ def measure_models(models: Sequence[str], corpora: Sequence[str], measuring: Mea
 
 
 def _name_columns(models: Sequence[str]) -> list[str]:
-    """Short names, no two alike: the last part where that tells them apart, with a number where nothing does."""
+    """Return distinct short names: the last part of a name if it is unique, with a number if the names are the same."""
     short = [Path(model).name for model in dict.fromkeys(models)]
     names = [Path(model).name if short.count(Path(model).name) == 1 else model for model in models]
     return [
@@ -134,7 +134,7 @@ def _name_columns(models: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _naming(model: str) -> Iterator[None]:
-    """Make errors say which model they are of."""
+    """Add the model's name to errors."""
     try:
         yield
     except ValueError as error:
@@ -144,7 +144,7 @@ def _naming(model: str) -> Iterator[None]:
 
 
 def _find_candidate(model: str, name: str, measuring: Measuring) -> _Candidate:
-    """Read all of a model but its weights, so that what is wrong is said before anything is measured."""
+    """Read everything of a model but its weights, so that errors are raised before anything is measured."""
     trust_remote_code = measuring.trust_remote_code
     with _naming(model):
         config, tokenizer = load_config(model, trust_remote_code), load_tokenizer(model, trust_remote_code)
@@ -162,15 +162,15 @@ def _read_text(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, limit: int | 
 
 
 def _tokenize(candidate: _Candidate, texts: Sequence[_Text], measuring: Measuring) -> dict[str, Tensor]:
-    """A model's own tokens of each text, `[tokens]`; the very tensors of the first model where they are the same.
+    """Tokenize each text for a model, `[tokens]`; equal tokens are the same tensor as the first model's.
 
     Raises:
         ValueError: if a text does not fill one window, or a window is longer than the model's context.
     """
     read = {}
     for text in texts:
-        own = candidate.tokenizer(text.text, verbose=False)["input_ids"]
-        read[text.corpus] = text.ids if own == text.again else torch.tensor(own)
+        ids = candidate.tokenizer(text.text, verbose=False)["input_ids"]
+        read[text.corpus] = text.ids if ids == text.again else torch.tensor(ids)
         try:
             _cut(candidate, read[text.corpus], measuring)
         except ValueError as error:
@@ -181,18 +181,18 @@ def _tokenize(candidate: _Candidate, texts: Sequence[_Text], measuring: Measurin
 
 
 def _cut(candidate: _Candidate, ids: Tensor, measuring: Measuring) -> tuple[Tensor, Tensor]:
-    """Windows of a model's tokens of a text, and their labels."""
+    """Cut a model's tokens of a text into windows with labels."""
     bos = find_bos(candidate.tokenizer, measuring.bos)
     return cut_windows(ids, measuring.eval_window, measuring.eval_stride, bos)
 
 
 def _differs(ids_by_corpus: Mapping[str, Tensor], texts: Sequence[_Text]) -> bool:
-    """Whether the tokens of some text are not the first model's."""
+    """Return whether the tokens of any text differ from the first model's."""
     return any(ids_by_corpus[text.corpus] is not text.ids for text in texts)
 
 
 def _measure(candidate: _Candidate, ids_by_corpus: Mapping[str, Tensor], measuring: Measuring) -> Subject:
-    """Load a model and measure it; its peak memory still counts what the process holds without it."""
+    """Load a model and measure it; its peak memory still includes the memory of the process without the model."""
     console.print(f"{candidate.name}: measuring")
     model = load_model(candidate.model, measuring.dtype, trust_remote_code=measuring.trust_remote_code)
     model = model.to(measuring.device).eval()
@@ -209,7 +209,7 @@ def _measure(candidate: _Candidate, ids_by_corpus: Mapping[str, Tensor], measuri
 
 
 def _measure_speed(model: PreTrainedModel, prompt: int, generated: int) -> Speed:
-    """Medians over turns of the same work; a first turn warms up and does not count."""
+    """Measure the median speed over turns of the same work, after a turn that warms up."""
     device = model.device.type
     generator = torch.Generator().manual_seed(0)
     prompt_BT = torch.randint(model.config.vocab_size, (1, prompt), generator=generator).to(device)
@@ -228,7 +228,7 @@ def _measure_speed(model: PreTrainedModel, prompt: int, generated: int) -> Speed
 
 
 def _finish(subject: Subject, texts: Sequence[_Text], ids_by_corpus: Mapping[str, Tensor], device: str) -> Subject:
-    """Add what follows from the text, and take from peak memory what is in use now that the model is gone."""
+    """Add results that depend on the text, and subtract from peak memory what is in use without the model."""
     speed = subject.speed
     if speed is not None and speed.peak_bytes is not None:
         speed = replace(speed, peak_bytes=max(0, speed.peak_bytes - start_peak(device)))
@@ -248,20 +248,20 @@ def _finish(subject: Subject, texts: Sequence[_Text], ids_by_corpus: Mapping[str
 
 
 def _describe(measuring: Measuring, readers: Sequence[_Candidate]) -> tuple[str, ...]:
-    """How each kind of thing is measured, in words; `readers` are the models that read text."""
+    """Describe how each quantity is measured; `readers` are the models that read text."""
     lines = []
     if readers:
         words = describe_protocol(
             measuring.eval_window, measuring.eval_stride, measuring.eval_tokens, _describe_bos(measuring, readers)
         )
-        lines.append(words + (", counted by the first model's tokenizer" if measuring.eval_tokens else ""))
+        lines.append(words + (", counted with the first model's tokenizer" if measuring.eval_tokens else ""))
     if measuring.lengths is not None:
         threads = torch.get_num_threads()
-        place = f"{threads} CPU thread" + ("s" if threads > 1 else ", seconds of the processor")
+        place = f"{threads} CPU thread" + ("s" if threads > 1 else ", in CPU seconds")
         place = f"one {torch.cuda.get_device_name()}" if measuring.device == "cuda" else place
         prompt, generated = measuring.lengths
         lines.append(
-            f"speed and peak memory: {prompt:,} tokens read, {generated:,} written, median of {_TURNS}; {place}"
+            f"speed and peak memory: {prompt:,} tokens read, {generated:,} generated, median of {_TURNS} turns; {place}"
         )
     if measuring.tasks is not None:
         lines.append(measuring.tasks.protocol)
@@ -269,8 +269,8 @@ def _describe(measuring: Measuring, readers: Sequence[_Candidate]) -> tuple[str,
 
 
 def _describe_bos(measuring: Measuring, readers: Sequence[_Candidate]) -> str:
-    """Say which windows begin with the beginning-of-text token, by model where they differ."""
+    """Describe which windows begin with the beginning-of-text token, for each model if they differ."""
     said = {reader.name: describe_bos(reader.tokenizer, measuring.bos) for reader in readers}
     if len(set(said.values())) == 1:
         return next(iter(said.values()))
-    return ", ".join(f"of {name} {words or 'none with BOS'}" for name, words in said.items())
+    return ", ".join(f"{name}: {words or 'none beginning with BOS'}" for name, words in said.items())

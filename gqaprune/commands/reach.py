@@ -1,4 +1,4 @@
-"""What rates a model allows: how much of each kind of block can go, and what its finest step costs."""
+"""Measure which rates a model allows: how much of each kind of block can be removed, and in which steps."""
 
 from dataclasses import dataclass
 
@@ -10,23 +10,23 @@ from gqaprune.planning.config import FREE, PruningConfig
 from gqaprune.planning.selection import select_blocks
 
 NAMES = {"attention": "GQA group", "mlp": "MLP channel"}
-"""What a kind of block loses."""
+"""Kind of block -> name of the unit that is removed from it."""
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What pruning can take from one kind of block.
+    """How much pruning can remove from one kind of block.
 
     Args:
         kind: `attention` or `mlp`.
-        units: units of the block that has most.
-        unit_parameters: of one unit there.
-        of_block: share of its block that one unit is there, 0 to 1.
-        of_layer: share of its layer's parameters.
-        of_decoder: share of all decoder layers' parameters.
-        blocks: blocks that may shrink by default.
-        reachable: share of the decoder's parameters that can go from these, one unit staying in each.
-        reachable_anywhere: likewise from all layers.
+        units: units of the largest block.
+        unit_parameters: parameters of one of its units.
+        of_block: one unit's share of its block, 0 to 1.
+        of_layer: one unit's share of its layer's parameters.
+        of_decoder: one unit's share of all decoder layers' parameters.
+        blocks: number of blocks that may shrink by default.
+        reachable: share of the decoder's parameters that can be removed from these, keeping one unit in each.
+        reachable_anywhere: the same for all layers.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Reach:
     reachable_anywhere: float
 
     def describe_step(self) -> str:
-        """The finest step in words."""
+        """Describe the smallest step in words."""
         step = (
             f"one {NAMES[self.kind]} ({self.unit_parameters:,} parameters) is {_show(self.of_block)} of a layer's "
             f"{self.kind if self.kind == 'attention' else 'MLP'}, {_show(self.of_layer)} of a layer's parameters and "
@@ -50,16 +50,16 @@ class Reach:
 
 
 def measure_reach(model: PreTrainedModel) -> list[Reach]:
-    """What can go from each kind of block that the family lets shrink. The model needs shapes, no weights."""
+    """Measure how much can be removed from each kind of block that the family allows. The model needs no weights."""
     layer_parameters = count_layer_parameters(model)
     decoder = sum(layer_parameters)
     kinds = [kind for kind in NAMES if kind not in get_family(model.config).whole]
-    own = {kind: [block for block in find_blocks(model) if block.key.kind == kind] for kind in kinds}
-    # A family that keeps one kind whole is asked for the other alone.
+    of_kind = {kind: [block for block in find_blocks(model) if block.key.kind == kind] for kind in kinds}
+    # If a family keeps one kind whole, only the other is removed.
     split = FREE if len(kinds) == 2 else {"attention": "10:0", "mlp": "0:10"}[kinds[0]]
     default = select_blocks(model, PruningConfig(split=split))
     found = []
-    for kind, blocks in own.items():
+    for kind, blocks in of_kind.items():
         if not blocks:
             continue
         block = max(blocks, key=lambda block: block.units)

@@ -1,8 +1,7 @@
-"""`search`: the split of attention and MLP at which a model loses least, for one budget.
+"""`search`: find the split of attention and MLP at which pruning to one budget costs the least perplexity.
 
-The dense model is scored once. Every split is then allocated and tried, one perplexity each on validation text: on a
-copy that is cut and refitted by least squares, or, without repair, by gates on the dense model, which computes what the
-cut would leave.
+The dense model is scored once. Every split is then allocated and measured on validation text: on a copy that is cut
+and refitted by least squares, or, without repair, by gates on the dense model, which give the same result as the cut.
 """
 
 import copy
@@ -51,10 +50,12 @@ class SearchSettings:
     """How to search for the best split of attention and MLP.
 
     Args:
-        coarse_step: tenths between the splits of the first pass: 1 tries 0:10, 1:9, 2:8 and so on.
-        fine_step: tenths between the splits tried on both sides of the best of them: 0.1 tries 1.9:8.1, 2.1:7.9 …
-        patience: a pass ends after so many rises of perplexity in a row, at least 1.
-        folder: where `search.json` and `search.png` go; a search that finds its own trials there goes on.
+        coarse_step: step in tenths between the splits of the first pass, `fine_step` to 10: 1 tries 0:10, 1:9, 2:8 and
+            so on.
+        fine_step: step in tenths between the splits around the best one, 0.001 to `coarse_step`: 0.1 tries 1.9:8.1,
+            2.1:7.9 …
+        patience: number of rises of perplexity in a row that end a pass, at least 1.
+        folder: folder for `search.json` and `search.png`; a search resumes from its own trials there.
 
     Raises:
         ValueError: if a setting is out of its bounds.
@@ -69,17 +70,17 @@ class SearchSettings:
         if not 0.001 <= self.fine_step <= self.coarse_step <= 10:
             raise ValueError(
                 "search.fine_step and search.coarse_step must satisfy 0.001 <= fine_step <= coarse_step <= 10, in "
-                f"tenths, got {self.fine_step} and {self.coarse_step}"
+                f"tenths, got {self.fine_step} and {self.coarse_step}; try 0.1 and 1"
             )
         if self.patience < 1:
-            raise ValueError(f"search.patience must be at least 1, got {self.patience}")
+            raise ValueError(f"search.patience must be at least 1, got {self.patience}; try 3")
 
 
 def search_split(evaluate: Callable[[str], float], trials: Trials, settings: SearchSettings) -> Trial:
     """Try splits from 0:10 upwards in coarse steps, then from the best split to both sides in fine ones.
 
     Args:
-        evaluate: perplexity of a split; UnreachableError where the budget cannot be met with it.
+        evaluate: measures the perplexity of a split; raises UnreachableError if the budget cannot be met with it.
         trials: earlier trials, which are not evaluated again; every new one is added.
         settings: steps and patience.
 
@@ -87,7 +88,7 @@ def search_split(evaluate: Callable[[str], float], trials: Trials, settings: Sea
         The best of all trials.
 
     Raises:
-        ValueError: if the budget can be met with none of the splits.
+        ValueError: if no split meets the budget.
     """
 
     def attempt(attention: float) -> Trial:
@@ -106,10 +107,12 @@ def search_split(evaluate: Callable[[str], float], trials: Trials, settings: Sea
     coarse = _try_positions(attempt, list_positions(0, settings.coarse_step, 10), settings.patience)
     reached = [trial for trial in coarse if trial.perplexity is not None]
     if not reached:
-        raise ValueError(f"no split meets the budget; of the last one tried, {coarse[-1].split}: {coarse[-1].reason}")
+        raise ValueError(
+            f"no split meets the budget; the last one tried, {coarse[-1].split}, failed: {coarse[-1].reason}"
+        )
     centre = min(reached, key=lambda trial: trial.perplexity or math.inf).attention
     for sign in (-1, 1):
-        # Up to the next coarse split, which is known.
+        # Up to the next coarse split, which is already measured.
         end = min(max(centre + sign * (settings.coarse_step - settings.fine_step / 2), 0), 10)
         _try_positions(attempt, list_positions(centre, sign * settings.fine_step, end), settings.patience)
     assert trials.best is not None
@@ -125,30 +128,33 @@ def find_best_split(
     *,
     protocol: str = "",
 ) -> Trials:
-    """Search the split at which pruning a dense model costs least perplexity; the model stays as it is.
+    """Search the split at which pruning a dense model costs the least perplexity, without changing the model.
 
-    Least squares are part of it, where `config.repair` has them, on a copy of the model. What follows them is not:
-    `steps`, `swaps` and both trainings of repair are ignored. In a process group rank 0 writes.
+    If `config.repair` has least squares, every split is refitted with them on a copy of the model. Later stages are
+    ignored: `steps`, `swaps` and both trainings of repair. In a process group rank 0 writes.
 
     Args:
         model: the dense causal LM, on the device to work on.
         calibration: the text, and where it comes from.
-        config: what to remove; its `split` is what is searched.
+        config: what to remove; its `split` is replaced.
         settings: steps, patience and folder.
-        validation: corpus name -> batches of `input_ids` and `labels`, never calibration or test text. Of several
-            corpora the geometric mean of perplexities counts.
-        protocol: how perplexity is measured, in words.
+        validation: corpus name -> batches of `input_ids` and `labels`, never calibration or test text. Several corpora
+            count by the geometric mean of their perplexities.
+        protocol: description of how perplexity is measured.
 
     Raises:
-        ValueError: if there is nothing to search or to measure on, if the trials in the folder are of another search,
-            or if the budget can be met with no split.
+        ValueError: if there is nothing to search or no validation text, if the trials in the folder belong to another
+            search, or if no split meets the budget.
     """
     least_squares = replace(config.repair, epochs=0, distill_tokens=0)
     config = replace(config, split=FREE, steps=1, swaps=SwapsConfig(), repair=least_squares)
     if config.kv_rate:
-        raise ValueError(f"search chooses what attention gives, and so does kv_rate {config.kv_rate}: set it to 0")
+        raise ValueError(
+            f"search chooses how much attention is removed, but pruning.kv_rate {config.kv_rate} fixes it: set "
+            "pruning.kv_rate to 0"
+        )
     if not config.rate:
-        raise ValueError("search needs a rate above 0, got 0: there is nothing to split")
+        raise ValueError("search needs pruning.rate above 0, got 0; try 0.2")
     if not any(validation.values()):
         raise ValueError("search compares splits on validation text, got none: name a corpus in data.evaluation.val")
     check_text(model, calibration.batches, config)
@@ -184,7 +190,7 @@ def find_best_split(
 
 
 class _Choice(NamedTuple):
-    """What counts and units of every split follow from."""
+    """Scores, budgets and allocation that determine the counts and units of every split."""
 
     scores: Scores
     budgets: list[BlockBudget]
@@ -192,14 +198,14 @@ class _Choice(NamedTuple):
 
 
 class SplitTrials:
-    """Perplexity of what pruning by a split leaves of a dense model; scored once, on the first call.
+    """Measures the perplexity of a dense model pruned by a split; the model is scored once, on the first call.
 
     Args:
         model: the dense causal LM.
         blocks: blocks that may shrink.
-        budget: what has to go, without a split.
-        config: how to choose it.
-        calibration: what to score on.
+        budget: parameters to remove, without a split.
+        config: how to choose the units.
+        calibration: text to score on.
         validation: corpus name -> batches to measure perplexity on.
     """
 
@@ -221,18 +227,18 @@ class SplitTrials:
         self._measured: dict[tuple[tuple[BlockKey, int], ...], float] = {}
 
     def __call__(self, split: str) -> float:
-        """The geometric mean of perplexities over the corpora.
+        """Measure the geometric mean of perplexities over the corpora.
 
         Raises:
             UnreachableError: if the budget cannot be met with this split.
         """
         scores, budgets, allocate = self._choice
         share = parse_split(split)
-        spared = find_spared_kind(share)  # importance and frozen layers are of what may shrink
+        spared = find_spared_kind(share)  # importance and frozen layers refer only to kinds that may shrink
         budgets = [block for block in budgets if block.key.kind != spared]
         removed = allocate(budgets, replace(self.budget, attention_share=share))
         counts = tuple((key, count) for key, count in removed.items() if count)
-        if counts not in self._measured:  # splits within one group of each other often come to the same units
+        if counts not in self._measured:  # splits that differ by less than a group often remove the same units
             measure = self._measure_repaired if self.config.repair.method != "none" else self._measure_gated
             perplexity = measure(scores, removed, f"split {split}")
             self._measured[counts] = math.exp(sum(map(math.log, perplexity.values())) / len(perplexity))
@@ -258,7 +264,7 @@ class SplitTrials:
             if config.uses_importance:
                 check_reachable(self.blocks, self.budget, config, options)
         except UnreachableError as error:
-            raise ValueError(str(error)) from None  # whatever the split
+            raise ValueError(str(error)) from None  # it is unreachable with any split
         scores, outliers = score_blocks(model, calibration, config, StageCache())
         scores, options, _ = measure_curves(
             model, self.blocks, scores, outliers, calibration.batches, config, options, StageCache()
@@ -267,13 +273,13 @@ class SplitTrials:
 
 
 def _list_windows(corpus: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-    """Tokens and labels of every window, however they are batched."""
+    """List tokens and labels of every window, independent of the batch size."""
     pairs = (pair for batch in corpus for pair in zip(batch["input_ids"], batch["labels"], strict=True))
     return [window for pair in pairs for window in pair]
 
 
 def _try_positions(attempt: Callable[[float], Trial], positions: Iterable[float], patience: int) -> list[Trial]:
-    """Trials in order, up to where perplexity has risen `patience` times in a row; unreachable ones do not count."""
+    """Try splits in order until perplexity has risen `patience` times in a row; unreachable ones do not count."""
     trials: list[Trial] = []
     previous: float | None = None
     rises = 0

@@ -1,4 +1,4 @@
-"""Seconds and memory of a model that reads a prompt and continues it, and the clock and the mark they are read from."""
+"""Measure the time and peak memory of a model that reads a prompt and continues it."""
 
 import ctypes
 import gc
@@ -20,8 +20,8 @@ class Run:
 
     Args:
         prefill: seconds for the prompt.
-        decode: seconds for what was generated.
-        cache_bytes: size of the cache's tensors in the end.
+        decode: seconds for the generated tokens.
+        cache_bytes: final size of the cache's tensors.
     """
 
     prefill: float
@@ -45,28 +45,28 @@ def run(model: PreTrainedModel, prompt_BT: Tensor, generated: int) -> Run:
 
 
 def read_clock(device: str) -> float:
-    """Seconds, once a device is done; of the processor where one thread does all, so that other work counts little."""
+    """Read the clock in seconds, once a device is done; CPU time for a single thread, to exclude other work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def has_peak(device: str) -> bool:
-    """Whether this machine tells peak memory since a moment: of GPUs always, of processes where Linux keeps a mark."""
+    """Return whether this machine reports peak memory from a moment on: on GPUs always, else only on Linux."""
     return device == "cuda" or (_CLEAR.exists() and _STATUS.exists())
 
 
 def start_peak(device: str) -> int:
-    """Let go of what is unused and watch peak memory from now on; bytes in use.
+    """Free unused memory and reset the peak; return the bytes in use.
 
-    On a GPU those of torch's tensors. Else the whole process's: Linux is asked to begin its mark anew.
+    On a GPU these are the bytes of torch's tensors, else of the whole process, whose peak Linux resets.
     """
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; without it freed weights count on
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; without it freed weights still count
     if trim is not None:
         trim(0)
     _CLEAR.write_text("5")
@@ -74,7 +74,7 @@ def start_peak(device: str) -> int:
 
 
 def read_peak(device: str) -> int:
-    """Largest number of bytes in use since `start_peak`."""
+    """Return the largest number of bytes in use since `start_peak`."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     marks = [line.split() for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]

@@ -1,7 +1,7 @@
-"""`sweep`: one model at several rates, to choose one by: scored and measured once, cut and repaired for each.
+"""`sweep`: prune one model at several rates, to choose one; it is scored once, and cut and repaired for each rate.
 
 Stages that do not depend on the rate (scores, damage, the dense model's perplexity) are kept in the sweep's folder and
-read back for the next rate; so is every finished rate, so that a sweep that broke off goes on.
+reused for the next rate. Results of finished rates are kept as well, so that the same command resumes a stopped sweep.
 """
 
 import json
@@ -38,13 +38,13 @@ STAGES = "stages"
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Which rates to try, and where the results go.
+    """Which rates to try, and where to write the results.
 
     Args:
-        rates: shares to remove, each above 0 and below 1 as `pruning.rate`, in the order of the work.
-        context: tokens in the KV cache for which decoding is predicted, at least 0.
-        export: write the checkpoint of every rate, into `rate-<rate>`.
-        folder: where `sweep.json`, `sweep.png` and the checkpoints go; a sweep that finds its results there goes on.
+        rates: shares to remove, as `pruning.rate`, each above 0 and below 1 and all different; tried in this order.
+        context: number of tokens in the KV cache for which decoding time is predicted, at least 0.
+        export: write a checkpoint for every rate, into `rate-<rate>` in the folder.
+        folder: folder for `sweep.json`, `sweep.png` and the checkpoints; a sweep resumes from its own results there.
 
     Raises:
         ValueError: if a setting is out of its bounds.
@@ -68,12 +68,12 @@ class Sweep:
     """The results of a sweep, written to a file after each rate.
 
     Args:
-        origin: what results depend on besides the rate, as plain data.
+        origin: everything that results depend on besides the rate, as plain data.
         path: the JSON file.
-        context: tokens for which decoding is predicted.
+        context: number of tokens for which decoding time is predicted.
 
     Attributes:
-        results: rate -> what it left; 0 is the dense model.
+        results: rate -> measured stage; 0 is the dense model.
     """
 
     def __init__(self, origin: Mapping[str, Any], path: Path, context: int) -> None:
@@ -82,10 +82,10 @@ class Sweep:
         self.results: dict[float, Stage] = {}
 
     def read(self) -> None:
-        """Take over the results of an earlier sweep.
+        """Read the results of an earlier sweep.
 
         Raises:
-            ValueError: if the file holds no sweep, or one of other settings.
+            ValueError: if the file is not a sweep, or has other settings.
         """
         data = read_json(self.path, "sweep")
         try:
@@ -97,12 +97,13 @@ class Sweep:
             raise ValueError(f"{self.path} is not a sweep of format {FORMAT!r} ({reprlib.repr(str(error))})") from None
         if origin != self.origin:
             raise ValueError(
-                f"{self.path} is of another sweep: {describe_change(origin, self.origin)}; set another sweep.folder"
+                f"{self.path} belongs to a sweep with other settings: {describe_change(origin, self.origin)}; set "
+                "sweep.folder to another folder"
             )
         self.results = results
 
     def add(self, rate: float, stage: Stage) -> None:
-        """Keep a result, in the file at once."""
+        """Add a result, and write the file."""
         self.results[rate] = stage
         if get_rank_and_world_size()[0] == 0:
             rows = [{"rate": rate, **asdict(stage)} for rate, stage in self.results.items()]
@@ -111,7 +112,7 @@ class Sweep:
             write_atomically(self.path, (json.dumps(data, indent=1) + "\n").encode())
 
     def predict_decoding(self, rate: float) -> float:
-        """Time of a decoded token relative to the dense model's, where reading weights and KV cache takes all of it."""
+        """Predict the time per decoded token relative to the dense model, from the bytes of weights and KV cache."""
         before, after = (
             stage.weight_bytes + self.context * stage.kv_cache_bytes_per_token
             for stage in (self.results[0.0], self.results[rate])
@@ -133,21 +134,21 @@ def sweep_rates(
 
     Args:
         dense: the dense causal LM, on the device to work on, which is pruned first.
-        load: gives the same again, for every other rate.
+        load: loads the same model again, for every other rate.
         calibration: the text, and where it comes from.
-        config: how to choose what goes; its `rate` is replaced.
+        config: how to prune; its `rate` is replaced.
         settings: the rates and the folder.
         evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on.
-        held_out: calibration text that is not calibrated on.
-        export: writes a pruned model into a folder; null writes none.
+        held_out: held-out calibration text.
+        export: writes a pruned model into a folder; None writes none.
 
     Raises:
-        ValueError: if a rate cannot be met, before any work; or if the results in the folder are of other settings.
+        ValueError: if a rate cannot be met, before any work, or if the results in the folder have other settings.
     """
     folder = Path(settings.folder)
     for rate in settings.rates:
-        own = replace(config, rate=rate)
-        check_reachable(select_blocks(dense, own), read_budget(dense, own), own)
+        at_rate = replace(config, rate=rate)
+        check_reachable(select_blocks(dense, at_rate), read_budget(dense, at_rate), at_rate)
     texts = [tensor for batches in evaluation.values() for batch in batches for tensor in batch.values()]
     origin = {
         "weights": hash_model(dense),
@@ -177,7 +178,7 @@ def sweep_rates(
 
 
 def build_sweep_table(sweep: Sweep, protocol: str = "") -> Table:
-    """One row per rate, the dense model first."""
+    """Build a table with one row per rate, the dense model first."""
     table = Table(title="by rate", caption=protocol or None, caption_style="dim", title_justify="left")
     corpora = list(sweep.results[0.0].perplexity)
     for name in ("rate", "parameters", "KV-cache bytes/token", f"decode @{sweep.context:,}", *corpora):
@@ -196,7 +197,7 @@ def build_sweep_table(sweep: Sweep, protocol: str = "") -> Table:
 
 
 def draw_sweep(sweep: Sweep, title: str) -> matplotlib.figure.Figure:
-    """Draw perplexity on each corpus over parameters, KV cache and predicted decode time, a panel for each."""
+    """Draw perplexity on each corpus over parameters, KV cache and predicted decode time, one panel each."""
     dense = sweep.results[0.0]
     rows = sorted(sweep.results.items())
     panels: dict[str, list[float]] = {

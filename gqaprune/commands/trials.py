@@ -1,4 +1,4 @@
-"""Trials of a search for the best split of attention and MLP: kept in a file, shown as a table and a curve."""
+"""Trials of a search for the best split of attention and MLP: kept in a file, shown in a table and a curve."""
 
 import json
 import reprlib
@@ -18,11 +18,11 @@ FORMAT = "gqaprune-search/1"
 
 @dataclass(frozen=True)
 class Trial:
-    """One split, and what it came to.
+    """One split and its perplexity.
 
     Args:
-        split: attention : MLP shares of what is removed, adding up to 10.
-        perplexity: on the validation corpora; None where the budget cannot be met with this split.
+        split: shares of attention and MLP in the removed parameters, which add up to 10.
+        perplexity: perplexity on the validation corpora; None if the budget cannot be met with this split.
         reason: why it cannot be met.
     """
 
@@ -32,16 +32,16 @@ class Trial:
 
     @property
     def attention(self) -> float:
-        """Tenths of what is removed that attention gives."""
+        """Attention's share of the removed parameters, in tenths."""
         return float(self.split.split(":")[0])
 
 
 class Trials:
-    """The trials of a search, written to a file after each, so that a search that broke off goes on from there.
+    """The trials of a search, written to a file after each, so that the same command resumes a stopped search.
 
     Args:
-        origin: what perplexities depend on besides the split, as plain data.
-        path: the JSON file; null keeps them in memory only.
+        origin: everything that perplexities depend on besides the split, as plain data.
+        path: the JSON file; None keeps them in memory only.
         writes: whether this process writes the file (rank 0).
     """
 
@@ -52,10 +52,10 @@ class Trials:
         self.trials: dict[str, Trial] = {}
 
     def read(self) -> None:
-        """Take over the trials of an earlier search.
+        """Read the trials of an earlier search.
 
         Raises:
-            ValueError: if the file holds no search, or one of another origin.
+            ValueError: if the file is not a search, or has another origin.
         """
         assert self.path is not None
         data = read_json(self.path, "search")
@@ -65,16 +65,16 @@ class Trials:
             origin, trials = dict(data["origin"]), [_read_trial(trial) for trial in data["trials"]]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path} is not a search of format {FORMAT!r} ({error})") from None
-        same_name = {"model": self.origin.get("model")}  # whatever it is: the weights are compared
+        same_name = {"model": self.origin.get("model")}  # the name may differ, because the weights are compared
         if difference := _find_difference(origin | same_name, self.origin | same_name):
             raise ValueError(
-                f"{self.path} is of another search (saved against this one): {difference}; set what it was made with, "
-                "or another search.folder"
+                f"{self.path} belongs to another search: {difference}; use the settings of that search, or set "
+                "search.folder to another folder"
             )
         self.trials = {trial.split: trial for trial in trials}
 
     def add(self, trial: Trial) -> None:
-        """Keep a trial, in the file at once."""
+        """Add a trial, and write the file."""
         self.trials[trial.split] = trial
         if self.path is not None and self.writes:
             best = self.best
@@ -89,13 +89,13 @@ class Trials:
 
     @property
     def best(self) -> Trial | None:
-        """The reachable trial of lowest perplexity, of equals the one tried first."""
+        """The reachable trial of lowest perplexity; among equals, the one tried first."""
         reached = [(trial.perplexity, trial) for trial in self.trials.values() if trial.perplexity is not None]
         return min(reached, key=lambda pair: pair[0])[1] if reached else None
 
     @property
     def ordered(self) -> list[Trial]:
-        """All trials by their share of attention."""
+        """All trials, sorted by their share of attention."""
         return sorted(self.trials.values(), key=lambda trial: trial.attention)
 
 
@@ -108,7 +108,7 @@ def _read_trial(data: Any) -> Trial:
 
 
 def build_trials_table(trials: Trials, protocol: str = "") -> Table:
-    """One row per split."""
+    """Build a table with one row per split."""
     table = Table(title="perplexity by split", caption=protocol or None, caption_style="dim", title_justify="left")
     table.add_column("attention:MLP", justify="right", no_wrap=True)
     table.add_column("ppl", justify="right", no_wrap=True)
@@ -120,7 +120,7 @@ def build_trials_table(trials: Trials, protocol: str = "") -> Table:
 
 
 def draw_trials(trials: Trials, title: str) -> matplotlib.figure.Figure:
-    """Draw perplexity over the share of attention; splits that cannot be met are crosses on the axis."""
+    """Draw perplexity over the share of attention, with crosses on the axis for splits that cannot be met."""
     figure = matplotlib.figure.Figure(figsize=(7.0, 4.5), layout="constrained")
     axes = figure.subplots()
     reached = [(trial.attention, trial.perplexity) for trial in trials.ordered if trial.perplexity is not None]
@@ -133,7 +133,7 @@ def draw_trials(trials: Trials, title: str) -> matplotlib.figure.Figure:
     if best is not None and best.perplexity is not None:
         label = f"best {best.split}: {best.perplexity:.2f}"
         axes.plot([best.attention], [best.perplexity], "o", markersize=9, color="#d9822b", label=label)
-    axes.set_xlabel("attention's share of what is removed, in tenths (split x:10-x)")
+    axes.set_xlabel("attention's share of the removed parameters, in tenths (split x:10-x)")
     axes.set_ylabel("validation perplexity")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
@@ -142,11 +142,11 @@ def draw_trials(trials: Trials, title: str) -> matplotlib.figure.Figure:
 
 
 def _find_difference(saved: Any, present: Any, name: str = "") -> str | None:
-    """Say in words where two origins differ first; None where they are equal."""
+    """Describe the first difference of two origins; None if they are equal."""
     if isinstance(saved, dict) and isinstance(present, dict):
         for key in (*saved, *(key for key in present if key not in saved)):
             found = _find_difference(saved.get(key), present.get(key), f"{name}.{key}".lstrip("."))
             if found:
                 return found
         return None
-    return None if saved == present else f"{name} {saved!r} against {present!r}"
+    return None if saved == present else f"{name} was {saved!r}, is {present!r}"

@@ -1,4 +1,4 @@
-"""Helpers that know nothing of language models: files, console, logs, devices, finished stages.
+"""Helpers that do not depend on language models: files, console, logs, devices, finished stages.
 
-May import nothing of the package but itself.
+May import nothing else of the package.
 """

@@ -1,7 +1,7 @@
-"""Put a new file or folder in the place of an old one, so that a killed program leaves either; where none can be.
+"""Replace files and folders atomically, so that a killed program leaves either the old or the new one.
 
-Work in progress has a temporary name beside the final one and a lock (`filelock`) that the system releases when its
-process ends, however it ends: what a killed program left is free for the next one to take, and to remove.
+Work in progress has a temporary name beside the final one, and a lock (`filelock`) that the system releases when its
+process ends, however it ends. So the next program can reuse or remove what a killed program left.
 """
 
 import ctypes
@@ -24,16 +24,14 @@ _TEMPORARY = ".gqaprune.tmp"
 _LOCK = ".gqaprune.lock"
 _SCRATCH = ".scratch"
 _HELD = ".held"
-"""Lock in a scratch folder whose owner runs."""
+"""Name of the lock in a scratch folder, held while its owner runs."""
 
 
 def check_can_be_folder(folder: Path) -> None:
-    """Refuse a path that is a file, lies below one, or that this process cannot make a folder of or write to.
-
-    Others have to be able to write its name.
+    """Raise an error if this process cannot create the folder or write to it, or its name is not valid UTF-8.
 
     Raises:
-        ValueError: naming the file, or saying what the system says.
+        ValueError: with the file that is in the way, or the system's message.
     """
     try:
         str(folder).encode()
@@ -48,7 +46,7 @@ def check_can_be_folder(folder: Path) -> None:
 
 
 def _rehearse_writing(folder: Path) -> None:
-    """Make and remove what is missing of a folder, under a name of its own, and the longest name that it will need."""
+    """Create and remove the missing folders under a temporary name, with the longest name that will be needed."""
     place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     with tempfile.TemporaryDirectory(_TEMPORARY, ".", place) as attempt:
         Path(attempt, "folder", folder.relative_to(place)).with_name(f".{folder.name}{_LOCK}").mkdir(parents=True)
@@ -56,7 +54,7 @@ def _rehearse_writing(folder: Path) -> None:
 
 @contextmanager
 def reserve_name(path: Path) -> Iterator[Path]:
-    """Let one process at a time write to `path`; yields the temporary name to write to, beside it."""
+    """Let one process at a time write to `path`; yield the temporary name beside it to write to."""
     lock = FileLock(path.with_name(f".{path.name}{_LOCK}"))
     lock.acquire()
     try:
@@ -66,7 +64,7 @@ def reserve_name(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(*folders: Path) -> None:
-    """Remove what killed programs were writing in some folders; what a running one writes there stays."""
+    """Remove unfinished files of killed programs from folders; those of running programs stay."""
     for folder in folders:
         for path in folder.glob(f".*{_LOCK}"):
             lock = FileLock(path, blocking=False)
@@ -86,24 +84,24 @@ def _remove(path: Path) -> None:
 
 
 def _remove_if_left(scratch: Path) -> None:
-    """Remove a scratch folder whose owner was killed; one that was not made here has no lock."""
+    """Remove a scratch folder whose owner was killed; folders of other programs have no lock and stay."""
     if (scratch / _HELD).exists():
         with suppress(Timeout, OSError), FileLock(scratch / _HELD, blocking=False):
             shutil.rmtree(scratch, ignore_errors=True)
 
 
 def remove_lock(lock: FileLock) -> None:
-    """Release a lock that is held, and remove its file, which `filelock` leaves there on Unix.
+    """Release a lock and remove its file, which `filelock` leaves on Unix.
 
-    The file goes first: processes that wait for it notice, and make a new one (since `filelock` 3.20.4).
+    The file is removed first: waiting processes notice that and make a new one (since `filelock` 3.20.4).
     """
-    with suppress(OSError):  # Windows cannot remove it yet, and does so by itself
+    with suppress(OSError):  # Windows cannot remove it while it is held, and removes it by itself
         Path(lock.lock_file).unlink()
     lock.release()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, then rename; what a killed write of it left there is overwritten."""
+    """Write to a temporary name beside `path`, then rename; leftovers of a killed write are overwritten."""
     with explain_disk_errors(path, len(content)), reserve_name(path) as temporary:
         try:
             temporary.write_bytes(content)
@@ -114,17 +112,17 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replace_folder(folder: Path, size: int | None = None) -> Iterator[Path]:
-    """Yield a new, empty folder to fill, which then takes the place of `folder`; after an error that stays.
+    """Yield a new, empty folder to fill, which then replaces `folder`; after an error the old one stays.
 
-    `os.replace` refuses folders that are not empty. On Linux the two names are exchanged in one step instead. Where
-    that is not possible the old folder is moved away first; a program killed right then leaves it as `.<name>.old`.
+    `os.replace` refuses folders that are not empty. Instead, Linux exchanges the two names in one step; elsewhere the
+    old folder is moved away first, and a program killed right then leaves it as `.<name>.old`.
 
     Args:
-        folder: to make or replace.
-        size: bytes that its content takes, if that is known.
+        folder: folder to make or replace.
+        size: bytes of its content, if that is known.
 
     Raises:
-        DiskError: if there is no room for it.
+        DiskError: if there is not enough space.
     """
     with explain_disk_errors(folder, size), reserve_name(folder) as new:
         shutil.rmtree(new, ignore_errors=True)  # left by a killed program
@@ -133,7 +131,7 @@ def replace_folder(folder: Path, size: int | None = None) -> Iterator[Path]:
             yield new
             _replace(new, folder)
         finally:
-            shutil.rmtree(new, ignore_errors=True)  # after an exchange the old one
+            shutil.rmtree(new, ignore_errors=True)  # after an exchange, this is the old folder
 
 
 def _replace(new: Path, folder: Path) -> None:
@@ -152,7 +150,7 @@ def _replace(new: Path, folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once; whether this system and file system can. Python has no function for it."""
+    """Exchange two names in one step; return whether system and file system support it. Python has no function."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError, TypeError):
@@ -161,17 +159,17 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 class ScratchFolder:
-    """A folder of its own beside a path, removed with this object.
+    """A temporary folder beside a path, removed with this object.
 
-    What killed programs left beside the same path is removed first.
+    Leftovers of killed programs beside the same path are removed first.
 
     Args:
-        path: what the folder's name begins with; its parent is made if it is not there.
+        path: path whose name the folder's name begins with; its parent is created if it is missing.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with reserve_name(path):  # nobody looks at the new folder before it is held
+        with reserve_name(path):  # so that nobody removes the new folder before it is locked
             for left in path.parent.glob(f".{glob.escape(path.name)}.*{_SCRATCH}"):
                 _remove_if_left(left)
             self.path = Path(tempfile.mkdtemp(_SCRATCH, f".{path.name}.", path.parent))
@@ -181,5 +179,5 @@ class ScratchFolder:
 
 
 def _remove_scratch(folder: Path, held: FileLock) -> None:
-    held.release()  # Windows removes no file that is open
+    held.release()  # Windows cannot remove an open file
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Where is kept what later runs can use."""
+"""Find the folder for files that later runs can reuse."""
 
 import os
 import tempfile
@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def find_cache_folder(name: str) -> Path:
-    """A folder in the user's cache, which need not be there yet; in the system's temporary one without a home.
+    """Find a folder in the user's cache, which may not exist yet; without a home, in the system's temporary folder.
 
     Args:
-        name: of what is kept.
+        name: name of the folder.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # which stays as it is without a home
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # unchanged if there is no home
     folder = Path(cache, "gqaprune", name)
     nearest = next((place for place in folder.parents if place.exists()), Path())
     if not folder.is_absolute() or not os.access(nearest, os.W_OK):

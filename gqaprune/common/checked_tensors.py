@@ -1,4 +1,4 @@
-"""Files of tensors that know their own checksum, so that one flipped bit is not another result."""
+"""Read and write files of tensors with a checksum, so that a flipped bit is noticed."""
 
 import hashlib
 import json
@@ -14,21 +14,21 @@ _CHECKSUM = "checksum"
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file with a checksum.
+    """Pack tensors into the content of a safetensors file with a checksum.
 
     Args:
-        tensors: by name, on the CPU and contiguous.
-        metadata: what else the file holds.
+        tensors: tensors by name, on the CPU and contiguous.
+        metadata: further entries of the file.
     """
     return save(dict(tensors), {**metadata, _CHECKSUM: _hash(tensors, metadata)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file that holds what `pack_tensors` gave.
+    """Read tensors and metadata from a file with the content of `pack_tensors`.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it is broken, or not as it was written.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is damaged.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -37,12 +37,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
     if metadata.pop(_CHECKSUM, None) != _hash(tensors, metadata):
-        raise ValueError(f"{path} is damaged: it is not what its checksum was made from")
+        raise ValueError(f"{path} is damaged: its checksum does not match")
     return tensors, metadata
 
 
 def hash_text(text: str) -> str:
-    """The checksum of a text."""
+    """Compute the checksum of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,6 +1,6 @@
-"""The console, and progress bars for long work: what is done, at which rate, and how long it still takes.
+"""The console, and progress bars with work done, speed and remaining time.
 
-Whatever is printed is data, shown as it is; and nothing that goes wrong with showing it ends the work.
+Everything that is printed is data and shown unchanged, and no error in showing it ends the work.
 """
 
 import logging
@@ -26,25 +26,25 @@ from gqaprune.common.safe_text import for_log, for_terminal
 T = TypeVar("T")
 
 _SILENCE = 60.0
-"""Seconds after which work is heard of where there is no terminal."""
+"""Seconds between progress lines if there is no terminal."""
 
 logger = logging.getLogger("gqaprune")
-"""Hears every line of the console, quiet or not; `run.log` listens to it."""
+"""Receives every line of the console, quiet or not; `run.log` listens to it."""
 
 
 _PLAIN = str.maketrans({"→": "->", "–": "-", "×": "x", "✅": "+", "🔶": "~", "❌": "-"})
-"""Our own signs on a console that lacks them."""
+"""Replacements for gqaprune's signs on consoles that lack them."""
 _NARROWEST = 20
 
 
 class SafeStream:
-    """A text stream that takes every text and never raises: what it cannot show is spelled out, or lost.
+    """A text stream that accepts every text and never raises: characters it cannot show are written as codes or lost.
 
     Args:
-        stream: to write to; None, as Python has it where standard output is closed, loses all.
+        stream: stream to write to; None, as Python has for a closed standard output, loses everything.
 
     Attributes:
-        error: why the first text was lost; None as long as none was, or where nobody reads any more.
+        error: why the first text was lost; None if none was lost, or if only the reader is gone.
     """
 
     def __init__(self, stream: IO[str] | None) -> None:
@@ -52,7 +52,7 @@ class SafeStream:
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Write a text, in codes where the stream's encoding has no character for it."""
+        """Write a text, with codes for characters that the stream's encoding lacks."""
         with self._losing():
             try:
                 self._stream.write(text)
@@ -62,12 +62,12 @@ class SafeStream:
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written."""
+        """Flush the stream."""
         with self._losing():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
-        """All else is the stream's."""
+        """Return other attributes of the stream."""
         return getattr(self._stream, name)
 
     @contextmanager
@@ -78,14 +78,14 @@ class SafeStream:
             if not isinstance(error, BrokenPipeError):
                 self.error = self.error or error
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), self._stream.fileno())  # else Python fails at its end, by what is buffered
-        except ValueError:  # closed by someone
+                os.dup2(nowhere.fileno(), self._stream.fileno())  # else Python fails at exit, on buffered text
+        except ValueError:  # the stream was closed
             pass
 
 
 @contextmanager
 def keep_streams_safe() -> Iterator[SafeStream]:
-    """Let nothing that this program or a library prints raise; yields standard output."""
+    """Make printing never raise, also in libraries; yield standard output."""
     output, errors = SafeStream(sys.stdout), SafeStream(sys.stderr)
     with redirect_stdout(cast(IO[str], output)), redirect_stderr(cast(IO[str], errors)):
         try:
@@ -96,9 +96,9 @@ def keep_streams_safe() -> Iterator[SafeStream]:
 
 
 class SafeConsole(Console):
-    """Shows every string as it is: no markup, no emoji codes, nothing that steers the terminal; one line each.
+    """Shows every string unchanged, on one line: no markup, no emoji codes, no terminal controls.
 
-    Styles are asked for by `Text`. An error in showing something is logged: it never ends the work.
+    Use `Text` for styles. An error in showing something is logged and never ends the work.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -106,7 +106,7 @@ class SafeConsole(Console):
 
     @property
     def file(self) -> IO[str]:
-        """Where it prints, which takes every text."""
+        """The stream that it prints to, which accepts every text."""
         file = super().file
         return file if isinstance(file, SafeStream) else cast(IO[str], SafeStream(file))
 
@@ -116,7 +116,7 @@ class SafeConsole(Console):
 
     @property
     def size(self) -> ConsoleDimensions:
-        """Columns and rows, wide enough to show something whatever `COLUMNS` says."""
+        """Columns and rows, with enough columns to show something whatever `COLUMNS` says."""
         width, height = super().size
         return ConsoleDimensions(max(width, _NARROWEST), height)
 
@@ -125,27 +125,27 @@ class SafeConsole(Console):
         self._width, self._height = size
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print objects, or leave them out if that goes wrong."""
+        """Print objects, or skip them after an error."""
         try:
             super().print(*objects, **options)
-        except Exception as error:  # whatever it is, the work is worth more
-            logger.warning("something could not be shown: %s", first_line(error))
+        except Exception as error:  # no error in printing is worth losing the work
+            logger.warning("a message could not be shown: %s", first_line(error))
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Take a string, such as a table's cell, before it is measured; it has no line breaks of its own."""
+        """Escape line breaks in a string, such as a table's cell, before it is measured."""
         return super().render_str(for_log(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render anything, texts of other origin included."""
+        """Render any object, with terminal controls escaped."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=for_terminal(segment.text))
 
 
 class _LineLogger(RenderHook):
-    """Hands what a console prints to the logger, line by line and without colors."""
+    """Sends everything that a console prints to the logger, line by line and without colors."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        """Log them, and let them be printed as they are; a progress bar prints itself by controls alone."""
+        """Log objects, and return them unchanged; progress bars are left out, because they print only controls."""
         printed = [one for one in renderables if not isinstance(one, Control)]
         if printed and logger.isEnabledFor(logging.INFO):
             is_text = all(isinstance(one, Text) for one in printed)  # sentences are not wrapped
@@ -157,20 +157,20 @@ class _LineLogger(RenderHook):
 
 
 console = SafeConsole(soft_wrap=True)
-"""Where the core prints; quiet it with `console.quiet = True`."""
+"""The console of the package; `console.quiet = True` turns it off."""
 console.push_render_hook(_LineLogger())
 
 
 @contextmanager
 def keep_going(what: str) -> Iterator[None]:
-    """Let nothing that goes wrong with a part of a report end the work: it is said, and left out.
+    """Skip a part of a report after an error in it, with a console line, instead of ending the work.
 
     Args:
-        what: of the report.
+        what: name of the part.
     """
     try:
         yield
-    except Exception as error:  # whatever it is, the work is worth more
+    except Exception as error:  # no error in a report is worth losing the work
         console.print(f"{what} is left out: {first_line(error)}")
 
 
@@ -185,7 +185,7 @@ class _Rate(ProgressColumn):
 
 
 def _describe_pace(done: int, total: int | None, unit: str, seconds: float) -> str:
-    """How far work is, at which rate, and how long it still takes."""
+    """Describe work done, speed and remaining time."""
     rate = done / seconds
     pace = f"{rate:.2g} {unit}/s" if rate >= 0.1 else f"{1 / rate:.2g} s for each of the {unit}"
     if total is None:
@@ -197,8 +197,8 @@ def track(items: Iterable[T], description: str, unit: str) -> Generator[T, None,
     """Iterate with a progress bar on rank 0.
 
     Args:
-        items: what to iterate; its length is the bar's end.
-        description: what is being done.
+        items: items to iterate over; their number is the bar's end.
+        description: description of the work.
         unit: plural name of the items, for the rate.
     """
     total = len(items) if isinstance(items, Sized) else None
@@ -215,9 +215,9 @@ def track(items: Iterable[T], description: str, unit: str) -> Generator[T, None,
         for count, item in enumerate(progress.track(items, total=total, description=for_log(description)), start=1):
             yield item
             now = time.monotonic()
-            if not hidden and not console.is_terminal and now - said >= _SILENCE:  # where no bar moves
+            if not hidden and not console.is_terminal and now - said >= _SILENCE:  # without a terminal no bar moves
                 said = now
                 console.print(f"{description}: {_describe_pace(count, total, unit, now - began)}", markup=False)
-        if not hidden:  # of the bar itself only its end stays on a console, and none of it in a log
+        if not hidden:  # the log has no bars, so it gets a line
             done = sum(task.completed for task in progress.tasks)
             logger.info("%s: %d %s in %.1f s", description, done, unit, time.monotonic() - began)

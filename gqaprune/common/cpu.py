@@ -1,7 +1,4 @@
-"""Keeps torch off instructions that a processor announces and does not run, at which the process would be killed.
-
-And says what is left: whether products in bfloat16 are worth it.
-"""
+"""Keep torch from instructions that a CPU announces but does not support, and check whether bfloat16 is fast."""
 
 import faulthandler
 import functools
@@ -13,9 +10,9 @@ from collections.abc import Callable
 import torch
 
 SETTING = "ONEDNN_MAX_CPU_ISA"
-"""Environment variable that oneDNN, torch's library of products on CPUs, reads before its first one."""
+"""Environment variable that oneDNN, torch's library of matrix products on CPUs, reads before its first product."""
 _WORTH = 0.75
-"""Share of float32's seconds that a product in bfloat16 takes at most where it is worth its rounding."""
+"""Largest share of float32's time at which a product in bfloat16 is worth its rounding."""
 _TRIES = 5
 
 
@@ -24,13 +21,13 @@ def _multiply_bfloat16() -> None:
 
 
 def avoid_illegal_instructions(compute: Callable[[], object] = _multiply_bfloat16) -> None:
-    """Try a product of bfloat16 matrices in a child process; if that is killed, let oneDNN do without matrix tiles.
+    """Try a product of bfloat16 matrices in a child process; if that is killed, turn off matrix tiles in oneDNN.
 
-    Some virtual machines announce those tiles (AMX), and oneDNN's use of them is an illegal instruction there. Comes
-    before any other work, and does nothing where there are no tiles or the user has set what oneDNN may use.
+    Some virtual machines announce these tiles (AMX), but using them is an illegal instruction. Call this before any
+    other work; it does nothing if there are no tiles or the user has set the instructions of oneDNN.
 
     Args:
-        compute: what is tried.
+        compute: function to try.
     """
     if SETTING in os.environ or not torch.cpu.get_capabilities().get("amx_bf16"):
         return
@@ -48,16 +45,16 @@ def avoid_illegal_instructions(compute: Callable[[], object] = _multiply_bfloat1
 
 @functools.cache
 def is_faster_in_bfloat16() -> bool:
-    """Whether this processor multiplies matrices in bfloat16 clearly faster than in float32, as tried once.
+    """Return whether this CPU multiplies matrices clearly faster in bfloat16 than in float32, measured once.
 
-    What a processor announces does not say: without matrix tiles, one was seen at 4.5 times the speed of float32 and
-    another at half of it.
+    The announced instructions do not tell: without matrix tiles, one CPU was 4.5 times as fast as in float32 and
+    another half as fast.
     """
     return _time_product(torch.bfloat16) < _WORTH * _time_product(torch.float32)
 
 
 def _time_product(dtype: torch.dtype) -> float:
-    """Seconds of a product of matrices as MLPs of small models have; the fastest of some, for other work disturbs."""
+    """Time a product of matrices of a small MLP's size, in seconds; the fastest of several, to exclude other work."""
     left, right = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
 
     def multiply() -> float:

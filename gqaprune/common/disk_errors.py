@@ -1,4 +1,4 @@
-"""What a disk refuses, in a sentence: the file, what it takes, and what is free."""
+"""Explain errors of a full or broken disk in a sentence: the file, the space it needs, and the free space."""
 
 import errno
 import os
@@ -10,27 +10,27 @@ from pathlib import Path
 _CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """No space left, quota exceeded, file too large, read-only file system, input/output error."""
 _TORCH = ("PytorchStreamWriter", "inline_container", "iostream error")
-"""What torch says of any of them, without a number."""
+"""Words in torch's messages for these errors, which have no number."""
 
 
 class DiskError(OSError):
-    """A disk that takes no more; `str` is the whole sentence."""
+    """Error of a full or broken disk; `str` is the whole sentence."""
 
     def __str__(self) -> str:
-        """The sentence alone, without the number."""
+        """Return only the sentence, without the number."""
         return str(self.strerror)
 
 
 @contextmanager
 def explain_disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
-    """Say of whatever error, of Python, safetensors or torch, that a disk is full or broken what could not be written.
+    """Replace errors of Python, safetensors or torch about a full or broken disk by one that names the file.
 
     Args:
-        path: a file or folder.
-        size: bytes that it takes, if that is known.
+        path: file or folder to write.
+        size: bytes that it needs, if that is known.
 
     Raises:
-        DiskError: in place of such an error.
+        DiskError: instead of such an error.
     """
     try:
         yield
@@ -39,9 +39,9 @@ def explain_disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
     except Exception as error:
         if (code := _find_code(error)) is None:
             raise
-        takes = "" if size is None else f"it takes {_show(size)}, "
+        takes = "" if size is None else f"it needs {_show(size)}, "
         sentence = f"cannot write {path}: {os.strerror(code)}; {takes}{_describe_free(path)}"
-        raise DiskError(code, f"{sentence}; make room there or name another folder", str(path)) from None
+        raise DiskError(code, f"{sentence}; free space there or choose another folder", str(path)) from None
 
 
 def _find_code(error: Exception) -> int | None:
@@ -56,7 +56,7 @@ def _describe_free(path: Path) -> str:
     place = next((place for place in (path, *path.parents) if place.is_dir()), Path())
     with suppress(OSError):
         return f"{_show(shutil.disk_usage(place).free)} are free in {place}"
-    return f"how much is free in {place} is unknown"
+    return f"the free space in {place} is unknown"
 
 
 def _show(size: int) -> str:

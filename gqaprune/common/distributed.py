@@ -1,4 +1,4 @@
-"""What the core needs of torch.distributed; every function also works without a process group."""
+"""Helpers for torch.distributed; every function also works without a process group."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ K = TypeVar("K")
 
 
 def get_rank_and_world_size() -> tuple[int, int]:
-    """Rank and size of the default process group, `(0, 1)` without one."""
+    """Return rank and size of the default process group, `(0, 1)` without one."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -37,8 +37,8 @@ def add_across_ranks(tensors: Iterable[Tensor], device: torch.device) -> None:
     """Add tensors over all ranks in place, one after the other; every rank gets the same bits.
 
     Args:
-        tensors: as many of the same shapes on every rank; they may be kept elsewhere than on the device.
-        device: that the process group reduces on.
+        tensors: tensors with the same shapes on every rank; they may be on another device.
+        device: device that the process group reduces on.
     """
     if get_rank_and_world_size()[1] > 1:
         for tensor in tensors:
@@ -46,14 +46,14 @@ def add_across_ranks(tensors: Iterable[Tensor], device: torch.device) -> None:
 
 
 def take_from_rank_0(read: Callable[[], Sequence[Tensor]], device: torch.device) -> list[Tensor]:
-    """What rank 0 reads, on every rank; the others read nothing.
+    """Read tensors on rank 0 only, and return them on every rank.
 
     Args:
-        read: gives integer matrices on the CPU.
-        device: that the process group reduces on.
+        read: returns integer matrices on the CPU.
+        device: device that the process group reduces on.
 
     Raises:
-        ValueError: on every rank, with rank 0's sentence.
+        ValueError: on every rank, with rank 0's message.
     """
     rank, world_size = get_rank_and_world_size()
     if world_size == 1:
@@ -78,7 +78,7 @@ def take_from_rank_0(read: Callable[[], Sequence[Tensor]], device: torch.device)
 
 
 def _broadcast(numbers: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """Rank 0's integers on the CPU of every rank; what others give is not looked at."""
+    """Return rank 0's integers on the CPU of every rank; those of other ranks are ignored."""
     is_first = get_rank_and_world_size()[0] == 0
     sent = numbers.long() if is_first and numbers is not None else torch.zeros(length, dtype=torch.long)
     sent = sent.to(device)
@@ -87,27 +87,27 @@ def _broadcast(numbers: Tensor | None, length: int, device: torch.device) -> Ten
 
 
 def reduce_to_largest(numbers: Tensor) -> list[int]:
-    """Look at the largest of each of some integers over all ranks; this waits for the device, and the other ranks."""
+    """Return the largest value of each integer over all ranks; waits for the device and the other ranks."""
     if get_rank_and_world_size()[1] > 1:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return [int(number) for number in numbers.tolist()]
 
 
 def is_true_anywhere(flag: bool, device: torch.device) -> bool:
-    """Whether a flag is set on any rank, so that all of them stop together instead of waiting for one another."""
+    """Return whether a flag is set on any rank, so that all ranks stop together instead of waiting for one another."""
     return bool(sum_across_ranks({"flag": torch.tensor(float(flag), device=device)})["flag"] > 0)
 
 
 def check_same_on_all_ranks(what: str, key: str, device: torch.device) -> None:
-    """Stop all ranks where one has something else than rank 0; every rank has to call it.
+    """Raise an error on all ranks if something differs between a rank and rank 0; every rank must call it.
 
     Args:
-        what: each rank has, in a sentence.
-        key: text that is the same where it is.
-        device: that the process group reduces on.
+        what: name of the thing, for the error.
+        key: text that must be the same on all ranks.
+        device: device that the process group reduces on.
 
     Raises:
-        ValueError: on every rank, naming those that differ.
+        ValueError: on every rank, with the ranks that differ.
     """
     rank, world_size = get_rank_and_world_size()
     if world_size == 1:
@@ -118,6 +118,6 @@ def check_same_on_all_ranks(what: str, key: str, device: torch.device) -> None:
     digests = sum_across_ranks({"digests": digests.to(device)})["digests"]
     if others := [other for other in range(world_size) if not digests[other].equal(digests[0])]:
         raise ValueError(
-            f"{what} of rank {', '.join(map(str, others))} differ from rank 0's, of {world_size} ranks: give all of "
-            "them the same files, package versions and kind of device, or prune on one (trainer.devices 1)"
+            f"{what} of rank {', '.join(map(str, others))} differ from rank 0's, of {world_size} ranks: use the same "
+            "files, package versions and kind of device for all ranks, or set trainer.devices to 1"
         )

@@ -1,4 +1,4 @@
-"""Settings in Python have the types that their fields say, as those of the command line have."""
+"""Check that settings in Python have the types of their fields, as on the command line."""
 
 from dataclasses import fields
 from numbers import Integral, Real
@@ -11,16 +11,16 @@ _KINDS: dict[type, tuple[type, str]] = {
     float: (Real, "a number"),
     str: (str, "a name"),
 }
-"""Type of a field -> what it takes, and how that is called."""
+"""Type of a field -> type that it accepts, and its name in errors."""
 
 
 def check_field_types(settings: Any) -> None:
-    """Refuse values of a dataclass that are not what its fields say: a name for a number would fail far from here.
+    """Raise an error if a dataclass has a value of another type than its field, which would fail much later.
 
-    Fields of other types than numbers, names and switches are left to their own checks.
+    Only numbers, names and switches are checked.
 
     Raises:
-        ValueError: naming the first.
+        ValueError: with the first such field.
     """
     for field in fields(settings):
         value = getattr(settings, field.name)

@@ -1,4 +1,4 @@
-"""Read JSON that someone else may have written: bounded in size and depth, each key once, every number finite."""
+"""Read JSON from any source safely: size and depth are bounded, keys are unique, numbers are finite."""
 
 import json
 import math
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LARGEST_FILE = 2**27
-"""Bytes; the largest tokenizers and plans have a third of them."""
+"""Largest size in bytes; the largest tokenizers and plans have a third of it."""
 _DEEPEST = 64
-"""Containers within each other, far below what recursive functions can follow."""
+"""Largest number of nested containers, far below the limit of recursive functions."""
 _LONGEST_NUMBER = 40
-"""Characters of a whole number: every such one is a finite float, too, and tokenizers write 10^30 for no limit."""
+"""Largest number of digits of a whole number: these are all finite floats, and tokenizers write 10^30 for no limit."""
 _SHOWN = 40
-"""Characters of a key or a number that are shown at most."""
+"""Largest number of a key's or number's characters to show."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -23,17 +23,17 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
     """Read a JSON file.
 
     Args:
-        path: of the file.
-        what: it should be, in a sentence.
+        path: path of the file.
+        what: name of its content, for errors.
 
     Raises:
-        ValueError: if it is missing, cannot be read, or holds what `parse_json` refuses.
+        ValueError: if the file is missing, cannot be read, or is refused by `parse_json`.
     """
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is not a {what}: not a file")
-        with path.open("rb") as file:  # which grows under some names
+        with path.open("rb") as file:  # special files such as /dev/zero never end
             content = file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
         raise ValueError(f"no {what} at {path}") from None
@@ -49,9 +49,9 @@ def parse_json(content: bytes | str) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: naming what is wrong, in part of a sentence: more than 128 MiB, nested more than 64 deep, a key that
-            is there twice, numbers that are not finite or have more than 40 digits, halves of characters, a byte order
-            mark, or no JSON in UTF-8 at all.
+        ValueError: with the reason, as part of a sentence: more than 128 MiB, nested more than 64 deep, a duplicate
+            key, numbers that are not finite or have more than 40 digits, halves of characters, a byte order mark, or
+            not JSON in UTF-8.
     """
     if len(content) > LARGEST_FILE:
         raise ValueError(f"larger than {LARGEST_FILE // 2**20} MiB")
@@ -81,13 +81,13 @@ def _make_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"key {name[:_SHOWN]!r} is there twice")
+        raise ValueError(f"key {name[:_SHOWN]!r} occurs twice")
     return result
 
 
 def _parse_int(text: str) -> int:
     if len(text) > _LONGEST_NUMBER:
-        raise ValueError(f"a number has {len(text)} digits, at most {_LONGEST_NUMBER} are read")
+        raise ValueError(f"a number has {len(text)} digits, but at most {_LONGEST_NUMBER} are allowed")
     return int(text)
 
 
@@ -118,4 +118,4 @@ def _check_characters(value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"it spells half of a character, \\u{ord(error.object[error.start]):04x}") from None
+        raise ValueError(f"it has half of a character, \\u{ord(error.object[error.start]):04x}") from None

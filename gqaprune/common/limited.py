@@ -1,4 +1,4 @@
-"""Run what others wrote, such as a chat template, in a child process that can neither run on nor fill the memory."""
+"""Run code of others, such as a chat template, in a child process with limits of time and memory."""
 
 import faulthandler
 import json
@@ -17,32 +17,32 @@ from typing import Any, NoReturn
 from gqaprune.common.errors import first_line
 
 SECONDS = 5.0
-"""Time that a child has: of a core, as other programs may hold it up; `_PATIENCE` times as much by the clock."""
+"""Limit of a child's CPU time; `_PATIENCE` times as much by the clock, because other programs may slow it down."""
 MEMORY = 2 << 30
-"""Bytes that it may take beyond what its parent has."""
+"""Limit of a child's memory in bytes, beyond its parent's memory."""
 _PATIENCE = 10.0
 _TOO_LARGE = f"it needs more than {MEMORY >> 30} GiB of memory"
 
 
 def run_limited(work: Callable[[], Any], seconds: float | None = None) -> Any:
-    """Run a function in a copy of this process, made in milliseconds, that ends at a limit of time and memory.
+    """Run a function in a copy of this process, made in milliseconds, with limits of time and memory.
 
-    The copy has this thread alone: the function may compute, and has to leave devices, files and other threads be.
-    Where there is no `fork` it runs in a thread, which is left behind after the time; macOS does not limit memory.
+    The copy has only this thread: the function may compute, but must not use devices, files or other threads. Without
+    `fork`, it runs in a thread that is abandoned after the time; macOS does not limit memory.
 
     Args:
-        work: gives plain data, which comes back by JSON.
-        seconds: time of a core that it has; `SECONDS` by default.
+        work: function that returns plain data, which is passed back as JSON.
+        seconds: limit of its CPU time; `SECONDS` by default.
 
     Raises:
-        ValueError: with what it raised in a line, or the limit that it met.
+        ValueError: with its error in one line, or the limit that it exceeded.
     """
     seconds = SECONDS if seconds is None else seconds
     if sys.platform == "win32":
         return _run_in_thread(work, seconds)
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which Python 3.12 gives
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns about fork with other threads
         child = os.fork()
     if not child:
         _answer(work, seconds, writing)
@@ -51,7 +51,7 @@ def run_limited(work: Callable[[], Any], seconds: float | None = None) -> Any:
         with open(reading, "rb") as pipe:
             answer = pipe.read()
     finally:
-        with suppress(ProcessLookupError):  # here after Ctrl-C, too
+        with suppress(ProcessLookupError):  # also after Ctrl-C
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
     try:
@@ -65,13 +65,13 @@ def run_limited(work: Callable[[], Any], seconds: float | None = None) -> Any:
 
 
 def _answer(work: Callable[[], Any], seconds: float, writing: int) -> NoReturn:
-    """In the child: run, write the result or the error as JSON, and end without any of the parent's clean-up."""
+    """Run the function in the child, write its result or error as JSON, and end without the parent's clean-up."""
     try:
         _limit(seconds)
         answer = json.dumps([work(), None])
     except MemoryError:
         answer = json.dumps([None, _TOO_LARGE])
-    except BaseException as error:  # a panic of Rust is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         answer = json.dumps([None, first_line(error)])
     with suppress(BaseException), open(writing, "w", encoding="ascii") as pipe:
         pipe.write(answer)
@@ -85,13 +85,13 @@ def _limit(seconds: float) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     faulthandler.disable()
-    logging.disable()  # the parent says it all
+    logging.disable()  # the parent reports the error
     warnings.simplefilter("ignore")
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for output in (1, 2):
         os.dup2(sys.stdout.fileno(), output)
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: math.ceil(seconds)}
-    with suppress(OSError):  # of Linux alone
+    with suppress(OSError):  # only Linux has this file
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         limits[resource.RLIMIT_AS] = pages * resource.getpagesize() + MEMORY
     for name, value in limits.items():

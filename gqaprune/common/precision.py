@@ -1,4 +1,4 @@
-"""Products as exact as the types of their operands, whatever a user has allowed for speed in training."""
+"""Compute matrix products in full precision, whatever a user has allowed for speed in training."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,11 +10,11 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 @contextmanager
 def multiply_exactly() -> Iterator[None]:
-    """Multiply float32 in float32 while the context lasts: no TF32, no bfloat16 within oneDNN, no autocast.
+    """Multiply float32 matrices in float32 within the context: no TF32, no bfloat16 in oneDNN, no autocast.
 
-    These settings belong to a process, so a script or trainer that wants them in training has them wherever something
-    is measured, too. Decorates every function that scores, measures, cuts or fits, so that what it gives depends on
-    model, text and settings alone.
+    These settings apply to the whole process, so a script or trainer that sets them for training would also change
+    measurements. This decorates every function that scores, measures, cuts or fits, so that its result depends only on
+    model, text and settings.
     """
     with ExitStack() as restored:
         for device in _DEVICES:
@@ -27,7 +27,7 @@ def multiply_exactly() -> Iterator[None]:
 
 @contextmanager
 def use_default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make new tensors of a type while the context lasts, whatever a trainer builds modules in."""
+    """Use a type for new tensors within the context, whatever type a trainer builds modules in."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -37,12 +37,12 @@ def use_default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _read_precision() -> tuple[str | None, dict[str, str]]:
-    """What torch may do with float32, by its old setting and by its new ones, which torch before 2.9 has not."""
+    """Read torch's float32 precision, from its old setting and from the new ones, which exist since torch 2.9."""
     matmuls = {"cuda": torch.backends.cuda.matmul, "mkldnn": getattr(torch.backends.mkldnn, "matmul", None)}
     values = {name: getattr(matmul, "fp32_precision", None) for name, matmul in matmuls.items()}
     try:
         overall = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the new ones say what it cannot
+    except RuntimeError:  # the new settings have a value that the old one cannot express
         overall = None
     return overall, {name: value for name, value in values.items() if value is not None}
 
@@ -52,6 +52,6 @@ def _restore(overall: str | None, values: dict[str, str]) -> None:
         torch.set_float32_matmul_precision(overall)
     for name, value in values.items():
         matmul = getattr(torch.backends, name).matmul
-        matmul.fp32_precision = "none"  # which follows the setting above it
+        matmul.fp32_precision = "none"  # follows the more general setting
         if matmul.fp32_precision != value:
             matmul.fp32_precision = value

@@ -1,8 +1,8 @@
-"""The ranks of a run hear at once when one of them ends, whatever they wait for: collectives hear late, or never.
+"""Tell all ranks of a run at once when one of them ends; collectives notice that late, or never.
 
-Every rank keeps a connection to rank 0, which passes on what it hears. A rank that fails says why; one that is killed
-says nothing, and the system closes its connection. What is heard is raised in the main thread; where that does not
-return from a collective, the process ends without it.
+Every rank keeps a connection to rank 0, which passes messages on. A rank that fails sends the reason; if a rank is
+killed, the system closes its connection. The error is raised in the main thread; if that does not return from a
+collective, the process ends without it.
 """
 
 import atexit
@@ -23,17 +23,17 @@ from typing import Any
 from gqaprune.common.stop_signals import Stopped, stop_signals
 
 _POLL = 0.5
-"""Seconds between two looks at child processes."""
+"""Seconds between checks of child processes."""
 _OWN_END = 1.0
-"""Seconds that a rank has to end by itself, for the same reason as the one that it heard of."""
+"""Seconds in which a rank may end by itself, for the same reason as the other rank."""
 _PATIENCE = 3.0
-"""Seconds that the main thread then has to leave what it waits for."""
+"""Seconds in which the main thread then has to leave a collective."""
 _CHILDREN = 8.0
-"""Seconds that child processes have to end, after all of that."""
+"""Seconds in which child processes have to end after that."""
 
 
 _HELLO = 64
-"""Bytes that a rank sends first: a key that it has from rank 0, and its number."""
+"""Bytes of a rank's first message: a key from rank 0, and its number."""
 _STOPPED = "stopped by a signal"
 
 
@@ -42,9 +42,9 @@ class RankEnd:
     """How a rank ended.
 
     Args:
-        rank: which one.
-        code: exit code; 0 where it has done its work.
-        reason: in words.
+        rank: number of the rank.
+        code: exit code; 0 if it has finished its work.
+        reason: reason in words.
     """
 
     rank: int
@@ -52,12 +52,12 @@ class RankEnd:
     reason: str = ""
 
     def make_error(self) -> BaseException:
-        """What other ranks raise."""
+        """Make the error that other ranks raise."""
         return Stopped(self.code - 128) if self.reason == _STOPPED else RankEndedError(self)
 
 
 class RankEndedError(RuntimeError):
-    """Another rank of the run has ended, so that this one cannot go on."""
+    """Another rank of the run has ended, so this one cannot continue."""
 
     def __init__(self, end: RankEnd) -> None:
         super().__init__(f"rank {end.rank} has ended, and the other ranks with it: {end.reason}")
@@ -68,7 +68,7 @@ class Ranks:
     """Listens to the other ranks from `start` to `close`.
 
     Attributes:
-        heard: how the first rank ended that did not end well; None as long as there is none.
+        heard: end of the first rank that failed; None if none has failed.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Ranks:
         self._has_heard, self._is_closed = threading.Event(), threading.Event()
 
     def start(self, children: Sequence["subprocess.Popen[Any]"] = ()) -> None:
-        """Begin to listen; to child processes that a launcher made, too, which end with this one."""
+        """Begin to listen, also to a launcher's child processes, which end with this one."""
         self._children = children
         if children:
             atexit.register(self._end_children)
@@ -90,10 +90,10 @@ class Ranks:
         """Connect to rank 0. Every rank calls it.
 
         Args:
-            rank: of this process.
+            rank: rank of this process.
             world_size: number of ranks.
-            host: of rank 0, as the others know it.
-            share: gives every rank what rank 0 gave it.
+            host: address of rank 0 for the other ranks.
+            share: broadcasts a string from rank 0.
         """
         self.rank = rank
         server = _open_server(host, world_size) if rank == 0 else None
@@ -103,30 +103,30 @@ class Ranks:
         if server is not None:
             self._selector.register(server, selectors.EVENT_READ, lambda: self._accept(server, key))
             return
-        with suppress(OSError):  # behind a firewall collectives alone say it
+        with suppress(OSError):  # behind a firewall, only collectives notice that a rank has ended
             peer = socket.create_connection((host, int(port)), _PATIENCE)
             peer.sendall(f"{key} {rank}".ljust(_HELLO).encode())
             self._add(peer, 0)
 
     def tell(self, code: int, reason: str) -> None:
-        """Let the other ranks end with this one."""
+        """Tell the other ranks to end with this one."""
         self._is_closed.set()
         if self.heard is None:
             self._send(asdict(RankEnd(self.rank, code, reason)))
 
     def tell_stopped(self, number: int) -> None:
-        """Let the other ranks stop with this one, for its signal."""
+        """Tell the other ranks to stop with this one, because of its signal."""
         self.tell(128 + number, _STOPPED)
 
     def close(self) -> None:
-        """Stop listening, after work that is done."""
+        """Stop listening after the work is finished."""
         self.tell(0, "")
         atexit.unregister(self._end_children)
         for peer in self._peers:
             peer.close()
 
     def wait(self) -> RankEnd | None:
-        """Wait a moment to hear whether another rank is why a collective failed."""
+        """Wait a moment for a message that another rank's end made a collective fail."""
         self._has_heard.wait(_OWN_END)
         return self.heard
 
@@ -134,12 +134,12 @@ class Ranks:
         peer, _ = server.accept()
         peer.settimeout(_PATIENCE)
         try:
-            own_key, _, rank = peer.recv(_HELLO, socket.MSG_WAITALL).decode().partition(" ")
-            if hmac.compare_digest(own_key, key):
+            peer_key, _, rank = peer.recv(_HELLO, socket.MSG_WAITALL).decode().partition(" ")
+            if hmac.compare_digest(peer_key, key):
                 return self._add(peer, int(rank))
         except (OSError, ValueError):
             pass
-        peer.close()  # of another program
+        peer.close()  # another program connected
 
     def _add(self, peer: socket.socket, rank: int) -> None:
         peer.settimeout(None)
@@ -156,7 +156,7 @@ class Ranks:
             end = None
         self._selector.unregister(peer)
         rank = self._peers.pop(peer)
-        self._hear(end or RankEnd(rank, 1, "it was killed, or its machine is gone"))
+        self._hear(end or RankEnd(rank, 1, "it was killed, or its machine cannot be reached"))
 
     def _send(self, message: dict[str, Any]) -> None:
         for peer in list(self._peers):
@@ -181,7 +181,7 @@ class Ranks:
         self._has_heard.set()
 
     def _end(self) -> None:
-        """End this process for another rank's sake, by its main thread if that can."""
+        """End this process because another rank has ended, by its main thread if possible."""
         assert self.heard is not None
         if self._is_closed.wait(_OWN_END):
             return
@@ -194,10 +194,10 @@ class Ranks:
         os._exit(self.heard.code)
 
     def _end_children(self) -> None:
-        """Wait for child processes, which have heard that they are to end; kill those that do not."""
+        """Wait until child processes end, which have been told to; kill those that do not."""
         until = time.monotonic() + _CHILDREN
         for child in self._children:
-            if not self._peers:  # they could not hear it
+            if not self._peers:  # they could not be told
                 child.terminate()
             try:
                 child.wait(max(0.0, until - time.monotonic()))
@@ -206,7 +206,7 @@ class Ranks:
 
 
 def _open_server(host: str, world_size: int) -> socket.socket:
-    """A port for the other ranks, which other machines see only where there are ranks on some."""
+    """Open a port for the other ranks, which is only visible to other machines if the host is not local."""
     if host == "localhost" or host.startswith("127."):
         return socket.create_server((host, 0), backlog=world_size)
     both = socket.has_dualstack_ipv6()
@@ -215,6 +215,6 @@ def _open_server(host: str, world_size: int) -> socket.socket:
 
 
 def _describe_exit(rank: int, code: int) -> RankEnd:
-    """How a child process ended that said nothing to the other ranks."""
-    reason = "its own message says why" if code > 0 else f"signal {-code} killed it"
+    """Describe the end of a child process that sent no message."""
+    reason = "see its own error message" if code > 0 else f"signal {-code} killed it"
     return RankEnd(rank, code if code > 0 else 128 - code, reason)

@@ -1,6 +1,6 @@
-"""Names that have changed, each with its successor: one table for settings, arguments and modules.
+"""Tables of renamed settings, arguments and modules, each with its new name.
 
-Whoever uses an old name reads the new one in the error, on the command line, in a configuration file and in Python.
+Using an old name on the command line, in a configuration file or in Python raises an error with the new name.
 """
 
 import functools
@@ -64,10 +64,10 @@ SETTINGS: Mapping[str, str] = {
     "data.temperature": "data.sampling.temperature",
     "data.top_p": "data.sampling.top_p",
 }
-"""Full name of a setting -> the name it has now. An old name that is a group's today once held the value itself."""
+"""Old full name of a setting -> its new name. Some old names are groups today."""
 
 GROUPS = tuple(old for old, new in SETTINGS.items() if new.startswith(f"{old}."))
-"""Groups of today that once were settings."""
+"""Groups of settings whose names were once single settings."""
 
 ARGUMENTS: Mapping[str, str] = {
     "prune.accumulate": "CalibrationSet(batches, accumulation=...) as the second argument",
@@ -75,7 +75,7 @@ ARGUMENTS: Mapping[str, str] = {
     "prune.seed": "CalibrationSet(batches, seed=...) as the second argument",
     "prune.corpora": "CalibrationSet(batches, corpora=...) as the second argument",
 }
-"""Function and argument -> what takes its place."""
+"""Function and argument -> its replacement."""
 
 MODULES: Mapping[str, str] = {
     "accumulation": "training.accumulation",
@@ -145,7 +145,7 @@ MODULES: Mapping[str, str] = {
     "walk": "surgery.streams",
     "windows": "data.windows",
 }
-"""Module below `gqaprune` -> where its content is now."""
+"""Old module below `gqaprune` -> its new place."""
 
 
 ATTRIBUTES: Mapping[str, str] = {
@@ -169,7 +169,7 @@ ATTRIBUTES: Mapping[str, str] = {
         if old.startswith(group) and old not in GROUPS
     },
 }
-"""Class and attribute -> what it is called now, in the same object."""
+"""Class and old attribute -> its new name, in the same object."""
 
 NAMES: Mapping[str, str] = {
     "architecture.BlockKey": "plan.BlockKey",
@@ -234,17 +234,17 @@ NAMES: Mapping[str, str] = {
     "walk.Passage": "surgery.streams.BlockActivations",
     "walk.Walk": "surgery.streams.Streams",
 }
-"""Name in a module that has moved -> its place and name today, where they are not those of the module."""
+"""Name in a moved module -> its new place and name, if it did not move with its module."""
 
 
 def describe_rename(old: str) -> str | None:
-    """Say in a sentence what a setting is called now; None where its name has not changed."""
+    """Return a sentence with the new name of a setting; None if it was not renamed."""
     new = SETTINGS.get(old)
     return None if new is None else f"{old} is now {new}"
 
 
 def find_renamed_setting(message: str) -> str | None:
-    """Find the first old name of a setting in another library's error, as the sentence that names its successor."""
+    """Find the first old name of a setting in another library's error; return the sentence with its new name."""
     for name in re.findall(r"\b(?:pruning|data)(?:\.\w+)+", message):
         if (sentence := describe_rename(name)) is not None:
             return sentence
@@ -252,11 +252,11 @@ def find_renamed_setting(message: str) -> str | None:
 
 
 def name_successors(group: str, table: Mapping[str, str] = SETTINGS) -> Callable[[F], F]:
-    """Decorate a function so that an argument's old name is refused with its new one.
+    """Decorate a function so that an argument's old name raises an error with the new one.
 
     Args:
-        group: what stands before the argument in the table: `pruning` for `pruning.repair_pull`.
-        table: old names and their successors.
+        group: prefix of the argument in the table: `pruning` for `pruning.repair_pull`.
+        table: old names -> new names.
     """
 
     def decorate(function: F) -> F:
@@ -274,15 +274,15 @@ def name_successors(group: str, table: Mapping[str, str] = SETTINGS) -> Callable
 
 
 def build_group(name: str, group: type[G], value: G | Mapping[str, Any]) -> G:
-    """Make a group of settings of a dictionary, or take it as it is.
+    """Build a group of settings from a dictionary, or return it as it is.
 
     Args:
         name: full name of the group, such as `pruning.limits`.
-        group: its dataclass.
+        group: dataclass of the group.
         value: an instance, or settings by their names.
 
     Raises:
-        ValueError: if the value is neither, or names a setting that the group does not have.
+        ValueError: if the value is neither, or has a setting that the group lacks.
     """
     if isinstance(value, group):
         return value
@@ -296,10 +296,10 @@ def build_group(name: str, group: type[G], value: G | Mapping[str, Any]) -> G:
 
 
 def describe_move(module: str) -> str | None:
-    """Say where the content of a module is today; None where it has not moved.
+    """Return a sentence with the new place of a module; None if it has not moved.
 
     Args:
-        module: its name below `gqaprune`.
+        module: name of the module below `gqaprune`.
     """
     if (new := MODULES.get(module)) is None:
         return None
@@ -309,10 +309,10 @@ def describe_move(module: str) -> str | None:
 
 
 def refuse_moved_name(module: str, name: str) -> NoReturn:
-    """Refuse a name that a package of today no longer has.
+    """Raise an error for a name that a package no longer has.
 
     Raises:
-        ImportError: with the name's place today, if it has moved.
+        ImportError: with the name's new place, if it has moved.
         AttributeError: if there never was such a name.
     """
     if (new := NAMES.get(f"{module}.{name}")) is not None:
@@ -321,9 +321,9 @@ def refuse_moved_name(module: str, name: str) -> NoReturn:
 
 
 class RenamedAttributes:
-    """Mix into a class so that an attribute's old name is refused with its new one."""
+    """Mixin for classes, which raises an error with the new name when an attribute's old name is used."""
 
-    if not TYPE_CHECKING:  # type checkers know the attributes that there are
+    if not TYPE_CHECKING:  # so that type checkers still report unknown attributes
 
         def __getattr__(self, name: str) -> Any:
             for owner in type(self).__mro__:
@@ -335,7 +335,7 @@ class RenamedAttributes:
 
 
 class _OldModules(MetaPathFinder):
-    """Answers the import of a module that has moved with its new place; asked last, when no other finder has it."""
+    """Raises an error with the new place when a moved module is imported; asked after all other finders."""
 
     def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> None:
         package, _, module = name.partition(".")
@@ -344,6 +344,6 @@ class _OldModules(MetaPathFinder):
 
 
 def name_moved_modules() -> None:
-    """Let the import of a module's old name say its new one, from here on."""
+    """Make imports of old module names raise errors with the new names."""
     if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
         sys.meta_path.append(_OldModules())

@@ -1,7 +1,7 @@
-"""`run.log`: all that a run's console shows, each line with its time; first the command and the versions.
+"""Write `run.log`: the command, the versions, and everything that a run's console shows, each line with its time.
 
-The console hands its lines to the logger `gqaprune` (see `console.py`); Lightning, transformers and others have
-loggers of their own, Python's warnings `py.warnings`. Lines wait in memory until the run's folder is known.
+The console sends its lines to the logger `gqaprune` (see `console.py`); Lightning, transformers and others have their
+own loggers, and Python's warnings have `py.warnings`. Lines are kept in memory until the run's folder is known.
 """
 
 import logging
@@ -29,13 +29,13 @@ from gqaprune.common.safe_text import for_log, for_terminal
 LOG_FILE = "run.log"
 
 _UNTIL_KNOWN = 100_000
-"""Lines that are held before there is a file."""
+"""Largest number of lines kept in memory before there is a file."""
 
 
 class RunLog:
-    """Listens from `with` on, to the console, warnings and every logger; writes once `open` has said where.
+    """Collects lines of the console, warnings and every logger within `with`; writes them after `open`.
 
-    Warnings that no handler hears are shown on the console, where Python itself would have shown them.
+    Warnings without a handler are shown on the console, where Python itself would show them.
 
     Example::
 
@@ -48,7 +48,7 @@ class RunLog:
         self._undo: list[Callable[[], object]] = []
 
     def __enter__(self) -> "RunLog":
-        """Begin to listen; note the command and the versions."""
+        """Begin to listen; log the command and the versions."""
         if not logging.root.handlers:
             self._add_handler(logging.root, _UnheardWarnings())
         self._listen_to_loggers()
@@ -66,7 +66,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Note what ended it, if that was an error, and stop."""
+        """Log the error that ended the run, if there was one, and stop."""
         if error is not None and not isinstance(error, (SystemExit, KeyboardInterrupt)):
             logger.error("stopped by an error", exc_info=error)
         for undo in reversed(self._undo):
@@ -78,8 +78,8 @@ class RunLog:
             file.close()
 
     def open(self, folder: Path) -> None:
-        """Write what was heard so far and all that follows into a folder, after what earlier runs left there."""
-        self._listen_to_loggers()  # some have been made since
+        """Write all lines so far and all that follow to a file in a folder, appending to an earlier run's log."""
+        self._listen_to_loggers()  # some loggers are new
         folder.mkdir(parents=True, exist_ok=True)
         file = _LogFile(folder / LOG_FILE, encoding="utf-8", errors="replace")
         file.setFormatter(_Lines())
@@ -88,41 +88,41 @@ class RunLog:
         self._lines.flush()
 
     def _listen_to_loggers(self) -> None:
-        for own in _list_loggers():
-            if self._lines not in own.handlers:
-                self._add_handler(own, self._lines)
+        for target in _list_loggers():
+            if self._lines not in target.handlers:
+                self._add_handler(target, self._lines)
 
-    def _add_handler(self, own: logging.Logger, handler: logging.Handler) -> None:
-        own.addHandler(handler)
-        self._undo.append(partial(own.removeHandler, handler))
+    def _add_handler(self, target: logging.Logger, handler: logging.Handler) -> None:
+        target.addHandler(handler)
+        self._undo.append(partial(target.removeHandler, handler))
 
 
 def _note_thread(stopped: threading.ExceptHookArgs) -> None:
-    """Say in a line that a thread has ended by an error, such as a logger's that writes in the background."""
+    """Print that a thread has ended with an error, such as a logger's background thread."""
     if isinstance(stopped.exc_value, Exception):
         name = stopped.thread.name if stopped.thread is not None else "a thread"
         console.print(f"{name} stopped: {first_line(stopped.exc_value)}")
 
 
 class _LogFile(logging.FileHandler):
-    """Loses lines where a disk is full, and says so once."""
+    """Drops lines when the disk is full, and reports that once."""
 
     is_whole = True
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say what went wrong, instead of showing a trace for every line."""
+        """Print the first error, instead of a trace for every line."""
         if self.is_whole:
             self.is_whole = False
-            print(f"{for_log(self.baseFilename)} is not whole: {sys.exception()}", file=sys.stderr)
+            print(f"{for_log(self.baseFilename)} is incomplete: {sys.exception()}", file=sys.stderr)
 
     def close(self) -> None:
-        """Close it, though what waits to be written may have no place."""
+        """Close the file, even if buffered lines cannot be written."""
         with suppress(OSError):
             super().close()
 
 
 class _UnheardWarnings(RichHandler):
-    """Shows messages of libraries that have no handler of their own on standard error: just the text, unwrapped."""
+    """Shows warnings of libraries without a handler on standard error: only the text, unwrapped."""
 
     def __init__(self) -> None:
         self._stderr = SafeConsole(stderr=True, soft_wrap=True)
@@ -130,7 +130,7 @@ class _UnheardWarnings(RichHandler):
         self.addFilter(_is_unheard)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show a message, above a progress bar where there is one: by its console, which would log it once more."""
+        """Show a message above a progress bar, if there is one, by the bar's console; that must not log it again."""
         self.console = console if isinstance(sys.stderr, FileProxy) else self._stderr
         logger.disabled = True
         try:
@@ -141,21 +141,21 @@ class _UnheardWarnings(RichHandler):
     def render(
         self, *, record: logging.LogRecord, traceback: Traceback | None, message_renderable: ConsoleRenderable
     ) -> ConsoleRenderable:
-        """Show the text alone: time and level are in `run.log`."""
+        """Show only the text, because time and level are in `run.log`."""
         return Text(self.format(record).rstrip("\n"))
 
 
 class _Lines(logging.Formatter):
-    """Time and level on each line, of a message of several, too."""
+    """Writes time and level on each line, also of messages with several lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The lines of a record."""
+        """Format the lines of a record."""
         before = f"{self.formatTime(record)} {record.levelname:<7} "
         return "\n".join(before + line for line in for_terminal(super().format(record).rstrip()).split("\n"))
 
 
 def _is_unheard(record: logging.LogRecord) -> bool:
-    """Whether no logger but the root has a handler for it; Python's own warnings have one that does nothing."""
+    """Return whether only the root logger has a handler for a record; Python's warnings have one that does nothing."""
     if record.name == "py.warnings":
         return True
     one: logging.Logger | None = logging.getLogger(record.name)
@@ -167,7 +167,7 @@ def _is_unheard(record: logging.LogRecord) -> bool:
 
 
 def _list_loggers() -> list[logging.Logger]:
-    """The root of all, and those that keep what they hear from it."""
+    """List the root logger, and all loggers that do not propagate to it."""
     named = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
     silent = [one for one in named if not one.propagate and one is not logger]
     return [logging.root, logger, *silent]

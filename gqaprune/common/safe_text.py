@@ -1,7 +1,7 @@
-"""Names and texts that others wrote are data: one function for each place that they are shown in.
+"""Escape names and texts of any origin, with one function for each place where they are shown.
 
-A folder, a prompt, what a model writes, a setting in someone's `plan.json` or another library's error may hold
-anything: sequences that rewrite a terminal, characters that turn a line's direction, markup, quotes, line breaks.
+A folder, a prompt, a model's text, a setting in someone's `plan.json` or another library's error may contain anything:
+terminal controls, characters that reverse a line's direction, markup, quotes, line breaks.
 """
 
 import re
@@ -11,27 +11,27 @@ import unicodedata
 _INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories without a shape of their own: controls, formats, halves of characters, separators."""
 _JOINERS = "\u200c\u200d"
-"""Formats that words of some languages, and emojis, are written with."""
+"""Format characters that words of some languages, and emojis, need."""
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~#$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
-"""What Markdown gives a meaning in the middle of a line; addresses become links by themselves."""
+"""Characters with a meaning in the middle of a line of Markdown; addresses become links by themselves."""
 
 
 def for_terminal(text: str) -> str:
-    """Show a text on a terminal as it is, line breaks and tabs included, and what would steer the terminal by its code.
+    """Escape a text for a terminal: line breaks and tabs stay, terminal controls become codes.
 
     Args:
-        text: of any origin. Windows' line breaks become plain ones.
+        text: text of any origin; Windows' line breaks become plain ones.
     """
     return _escape(text.replace("\r\n", "\n"), "\n\t")
 
 
 def for_log(text: str) -> str:
-    """Show a text in one line, of a log or an error: line breaks, too, by their code."""
+    """Escape a text for one line of a log or an error: line breaks also become codes."""
     return _escape(text)
 
 
 def for_markdown(text: str) -> str:
-    """Show a text as it is within a line or a table's cell of Markdown, whether HTML is understood there or not."""
+    """Escape a text for a line or a table's cell of Markdown, whether HTML is enabled there or not."""
     return _MARKDOWN.sub(r"\\\g<0>", for_log(text))
 
 
@@ -57,7 +57,7 @@ def _is_invisible(character: str) -> bool:
 
 
 def _show_code(character: str) -> str:
-    """The code as Python and bash read it: above ASCII, two hex digits are a character to one, a byte to the other."""
+    """Return a character's code for Python and bash; above ASCII, both read four or eight hex digits as a character."""
     code = ord(character)
     if short := {"\n": r"\n", "\r": r"\r", "\t": r"\t"}.get(character, ""):
         return short
@@ -65,10 +65,10 @@ def _show_code(character: str) -> str:
 
 
 def _spell_byte(character: str) -> str:
-    """The byte of a file's name that is not UTF-8, which Python reads as half a character; empty for all else."""
+    """Return the code of a byte in a file's name that is not UTF-8, which Python reads as half a character; else ''."""
     return f"\\x{ord(character) - 0xDC00:02x}" if "\udc80" <= character <= "\udcff" else ""
 
 
 def replace_halves(text: str) -> str:
-    """A text whose halves of characters, which JSON can spell and no tokenizer reads, are replacement characters."""
+    """Replace halves of characters, which JSON can express but tokenizers cannot read, by replacement characters."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

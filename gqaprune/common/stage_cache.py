@@ -1,8 +1,8 @@
-"""Keep finished stages of a run on disk, each with what it depends on, so that a killed run resumes where it was.
+"""Keep finished stages of a run on disk, each with its inputs, so that a killed run can resume.
 
-A stage is one file of a folder, with a checksum. What a killed run has finished is read back if it depends on the same
-things and is as it was written; else what changed is said, it is done again, and the file is replaced. A run that ends
-clears the folder.
+A stage is one file of a folder, with a checksum. A stage that a killed run has finished is read from its file if its
+inputs are the same and the file is not damaged; else the reason is printed, the stage is done again and the file is
+replaced. A run that ends clears the folder.
 """
 
 import json
@@ -24,23 +24,23 @@ from gqaprune.common.distributed import get_rank_and_world_size, sum_across_rank
 from gqaprune.common.errors import first_line
 
 Inputs = Mapping[str, Any]
-"""What a stage depends on, by the name that a user knows it by; plain types."""
+"""Inputs of a stage, by names that users know; plain types."""
 
 _ENDING = ".stage"
-"""Of files that are safetensors inside: a folder that a user names may hold weights, which clearing it leaves alone."""
+"""Ending of the files, which are safetensors inside: weights in a folder that a user names must survive clearing it."""
 _UNSAFE = r"[^\w.]+"
-"""What file names of stages have a hyphen for."""
+"""Characters that become a hyphen in file names of stages."""
 _SHOWN = 30
-"""Characters of an input that are shown at most when it has changed: hashes and lists are not."""
+"""Longest input that is shown when it has changed; hashes and lists are longer."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage gave.
+    """Result of a stage.
 
     Args:
-        facts: plain types, as JSON holds them.
-        tensors: by name, on the CPU.
+        facts: plain types, for JSON.
+        tensors: tensors by name, on the CPU.
     """
 
     facts: Any = None
@@ -48,16 +48,16 @@ class StageResult:
 
 
 class StageCache:
-    """The stages of a run in a folder, which every rank may read and rank 0 writes; nothing is kept without one.
+    """The stages of a run in a folder, which every rank may read and rank 0 writes; without a folder none are kept.
 
-    In a process group every rank has to make the same calls; a stage is there if every rank sees it.
+    In a process group every rank must make the same calls; a stage counts as finished if every rank sees its file.
 
     Args:
-        folder: where they are; it is made when the first one is written.
-        device: that the process group reduces on.
-        part: of the run, what the names of its stages begin with.
-        inputs: what all of them depend on.
-        origin: where stages that are there come from, in part of a sentence.
+        folder: folder of the stages; it is created when the first one is written.
+        device: device that the process group reduces on.
+        part: part of the run, the prefix of its stages' names.
+        inputs: inputs of all stages.
+        origin: where finished stages come from, in part of a sentence.
     """
 
     def __init__(
@@ -73,21 +73,21 @@ class StageCache:
 
     @property
     def are_kept(self) -> bool:
-        """Whether there is a folder."""
+        """Whether stages are kept, because there is a folder."""
         return self.folder is not None
 
     def of(self, part: str, inputs: Inputs) -> "StageCache":
-        """The stages of one part of the run, all of which depend on some inputs."""
+        """Return the stages of one part of the run, which all depend on further inputs."""
         name = f"{self._part}{part} " if part else self._part
         return StageCache(self.folder, self.device, name, {**self._inputs, **inputs}, self._origin)
 
     def recall(self, name: str, inputs: Inputs, do: Callable[[], StageResult]) -> StageResult:
-        """Read a stage back, or do and keep it.
+        """Read a finished stage, or do it and keep the result.
 
         Args:
-            name: of the stage, in a sentence.
-            inputs: what it depends on.
-            do: does it.
+            name: name of the stage, in a sentence.
+            inputs: inputs of the stage.
+            do: function that does it.
         """
         if self.find([name], inputs, name):
             return self.read(name)
@@ -96,12 +96,12 @@ class StageCache:
         return stage
 
     def find(self, names: Sequence[str], inputs: Inputs, group: str) -> list[str]:
-        """Which of some stages are there with the same inputs; says so, and what is wrong with others that are there.
+        """Find which stages are finished with the same inputs; print them, and why others are done again.
 
         Args:
-            names: of the stages.
-            inputs: what all of them depend on.
-            group: what they are together, in a sentence.
+            names: names of the stages.
+            inputs: inputs of all of them.
+            group: name of all of them together, in a sentence.
         """
         if self.folder is None:
             return []
@@ -115,18 +115,18 @@ class StageCache:
         if get_rank_and_world_size()[0] == 0:
             if found:
                 part = f"{len(found)} of {len(names)} are" if len(names) > 1 else "is"
-                console.print(f"{self._part}{group}: {part} there already, {self._origin}")
+                console.print(f"{self._part}{group}: {part} already done, {self._origin}")
             if reasons:
-                console.print(f"{self._part}{group}: done again, for {reasons[0]}")
+                console.print(f"{self._part}{group}: done again, because {reasons[0]}")
         return found
 
     def read(self, name: str) -> StageResult:
-        """A stage that `find` has found."""
+        """Read a stage that `find` has returned."""
         tensors, metadata = read_tensors(self._locate(name))
         return StageResult(json.loads(metadata["facts"]), tensors)
 
     def write(self, name: str, inputs: Inputs, stage: StageResult) -> None:
-        """Keep a stage, whole or not at all; a folder that cannot be written is said, and no error."""
+        """Write a stage, atomically; if the folder cannot be written, print that instead of raising an error."""
         if self.folder is None or get_rank_and_world_size()[0] != 0:
             return
         metadata = {"inputs": json.dumps(self._describe(inputs)), "facts": json.dumps(stage.facts)}
@@ -134,11 +134,11 @@ class StageCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._locate(name), pack_tensors(tensors, metadata))
-        except OSError as error:  # the run itself needs no file
+        except OSError as error:  # the run works without the file
             console.print(f"{name} is not kept for a resumed run: {first_line(error)}")
 
     def forget(self, *names: str) -> None:
-        """Remove the stages whose names begin like one of some, which nothing needs any more."""
+        """Remove stages that are no longer needed, by the beginnings of their names."""
         if self.folder is None or get_rank_and_world_size()[0] != 0:
             return
         for name in names:
@@ -149,7 +149,7 @@ class StageCache:
         """Remove all stages, once they are no longer needed."""
         if self.folder is None or get_rank_and_world_size()[0] != 0 or not self.folder.is_dir():
             return
-        for pattern in (f"*{_ENDING}", f".*{_ENDING}.*"):  # what a killed run was writing, too
+        for pattern in (f"*{_ENDING}", f".*{_ENDING}.*"):  # also unfinished files of a killed run
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
@@ -160,14 +160,14 @@ class StageCache:
         return self.folder / (re.sub(_UNSAFE, "-", self._part + name) + _ENDING)
 
     def _describe(self, inputs: Inputs) -> dict[str, Any]:
-        """All that a stage depends on, as JSON gives it back."""
+        """Return all inputs of a stage, as JSON returns them."""
         versions = {f"version of {name}": version(name) for name in ("gqaprune", "torch", "transformers")}
         processes = {"number of processes": get_rank_and_world_size()[1]}
         described: dict[str, Any] = json.loads(json.dumps({**self._inputs, **inputs, **versions, **processes}))
         return described
 
     def _find_difference(self, name: str, wanted: Inputs) -> str | None:
-        """Why a stage on disk is not the one that is wanted, empty where it is; null where there is none."""
+        """Return why a stage on disk cannot be used; empty if it can, None if there is none."""
         try:
             return describe_change(json.loads(read_tensors(self._locate(name))[1]["inputs"]), wanted)
         except FileNotFoundError:
@@ -177,11 +177,11 @@ class StageCache:
 
 
 def describe_change(old: Inputs, new: Inputs) -> str:
-    """What differs between two sets of inputs, in part of a sentence."""
+    """Describe the differences of two sets of inputs, in part of a sentence."""
     changes = []
     for name in {**old, **new}:
         was, now = (json.dumps(inputs.get(name)) for inputs in (old, new))
         if was != now:
             is_long = max(len(was), len(now)) > _SHOWN
-            changes.append(f"{name} is another one" if is_long else f"{name} was {was}, is {now}")
+            changes.append(f"{name} has changed" if is_long else f"{name} was {was}, is {now}")
     return ", ".join(changes)

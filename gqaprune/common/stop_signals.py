@@ -1,7 +1,7 @@
-"""Signals that ask this process to stop: a flag while training steps, an exit at any other time.
+"""Handle signals that ask this process to stop: set a flag during training steps, exit at any other time.
 
-A handler never waits for other processes. Where the main thread cannot run one, because it is inside of a kernel or a
-collective, a thread hears the signal all the same: the second one ends the process at once.
+A handler never waits for other processes. If the main thread cannot run it because it is inside a kernel or a
+collective, another thread receives the signal: a second signal ends the process at once.
 """
 
 import _thread
@@ -18,15 +18,15 @@ STOPS = tuple(
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)  # Windows has two of them
 )
-"""Signals that stop a run, unless the process ignores them or has handlers of its own for them."""
+"""Signals that stop a run, unless the process ignores them or has other handlers for them."""
 _SAME = 0.5
-"""Seconds within which signals are one: launchers forward what a whole process group gets."""
+"""Seconds within which signals count as one, because launchers forward signals of a whole process group."""
 _PATIENCE = 10.0
-"""Seconds that the process has to end after a signal, where nothing defers the stop."""
+"""Seconds in which the process has to end after a signal that is not deferred."""
 
 
 class Stopped(SystemExit):
-    """A signal asked for the end of this process, whose exit code is 128 and the signal's number."""
+    """A signal asked this process to end; its exit code is 128 plus the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -37,26 +37,26 @@ class StopSignals:
     """Handles `STOPS` from `install` to `restore`.
 
     Attributes:
-        number: of the signal that asked to stop; 0 as long as none did.
+        number: number of the signal that asked to stop; 0 before any did.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._defers = False
         self._raised = False
-        self._error: BaseException | None = None  # for the main thread, from another one
-        self._own = 0  # interrupts of this process that are no signals
+        self._error: BaseException | None = None  # set by another thread, for the main thread to raise
+        self._own = 0  # interrupts by `interrupt`, which are not signals from outside
         self._before: dict[signal.Signals, Any] = {}
         self._wakeup_before = -1
         self._bytes: tuple[socket.socket, socket.socket] | None = None
 
     @property
     def is_installed(self) -> bool:
-        """Whether signals come here."""
+        """Whether this object handles the signals."""
         return bool(self._before)
 
     def install(self) -> None:
-        """Handle the signals from now on, if this is the main thread; signals that are ignored stay so."""
+        """Handle the signals from now on, if this is the main thread; ignored signals stay ignored."""
         if self.is_installed or threading.current_thread() is not threading.main_thread():
             return
         self.number, self._defers, self._raised, self._error, self._own = 0, False, False, None, 0
@@ -70,7 +70,7 @@ class StopSignals:
         threading.Thread(target=self._listen, args=(self._bytes[0],), name="stop-signals", daemon=True).start()
 
     def restore(self) -> None:
-        """Put back what handled the signals before."""
+        """Restore the earlier handlers."""
         if not self.is_installed or self._bytes is None:
             return
         signal.set_wakeup_fd(self._wakeup_before)
@@ -82,22 +82,22 @@ class StopSignals:
         self._bytes = None
 
     def defer(self) -> None:
-        """Let the next signal set `number` and no more, because the end of a step looks at it."""
+        """Make the next signal only set `number`, which is checked at the end of a step."""
         self._defers = self.is_installed
 
     def stop_at_once(self) -> None:
-        """Let the next signal end the process by `Stopped`; one that came before does so now."""
+        """Make the next signal raise `Stopped`; raise it now if a signal was deferred."""
         self._defers = False
         if self.number and not self._raised:
             self._raised = True
             raise Stopped(self.number)
 
     def leave_to_end(self) -> None:
-        """Let the next signals do nothing while the process ends, until they end it after all."""
+        """Ignore signals while the process ends, except that repeated ones still end it."""
         self._defers, self._raised = False, True
 
     def interrupt(self, error: BaseException) -> None:
-        """Raise an error in the main thread, from another one, as soon as it runs Python."""
+        """Raise an error in the main thread as soon as it runs Python; called by another thread."""
         if self.is_installed:
             self._error = error
             self._own += 1
@@ -113,7 +113,7 @@ class StopSignals:
             raise Stopped(self.number)
 
     def _listen(self, received: socket.socket) -> None:
-        """Hear signals while the main thread cannot; runs in a thread of its own."""
+        """Receive signals while the main thread cannot; runs in its own thread."""
         first, since = 0, 0.0
         while self._bytes is not None and received is self._bytes[0]:
             try:

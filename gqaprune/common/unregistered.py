@@ -1,4 +1,4 @@
-"""Torch modules that belong to another one without being registered in it."""
+"""Hold torch modules in another module without registering them in it."""
 
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -10,12 +10,12 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Unregistered(Generic[M]):
-    """Wrap a torch module, so that a module which has it as an attribute does not take it for a submodule.
+    """Wrapper of a torch module, so that a module that has it as an attribute does not register it as a submodule.
 
-    Lightning moves submodules to the device, hands their parameters to the optimizer and saves their weights.
+    Lightning moves submodules to the device, passes their parameters to the optimizer and saves their weights.
 
     Args:
-        module: the wrapped one.
+        module: the wrapped module.
     """
 
     module: M

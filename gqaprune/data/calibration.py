@@ -1,4 +1,4 @@
-"""What a model is calibrated on: token batches, how they accumulate, and where they come from."""
+"""Calibration text: token batches, how they accumulate, and where they come from."""
 
 import math
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from gqaprune.models.sources import make_absolute
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Calibration text as token batches, with what has to be known to choose it again.
+    """Calibration text as token batches, with the facts that are needed to choose the same text again.
 
     Args:
-        batches: token ids, each `[batch, tokens]`; in a process group the same list on every rank. What a generator
-            yields is kept.
-        accumulation: micro-batches whose gate gradients are summed before they are squared or their size is taken.
-        seed: seed that chose the windows; of `random` scores and of swaps, too.
+        batches: token ids, each `[batch, tokens]`; in a process group the same list on every rank. Batches of a
+            generator are kept in a list.
+        accumulation: micro-batches whose gate gradients are summed before their squares or sizes are taken, at least 1.
+        seed: seed that chose the windows; also the seed of `random` scores and of swaps.
         corpora: names of the corpora.
-        source: name or folder of the model; of a folder the absolute path is kept.
+        source: name or folder of the model; a folder is kept as an absolute path.
 
     Raises:
-        ValueError: if the accumulation is below 1, or there are no batches to go through.
+        ValueError: if the accumulation is below 1, or `batches` is not a list of batches.
 
     Example::
 
@@ -39,13 +39,13 @@ class CalibrationSet:
 
     def __post_init__(self) -> None:
         if self.accumulation < 1:
-            raise ValueError(f"accumulation must be at least 1 micro-batch, got {self.accumulation}")
+            raise ValueError(f"accumulation must be at least 1 micro-batch, got {self.accumulation}; try 4")
         object.__setattr__(self, "batches", list_items(self.batches, "calibration"))
         object.__setattr__(self, "source", make_absolute(self.source))
 
     @classmethod
     def wrap(cls, batches: "CalibrationSet | Sequence[Tensor]") -> "CalibrationSet":
-        """Take batches alone as a set with the defaults, and a set as it is."""
+        """Return a set as it is, and batches as a set with the default settings."""
         return batches if isinstance(batches, CalibrationSet) else cls(batches)
 
     @property
@@ -54,7 +54,7 @@ class CalibrationSet:
         return self.list_batches(*get_rank_and_world_size())
 
     def list_batches(self, rank: int, world_size: int) -> list[int]:
-        """Indexes of the batches of one rank of several, whole accumulations in order."""
+        """List the indexes of one rank's batches: whole accumulations, in order."""
         accumulations = math.ceil(len(self.batches) / self.accumulation)
         return [
             index
@@ -63,5 +63,5 @@ class CalibrationSet:
         ]
 
     def ends_accumulation(self, index: int) -> bool:
-        """Whether a batch is the last of its accumulation."""
+        """Return whether a batch is the last of its accumulation."""
         return (index + 1) % self.accumulation == 0 or index + 1 == len(self.batches)

@@ -1,4 +1,4 @@
-"""Conversations as token ids with labels: through the tokenizer's chat template, packed into equal windows."""
+"""Encode conversations with the tokenizer's chat template, label them, and pack them into windows of equal length."""
 
 import re
 from bisect import bisect_left, insort
@@ -22,12 +22,12 @@ from gqaprune.models.tokenizer import find_bos
 
 LossOn = Literal["assistant", "all"]
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
-"""What a template marks an assistant's own tokens with, where it does."""
+"""The tag with which some templates mark the assistant's tokens."""
 _BATCH = 256
 """Conversations that one child process encodes."""
 _SECONDS_PER_TURN = 0.02
 _SHOWN = 600
-"""Characters of an example that are shown."""
+"""Largest number of an example's characters to show."""
 
 
 class Encoded(NamedTuple):
@@ -35,7 +35,7 @@ class Encoded(NamedTuple):
 
     Args:
         ids: token ids.
-        labels: the same, `IGNORED` where nothing is learned.
+        labels: the same ids, but `IGNORED` for tokens that are not learned.
     """
 
     ids: list[int]
@@ -49,21 +49,22 @@ def encode_conversations(
     bos: bool | None = None,
     limit: int | None = None,
 ) -> list[Encoded]:
-    """Put conversations through the tokenizer's chat template; those without one give plain text.
+    """Encode conversations with the tokenizer's chat template, or as plain text if the tokenizer has none.
 
-    An assistant's tokens are those that the template itself marks (`{% generation %}`); where it marks none, what a
-    turn adds to the conversation before it, up to the token that ends the turn. A template is a program that anyone
-    may have written, so it runs in child processes with limits.
+    The assistant's tokens are those that the template marks (`{% generation %}`); if it marks none, they are the text
+    that the assistant's turn adds to the conversation, up to the token that ends the turn. Anyone may have written a
+    template, and it is a program, so it runs in child processes with limits.
 
     Args:
-        tokenizer: of the model.
-        conversations: to encode.
-        loss_on: what is learned, `assistant` turns or `all` tokens.
-        bos: whether each begins with the beginning-of-text token; None does as the model's family does.
-        limit: tokens after which no more are encoded.
+        tokenizer: tokenizer of the model.
+        conversations: conversations to encode.
+        loss_on: tokens to learn, those of the `assistant` or `all`.
+        bos: whether each conversation begins with the beginning-of-text token; None follows the model's family.
+        limit: number of tokens after which to stop encoding.
 
     Raises:
-        ValueError: if there is no template for messages, it refuses them, or it does not tell an assistant's tokens.
+        ValueError: if messages need a template and there is none, the template refuses them, or the assistant's tokens
+            cannot be told from others.
     """
     has_template = getattr(tokenizer, "chat_template", None) is not None
     encode = partial(_encode_chat if has_template else _encode_plain, tokenizer, loss_on, bos)
@@ -80,15 +81,15 @@ def encode_conversations(
 
 
 def pack(encoded: Sequence[Encoded], window: int, filler: int) -> tuple[Tensor, Tensor]:
-    """Pack conversations into windows: each in one window if it fits, whole ones side by side, the rest filled up.
+    """Pack conversations into windows: several whole ones in a window where they fit, then filler tokens.
 
-    The first token of each has no label, for the one before it is of another. Those that are longer than a window are
-    cut into several.
+    The first token of each has no label, because the token before it belongs to another conversation. A conversation
+    that is longer than a window is cut into several.
 
     Args:
         encoded: conversations.
         window: tokens per window.
-        filler: token that fills windows up at their ends, where no token sees it; without a label.
+        filler: token that fills the ends of windows, where no other token attends to it; it has no label.
 
     Returns:
         Token ids and labels, each `[windows, window]`; windows without any label are left out.
@@ -100,7 +101,7 @@ def pack(encoded: Sequence[Encoded], window: int, filler: int) -> tuple[Tensor, 
     ]
     learned = [piece for piece in pieces if any(label != IGNORED for label in piece.labels)]
     bins: list[list[Encoded]] = []
-    spaces: list[tuple[int, int]] = []  # what is left of each bin, and the bin
+    spaces: list[tuple[int, int]] = []  # free tokens of each bin, and the bin's index
     for piece in sorted(learned, key=lambda one: -len(one.ids)):  # best fit, longest first
         place = bisect_left(spaces, (len(piece.ids), -1))
         left, number = spaces.pop(place) if place < len(spaces) else (window, len(bins))
@@ -117,7 +118,7 @@ def pack(encoded: Sequence[Encoded], window: int, filler: int) -> tuple[Tensor, 
 
 
 def find_filler(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills windows up: for padding, for the end of text, or the first."""
+    """Return the token that fills windows: the padding token, else the end-of-text token, else 0."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -125,7 +126,7 @@ def find_filler(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def describe_example(tokenizer: PreTrainedTokenizerBase, example: Encoded) -> str:
-    """An example in words: what is not learned from stands in double brackets."""
+    """Describe an example as text, with the parts that are not learned in double brackets."""
     text, is_learned = "", None
     last = max((place for place, label in enumerate(example.labels) if label != IGNORED), default=len(example.ids))
     runs: list[tuple[bool, list[int]]] = []
@@ -156,7 +157,7 @@ def _encode_batch(
                 answers.append(encode(conversation))
             except MemoryError:
                 raise
-            except Exception as error:  # whatever a template brings about
+            except Exception as error:  # a template can raise anything
                 return [*answers, first_line(error)]
         return answers
 
@@ -171,7 +172,9 @@ def _encode_plain(
     tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, bos: bool | None, conversation: Conversation
 ) -> Encoded:
     if conversation.plain is None:
-        raise ValueError("the tokenizer has no chat template, which messages need: take prompt and completion")
+        raise ValueError(
+            "the tokenizer has no chat template, and messages need one: use columns `prompt` and `completion` instead"
+        )
     before = encode_beginning(tokenizer, conversation.plain[0], bos)
     after = list(tokenizer(conversation.plain[1], add_special_tokens=False)["input_ids"])
     if tokenizer.eos_token_id is not None:
@@ -201,7 +204,7 @@ def _encode_chat(
 def _mark_turns(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], learned: Sequence[int]
 ) -> tuple[list[int], list[bool]]:
-    """Token ids, and which of them are of the turns that are learned, for templates that do not say so."""
+    """Return token ids, and which of them belong to learned turns, for templates that do not mark them."""
 
     def render(upto: int, asks: bool = False) -> str:
         if not upto:
@@ -216,13 +219,13 @@ def _mark_turns(
         before, through = render(index, asks=True), render(index + 1)
         if whole.startswith(before) and whole.startswith(through):
             start, end = len(before), len(through)
-        else:  # templates may write a turn otherwise once there are later ones
+        else:  # some templates write a turn differently when later turns follow
             content = messages[index]["content"].strip()
             start = whole.find(content, place) if content else -1
             if start < 0:
                 raise ValueError(
-                    "the chat template does not tell an assistant's tokens from others: give one that marks them by "
-                    "{% generation %}, or set data.loss_on to all"
+                    "the assistant's tokens cannot be told from others in this chat template: use a template that "
+                    "marks them with {% generation %}, or set data.loss_on to all"
                 )
             following = render(index + 1)[render(index + 1).rfind(content) + len(content) :]
             is_ended = whole.startswith(following, start + len(content))
@@ -236,7 +239,7 @@ def _mark_turns(
 
 
 def _end_turn(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> int:
-    """Where a turn ends: behind its last special token, where nothing but spaces follows that."""
+    """Return where a turn ends: after its last special token if only spaces follow it, else at `end`."""
     ends = [
         position + len(token)
         for token in tokenizer.all_special_tokens

@@ -1,7 +1,7 @@
-"""Corpora and their splits, as documents or conversations.
+"""Read corpora and their splits, as documents or conversations.
 
 A corpus is written `name`, `name@split` or a path: `wikitext2`, `ptb@validation`, `texts/*.jsonl`, `book.txt@train`;
-`hub:owner/dataset@split` is any dataset on the hub. `embedded` and `stdlib` are texts that every Python carries.
+`hub:owner/dataset@split` is any dataset on the hub. `embedded` and `stdlib` are texts that come with every Python.
 """
 
 import glob
@@ -22,7 +22,7 @@ from gqaprune.models.hub import check_hub
 
 SPLITS = ("train", "validation", "test")
 SEPARATOR = "\n\n"
-"""Joins the documents of a corpus, as published perplexities have it."""
+"""Joins the documents of a corpus, as in published perplexities."""
 
 _SHARES = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
 
@@ -33,11 +33,11 @@ class HubDataset:
 
     Args:
         path: dataset repository or builder.
-        column: the text column; None looks for text and conversations.
+        column: name of the text column; None looks for text and conversations.
         config: name of the dataset's configuration.
-        data_files: split -> file, where the repository is not read whole.
+        data_files: split -> file, if only these files of the repository are read.
         revision: branch to read.
-        streaming: whether documents come one by one, for what is too large to download.
+        streaming: whether to read documents one by one, for datasets that are too large to download.
     """
 
     path: str
@@ -50,7 +50,7 @@ class HubDataset:
 
 HUB: Mapping[str, HubDataset] = {
     "wikitext2": HubDataset("Salesforce/wikitext", "text", config="wikitext-2-raw-v1"),
-    # The repository itself is a loading script, which `datasets` no longer runs; this is its converted branch.
+    # The repository's main branch has a loading script, which `datasets` no longer runs; this is its converted branch.
     "ptb": HubDataset(
         "ptb-text-only/ptb_text_only",
         "sentence",
@@ -70,11 +70,11 @@ HUB: Mapping[str, HubDataset] = {
 """Corpora read through `datasets`, from the hub or its cache."""
 
 ANY_HUB = "hub:"
-"""What names of other datasets on the hub begin with."""
+"""Prefix of names of other datasets on the hub."""
 EMBEDDED = "embedded"
-"""A text that every Python carries: `pydoc_data.topics`, about 0.7 MB of English prose on the language."""
+"""A text that comes with every Python: `pydoc_data.topics`, about 0.7 MB of English prose on the language."""
 STDLIB = "stdlib"
-"""Another, unlike it: the sources of the standard library's own modules, about 4 MB of code."""
+"""A different text that comes with every Python: the sources of the standard library, about 4 MB of code."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Corpus:
 
     Args:
         name: a name in `HUB`, `hub:owner/dataset`, `embedded`, `stdlib`, or a path, folder or glob of files.
-        split: `train`, `validation`, `test`, or `all` of a local file; of a dataset on the hub any that it has.
-        columns: names of the columns that hold text, where they are others than usual.
+        split: `train`, `validation`, `test`, or `all` for a local file; for a dataset on the hub any of its splits.
+        columns: names of the columns that hold text, if they are not the usual ones.
     """
 
     name: str
@@ -96,30 +96,30 @@ class Corpus:
 
     @property
     def label(self) -> str:
-        """Short name for logs, which is the corpus's name or the stem of its path."""
+        """Short name for logs: the corpus's name, or the stem of its path."""
         if self.name in (*_LOCAL, *HUB):
             return self.name
         return Path(self.name.removeprefix(ANY_HUB)).stem.replace("*", "all")
 
     def overlaps(self, other: "Corpus") -> bool:
-        """Whether the two share text: a source in common and the same split, or the whole of it."""
+        """Return whether two corpora share text: they have a common source, and the same split of it or all of it."""
         same_split = self.split == other.split or "all" in (self.split, other.split)
         return same_split and not _sources(self.name).isdisjoint(_sources(other.name))
 
 
 def parse_corpus(text: str, default_split: str, columns: Columns = Columns()) -> Corpus:  # noqa: B008
-    """Read `name`, `name@split` or a path.
+    """Parse `name`, `name@split` or a path.
 
     Args:
-        text: what the user wrote.
-        default_split: split of a named corpus that has none; local files are read whole.
+        text: the corpus as the user wrote it.
+        default_split: split of a named corpus that is written without one; local files are read whole.
         columns: names of the columns that hold text.
 
     Raises:
         ValueError: if the split does not exist.
     """
     name, at, split = text.rpartition("@")
-    is_place = at and (os.sep in split or os.path.exists(expand_path(text)))  # the sign is within a path
+    is_place = at and (os.sep in split or os.path.exists(expand_path(text)))  # the @ is part of a path
     if not at or is_place:
         is_named = text in (*_LOCAL, *HUB) or text.startswith(ANY_HUB)
         name, split = text, default_split if is_named else "all"
@@ -130,17 +130,17 @@ def parse_corpus(text: str, default_split: str, columns: Columns = Columns()) ->
             f"corpus {text!r}: no split {split!r}; splits are {', '.join(SPLITS)}, and `all` for local files"
         )
     if name == "c4" and split == "test":
-        raise ValueError("corpus 'c4' has no test split: write c4@validation")
+        raise ValueError("corpus 'c4' has no test split: use c4@validation")
     return Corpus(name if name in (*_LOCAL, *HUB) else expand_path(name), split, columns)
 
 
 def read_corpus(corpus: Corpus) -> Iterable[Example]:
-    """The documents of a corpus, or its conversations, lazily where it is large.
+    """Read the documents or conversations of a corpus, lazily if it is large.
 
-    Local files and what every Python carries are cut into train (80 %), validation and test (10 % each) by position.
+    Local files and the texts of Python are divided by position into train (80 %), validation and test (10 % each).
 
     Raises:
-        ValueError: if there is no such corpus or file, it holds no text, or the hub cannot be reached.
+        ValueError: if the corpus or file does not exist or holds no text, or the hub cannot be reached.
     """
     if corpus.name in HUB:
         return _read_hub(corpus, HUB[corpus.name])
@@ -150,20 +150,22 @@ def read_corpus(corpus: Corpus) -> Iterable[Example]:
         _LOCAL[corpus.name]() if corpus.name in _LOCAL else _read_files(corpus.name, corpus.columns)
     )
     if not any(isinstance(example, Conversation) or example.strip() for example in examples):
-        raise ValueError(f"corpus {corpus.name!r} holds no text")
+        raise ValueError(f"corpus {corpus.name!r} holds no text: name a file or folder with text")
     return examples if corpus.split == "all" else _take_share(examples, corpus.split)
 
 
 def _name_dataset(name: str) -> HubDataset:
-    """Where `hub:owner/dataset` is, or `hub:owner/dataset/config`."""
+    """Parse `hub:owner/dataset` or `hub:owner/dataset/config`."""
     parts = name.removeprefix(ANY_HUB).split("/")
     if len(parts) not in (2, 3) or not all(parts):
-        raise ValueError(f"corpus {name!r}: write hub:owner/dataset@split, or hub:owner/dataset/config@split")
+        raise ValueError(
+            f"corpus {name!r} is not a hub dataset: write hub:owner/dataset@split or hub:owner/dataset/config@split"
+        )
     return HubDataset("/".join(parts[:2]), config=parts[2] if len(parts) == 3 else None)
 
 
 def _read_hub(corpus: Corpus, source: HubDataset) -> Iterable[Example]:
-    from datasets import load_dataset  # importing it takes a second, and most runs need none of it
+    from datasets import load_dataset  # importing it takes a second, and most runs do not need it
 
     arguments: dict[str, Any] = {"name": source.config, "revision": source.revision, "split": corpus.split}
     if source.data_files:
@@ -175,8 +177,8 @@ def _read_hub(corpus: Corpus, source: HubDataset) -> Iterable[Example]:
         rows = load_dataset(source.path, **{key: value for key, value in arguments.items() if value is not None})
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"corpus {corpus.name!r} could not be read from the hub or its cache ({first_line(error)}): give a local "
-            f"file or folder, {EMBEDDED!r}, or a mirror by HF_ENDPOINT; connected once, it stays in the cache"
+            f"corpus {corpus.name!r} could not be read from the hub or its cache ({first_line(error)}): use a local "
+            f"file or folder, use {EMBEDDED!r}, or set HF_ENDPOINT to a mirror; once downloaded, it stays in the cache"
         ) from None
     if source.column is not None:
         return (row[source.column] for row in rows)
@@ -207,12 +209,13 @@ def _read_files(pattern: str, columns: Columns) -> list[Example]:
     if not paths:
         known = ", ".join([*HUB, *_LOCAL])
         raise ValueError(
-            f"no corpus or file {pattern!r}: named corpora are {known}, and {ANY_HUB}owner/dataset; files are {KINDS}"
+            f"no corpus or file {pattern!r}: use a named corpus ({known}), {ANY_HUB}owner/dataset, or a file of type "
+            f"{KINDS}"
         )
     examples: list[Example] = []
     for path in paths:
         if not can_be_read(path):
-            raise ValueError(f"{path} is no file of text: files are {KINDS}")
+            raise ValueError(f"{path} is not a text file: use a file of type {KINDS}")
         if find_kind(path) in TABLES:
             read = (columns.read(row, place) for place, row in read_rows(path))
             examples.extend(example for example in read if example is not None)
@@ -220,12 +223,14 @@ def _read_files(pattern: str, columns: Columns) -> list[Example]:
             examples.append(read_text(path))
     kinds = {isinstance(example, Conversation) for example in examples}
     if len(kinds) > 1:
-        raise ValueError(f"corpus {pattern!r} holds documents and conversations: name them as two corpora")
+        raise ValueError(
+            f"corpus {pattern!r} mixes documents and conversations: name the files of each kind as a corpus of its own"
+        )
     return examples
 
 
 def _expand(pattern: str) -> list[Path]:
-    """The files of a path, of a folder those that can be read, or of a glob."""
+    """List the files of a path or a glob, and of a folder those that can be read."""
     place = Path(pattern)
     if place.is_file():
         return [place]
@@ -241,7 +246,7 @@ def _sources(name: str) -> set[str]:
 
 
 def _take_share(examples: Sequence[Example], split: str) -> list[Example]:
-    """Cut at borders of conversations, or of documents where there are many; else at borders of lines."""
+    """Take a split's share, cut between conversations, between documents if there are many, else between lines."""
     documents = [example for example in examples if isinstance(example, str)]
     if len(documents) < len(examples) or len(documents) >= 100:
         return list(examples[slice(*_bounds([_count_characters(example) for example in examples], split))])
@@ -254,7 +259,7 @@ def _count_characters(example: Example) -> int:
 
 
 def _bounds(lengths: Sequence[int], split: str) -> tuple[int, int]:
-    """Indexes of the pieces that hold the split's share of all characters."""
+    """Return the indexes between which the pieces hold the split's share of all characters."""
     start, end = _SHARES[split]
     total, seen, edges = sum(lengths), 0, [0]
     for length in lengths:

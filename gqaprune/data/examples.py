@@ -1,4 +1,4 @@
-"""What a row of a dataset is: a document, or a conversation of which an assistant's turns are learned."""
+"""Read a dataset's rows as documents, or as conversations whose assistant turns are learned."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from typing import Any
 from gqaprune.common.safe_text import replace_halves
 
 Message = dict[str, Any]
-"""`role` and `content` of one turn of a chat, and whatever else a template reads of it."""
+"""`role` and `content` of one turn of a chat, and any other entries that a template reads."""
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-"""Names that datasets have for roles -> those of templates."""
+"""Names of roles in datasets -> names in templates."""
 ASSISTANT = "assistant"
 
 COLUMNS = ("text", "messages", "prompt", "completion", "instruction", "input", "output")
-"""What rows may hold; `data.columns` names others for them."""
+"""Columns that are read; `data.columns` gives them other names."""
 _OTHER_NAMES = {"messages": ("conversations", "conversation"), "output": ("response",)}
 
 
@@ -23,9 +23,9 @@ class Conversation:
     """A chat, some of whose turns are learned.
 
     Args:
-        messages: its turns.
-        learned: indexes of the turns that a loss looks at.
-        plain: beginning and end as plain text, for tokenizers without a chat template; None where there is none.
+        messages: the turns.
+        learned: indexes of the turns that count in the loss.
+        plain: prompt and completion as plain text, for tokenizers without a chat template; None if there are none.
     """
 
     messages: tuple[Message, ...]
@@ -41,7 +41,7 @@ class Columns:
     """Names of the columns that hold text.
 
     Args:
-        names: of `COLUMNS` -> name in the dataset, where it is another.
+        names: name in `COLUMNS` -> name in the dataset, for columns that have another name there.
     """
 
     names: tuple[tuple[str, str], ...] = ()
@@ -49,17 +49,17 @@ class Columns:
     def __post_init__(self) -> None:
         for name, _ in self.names:
             if name not in COLUMNS:
-                raise ValueError(f"data.columns names {name!r}: it can name {', '.join(COLUMNS)}")
+                raise ValueError(f"data.columns has {name!r}, which is not a column: use {', '.join(COLUMNS)}")
 
     def read(self, row: Mapping[str, Any], place: str) -> Example | None:
-        """What a row holds; None where that is empty.
+        """Read a row as a document or a conversation; None if it is empty.
 
         Args:
             row: column -> value.
-            place: of the row, in an error.
+            place: place of the row, for the error.
 
         Raises:
-            ValueError: if it holds neither a text nor a conversation.
+            ValueError: if the row has neither a text nor a conversation.
         """
         found = {name: self._find(row, name) for name in COLUMNS}
         if found["messages"] is not None:
@@ -72,8 +72,8 @@ class Columns:
             return None if found["text"] is None else _read_string(found["text"], self._name("text"), place)
         has = ", ".join(map(str, row)) or "nothing"
         raise ValueError(
-            f"{place} has no `text`, `messages`, `prompt` and `completion` or `instruction` and `output`, it has "
-            f"{has}: name its columns by data.columns, such as {{text: {next(iter(row), 'body')}}}"
+            f"{place} has {has}, but no `text`, no `messages`, no `prompt` and `completion`, and no `instruction` and "
+            f"`output`: name its columns with data.columns, such as {{text: {next(iter(row), 'body')}}}"
         )
 
     def _name(self, column: str) -> str:
@@ -86,17 +86,19 @@ class Columns:
 
 def _read_string(value: Any, column: str, place: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{place}: its column `{column}` holds {type(value).__name__}, not a string")
+        raise ValueError(f"{place}: column `{column}` holds {type(value).__name__}, not a string")
     return replace_halves(value)
 
 
 def _read_messages(value: Any, place: str) -> Conversation | None:
     if not isinstance(value, Iterable) or isinstance(value, (str, Mapping)):
-        raise ValueError(f"{place}: its messages are a {type(value).__name__}: give a list of role and content")
+        raise ValueError(
+            f"{place}: `messages` must be a list of objects with `role` and `content`, got {type(value).__name__}"
+        )
     messages = tuple(_read_message(message, place) for message in value)
     learned = tuple(index for index, message in enumerate(messages) if message["role"] == ASSISTANT)
     if messages and not learned:
-        raise ValueError(f"{place} has no answer of an assistant, of which there is anything to learn")
+        raise ValueError(f"{place} has no message of the assistant to learn: leave it out")
     return Conversation(messages, learned) if messages else None
 
 
@@ -105,14 +107,16 @@ def _read_message(message: Any, place: str) -> Message:
         role, content = (
             message.get(name, message.get(other)) for name, other in (("role", "from"), ("content", "value"))
         )
-        if isinstance(content, list):  # parts, of which a language model reads the texts
+        if isinstance(content, list):  # of several parts, a language model reads the texts
             content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
         if isinstance(role, str) and isinstance(content, str):
-            others = {
-                key: own for key, own in message.items() if key not in ("from", "value", "role", "content") and own
+            extras = {
+                key: extra
+                for key, extra in message.items()
+                if key not in ("from", "value", "role", "content") and extra
             }
-            return {"role": ROLES.get(role, role), "content": replace_halves(content), **others}
-    raise ValueError(f"{place} has a message that is no object with the strings `role` and `content`")
+            return {"role": ROLES.get(role, role), "content": replace_halves(content), **extras}
+    raise ValueError(f"{place} has a message that is not an object with the strings `role` and `content`")
 
 
 def _read_pair(prompt: Any, completion: Any, place: str) -> Conversation:
@@ -120,11 +124,11 @@ def _read_pair(prompt: Any, completion: Any, place: str) -> Conversation:
         texts = replace_halves(prompt), replace_halves(completion)
         return Conversation(_make_turns(*texts), (1,), texts)
     if isinstance(prompt, str) or isinstance(completion, str):
-        raise ValueError(f"{place}: prompt and completion have to be two strings, or two lists of messages")
+        raise ValueError(f"{place}: `prompt` and `completion` must be two strings or two lists of messages")
     before, after = ([_read_message(message, place) for message in value] for value in (prompt, completion))
     learned = [index for index, message in enumerate(after, len(before)) if message["role"] == ASSISTANT]
     if not learned:
-        raise ValueError(f"{place} has no answer of an assistant in its completion")
+        raise ValueError(f"{place} has no message of the assistant in its `completion`")
     return Conversation((*before, *after), tuple(learned))
 
 

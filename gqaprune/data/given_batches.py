@@ -1,4 +1,4 @@
-"""Token ids from batches of any project: tensors, dictionaries as collators make them, padded or not."""
+"""Read token ids from batches of any project: tensors, or dictionaries from collators, padded or not."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby, islice
@@ -14,35 +14,35 @@ _IDS, _MASK = "input_ids", "attention_mask"
 
 
 def read_given_batches(batches: Iterable[Any], limit: int | None = None) -> list[Tensor]:
-    """Token ids of batches, padding left out.
+    """Read the token ids of batches, without padding.
 
-    Rows of a padded batch are told apart by their lengths, so that each is read as if it stood alone: what a mask
-    hides is in no score, no moment and no loss.
+    A padded batch is divided into batches of rows with equal length, so that tokens hidden by a mask never count in a
+    score, a moment or a loss.
 
     Args:
         batches: token ids `[batch, tokens]` or `[tokens]`, or mappings (also `BatchEncoding`) with `input_ids` and, if
             they are padded, `attention_mask`; or tuples that begin with either.
-        limit: batches to read at most.
+        limit: largest number of batches to read.
 
     Returns:
-        Token ids, int64, each `[batch, tokens]`; a padded batch gives several. Rows of less than 2 tokens are left out,
-        for nothing in them is predicted.
+        Token ids, int64, each `[batch, tokens]`; a padded batch becomes several. Rows of less than 2 tokens are left
+        out, because no token of them is predicted.
 
     Raises:
         ValueError: if a batch has no token ids, or no batch has a row.
     """
     ids = [rows for index, batch in enumerate(islice(batches, limit)) for rows in _read(batch, index)]
     if not ids:
-        raise ValueError("the calibration batches hold no row of at least 2 tokens: give batches of input_ids")
+        raise ValueError("the calibration batches have no row of at least 2 tokens: pass batches of input_ids")
     return ids
 
 
 def align_batch(batch: Mapping[str, Any]) -> Batch:
-    """A batch to learn from or to measure, its padding at the end of rows, where no token sees it, and unlabelled.
+    """Move a batch's padding to the end of its rows, where no token attends to it, and remove its labels.
 
     Args:
-        batch: `input_ids`, `[batch, tokens]`, and what else there is of `labels`, which are the ids themselves by
-            default, and `attention_mask`; one that has no padding is returned as it is.
+        batch: `input_ids`, `[batch, tokens]`, optional `labels`, by default the ids themselves, and optional
+            `attention_mask`; a batch without padding is returned as it is.
     """
     ids = batch[_IDS]
     labels, mask = batch.get("labels", ids), batch.get(_MASK)
@@ -64,13 +64,13 @@ def _read(batch: Any, index: int) -> Iterator[Tensor]:
             yield ids
         return
     rows = [row[kept] for row, kept in zip(ids, mask, strict=True)]
-    for length, same in groupby(sorted(rows, key=len), key=len):  # sorted() keeps the order of equal ones
+    for length, same in groupby(sorted(rows, key=len), key=len):  # sorted() keeps the order of rows of equal length
         if length > 1:
             yield torch.stack(list(same))
 
 
 def _find_ids(batch: Any, index: int) -> tuple[Tensor, Tensor | None]:
-    """Token ids and mask, each `[batch, tokens]`."""
+    """Return token ids and mask, each `[batch, tokens]`."""
     if isinstance(batch, (tuple, list)) and batch and not isinstance(batch[0], int):
         return _find_ids(batch[0], index)
     named = isinstance(batch, Mapping) or hasattr(batch, "keys")
@@ -82,7 +82,7 @@ def _find_ids(batch: Any, index: int) -> tuple[Tensor, Tensor | None]:
     if ids.is_floating_point() or ids.ndim not in (1, 2):
         has = f"a mapping with {', '.join(map(str, batch.keys()))}" if named else type(batch).__name__
         raise ValueError(
-            f"calibration batch {index} has no token ids: give a tensor [batch, tokens] or a mapping with input_ids, "
+            f"calibration batch {index} has no token ids: pass a tensor [batch, tokens] or a mapping with input_ids, "
             f"got {has}"
         )
     ids = torch.atleast_2d(ids).to("cpu", torch.long)
@@ -91,7 +91,7 @@ def _find_ids(batch: Any, index: int) -> tuple[Tensor, Tensor | None]:
     mask = torch.atleast_2d(torch.as_tensor(masks)).to("cpu", torch.bool)
     if mask.shape != ids.shape:
         raise ValueError(
-            f"calibration batch {index} has an attention_mask {list(mask.shape)} for input_ids {list(ids.shape)}: give "
+            f"calibration batch {index} has an attention_mask {list(mask.shape)} for input_ids {list(ids.shape)}: pass "
             "one number for each token"
         )
     return ids, mask

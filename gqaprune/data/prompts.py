@@ -1,4 +1,4 @@
-"""Prompts: given one by one or as a file, and as a chat template's user turn where the tokenizer has one."""
+"""Read prompts from a list or a file, and encode them, as the user's turn of a chat if the tokenizer has a template."""
 
 import json
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ Message = dict[str, str]
 """`role` and `content` of one turn of a chat."""
 _SECONDS_PER_PROMPT = 0.02
 _SHOWN = 200
-"""Characters of a prompt that an error repeats."""
+"""Largest number of a prompt's characters to show in an error."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model continues.
+    """A text or a chat that a model continues.
 
     Args:
-        text: plain text, or what the user said last.
-        messages: the chat up to where the assistant answers; none for plain text.
+        text: plain text, or the user's last message.
+        messages: the chat up to the assistant's answer; empty for plain text.
     """
 
     text: str
@@ -39,14 +39,14 @@ class Prompt:
 
 
 def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
-    """Take prompts as they are given, or read them from a file.
+    """Return prompts from a list, or read them from a file.
 
     Args:
         source: prompts, or the path of a file with one prompt per line; in a `.jsonl` file a line is a string, an
-            object with `prompt`, or one with `messages`, whose last answers of the assistant are left out.
+            object with `prompt`, or one with `messages`, whose last assistant messages are left out.
 
     Raises:
-        ValueError: if there is no such file, no prompt in it, or a line that is none of these.
+        ValueError: if the file does not exist, has no prompt, or has a line that is none of these.
     """
     if not isinstance(source, str):
         prompts = [Prompt(replace_halves(text)) for text in source]
@@ -54,17 +54,17 @@ def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
         path = Path(expand_path(source))
         if not path.is_file():
             raise ValueError(
-                f"data.prompts {source!r} is no file: give one with a prompt per line (.txt, .jsonl), or a list of "
-                """texts, such as '["Once upon a time"]'"""
+                f"data.prompts {source!r} is not a file: use a file with one prompt per line (.txt, .jsonl), or a list "
+                """of texts, such as '["Once upon a time"]'"""
             )
         try:
             lines = [(n, line) for n, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1) if line.strip()]
         except UnicodeDecodeError:
-            raise ValueError(f"{path} is no text in UTF-8: give a .txt or .jsonl file of prompts") from None
+            raise ValueError(f"{path} is not valid UTF-8: use a .txt or .jsonl file of prompts") from None
         is_json = path.suffix == ".jsonl"
         prompts = [_read_line(line, f"{path}, line {n}") if is_json else Prompt(line) for n, line in lines]
     if not prompts:
-        raise ValueError("data.prompts holds no prompt: give at least one, such as '[Once upon a time]'")
+        raise ValueError("data.prompts has no prompt: give at least one, such as '[Once upon a time]'")
     return prompts
 
 
@@ -77,8 +77,8 @@ def _read_line(line: str, place: str) -> Prompt:
         value = value.get("messages", value.get("prompt"))
     if isinstance(value, str):
         return Prompt(replace_halves(value))
-    wrong = f"{place} is no prompt: a line is a string, an object with `prompt`, or one with `messages`, each of which "
-    wrong += "has a `role` and a `content`"
+    wrong = f"{place} is not a prompt: write a string, an object with `prompt`, or an object with `messages` that each "
+    wrong += "have a `role` and a `content`"
     if not isinstance(value, list):
         raise ValueError(wrong)
     messages: list[Message] = []
@@ -89,32 +89,33 @@ def _read_line(line: str, place: str) -> Prompt:
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
-        raise ValueError(f"{place} has nothing that an assistant could answer: end it with a message of the user")
+        raise ValueError(f"{place} has no message that an assistant could answer: end it with a message of the user")
     return Prompt(messages[-1]["content"], tuple(messages))
 
 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool | None = None, bos: bool | None = None
 ) -> dict[str, Tensor]:
-    """Turn one prompt into what a model reads, as `encode_prompts` does it."""
+    """Encode one prompt as token ids, as `encode_prompts` does."""
     return encode_prompts(tokenizer, [prompt], chat, bos)[0]
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool | None = None, bos: bool | None = None
 ) -> list[dict[str, Tensor]]:
-    """Turn prompts into what a model reads.
+    """Encode prompts as token ids.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         prompts: plain texts or chats.
-        chat: plain text becomes the user's turn in the tokenizer's chat template; None means: if it has one.
-        bos: whether a prompt begins with the beginning-of-text token whatever tokenizer and template add; None does
-            as the model's family does.
+        chat: whether plain text becomes the user's turn in the tokenizer's chat template; None uses the template if
+            there is one.
+        bos: whether a prompt begins with the beginning-of-text token, whatever tokenizer and template add; None
+            follows the model's family.
 
     Returns:
-        Of each `input_ids`, `[1, tokens]`; they end in no end-of-text token but one of the template's or of the text's
-        own.
+        `input_ids` of each prompt, `[1, tokens]`; they end with an end-of-text token only if the template or the text
+        does.
 
     Raises:
         ValueError: if a template is needed and missing, or refuses a chat, or a prompt has no tokens.
@@ -124,7 +125,7 @@ def encode_prompts(
         if prompt.messages or chat:
             what = "a prompt is a list of messages" if prompt.messages else "data.chat is true"
             raise ValueError(
-                f"{what} and the tokenizer has no chat template: give plain text, and set data.chat to false"
+                f"{what}, but the tokenizer has no chat template: use plain text and set data.chat to false"
             )
     are_chats = [bool(prompt.messages or (has_template if chat is None else chat)) for prompt in prompts]
     filled = iter(_fill_in_template(tokenizer, list(compress(prompts, are_chats))) if any(are_chats) else [])
@@ -138,7 +139,7 @@ def encode_prompts(
 
 
 def _fill_in_template(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of chats, in one child process: a template is a program that anyone may have written."""
+    """Encode chats as token ids in a child process, because a template is a program that anyone may have written."""
 
     def fill_in() -> list[list[int] | str]:
         answers: list[list[int] | str] = []
@@ -148,7 +149,7 @@ def _fill_in_template(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prom
                 answers.append(list(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]))
             except MemoryError:
                 raise
-            except Exception as error:  # whatever a template brings about
+            except Exception as error:  # a template can raise anything
                 return [*answers, first_line(error)]
         return answers
 
@@ -166,12 +167,12 @@ def _fill_in_template(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prom
 
 
 def encode_beginning(tokenizer: PreTrainedTokenizerBase, text: str, bos: bool | None = None) -> list[int]:
-    """Token ids of text that is to be continued: special tokens may come before it, none after it.
+    """Encode text that is to be continued: special tokens may precede it, but none follow it.
 
     Args:
-        tokenizer: which may append an end-of-text token to whole texts.
-        text: the beginning.
-        bos: whether it begins with the beginning-of-text token; None does as the model's family does.
+        tokenizer: tokenizer, which may append an end-of-text token to texts.
+        text: text to be continued.
+        bos: whether it begins with the beginning-of-text token; None follows the model's family.
     """
     ids: list[int] = tokenizer(text)["input_ids"]
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]

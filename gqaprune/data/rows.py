@@ -1,4 +1,4 @@
-"""Rows of local files, one at a time, with the place that an error names."""
+"""Read rows of local files, one at a time, each with its place for errors."""
 
 import glob
 import gzip
@@ -14,35 +14,35 @@ from gqaprune.common.errors import first_line
 Row = Mapping[str, Any]
 
 LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
-"""How names of files end that have a row of JSON in each line."""
+"""Endings of files with a row of JSON in each line."""
 TABLES = (*LINES, ".json", ".parquet")
-"""How names of files end that hold rows."""
+"""Endings of files with rows."""
 TEXTS = (
     *("", ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".raw", ".tokens", ".log"),
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql"),
     *(".scala", ".kt", ".swift", ".lua", ".r", ".pl", ".php", ".cs", ".hs", ".html", ".xml", ".yaml", ".yml", ".toml"),
 )
-"""How names of files end that are read whole, as text."""
+"""Endings of files that are read whole, as text."""
 KINDS = "txt, md, rst, source code, jsonl, json or parquet, each also with .gz"
 _ROWS = 1000
-"""Rows of a parquet file in memory at a time; without a number `datasets` refuses files that have none."""
+"""Rows of a parquet file in memory at a time; if it is not given, `datasets` refuses files without rows."""
 
 
 def find_kind(path: Path) -> str:
-    """How a file's name ends, in small letters, without `.gz`."""
+    """Return the ending of a file's name, in lower case, without `.gz`."""
     return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
 def can_be_read(path: Path) -> bool:
-    """Whether a file is of a kind that holds text or rows."""
+    """Return whether a file's ending is one of text or rows."""
     return find_kind(path) in (*TEXTS, *TABLES)
 
 
 def read_text(path: Path) -> str:
-    """A text file; a byte order mark is no text.
+    """Read a text file, without its byte order mark.
 
     Raises:
-        ValueError: if it is not UTF-8, or not what its name says.
+        ValueError: if it is not UTF-8, or not of the type that its name says.
     """
     try:
         with _open(path) as file:
@@ -54,10 +54,10 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a table with their places.
+    """Yield the rows of a table, each with its place.
 
     Raises:
-        ValueError: if it is not what its name says.
+        ValueError: if the file is not of the type that its name says.
     """
     kind = find_kind(path)
     if kind == ".parquet":
@@ -74,7 +74,7 @@ def _open(path: Path) -> IO[str]:
 
 
 def _refuse_encoding(path: Path) -> ValueError:
-    return ValueError(f"{path} is not UTF-8 text: files are {KINDS}")
+    return ValueError(f"{path} is not valid UTF-8: use a file of type {KINDS}")
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -91,7 +91,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
-    """A list of rows; or an object with one list, as some datasets have it; or rows in lines under the wrong name."""
+    """Yield the rows of a list, of an object with one list (as in some datasets), or of lines in a misnamed file."""
     text = read_text(path)
     try:
         value = json.loads(text)
@@ -104,7 +104,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
         lists = [own for own in value.values() if isinstance(own, list) and own and isinstance(own[0], dict)]
         value = lists[0] if len(lists) == 1 else [value]
     if not isinstance(value, list):
-        raise ValueError(f"{path} holds {type(value).__name__}: give a list of objects")
+        raise ValueError(f"{path} must be a list of objects, got {type(value).__name__}")
     for number, row in enumerate(value, start=1):
         yield f"{path}, row {number}", _check_row(row, f"{path}, row {number}")
 
@@ -118,7 +118,7 @@ def _parse(line: str, place: str) -> Any:
 
 def _check_row(row: Any, place: str) -> Row:
     if not isinstance(row, dict):
-        raise ValueError(f"{place} is a {type(row).__name__}: give an object, such as one with `text` or `messages`")
+        raise ValueError(f"{place} must be an object, such as one with `text` or `messages`, got {type(row).__name__}")
     return row
 
 
@@ -133,11 +133,11 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
 @contextmanager
 def _open_rows(kind: str, path: Path, **options: Any) -> Iterator[Any]:
-    """Open the rows of one local file, one at a time; what `datasets` notes on disk meanwhile goes afterwards."""
-    import datasets  # importing it takes a second, and most runs need none of it
+    """Iterate over the rows of one local file; files that `datasets` caches meanwhile are removed afterwards."""
+    import datasets  # importing it takes a second, and most runs do not need it
 
     verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises, which is said in a sentence
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it also logs the errors that it raises
     try:
         with TemporaryDirectory() as cache:
             files = glob.escape(str(path))

@@ -1,4 +1,4 @@
-"""Text that a model writes itself, as token windows to calibrate on: no corpus, and every kind of text it knows.
+"""Sample text from a model as token windows to calibrate on, without a corpus.
 
 Axes in tensor names: B samples, T tokens, V vocabulary.
 """
@@ -30,11 +30,11 @@ from gqaprune.models.tokenizer import find_bos
 from gqaprune.placement.model_hash import hash_model
 
 CACHE_FOLDER = find_cache_folder("samples")
-"""Where sampled documents are kept, a safetensors file per batch, model and settings."""
+"""Folder of sampled documents, with a safetensors file per batch, model and settings."""
 
 
 _SCHEME = 3
-"""Raised where the same settings come to write other text, so that what was kept before is not read back."""
+"""Version of the sampling code: increased when the same settings begin to write other text, to ignore old files."""
 
 
 @multiply_exactly()
@@ -53,27 +53,28 @@ def sample_from_model(
     cache: Path | None = CACHE_FOLDER,
     bos: bool | None = None,
 ) -> Tensor:
-    """Sample windows from a model; batches of documents that the cache has, also of a killed run, are read back.
+    """Sample windows from a model; batches of documents that are in the cache, also of a killed run, are read from it.
 
-    In a process group every rank has to call it, and samples its share of the batches.
+    In a process group every rank must call it, and samples its share of the batches.
 
-    Windows are packed from documents that are sampled side by side: many short ones cover more than few long ones. An
-    end-of-text token does not end a document: the model goes on with another one, as in packed training text.
+    Windows are packed from documents that are sampled side by side; many short ones are more varied than few long ones.
+    An end-of-text token does not end a document: the model continues with another text, as in packed training text.
 
     Args:
         model: the dense causal LM.
         tokenizer: its tokenizer.
-        count: windows.
-        window: tokens per window.
-        document: tokens per document, the prompt included; at most the window.
-        prompts: beginnings, used in turn; the beginning-of-text token without any.
+        count: number of windows, at least 1.
+        window: tokens per window, at least 2.
+        document: tokens per document, prompt included; at least 2, and at most the window.
+        prompts: beginnings of the documents, used in turn; without any, documents begin with the beginning-of-text
+            token.
         temperature: divides the logits; above 0.
-        top_p: samples from the likeliest tokens that together have this probability, above 0 to 1.
-        seed: same seed, same model and settings: same windows.
-        batch_size: documents sampled side by side.
+        top_p: sample from the likeliest tokens that together have this probability, above 0 to 1.
+        seed: the same seed, model and settings sample the same windows.
+        batch_size: number of documents sampled side by side.
         cache: folder of sampled documents; None keeps nothing.
-        bos: whether every document, and so every window, begins with the beginning-of-text token; None does as the
-            model's family does. A document is then cut off at its window's end.
+        bos: whether every document, and so every window, begins with the beginning-of-text token; None follows the
+            model's family. If so, a document is cut off at its window's end.
 
     Returns:
         Token ids, int64 `[count, window]`, on the CPU.
@@ -82,18 +83,21 @@ def sample_from_model(
         ValueError: if a setting is out of its bounds, a prompt fills a document, or the model's logits are not finite.
     """
     if count < 1 or window < 2 or batch_size < 1:
-        raise ValueError(f"sampling needs count >= 1 and window >= 2, got count {count}, window {window}")
+        raise ValueError(
+            f"sampling needs count >= 1, window >= 2 and batch_size >= 1, got count {count}, window {window}, "
+            f"batch_size {batch_size}"
+        )
     if temperature <= 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"sampling needs temperature > 0 and 0 < top_p <= 1, got temperature {temperature}, top_p {top_p}; "
-            "1.0 and 1.0 sample what the model believes"
+            "try 1.0 and 1.0, which sample from the model's own probabilities"
         )
     document = min(document, window)
     if document < 2:
-        raise ValueError(f"sampling needs document >= 2, got {document}; 256 does")
+        raise ValueError(f"sampling needs document >= 2, got {document}; try 256")
     check_context(model.config, document, "document")
     starts = _tokenize_prompts(tokenizer, prompts, document, bos)
-    # Windows that are to begin with a document hold whole numbers of them.
+    # If every window begins with a document, its length is rounded up to whole documents.
     packed = count * window if find_bos(tokenizer, bos) is None else count * math.ceil(window / document) * document
     documents_NT = torch.zeros(math.ceil(packed / document), document, dtype=torch.long)
     own_starts = [starts[index % len(starts)] for index in range(len(documents_NT))]
@@ -110,16 +114,16 @@ def sample_from_model(
     except ValueError as overflow:
         error = overflow
     if is_true_anywhere(error is not None, device):
-        raise error or ValueError("sampling text from the model failed on another rank, which says why")
+        raise error or ValueError("sampling text from the model failed on another rank: see the error of that rank")
     documents_NT = sum_across_ranks({"documents": documents_NT.to(device)})["documents"].cpu()
     return documents_NT.flatten()[:packed].view(count, -1)[:, :window].contiguous()
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Documents that are sampled side by side: their first tokens, and what the others depend on besides the model.
+    """Documents that are sampled side by side: their first tokens, and the settings that the others depend on.
 
-    The seed is the batch's own, so that it does not matter which rank samples it, or after which others.
+    Each batch has its own seed, so that it does not matter which rank samples it, or in which order.
     """
 
     starts: Sequence[Sequence[int]]
@@ -130,7 +134,7 @@ class _Batch:
 
 
 def _write_batches(model: PreTrainedModel, batches: Sequence[_Batch], cache: Path | None) -> list[Tensor]:
-    """The documents of each batch, `[batch, length]`: read from the cache, or sampled and kept there one by one."""
+    """Return the documents of each batch, `[batch, length]`, from the cache, or sampled and cached one by one."""
     key = "" if cache is None else hash_model(model, [_SCHEME])
     names = [hashlib.sha256(f"{key} {batch}".encode()).hexdigest()[:32] for batch in batches]
     paths = [None if cache is None else cache / f"{name}.safetensors" for name in names]
@@ -139,11 +143,11 @@ def _write_batches(model: PreTrainedModel, batches: Sequence[_Batch], cache: Pat
         positions = [position for index in left for position in range(batches[index].length - 1)]
         steps = track(positions, "sampling text from the model", "steps")
         with freeze_parameters(model), closing(steps):
-            model.eval()  # layers that recompute activations, too: those forget keys and values
+            model.eval()  # also turns off recomputing activations, which would drop cached keys and values
             for index in left:
                 written[index] = _sample(model, batches[index], steps)
                 _write_cache(paths[index], written[index])
-            next(steps, None)  # the bar's end
+            next(steps, None)  # ends the progress bar
     return [written[index] for index in range(len(batches))]
 
 
@@ -160,8 +164,8 @@ def _write_cache(path: Path | None, documents_BT: Tensor) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save({"documents": documents_BT}))
-    except OSError as error:  # what was sampled serves all the same
-        console.print(f"sampled text is not kept: {first_line(error)}")
+    except OSError as error:  # the sampled text can be used without a cache
+        console.print(f"sampled text is not cached and will be sampled again next time: {first_line(error)}")
 
 
 def _tokenize_prompts(
@@ -170,20 +174,23 @@ def _tokenize_prompts(
     if not prompts:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if first is None:
-            raise ValueError("the tokenizer has no beginning-of-text token: give prompts to sample from the model")
+            raise ValueError(
+                "the tokenizer has no beginning-of-text token to begin sampled text with: set data.sampling.prompts"
+            )
         return [[first]]
     starts = [encode_beginning(tokenizer, prompt, bos) for prompt in prompts]
     for prompt, start in zip(prompts, starts, strict=True):
         if not 0 < len(start) < length:
             raise ValueError(
-                f"prompt {prompt!r} has {len(start)} tokens, a document of {length} needs 1 … {length - 1}"
+                f"prompt {prompt!r} has {len(start)} tokens, but a document of {length} needs a prompt of 1 to "
+                f"{length - 1}: shorten the prompt, or raise data.sampling.document"
             )
     return starts
 
 
 @torch.inference_mode()
 def _sample(model: PreTrainedModel, batch: _Batch, positions: Iterator[int]) -> Tensor:
-    """Fill documents from their starts, token by token, `[batch, length]`; takes as many positions as it fills."""
+    """Continue documents from their first tokens, `[batch, length]`; takes one item of `positions` per step."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(batch.seed.encode()).digest()[:8]))
     ids_BT = torch.zeros(len(batch.starts), batch.length, dtype=torch.long)
@@ -197,8 +204,8 @@ def _sample(model: PreTrainedModel, batch: _Batch, positions: Iterator[int]) -> 
         logits_BV = model(input_ids=step_B1, past_key_values=cache, use_cache=True).logits[:, -1].float().cpu()
         if not torch.isfinite(logits_BV).all():
             raise ValueError(
-                f"the model's logits are not finite at token {position} of sampled text: its activations overflow (it "
-                f"computes in {model.dtype}); load it with dtype bfloat16 or float32"
+                f"the model's logits are not finite at token {position} of sampled text, because activations overflow "
+                f"in {model.dtype}: load the model with dtype bfloat16 or float32"
             )
         sampled_B = _draw(logits_BV / batch.temperature, batch.top_p, generator)
         following = position + 1
@@ -207,10 +214,10 @@ def _sample(model: PreTrainedModel, batch: _Batch, positions: Iterator[int]) -> 
 
 
 def _draw(logits_BV: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token per sample from the smallest set of tokens with probability `top_p` (Holtzman et al. 2020).
+    """Draw one token per sample from the smallest set of tokens with probability `top_p` (Holtzman et al. 2020).
 
-    One random number per sample and a sum over the vocabulary: `torch.multinomial` draws one for every token, which
-    takes as long as half of a small model's forward pass.
+    This takes one random number per sample and a sum over the vocabulary; `torch.multinomial` draws a number for every
+    token, which takes as long as half of a small model's forward pass.
     """
     probabilities_BV = logits_BV.softmax(-1)
     if top_p < 1:
@@ -218,6 +225,6 @@ def _draw(logits_BV: Tensor, top_p: float, generator: torch.Generator) -> Tensor
         sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= top_p] = 0
         probabilities_BV = torch.zeros_like(probabilities_BV).scatter_(1, order_BV, sorted_BV)
     sums_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
-    # Up to the last sum and never at it: a token of probability 0 is not drawn, wherever it is.
+    # Below the last sum, never equal to it, so that no token of probability 0 is drawn.
     random_B1 = torch.rand(len(sums_BV), 1, generator=generator, dtype=torch.float64) * sums_BV[:, -1:]
     return torch.searchsorted(sums_BV, random_B1, right=True)[:, 0].clamp_(max=sums_BV.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""From documents to windows of equal length: tokenise, concatenate, cut; conversations are packed whole."""
+"""Cut documents into windows of equal length: tokenise, concatenate, cut; conversations are packed whole."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -16,26 +16,26 @@ from gqaprune.models.losses import IGNORED
 from gqaprune.models.tokenizer import adds_bos, find_bos
 
 Batch = dict[str, Tensor]
-"""`input_ids` and `labels`, each `[batch, tokens]`; labels are `IGNORED` where a token is context only.
+"""`input_ids` and `labels`, each `[batch, tokens]`; tokens that are only context have the label `IGNORED`.
 
-Batches of dataloaders also have `index`, `[batch]`: each window's place among all of its stream's.
+Batches of dataloaders also have `index`, `[batch]`: each window's place among all windows of its stream.
 """
 
 BATCH_TOKENS = 4096
-"""Tokens of a batch to evaluate where no batch size is given."""
+"""Tokens of an evaluation batch if no batch size is given."""
 
 _CHARACTERS_PER_READ = 1 << 20
 
 
 def tokenize_corpus(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, limit: int | None = None) -> Tensor:
-    """Tokenise a corpus: documents joined by a blank line, in one piece, with the tokenizer's own special tokens.
+    """Tokenise a corpus as one text: documents joined by a blank line, with the tokenizer's special tokens.
 
-    Conversations follow one another as the tokenizer's chat template writes them.
+    Conversations follow one another, formatted by the tokenizer's chat template.
 
     Args:
         tokenizer: the model's tokenizer.
-        corpus: what to read.
-        limit: tokens to return at most, from the corpus's beginning; no more text is read than they need.
+        corpus: corpus to read.
+        limit: largest number of tokens to return, from the corpus's beginning; only as much text is read.
 
     Returns:
         Token ids, int64 `[tokens]`.
@@ -59,22 +59,22 @@ def read_labelled_windows(
     bos: bool | None = None,
     loss_on: LossOn = "assistant",
 ) -> tuple[Tensor, Tensor]:
-    """Windows of a corpus with the labels that a loss looks at: to train on, or to measure perplexity on.
+    """Read windows of a corpus with labels, to train on or to measure perplexity on.
 
     Args:
-        tokenizer: of the model.
-        corpus: documents, of which all tokens are learned; or conversations, which are packed into windows whole.
+        tokenizer: tokenizer of the model.
+        corpus: documents, whose tokens are all learned; or conversations, which are packed into windows whole.
         window: tokens per window.
         stride: tokens between the starts of two windows of documents.
-        limit: tokens to read at most.
-        bos: whether every window begins with the beginning-of-text token; None does as the model's family does.
-        loss_on: what is learned of conversations.
+        limit: largest number of tokens to read.
+        bos: whether every window begins with the beginning-of-text token; None follows the model's family.
+        loss_on: tokens of conversations to learn.
 
     Returns:
         Token ids and labels, each `[windows, window]`.
 
     Raises:
-        ValueError: if the corpus cannot be read, is shorter than a window, or has nothing to learn.
+        ValueError: if the corpus cannot be read, is shorter than a window, or has no token to learn.
     """
     is_chat, examples = _open(corpus)
     if not is_chat:
@@ -88,7 +88,7 @@ def read_labelled_windows(
 
 
 def _open(corpus: Corpus) -> tuple[bool, Iterator[Example]]:
-    """Whether a corpus has conversations, and what it has."""
+    """Open a corpus; return whether it has conversations, and its examples."""
     examples = iter(read_corpus(corpus))
     first = next(examples, "")
     return isinstance(first, Conversation), chain([first], examples)
@@ -104,7 +104,7 @@ def _tokenize(
         more = _read_characters(documents, _CHARACTERS_PER_READ)
         pieces.extend(more)
         characters += sum(map(len, more))
-        # Text is only cut off far behind the limit, so that the tokens before it are those of the whole text.
+        # Text is cut off far behind the limit, so that the tokens before it are the same as those of the whole text.
         if not more or (limit is not None and characters > 12 * limit + _CHARACTERS_PER_READ // 2):
             ids = tokenizer(SEPARATOR.join(pieces), verbose=False)["input_ids"]
             if not more or (limit is not None and len(ids) >= limit):
@@ -117,21 +117,21 @@ def _tokenize(
 def cut_windows(
     tokens: Tensor, window: int, stride: int | None = None, bos: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cut tokens into full windows; what is left at the end is dropped.
+    """Cut tokens into full windows; tokens left at the end are dropped.
 
     Args:
         tokens: `[tokens]`.
         window: tokens per window.
-        stride: tokens of the text between the starts of two windows; by default windows do not overlap. Where they do
-            only the tokens that the window before has not scored carry a label.
-        bos: token that every window begins with, as `find_bos` finds it: one of its `window` tokens, without a label,
-            and not of the text, whose own is left out.
+        stride: tokens of the text between the starts of two windows, 1 to `window`; by default windows do not overlap.
+            If they do, only tokens that are not in the window before have a label.
+        bos: token that every window begins with, from `find_bos`: it is one of the `window` tokens, has no label, and
+            replaces the one that the text may begin with.
 
     Returns:
         Token ids and labels, each `[windows, window]`.
 
     Raises:
-        ValueError: if the tokens do not fill one window, or the sizes make no sense.
+        ValueError: if the tokens do not fill one window, or a size is out of range.
     """
     stride = window if stride is None else stride
     if window < 2 or not 1 <= stride <= window:
@@ -139,7 +139,7 @@ def cut_windows(
     length = window if bos is None else window - 1  # of a window's text
     text = tokens[1:] if bos is not None and tokens[:1].eq(bos).all() else tokens
     if len(text) < length:
-        raise ValueError(f"{len(tokens)} tokens do not fill one window of {window}: give more text or a shorter window")
+        raise ValueError(f"{len(tokens)} tokens do not fill one window of {window}: use more text or a shorter window")
     windows = text.unfold(0, length, min(stride, length)).clone()
     labels = windows.clone()
     labels[1:, : max(0, length - stride)] = IGNORED
@@ -149,25 +149,25 @@ def cut_windows(
 
 
 def choose_batch_size(window: int) -> int:
-    """Windows of so many tokens that make a batch of `BATCH_TOKENS`, at least one."""
+    """Return how many windows of this length make a batch of `BATCH_TOKENS`, at least one."""
     return max(1, BATCH_TOKENS // window)
 
 
 def make_batches(windows: Tensor, labels: Tensor, batch_size: int | None = None) -> list[Batch]:
-    """Group windows into batches; the last may be smaller. None chooses the size by the windows' length."""
+    """Group windows into batches; the last may be smaller. None chooses the size from the windows' length."""
     batch_size = batch_size or choose_batch_size(windows.shape[1])
     pairs = zip(windows.split(batch_size), labels.split(batch_size), strict=True)
     return [{"input_ids": ids, "labels": targets} for ids, targets in pairs]
 
 
 def sample_windows(tokens: Tensor, window: int, count: int | None, seed: int, bos: int | None = None) -> Tensor:
-    """Choose non-overlapping windows at random, all of them if `count` is None or more than there are.
+    """Choose non-overlapping windows at random; all of them if `count` is None or larger than their number.
 
     Args:
         tokens: `[tokens]`.
         window: tokens per window.
-        count: windows wanted.
-        seed: same seed, same tokens: same windows in the same order.
+        count: number of windows.
+        seed: the same seed and tokens choose the same windows in the same order.
         bos: token that every window begins with, as for `cut_windows`.
 
     Returns:
@@ -185,23 +185,23 @@ def read_windows(
     limit: int | None = None,
     bos: bool | None = None,
 ) -> Tensor:
-    """Sample windows from corpora, mixed: the text for calibration and fine-tuning.
+    """Choose windows from corpora at random and mix them, for calibration and fine-tuning.
 
     Args:
         tokenizer: the model's tokenizer.
         corpora: corpora, or their names, whose train split is read.
         window: tokens per window.
-        count: windows to take over all corpora; None takes all.
-        seed: seed of the choice and order.
-        limit: tokens to read from each corpus at most.
-        bos: whether every window begins with the beginning-of-text token; None does as the model's family does.
+        count: number of windows over all corpora; None takes all.
+        seed: seed of the choice and the order.
+        limit: largest number of tokens to read from each corpus.
+        bos: whether every window begins with the beginning-of-text token; None follows the model's family.
 
     Returns:
         Token ids `[windows, window]`.
 
     Raises:
-        ValueError: if a corpus is missing, empty or shorter than one window, or the tokenizer has no token to begin
-            windows with that are to begin with one.
+        ValueError: if a corpus is missing, empty or shorter than one window, or `bos` is true and the tokenizer has no
+            beginning-of-text token.
     """
     found, first = [], find_bos(tokenizer, bos)
     for corpus in corpora:
@@ -222,7 +222,7 @@ def _choose(windows: Tensor, count: int | None, seed: int) -> Tensor:
 
 
 def _read_characters(documents: Iterable[str], count: int) -> list[str]:
-    """The next documents that together have at least `count` characters; fewer at the end."""
+    """Take the next documents that together have at least `count` characters; fewer at the end."""
     taken, total = [], 0
     for document in documents:
         taken.append(document)
@@ -233,20 +233,20 @@ def _read_characters(documents: Iterable[str], count: int) -> list[str]:
 
 
 def describe_bos(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> str:
-    """Say which windows begin with the beginning-of-text token; empty where none does."""
+    """Describe which windows begin with the beginning-of-text token; empty if none does."""
     if find_bos(tokenizer, bos) is not None:
         return "each beginning with BOS"
-    return "BOS before the first alone" if adds_bos(tokenizer) else ""
+    return "only the first beginning with BOS" if adds_bos(tokenizer) else ""
 
 
 def describe_protocol(window: int, stride: int | None, tokens: int | None, bos: str = "") -> str:
-    """How perplexity is measured, in words: tokens of a window, from one window to the next, of each corpus at most.
+    """Describe in words how perplexity is measured.
 
     Args:
         window: tokens of a window.
         stride: tokens between the starts of two windows.
-        tokens: of each corpus at most.
-        bos: which windows begin with the beginning-of-text token, as `describe_bos` says it.
+        tokens: largest number of tokens of each corpus; None means all.
+        bos: which windows begin with the beginning-of-text token, from `describe_bos`.
     """
     overlap = "non-overlapping windows" if stride in (None, window) else f"windows with stride {stride}"
     limit = "whole split" if tokens is None else f"first {tokens:,} tokens"

@@ -1,7 +1,7 @@
 """Lightning's data streams: text corpora as calibration, train, validation, test and prompt streams.
 
-May import planning and evaluation and what stands below them; reading text and cutting windows is in `data/`. A setting
-of the streams is a field of `config.py`.
+May import planning, evaluation and the packages below them; `data/` reads text and cuts windows. To add a setting of
+the streams, add a field to a class in `config.py`.
 """
 
 from gqaprune.datamodules.text import TextDataModule

@@ -14,15 +14,16 @@ class CalibrationConfig:
     """The text that units are scored and repaired on.
 
     Args:
-        corpora: corpora to calibrate on, or one; none with `sampled_windows` alone.
-        windows: windows to calibrate on, at least 1, sampled over all corpora; null takes all that are not held out.
+        corpora: a corpus, or a list of corpora; an empty list uses only `sampled_windows`.
+        windows: number of windows to calibrate on, at least 1, chosen over all corpora; null uses all that are not held
+            out.
         window: tokens per window, at least 2.
         batch_size: windows per micro-batch, at least 1.
-        held_out_windows: further windows of the corpora, that nothing is calibrated on: what `PerplexityGuard` measures
-            the model on; 0 turns it off. They come first: where the corpora have too few windows for both, up to half
-            of them are held out, and that is said.
-        sampled_windows: windows that the dense model writes itself, to calibrate on besides those of the corpora: they
-            make up for what the corpora are not like; 0 needs none. Kept in the user's cache folder.
+        held_out_windows: number of further windows of the corpora, at least 0, that are not used for calibration;
+            `PerplexityGuard` measures the model on them, and 0 turns it off. If the corpora have too few windows for
+            both, up to half of them are held out, and a console line says so.
+        sampled_windows: number of windows, at least 0, that the dense model writes itself and that are added to those
+            of the corpora: they cover kinds of text that the corpora lack. Kept in the user's cache folder.
 
     Raises:
         ValueError: if a number is out of its bounds.
@@ -45,13 +46,12 @@ class TrainingConfig:
     """The text that recovery trains on.
 
     Args:
-        corpora: corpora to fine-tune on, or one.
+        corpora: a corpus, or a list of corpora; an empty list uses only `sampled_windows`.
         window: tokens per window, at least 2.
-        tokens: tokens to read from each corpus at most, 1 or more; null reads all.
+        tokens: largest number of tokens to read from each corpus, at least 1; null reads all.
         batch_size: windows per micro-batch and device, at least 1.
-        sampled_windows: windows that the dense model writes itself, to fine-tune on besides those of the corpora
-            (`corpora: []` takes these alone); sampled like those of calibration, but others;
-            0 needs none.
+        sampled_windows: number of windows, at least 0, that the dense model writes itself and that are added to those
+            of the corpora; they are sampled with another seed than the calibration windows.
 
     Raises:
         ValueError: if a number is out of its bounds.
@@ -73,13 +73,13 @@ class EvaluationConfig:
     """The text that perplexity is measured on.
 
     Args:
-        val: corpora for perplexity during training, logged as `ppl/<corpus>`.
-        test: corpora for reported perplexity.
-        window: tokens per window, at least 2 (2048 is the usual protocol, 128 LLM-Pruner's).
+        val: corpora whose perplexity is measured during training and logged as `ppl/<corpus>`.
+        test: corpora whose perplexity is reported.
+        window: tokens per window, at least 2 (most papers use 2048, LLM-Pruner 128).
         stride: tokens between the starts of windows, 1 to `window`; null means no overlap.
-        tokens: tokens to evaluate of each corpus at most, from its beginning; null evaluates all.
-        batch_size: windows per batch and device; null takes as many as have 4,096 tokens. A batch that memory does not
-            hold is halved.
+        tokens: largest number of tokens to evaluate of each corpus, from its beginning, at least 1; null evaluates all.
+        batch_size: windows per batch and device, at least 1; null chooses the number that makes 4,096 tokens. A batch
+            that does not fit in memory is halved.
 
     Raises:
         ValueError: if a number is out of its bounds.
@@ -101,11 +101,11 @@ class SamplingConfig:
     """How the dense model writes the sampled windows.
 
     Args:
-        document: tokens of each document that windows are packed from, at least 2: many short ones cover more
-            than few long ones.
-        prompts: beginnings of those documents, used in turn; null means the beginning-of-text token.
+        document: tokens of each document that windows are packed from, at least 2; many short documents are more
+            varied than few long ones.
+        prompts: beginnings of the documents, used in turn; null begins them with the beginning-of-text token.
         temperature: divides the logits, above 0.
-        top_p: probability that the tokens sampled from have together, above 0 to 1.
+        top_p: sample from the likeliest tokens that together have this probability, above 0 to 1.
     """
 
     document: int = 256

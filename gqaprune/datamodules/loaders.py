@@ -1,4 +1,4 @@
-"""Windows of tokens by batches: a training loader that knows its place, evaluation in even shares."""
+"""Load windows in batches: a training loader that can resume, and equal shares for evaluation."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from gqaprune.models.losses import IGNORED
 
 
 class Windows(Dataset[Batch]):
-    """Windows `[windows, tokens]` with their labels; `index` in a batch is a place here."""
+    """Windows `[windows, tokens]` with their labels; `index` in a batch is a window's place here."""
 
     def __init__(self, input_ids: Tensor, labels: Tensor) -> None:
         self.input_ids = input_ids
@@ -25,13 +25,13 @@ class Windows(Dataset[Batch]):
 
 
 class TrainLoader(DataLoader[Batch]):
-    """Knows where it is in an epoch, so that a resumed run goes on with the batch that the interrupted one had next."""
+    """A loader that saves its place in an epoch, so that a resumed run continues with the next batch."""
 
     _epoch, _yielded = 0, 0
     _resumed: dict[str, int] = {}  # noqa: RUF012  (never changed)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        self._epoch, self._yielded = getattr(self.sampler, "epoch", 0), 0  # `overfit_batches` puts in one without
+        self._epoch, self._yielded = getattr(self.sampler, "epoch", 0), 0  # the sampler of `overfit_batches` has none
         skipped = self._resumed.get("yielded", 0) if self._resumed.get("epoch") == self._epoch else 0
         for batch in super().__iter__():
             self._yielded += 1
@@ -39,16 +39,16 @@ class TrainLoader(DataLoader[Batch]):
                 yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The place, as Lightning keeps it in checkpoints."""
+        """Return the place in the epoch, for Lightning's checkpoints."""
         return {"epoch": self._epoch, "yielded": self._yielded}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from a place."""
+        """Continue from a saved place."""
         self._resumed = state_dict
 
 
 def fill_up(input_ids: Tensor, labels: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
-    """Add windows without labels until every rank gets the same number, so that none is counted twice."""
+    """Add windows without labels until every rank has the same number, so that no window is counted twice."""
     missing = -len(input_ids) % world_size
     blank = torch.full_like(labels[:1], IGNORED).expand(missing, -1)
     return torch.cat([input_ids, input_ids[:1].expand(missing, -1)]), torch.cat([labels, blank])

@@ -1,4 +1,4 @@
-"""Corpora as streams: calibration and train windows, validation and test perplexity, prompts."""
+"""Provide corpora as streams: calibration and train windows, validation and test perplexity, prompts."""
 
 import math
 from collections.abc import Sequence
@@ -41,38 +41,39 @@ _DEFAULT_SPLITS = {"calibration": "train", "train": "train", "val": "validation"
 class TextDataModule(RenamedAttributes, LightningDataModule):
     """Text streams for pruning, fine-tuning and perplexity.
 
-    A corpus is `wikitext2`, `ptb` or `c4` (from the hub), any dataset there as `hub:owner/dataset`, `embedded` or
-    `stdlib` (Python's own help and sources), or a path, folder or glob of text, jsonl, json and parquet files;
-    `@train`, `@validation` or `@test` after it names a split. Named corpora have default splits by stream; local files
-    are read whole unless a split is named.
+    A corpus is `wikitext2`, `ptb` or `c4` (from the hub), any hub dataset as `hub:owner/dataset`, `embedded` or
+    `stdlib` (Python's own help and sources), or a path, folder or glob of text, jsonl, json and parquet files; a split
+    is written after it as `@train`, `@validation` or `@test`. Without one, a named corpus uses the stream's default
+    split and local files are read whole.
 
-    Rows hold documents (`text`) or conversations: `messages`, `prompt` and `completion`, or `instruction`, `input` and
-    `output`. Documents are joined and cut into windows without padding. Conversations go through the tokenizer's chat
-    template; training and evaluation pack them whole, and learn and count the assistant's tokens alone.
+    Rows are documents (`text`) or conversations: `messages`, `prompt` and `completion`, or `instruction`, `input` and
+    `output`. Documents are joined and cut into windows without padding. Conversations are formatted by the tokenizer's
+    chat template; training and evaluation pack them whole and use only the assistant's tokens.
 
     Args:
-        tokenizer: whose tokenizer to use, as `model.pretrained`; the command line sets it from there.
+        tokenizer: model whose tokenizer to use, as `model.pretrained`, from which the command line sets it.
         calibration: the text that units are scored and repaired on.
         training: the text that recovery trains on.
         evaluation: the text that perplexity is measured on.
-        sampling: how the dense model writes windows of its own.
-        prompts: what `predict` continues, and what training shows samples of: a list, or a file with one per line, that
-            in a `.jsonl` file is a string, an object with `prompt`, or one with `messages` (`role` and `content`).
-        chat: put prompts as the user's turn into the tokenizer's chat template; null does so where it has one.
+        sampling: how the dense model writes the sampled windows.
+        prompts: prompts that `predict` and the samples during training continue: a list, or a file with one prompt per
+            line; in a `.jsonl` file, a line is a string, an object with `prompt`, or one with `messages` (`role` and
+            `content`).
+        chat: format prompts as the user's turn in the tokenizer's chat template; null does so if there is one.
         bos: begin every window of every stream, and every prompt, with the beginning-of-text token; false leaves it to
-            the tokenizer, which adds it at a text's beginning or not at all. Null does as the model's family does:
-            Gemma needs it, and the usual perplexities of all others go without.
-        loss_on: what is learned, and measured, of conversations: the `assistant`'s tokens, or `all`.
+            the tokenizer, which adds it at most once per text. Null follows the model's family: true for Gemma, which
+            needs it, and false for all others, like published perplexities.
+        loss_on: tokens of conversations to learn and to measure: those of the `assistant`, or `all`.
         text_field: column of the text in jsonl, json and parquet files, and in datasets on the hub.
-        columns: names of columns that are others than `messages`, `prompt`, `completion`, `instruction`, `input`,
-            `output`: such as `{messages: dialogue}`.
+        columns: other names of the columns `messages`, `prompt`, `completion`, `instruction`, `input` and `output`,
+            such as `{messages: dialogue}`.
         seed: seed of the choice and order of windows.
         trust_remote_code: run code that comes with the tokenizer; the command line sets it from `model`.
 
     Groups of settings may be given as dictionaries, such as `training={"window": 1024}`.
 
     Raises:
-        ValueError: if calibration or training text overlaps with text that is evaluated, or a setting is out of bounds.
+        ValueError: if calibration or training text overlaps with evaluation text, or a setting is out of bounds.
     """
 
     @name_successors("data")
@@ -140,14 +141,14 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
 
     @property
     def protocol(self) -> str:
-        """How perplexity is measured, in words."""
+        """A description of how perplexity is measured."""
         settings = self.evaluation
         return describe_protocol(
             settings.window, settings.stride, settings.tokens, describe_bos(self.tokenizer, self.bos)
         )
 
     def prepare_data(self) -> None:
-        """Fill the hub's cache from one process, with what the command needs."""
+        """Download the corpora that the command needs into the hub's cache, from one process."""
         assert self.trainer is not None and self.trainer.state.fn is not None
         for stream in self._get_streams(self.trainer.state.fn.value):
             for corpus in self.corpora[stream]:
@@ -155,7 +156,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
                     read_corpus(corpus)
 
     def setup(self, stage: str) -> None:
-        """Read what the stage needs, so that missing text is said before a model is loaded."""
+        """Read the text that the stage needs, so that missing text raises before a model is loaded."""
         if self._is_rehearsal != self._read_for_rehearsal:
             self._calibration_windows = self._held_out_windows = self._sampled_train_windows = None
             self._read_for_rehearsal = self._is_rehearsal
@@ -168,10 +169,10 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
                 self._evaluation_windows(stream)
 
     def check_context(self, config: PretrainedConfig) -> None:
-        """Refuse text of the command that is longer than a model's context: windows, and prompts to continue.
+        """Raise an error if windows or prompts of the command are longer than the model's context.
 
         Raises:
-            ValueError: naming the setting.
+            ValueError: with the setting to change.
         """
         assert self.trainer is not None and self.trainer.state.fn is not None
         command = self.trainer.state.fn.value
@@ -185,21 +186,21 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
             check_prompt(batch["input_ids"], read_context(config))
 
     def get_labels(self, stream: str) -> list[str]:
-        """Names of a stream's corpora in logs, in the order of its dataloaders."""
+        """Return the names of a stream's corpora in logs, in the order of its dataloaders."""
         labels = [corpus.label for corpus in self.corpora[stream]]
         return [str(c) if labels.count(c.label) > 1 else c.label for c in self.corpora[stream]]
 
     @property
     def calibration_sources(self) -> list[str]:
-        """What calibration reads, by name."""
+        """Names of the calibration corpora, and the number of sampled windows."""
         count = self.calibration.sampled_windows
         sampled = [f"{count} sampled windows"] if count else []
         return [str(corpus) for corpus in self.corpora["calibration"]] + sampled
 
     def read_calibration_windows(self) -> Tensor:
-        """Windows of the calibration corpora, `[windows, tokens]`; none without corpora.
+        """Read windows of the calibration corpora, `[windows, tokens]`; none without corpora.
 
-        Held-out windows come first: where the corpora have too few for both, up to half of them are held out.
+        If the corpora have too few windows for calibration and held-out text, up to half of them are held out.
         """
         corpora = self.corpora["calibration"]
         if self._calibration_windows is None and not corpora:
@@ -207,7 +208,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         if self._calibration_windows is None:
             limit = None
             count, held_out = self._count_calibration_windows()
-            if count is not None:  # so much of each corpus, at most, that the choice stays a choice
+            if count is not None:  # reading 16 times as much as needed leaves a choice
                 limit = 16 * count * self.calibration.window
             wanted = None if count is None else count + held_out
             windows = read_windows(self.tokenizer, corpora, self.calibration.window, wanted, self.seed, limit, self.bos)
@@ -216,16 +217,16 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         return self._calibration_windows
 
     def held_out_batches(self) -> list[Batch]:
-        """Windows of the calibration corpora that are not calibrated on, as batches to evaluate; none where all are."""
+        """Return the held-out windows of the calibration corpora, as batches to evaluate; none if all are used."""
         self.read_calibration_windows()
         windows = self._held_out_windows
         return [] if windows is None or not len(windows) else make_batches(windows, windows, self.evaluation.batch_size)
 
     def calibration_batches(self, model: PreTrainedModel | None = None) -> list[Tensor]:
-        """Calibration token ids, each `[calibration.batch_size, calibration.window]`, the same on every rank.
+        """Return calibration token ids, each `[calibration.batch_size, calibration.window]`, the same on every rank.
 
         Args:
-            model: the dense causal LM, which writes the sampled windows, if any are wanted.
+            model: the dense causal LM, which writes the sampled windows if there are any.
 
         Raises:
             ValueError: if there is no text to calibrate on, no model to write it, or the windows are longer than the
@@ -236,16 +237,19 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         windows = self.read_calibration_windows()
         if count := self._rehearse(self.calibration.sampled_windows, self.calibration.batch_size):
             if model is None:
-                raise ValueError(f"data.calibration.sampled_windows is {count}: give the model that writes them")
+                raise ValueError(
+                    f"data.calibration.sampled_windows is {count}: pass the model that writes them, as "
+                    "calibration_batches(model)"
+                )
             sampled = self._sample(model, count, self.calibration.window, self.seed)
             windows = torch.cat([windows, sampled])
             windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.seed))]
         if not len(windows):
-            raise ValueError("data.calibration has neither corpora nor sampled_windows: give one of them")
+            raise ValueError("data.calibration has neither corpora nor sampled_windows: set one of them")
         return list(windows.split(self.calibration.batch_size))[: 1 if self._is_rehearsal else None]
 
     def evaluation_batches(self, streams: Sequence[str] = ("val", "test")) -> dict[str, list[Batch]]:
-        """Batches of all evaluation corpora, as `val/<corpus>` and `test/<corpus>`, or of one of the two streams."""
+        """Return the batches of the evaluation corpora of these streams, as `val/<corpus>` and `test/<corpus>`."""
         return {
             f"{stream}/{label}": make_batches(*windows, self.evaluation.batch_size)[: 1 if self._is_rehearsal else None]
             for stream in streams
@@ -253,7 +257,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Training windows of the corpora and of the dense model, this rank's share, shuffled anew every epoch."""
+        """Return a loader of this rank's share of the training windows, shuffled anew every epoch."""
         dataset = Windows(*self._read_train())
         return TrainLoader(
             dataset,
@@ -262,39 +266,39 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         )
 
     def count_train_batches(self) -> int:
-        """Count the training batches of an epoch on each device; the dense model need not have written its windows."""
+        """Count the training batches of an epoch on each device, even before the dense model has written windows."""
         windows = len(self._read_train_corpora()[0]) + self._count_sampled_train_windows()
-        # `overfit_batches` gives every device the same ones.
+        # With `overfit_batches` every device trains on the same ones.
         is_shared = self.trainer is None or not self.trainer.overfit_batches  # type: ignore[attr-defined]
         return math.ceil(windows / (self._place["num_replicas"] if is_shared else 1) / self.training.batch_size)
 
     def read_train_windows(self) -> Tensor:
-        """Training windows in their own order, `[windows, tokens]`: `index` in a training batch is a place here.
+        """Return the training windows, `[windows, tokens]`, in the order that `index` in a training batch refers to.
 
         Raises:
-            ValueError: if some of them come from the dense model, which has not written them yet.
+            ValueError: if the dense model has not written its windows yet.
         """
         return self._read_train()[0]
 
     @property
     def learns_all(self) -> bool:
-        """Whether every token of the training windows has a label, but for those that begin them."""
+        """Whether every token of the training windows has a label, except their first ones."""
         return not (self._read_train_corpora()[1][:, 1:] == IGNORED).any()
 
     def _read_train(self) -> tuple[Tensor, Tensor]:
-        """Training windows and labels, those of the dense model last."""
+        """Return training windows and labels, those of the dense model last."""
         windows, labels = self._read_train_corpora()
         if count := self._count_sampled_train_windows():
             if self._sampled_train_windows is None:
                 raise ValueError(
-                    f"data.training.sampled_windows is {count}: sample_train_windows(dense model) "
-                    "comes first, as gqaprune.callbacks.TaylorPruning does it"
+                    f"data.training.sampled_windows is {count}: call sample_train_windows(dense_model) first, as "
+                    "gqaprune.callbacks.TaylorPruning does"
                 )
             windows, labels = (torch.cat([own, self._sampled_train_windows]) for own in (windows, labels))
         return windows, labels
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
-        """One loader per validation corpus."""
+        """Return one loader per validation corpus."""
         return self._evaluation_loaders("val")
 
     def count_evaluation_batches(self, stream: str) -> list[int]:
@@ -302,18 +306,18 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         return [math.ceil(len(loader) / self._world_size) for loader in self._evaluation_loaders(stream)]
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
-        """One loader per test corpus."""
+        """Return one loader per test corpus."""
         return self._evaluation_loaders("test")
 
     def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Prompts, one per batch."""
+        """Return a loader of prompts, one per batch."""
         return DataLoader([ids for _, ids in self.encode_prompts()], batch_size=None)  # type: ignore[arg-type]
 
     def encode_prompts(self) -> list[tuple[Prompt, dict[str, Tensor]]]:
-        """Every prompt and what the model reads of it, `input_ids`, `[1, tokens]`.
+        """Return every prompt with its `input_ids`, `[1, tokens]`.
 
         Raises:
-            ValueError: if the prompts cannot be read, or not be put as they are wanted.
+            ValueError: if the prompts cannot be read or encoded.
         """
         if self._encoded_prompts is None:
             prompts = read_prompts(self.prompts)
@@ -322,14 +326,14 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         return self._encoded_prompts
 
     def sample_train_windows(self, model: PreTrainedModel) -> None:
-        """Let the dense causal LM write the training windows that are wanted from it. Every rank has to call it."""
+        """Sample `data.training.sampled_windows` from the dense causal LM. Every rank must call it."""
         if count := self._count_sampled_train_windows():
-            # Another seed than calibration's: recovery is to see other text.
+            # Another seed than calibration's, so that recovery sees other text.
             self._sampled_train_windows = self._sample(model, count, self.training.window, self.seed + 1)
 
     @property
     def _is_rehearsal(self) -> bool:
-        """Whether the trainer only tries whether a run works, so that a batch of everything is enough."""
+        """Whether the trainer only tries the run (`fast_dev_run`), so that one batch of each kind is enough."""
         return self.trainer is not None and bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
 
     def _rehearse(self, windows: int, batch_size: int) -> int:
@@ -339,22 +343,23 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         return self._rehearse(self.training.sampled_windows, self.training.batch_size)
 
     def _count_calibration_windows(self) -> tuple[int | None, int]:
-        """Windows to calibrate on, None for all, and windows to hold out."""
+        """Return the number of windows to calibrate on, None for all, and the number to hold out."""
         settings = self.calibration
         if self._is_rehearsal:
             return settings.batch_size, min(settings.held_out_windows, settings.batch_size)
         return settings.windows, settings.held_out_windows
 
     def _reserve_held_out(self, windows: int, count: int | None, asked: int) -> int:
-        """Return how many of the calibration corpora's windows are held out; say so if they are too few for all."""
+        """Return how many windows of the calibration corpora are held out; print a line if there are too few."""
         spare = windows // 2 if count is None else max(windows // 2, windows - count)
         held_out = min(asked, spare)
         is_short = held_out < asked or windows - held_out < (count or 0)
         if is_short and get_rank_and_world_size()[0] == 0:
             wanted = "all" if count is None else count
             console.print(
-                f"calibration: the corpora hold {windows} windows of {self.calibration.window} tokens; "
-                f"{windows - held_out} are calibrated on ({wanted} wanted) and {held_out} held out ({asked} wanted)"
+                f"the calibration corpora have only {windows} windows of {self.calibration.window} tokens: "
+                f"{windows - held_out} are used for calibration ({wanted} wanted) and {held_out} are held out ({asked} "
+                "wanted)"
             )
         return held_out
 
@@ -373,25 +378,27 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
         )
 
     def _read_train_corpora(self) -> tuple[Tensor, Tensor]:
-        """Windows and labels of the training corpora, mixed."""
+        """Read windows and labels of the training corpora, mixed."""
         if self._train_corpora_windows is None:
             read = [self._read_labelled(corpus, "training") for corpus in self.corpora["train"]]
             if not read and not self.training.sampled_windows:
-                raise ValueError("data.training has neither corpora nor sampled_windows: give one of them")
+                raise ValueError("data.training has neither corpora nor sampled_windows: set one of them")
             none = torch.empty(0, self.training.window, dtype=torch.long)
             windows, labels = (torch.cat([none, *(pair[part] for pair in read)]) for part in (0, 1))
             order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.seed))
             self._train_corpora_windows = windows[order], labels[order]
             if get_rank_and_world_size()[0] == 0 and not self.learns_all:
-                begins = (labels[:, 1] == IGNORED).nonzero().flatten()  # with what is not learned, as conversations do
+                begins = (labels[:, 1] == IGNORED).nonzero().flatten()  # windows that begin a conversation
                 first = int(begins[0]) if len(begins) else 0
                 encoded = Encoded(windows[first].tolist(), labels[first].tolist())
                 example = describe_example(self.tokenizer, encoded)
-                console.print(f"a training window, ⟦what is not learned⟧ in brackets: {example}", markup=False)
+                console.print(
+                    f"a training window, with ⟦text that is not learned⟧ in brackets: {example}", markup=False
+                )
         return self._train_corpora_windows
 
     def _read_labelled(self, corpus: Corpus, group: str) -> tuple[Tensor, Tensor]:
-        """Windows and labels of a corpus, as a group of settings has them."""
+        """Read windows and labels of a corpus with the settings of a group."""
         settings = self.training if group == "training" else self.evaluation
         stride = None if group == "training" else self.evaluation.stride
         try:
@@ -414,9 +421,9 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
                 if mine.overlaps(theirs):
                     setting = {"calibration": "calibration.corpora", "train": "training.corpora"}[used]
                     raise ValueError(
-                        f"data.{setting} {mine} overlaps with data.evaluation.{evaluated} {theirs}: perplexity on text "
-                        "the model has seen in calibration or training means nothing; use another split or file, "
-                        "for example name@train and name@test"
+                        f"data.{setting} {mine} overlaps with data.evaluation.{evaluated} {theirs}: perplexity is "
+                        "meaningless on text that calibration or training has used; use another split or file, for "
+                        "example name@train and name@test"
                     )
 
     def _evaluation_windows(self, stream: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -429,7 +436,7 @@ class TextDataModule(RenamedAttributes, LightningDataModule):
 
     @property
     def _place(self) -> dict[str, Any]:
-        """The number of devices that training data is split over, and which of them this one is."""
+        """The number of devices that share the training data, and the rank of this one."""
         strategy = self.trainer.strategy if self.trainer is not None else None
         return getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
 

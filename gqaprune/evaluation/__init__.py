@@ -1,4 +1,4 @@
 """Measure and judge models: perplexity, generated text, side-by-side predictions, causes of broken models.
 
-May import scoring and what stands below it.
+May import scoring and the packages below it.
 """

@@ -1,8 +1,8 @@
-"""Diagnosis of a model that pruning broke: tells causes apart by undoing them one at a time on the dense model.
+"""Diagnose why pruning broke a model, by undoing possible causes one at a time on the dense model.
 
-What undoing a cause gives back, as a share of what was lost in log-perplexity, is how much it explains. Causes are
-tried from the most specific to the least: a few outliers, the choice of units, repair, attention, single layers; the
-first that explains half is the verdict, and where none does, the rate.
+A cause explains the share of the lost log-perplexity that undoing it restores. Causes are tried from the most specific
+to the least: a few outliers, the choice of units, repair, attention, single layers. The first that explains half is the
+verdict; if none does, it is the rate.
 """
 
 import math
@@ -27,7 +27,7 @@ from gqaprune.scoring.outliers import find_outliers
 from gqaprune.scoring.scores import score_units
 
 EXPLAINS = 0.5
-"""Share of the lost log-perplexity that undoing a cause has to give back to be the verdict."""
+"""Share of the lost log-perplexity that undoing a cause must restore to be the verdict."""
 _LAYER_BATCHES = 2
 """Batches on which layers are restored one at a time."""
 
@@ -39,12 +39,12 @@ class Finding:
     """One possible cause.
 
     Args:
-        cause: its name: `not finite`, `dtype`, `wrong cut`, `outliers`, `choice`, `repair`, `attention`, `layers`,
-            `rate`.
-        sentence: what was found.
-        setting: what to change.
-        perplexity: with this undone; None where that is not measured.
-        explains: share of the lost log-perplexity that comes back then; None where that is not measured.
+        cause: name of the cause: `not finite`, `dtype`, `wrong cut`, `outliers`, `choice`, `repair`, `attention`,
+            `layers`, `rate`.
+        sentence: description in a sentence.
+        setting: setting to change.
+        perplexity: perplexity with the cause undone; None if it is not measured.
+        explains: share of the lost log-perplexity that this restores; None if it is not measured.
     """
 
     cause: str
@@ -56,15 +56,15 @@ class Finding:
 
 @dataclass
 class Diagnosis:
-    """What was found about a pruned model, on held-out windows.
+    """Possible causes of a pruned model's loss, measured on held-out windows.
 
     Args:
         dense: perplexity of the dense model.
-        pruned: of the pruned one as it is.
-        cut: of the plan's cut alone, without repair; None where it was not measured.
-        findings: possible causes, in the order they were tried.
-        layers: perplexity of the cut but for one layer, by layer, on fewer windows.
-        verdict: the finding that explains it.
+        pruned: perplexity of the pruned model.
+        cut: perplexity of the plan's cut without repair; None if it was not measured.
+        findings: possible causes, in the order in which they were tried.
+        layers: perplexity of the cut with one layer restored, by layer, on fewer windows.
+        verdict: the finding that explains the loss.
     """
 
     dense: float
@@ -75,11 +75,11 @@ class Diagnosis:
     verdict: Finding | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, as `guard.json` holds them."""
+        """Convert it to plain types, for `guard.json`."""
         return asdict(self)
 
     def describe(self) -> str:
-        """The verdict in words."""
+        """Describe the verdict in words."""
         assert self.verdict is not None
         return f"{self.verdict.sentence}; {self.verdict.setting}"
 
@@ -95,14 +95,14 @@ def diagnose(
 ) -> Diagnosis:
     """Find out why a pruned model is so much worse than the dense one.
 
-    In a process group every rank has to call it with the same batches.
+    In a process group every rank must call it with the same batches.
 
     Args:
-        dense: the dense model, on the device to work on; it is left as it was.
-        pruned: the model that the plan left of it, repaired or not.
-        plan: what was cut.
-        batches: of `input_ids` and `labels`, text that neither calibration nor training has seen.
-        made_for: type that the dense model's weights were published in, if it is known.
+        dense: the dense model, on the device to work on; it is not changed.
+        pruned: the model pruned by the plan, repaired or not.
+        plan: plan of the cut.
+        batches: batches of `input_ids` and `labels`, text that neither calibration nor training has used.
+        made_for: type in which the dense model's weights were published, if it is known.
         is_trained: whether the pruned model has been trained since.
     """
     found = find_not_finite(pruned, batches) or find_not_finite(dense, batches)
@@ -113,9 +113,9 @@ def diagnose(
     add = diagnosis.findings.append
     if dense.dtype == torch.float16 and made_for not in (None, torch.float16):
         name = name_dtype(made_for)
-        add(Finding("dtype", f"the model was made for {name} and runs in float16", f"set model.dtype to {name}"))
+        add(Finding("dtype", f"the model was trained in {name} but runs in float16", f"set model.dtype to {name}"))
     if found:
-        setting = "load the model again; if the dense one is sound, lower the learning rate"
+        setting = "load the model again; if the dense model is finite, lower the learning rate"
         if dense.dtype == torch.float16:
             setting = "set model.dtype to bfloat16 or float32"
         add(Finding("not finite", found, setting))
@@ -130,10 +130,10 @@ def diagnose(
 
 
 def find_not_finite(model: PreTrainedModel, batches: Batches) -> str | None:
-    """Where a model's weights, or its activations on text, are first NaN or infinite; None if nowhere."""
+    """Describe where a model's weights, or its activations on text, are first NaN or infinite; None if nowhere."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            return f"weights of {name_parameter_place(name)} hold NaN or inf"
+            return f"weights of {name_parameter_place(name)} contain NaN or inf"
     with freeze_parameters(model), torch.no_grad():
         streams = embed_batches(model, [batch["input_ids"] for batch in batches[:_LAYER_BATCHES]])
         for layer in range(len(get_layers(model))):
@@ -141,17 +141,17 @@ def find_not_finite(model: PreTrainedModel, batches: Batches) -> str | None:
                 stream.hidden_BTD = run_layer(model, layer, stream)
                 if not torch.isfinite(stream.hidden_BTD).all():
                     largest = torch.finfo(stream.hidden_BTD.dtype).max
-                    return f"activations of layer {layer} overflow: {model.dtype} ends at {largest:,.0f}"
+                    return f"activations of layer {layer} overflow: the largest {model.dtype} is {largest:,.0f}"
     return None
 
 
 class _Causes:
-    """Undoes possible causes one after the other and notes what each explains.
+    """Undoes possible causes one after the other and records how much each explains.
 
     Args:
-        diagnosis: to add findings to.
+        diagnosis: diagnosis to add findings to.
         gated: the plan on the dense model.
-        batches: to measure on.
+        batches: batches to measure on.
         is_trained: whether the pruned model has been trained since.
     """
 
@@ -162,10 +162,10 @@ class _Causes:
         self.lost = _ratio(max(self.cut, diagnosis.pruned), diagnosis.dense)
 
     def try_all(self) -> None:
-        """From the most specific to the least."""
+        """Try all causes, from the most specific to the least."""
         if wrong := self.gated.find_wrong_cuts(self.ids[0]):
             sentence = (
-                f"the cut of {_name_layers(wrong)} is not what gating gives: heads are not with their own KV head"
+                f"the cut of {_name_layers(wrong)} differs from gating: query heads are not with their own KV head"
             )
             self._add("wrong cut", sentence, "report this with the model's family")
         self._try_outliers()
@@ -173,10 +173,10 @@ class _Causes:
         self._try_repair()
         self._try_attention()
         self._try_layers()
-        sentence = f"too much is removed for this model, {self.gated.plan.rate:.0%} asked"
+        sentence = f"rate {self.gated.plan.rate:.0%} is too high for this model"
         self._add(
             "rate",
-            f"{sentence}; with half of it every block would keep more, chosen by gates",
+            f"{sentence}; perplexity with half as many units removed, chosen by gates, is shown",
             "lower pruning.rate",
             half,
             0.0 if half is None else self._explain(self.cut, half),
@@ -193,7 +193,7 @@ class _Causes:
     def _explain(self, broken: float, mended: float) -> float:
         if not self.lost or broken <= mended:
             return 0.0
-        if math.isinf(self.lost):  # what leaves a finite rest explains nothing beside it
+        if math.isinf(self.lost):  # beside an infinite loss, a finite difference explains nothing
             return float(math.isinf(broken))
         return _ratio(broken, mended) / self.lost
 
@@ -211,20 +211,20 @@ class _Causes:
             self._add_undone("outliers", sentence, setting, self.gated.restore_units(removed))
 
     def _try_choice(self) -> float | None:
-        """Perplexity with half as many units gone, chosen by gates on these windows."""
+        """Try other units; return the perplexity with half as many removed, chosen by gates on these windows."""
         try:
             scores = score_units(self.gated.model, self.gated.cut, self.ids, "fisher")
         except ValueError as error:
             self._add("choice", f"units cannot be scored: {error}", "set model.dtype to bfloat16 or float32")
             return None
-        sentence = "other units of the same blocks would have cost less: the scores are not those of the units"
+        sentence = "other units of the same blocks would have cost less: the scores do not fit the units"
         setting = "set pruning.criterion to fisher+obs and calibrate on more text"
         self._add_undone("choice", sentence, setting, self.gated.choose_by_scores(scores))
         return self.gated.measure(self.gated.choose_by_scores(scores, 0.5), self.batches, "half of it")
 
     def _try_repair(self) -> None:
         pruned = self.diagnosis.pruned
-        if pruned <= 1.01 * self.cut:  # rounding, or nearly nothing
+        if pruned <= 1.01 * self.cut:  # rounding, or a negligible difference
             return
         what, setting = "repair", "set pruning.repair.method to none, or calibrate on more text"
         if self.is_trained:
@@ -238,7 +238,9 @@ class _Causes:
         if not layers:
             return
         heads = min(self.gated.plan.geometry.kv_heads)
-        sentence = f"attention gave too much, in {len(layers)} layers: of {heads} KV heads one is {1 / heads:.0%} of it"
+        sentence = (
+            f"too much attention was removed in {len(layers)} layers: one of {heads} KV heads is {1 / heads:.0%} of it"
+        )
         setting = "set pruning.split to 0:10, which leaves attention whole, or pruning.granularity to query"
         self._add_undone("attention", sentence, setting, only_mlp)
 
@@ -248,13 +250,13 @@ class _Causes:
         self.diagnosis.layers = self.gated.measure_restoring_each(self.ids[:_LAYER_BATCHES])
         ranked = sorted(self.diagnosis.layers, key=lambda layer: self.diagnosis.layers[layer])
         few = sorted(ranked[: max(1, self.gated.plan.geometry.num_layers // 7)])
-        if len(few) < len(ranked):  # else it would undo everything
-            setting = "leave them out by mlp_layers and attention_layers, or set max_rate, all of pruning.limits"
+        if len(few) < len(ranked):  # restoring all layers would undo everything
+            setting = "exclude them with pruning.limits.mlp_layers and attention_layers, or set pruning.limits.max_rate"
             self._add_undone("layers", f"{_name_layers(few)} cost most", setting, self.gated.restore_layers(few))
 
 
 def build_diagnosis_table(diagnosis: Diagnosis) -> Table:
-    """One row per cause that was tried."""
+    """Build a table with one row per cause."""
     table = Table(title="why: each cause undone by itself, on held-out windows", title_justify="left")
     table.add_column("cause", no_wrap=True)
     table.add_column("perplexity", justify="right", no_wrap=True)
@@ -272,7 +274,7 @@ def build_diagnosis_table(diagnosis: Diagnosis) -> Table:
 
 
 def _ratio(broken: float, mended: float) -> float:
-    """Log-perplexity between two models; 0 where the first is no worse."""
+    """Return the difference in log-perplexity; 0 if the first model is not worse."""
     return max(0.0, math.log(broken / mended)) if math.isfinite(broken) else math.inf
 
 

@@ -1,7 +1,7 @@
-"""A plan as gates on the dense model: measures what a cut costs, or a part of it, without cutting.
+"""Apply a plan as gates on the dense model, to measure the cost of a cut, or of a part of it, without cutting.
 
-Surgery equals gating, so the gated dense model has the perplexity of the cut one before repair and training. Gates that
-are set back to 1 restore units or layers: the difference is what their cut costs.
+Cutting equals gating, so the gated dense model has the perplexity of the cut one before repair and training. Gates set
+to 1 again restore units or layers: the difference is the cost of cutting them.
 
 Axes in tensor names: B samples, T tokens, U units.
 """
@@ -26,15 +26,15 @@ from gqaprune.scoring.sensitivity import average_over_batches
 from gqaprune.surgery.cut import cut_block
 
 MAPPING_TOLERANCE = 1e-3
-"""Relative difference between a cut layer's output and the gated one's that rounding explains; 1e-2 in 16 bits."""
+"""Largest relative difference of a cut and a gated layer's output that rounding explains; 1e-2 in 16 bits."""
 
 
 class GatedPlan:
     """The dense model, gated as a plan would cut it.
 
     Args:
-        model: the dense causal LM, which stays as it is.
-        plan: which units stay.
+        model: the dense causal LM, which is not changed.
+        plan: plan with the units that are kept.
     """
 
     def __init__(self, model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -50,12 +50,12 @@ class GatedPlan:
             self.gates[block.key] = gate_U
 
     def list_removed(self, key: BlockKey) -> set[int]:
-        """Units that the plan takes from a block."""
+        """List the units that the plan removes from a block."""
         units = next(block.units for block in self.blocks if block.key == key)
         return set(range(units)) - set(self.kept[key])
 
     def restore_units(self, units: Mapping[BlockKey, Collection[int]]) -> Gates:
-        """The plan's gates with some units restored."""
+        """Return the plan's gates with some units restored."""
         gates = dict(self.gates)
         for key in units.keys() & gates.keys():
             gates[key] = gates[key].clone()
@@ -63,11 +63,11 @@ class GatedPlan:
         return gates
 
     def restore_layers(self, layers: Collection[int]) -> Gates:
-        """The plan's gates without those of some layers."""
+        """Return the plan's gates without those of some layers."""
         return {key: gate_BU for key, gate_BU in self.gates.items() if key.layer not in layers}
 
     def choose_by_scores(self, scores: Scores, share: float = 1.0) -> Gates:
-        """Gates for as many units of each block as the plan takes, or a share of them, by other scores."""
+        """Return gates that remove as many units as the plan, or a share of them, chosen by other scores."""
         removed = {}
         for block in self.cut:
             count, rest = divmod(block.units - len(self.kept[block.key]), block.groups)
@@ -77,12 +77,12 @@ class GatedPlan:
         return {key: chosen.get(key, gate_BU) for key, gate_BU in self.gates.items()}
 
     def measure(self, gates: Gates, batches: Sequence[Mapping[str, Tensor]], description: str = "cut") -> float:
-        """Perplexity with gates on batches of `input_ids` and `labels`; infinite where a loss is not finite."""
+        """Measure perplexity with gates on batches of `input_ids` and `labels`; infinite if a loss is not finite."""
         with apply_gates(self.blocks, gates):
             return measure_perplexity_or_infinity(self.model, batches, description)
 
     def measure_restoring_each(self, batches: Sequence[Tensor]) -> dict[int, float]:
-        """Perplexity with one layer restored and all others cut, for each layer that the plan cuts.
+        """Measure perplexity with one layer restored and all others cut, for each layer that the plan cuts.
 
         Layers before the restored one are not run again.
 
@@ -110,7 +110,7 @@ class GatedPlan:
 
     @torch.no_grad()
     def find_wrong_cuts(self, batch_BT: Tensor) -> list[int]:
-        """Layers whose output differs between cutting and gating: KV heads with query heads of another, for example.
+        """Find layers whose output differs between cutting and gating, for example by wrong KV heads.
 
         One layer at a time is copied, cut and compared, each on the dense model's hidden states.
 
@@ -134,7 +134,7 @@ class GatedPlan:
                     cut_BTD = run_layer(model, layer, stream)
                 finally:
                     layers[layer] = dense
-                change_BTD = gated_BTD - stream.hidden_BTD  # of what a layer adds: the residual stream hides much
+                change_BTD = gated_BTD - stream.hidden_BTD  # only the layer's part: the residual stream hides errors
                 if not (cut_BTD - gated_BTD).norm() <= tolerance * change_BTD.norm():
                     wrong.append(layer)
             stream.hidden_BTD = run_layer(model, layer, stream)
@@ -150,7 +150,7 @@ class GatedPlan:
 def measure_perplexity_or_infinity(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], description: str
 ) -> float:
-    """Perplexity on batches of `input_ids` and `labels`; infinite where `measure_perplexity` finds no finite one."""
+    """Measure perplexity on batches of `input_ids` and `labels`; infinite if `measure_perplexity` raises an error."""
     try:
         return measure_perplexity(model, {"held-out text": batches}, description)["held-out text"]
     except ValueError:

@@ -1,4 +1,4 @@
-"""Continue prompts greedily, and how likely a model finds a text; one prompt at a time, without sampling."""
+"""Continue prompts greedily, one at a time, and measure how likely a model finds a text."""
 
 from typing import Any
 
@@ -13,18 +13,18 @@ from gqaprune.models.losses import IGNORED, measure_losses
 
 @torch.inference_mode()
 def continue_greedily(model: PreTrainedModel, ids_1T: Tensor, max_new_tokens: int) -> Tensor:
-    """Prompt and continuation as token ids `[1, tokens]`, the end-of-text token included where one came.
+    """Continue a prompt; return prompt and continuation as token ids `[1, tokens]`, with any end-of-text token.
 
-    The likeliest token follows, whatever the model's generation config asks of `generate`: beams, penalties, words to
-    stop at. It only says which tokens end a text.
+    Each token is the likeliest one, whatever the model's generation config asks of `generate` (beams, penalties, stop
+    words); the config is only used for the end-of-text tokens.
 
     Args:
         model: the causal LM, whole on one device.
         ids_1T: the prompt.
-        max_new_tokens: tokens to add at most; fewer where the model's context is full.
+        max_new_tokens: largest number of tokens to add; fewer if the model's context is full.
 
     Raises:
-        ValueError: if the prompt is empty, alone fills the context or holds what the model does not embed.
+        ValueError: if the prompt is empty, fills the context or has ids that the model does not embed.
     """
     context, ends = read_context(model.config), list_ends(model)
     check_ids(model, ids_1T, "a prompt")
@@ -40,7 +40,7 @@ def continue_greedily(model: PreTrainedModel, ids_1T: Tensor, max_new_tokens: in
 
 
 def check_prompt(ids_1T: Tensor, context: int) -> None:
-    """Refuse a prompt that leaves no place for a continuation.
+    """Raise an error if a prompt is empty or leaves no room for a continuation.
 
     Raises:
         ValueError: with its tokens and the context.
@@ -48,18 +48,20 @@ def check_prompt(ids_1T: Tensor, context: int) -> None:
     if not (tokens := ids_1T.shape[1]):
         raise ValueError("a prompt has no tokens: give it at least one word")
     if tokens >= context:
-        raise ValueError(f"a prompt has {tokens:,} tokens and the model's context {context:,}: give a shorter prompt")
+        raise ValueError(
+            f"a prompt has {tokens:,} tokens, but the model's context is {context:,}: give a shorter prompt"
+        )
 
 
 def list_ends(model: PreTrainedModel) -> list[int]:
-    """The tokens that end a text: those of the generation config, else of the config."""
+    """List the tokens that end a text: those of the generation config, else of the config."""
     configs = (model.generation_config, model.config)
     ends: list[Any] = [config.eos_token_id for config in configs if getattr(config, "eos_token_id", None) is not None]
     return ends[0] if ends and isinstance(ends[0], list) else ends[:1]
 
 
 def split_continuation(model: PreTrainedModel, ids_1T: Tensor, prompt_tokens: int) -> tuple[list[int], bool]:
-    """What a model added to a prompt, without the end-of-text token, and whether it ended by one."""
+    """Return the tokens that a model added to a prompt, and whether an end-of-text token, left out here, ended them."""
     added = ids_1T[0, prompt_tokens:].tolist()
     is_ended = bool(added) and added[-1] in list_ends(model)
     return added[: len(added) - is_ended], is_ended
@@ -67,12 +69,12 @@ def split_continuation(model: PreTrainedModel, ids_1T: Tensor, prompt_tokens: in
 
 @torch.inference_mode()
 def measure_text_perplexity(model: PreTrainedModel, ids_1T: Tensor, prompt_tokens: int) -> float:
-    """Perplexity of what follows a prompt, the end-of-text token included.
+    """Measure the perplexity of a continuation after its prompt, the end-of-text token included.
 
     Args:
         model: the causal LM that judges.
         ids_1T: prompt and continuation.
-        prompt_tokens: how many of them, at least 1, are given.
+        prompt_tokens: number of tokens of the prompt, at least 1.
 
     Raises:
         ValueError: if it is not a finite number.
@@ -84,6 +86,6 @@ def measure_text_perplexity(model: PreTrainedModel, ids_1T: Tensor, prompt_token
     if not torch.isfinite(mean):
         raise ValueError(
             f"the dense model's loss on generated text is {mean.item()}: its activations overflow (it computes in "
-            f"{model.dtype}) or its weights hold NaN; load it with dtype bfloat16 or float32"
+            f"{model.dtype}) or its weights contain NaN; load it with dtype bfloat16 or float32"
         )
     return float(mean.exp())

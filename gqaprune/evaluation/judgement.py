@@ -1,6 +1,6 @@
-"""What a person would say of generated text, from measures of it: repetition, and how likely the dense model finds it.
+"""Judge generated text like a reader, by its repetition and by how likely the dense model finds it.
 
-Pure functions on tokens and numbers. The thresholds were set by reading: see `judge`.
+These are pure functions on tokens and numbers. The thresholds were set by reading texts: see `judge`.
 """
 
 from collections import Counter
@@ -14,41 +14,41 @@ Level = Literal["fine", "degraded", "broken"]
 LEVELS: tuple[Level, ...] = ("fine", "degraded", "broken")
 
 DEGRADED_REPETITION = 0.25
-"""Share of repeated tokens, more than the dense model's text has, at which a text is degraded."""
+"""Share of repeated tokens, beyond that of the dense model's text, at which a text is degraded."""
 BROKEN_REPETITION = 0.6
-"""The same for a broken one."""
+"""The same for a broken text."""
 BROKEN_STUTTER = 0.25
-"""Share of stuttering tokens, more than the dense model's text has, at which a text is broken."""
+"""Share of stuttering tokens, beyond that of the dense model's text, at which a text is broken."""
 DEGRADED_RATIO = 3.5
-"""Times that the dense model's perplexity of a text is that of its own, at which the text is degraded."""
+"""Ratio of the dense model's perplexities of a text and of its own text, at which the text is degraded."""
 BROKEN_RATIO = 8.0
-"""The same for a broken one."""
+"""The same for a broken text."""
 LEAST_PERPLEXITY = 2.0
-"""What the dense model's perplexity of its own text counts as, at least: a text is no worse for another's certainty."""
+"""Lower bound of the dense model's perplexity of its own text, so that its certainty does not count against others."""
 SHORT_TOKENS = 8
-"""A text with fewer tokens is not called broken for its perplexity, which is that of one or two words then."""
+"""Texts with fewer tokens are not called broken because of their perplexity, which then depends on one or two words."""
 DEGRADED_SHARE = 0.25
-"""Share of texts that are not fine, at which a model is called degraded."""
+"""Share of texts that are not fine at which a model is called degraded."""
 SHOWN_CHARACTERS = 40
-"""Of what goes round, at most, in a sentence."""
+"""Largest number of a loop's characters to show in a sentence."""
 
 
 @dataclass(frozen=True)
 class MeasuredText:
-    """A generated text and what was measured of it.
+    """A generated text and its measures.
 
     Args:
-        text: without special tokens.
-        tokens: how many, without the end-of-text token.
-        ended: whether the model ended it, by that token.
-        repetition: share of tokens inside of what recurs.
-        stutter: share of tokens inside of a word or two that follow upon themselves.
-        loop: what goes round until the end, if it does.
-        loop_rounds: how often.
-        loop_share: share of the tokens that do.
-        loop_tokens: of one round.
-        distinct: share of different n-grams, of 1, 2 and 3 tokens.
-        perplexity: the dense model's, of this text after its prompt, the end-of-text token included.
+        text: the text without special tokens.
+        tokens: number of tokens without the end-of-text token.
+        ended: whether the model ended it with that token.
+        repetition: share of tokens in repeated parts.
+        stutter: share of tokens in immediate repetitions of one or two words.
+        loop: text that is repeated to the end; empty if there is no loop.
+        loop_rounds: number of the loop's rounds.
+        loop_share: share of tokens in the loop.
+        loop_tokens: tokens of one round.
+        distinct: shares of different n-grams of 1, 2 and 3 tokens.
+        perplexity: the dense model's perplexity of this text after its prompt, the end-of-text token included.
     """
 
     text: str
@@ -69,7 +69,7 @@ class MeasuredText:
         return not self.text.strip()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
+        """Convert it to plain types."""
         return asdict(self) | {"distinct": list(self.distinct)}
 
 
@@ -79,10 +79,10 @@ def measure_text(
     """Measure a generated text.
 
     Args:
-        tokens: what was generated, without the end-of-text token.
+        tokens: generated tokens, without the end-of-text token.
         decode: turns tokens into text.
-        ended: whether an end-of-text token came.
-        perplexity: the dense model's of it, if there is one.
+        ended: whether an end-of-text token ended the text.
+        perplexity: the dense model's perplexity of it; None without a dense model.
     """
     loop = find_loop(tokens)
     found: dict[str, Any] = {}
@@ -107,11 +107,11 @@ def measure_text(
 
 
 class Verdict(NamedTuple):
-    """What a person would say of a text, or of all.
+    """Verdict on a text, or on all texts.
 
     Args:
         level: `fine`, `degraded` or `broken`.
-        reason: in a sentence.
+        reason: reason, in a sentence.
     """
 
     level: Level
@@ -119,23 +119,23 @@ class Verdict(NamedTuple):
 
 
 def judge(pruned: MeasuredText, dense: MeasuredText | None = None) -> Verdict:
-    """Say what a person would say of a pruned model's text, who has the dense model's beside it.
+    """Judge a pruned model's text like a reader who sees the dense model's text beside it.
 
-    Greedy decoding makes small dense models repeat themselves, too, so that repetition and stutter count as far as they
-    are more than the dense model's on the same prompt. What makes no sense without repeating itself is what the dense
-    model finds unlikely; without one that is not seen.
+    Greedy decoding makes small dense models repeat themselves as well, so repetition and stutter count only beyond the
+    dense model's on the same prompt. Nonsense without repetition is text that the dense model finds unlikely; without a
+    dense model it is not detected.
 
     The thresholds were set by reading greedy texts of SmolLM2-135M-Instruct: 12 prompts, plain and as a chat, up to 60
     tokens. Texts called broken, degraded and fine, of 24 each: random pruning at 55 % 24, 0, 0; `l1` at 10 % 22, 2, 0;
     `fisher+obs` on 2,048 tokens at 10 % without repair 4, 3, 17, at 20 % with least squares 5, 7, 12; random at 5 %
-    3, 5, 16; the channels of layer 15 shuffled 0, 4, 20. What a reader finds worse and this does not is what is well
-    said and wrong: "17 + 25 = 52" is fine. Text sampled at temperature 1 from the dense model itself is called broken
-    16 times of 24, for beside greedy text that model finds it unlikely: both have to be greedy. Larger models were not
-    read.
+    3, 5, 16; the channels of layer 15 shuffled 0, 4, 20. Unlike a reader, this does not notice fluent text that is
+    wrong: "17 + 25 = 52" is fine. Text sampled at temperature 1 from the dense model itself is called broken 16 times
+    of 24, because the model finds it unlikely compared with greedy text: both have to be greedy. Texts of larger models
+    were not read.
 
     Args:
-        pruned: what the model wrote that is judged.
-        dense: what the dense model wrote; None where there is none.
+        pruned: text of the judged model.
+        dense: text of the dense model; None if there is none.
     """
     found = [*_judge_emptiness(pruned, dense), *_judge_repetition(pruned, dense), *_judge_likelihood(pruned, dense)]
     if found:
@@ -151,13 +151,13 @@ def judge(pruned: MeasuredText, dense: MeasuredText | None = None) -> Verdict:
 
 def _judge_emptiness(pruned: MeasuredText, dense: MeasuredText | None) -> Iterator[Verdict]:
     if pruned.is_empty and (dense is None or not dense.is_empty):
-        yield Verdict("broken", "empty" if pruned.tokens == 0 else "nothing but white space")
+        yield Verdict("broken", "empty" if pruned.tokens == 0 else "only white space")
 
 
 def _judge_repetition(pruned: MeasuredText, dense: MeasuredText | None) -> Iterator[Verdict]:
     usual = 0.0 if dense is None else dense.repetition
     excess, stutters = pruned.repetition - usual, pruned.stutter - (0.0 if dense is None else dense.stutter)
-    beside = "" if dense is None else f", the dense model's does in {usual:.0%}"
+    beside = "" if dense is None else f", the dense model's text in {usual:.0%}"
     reason = f"repeats itself in {pruned.repetition:.0%} of its tokens{beside}"
     if pruned.loop:
         reason = f"repeats {_quote(pruned.loop)} to the end, {pruned.loop_rounds:.0f} times"
@@ -181,7 +181,7 @@ def _judge_likelihood(pruned: MeasuredText, dense: MeasuredText | None) -> Itera
 def _compare_perplexities(pruned: float, dense: float) -> str:
     factor = pruned / dense
     times = "as likely as" if factor < 1.05 else f"{factor:.{0 if factor >= 10 else 1}f} times less likely than"
-    return f"the dense model finds a token of it {times} one of its own text (perplexity {pruned:.1f}, {dense:.1f})"
+    return f"the dense model finds its tokens {times} those of its own text (perplexity {pruned:.1f}, {dense:.1f})"
 
 
 def _quote(text: str) -> str:
@@ -192,8 +192,8 @@ def _quote(text: str) -> str:
 def judge_all(verdicts: Sequence[Verdict]) -> Verdict:
     """Sum up the verdicts on several texts.
 
-    `broken` where more than half are, `degraded` where at least `DEGRADED_SHARE` are not fine; what happens to one text
-    of many may be chance.
+    The result is `broken` if more than half are, and `degraded` if at least `DEGRADED_SHARE` are not fine; a single bad
+    text may be chance.
     """
     times = Counter(verdict.level for verdict in verdicts)
     counts = ", ".join(f"{times[level]} {level}" for level in reversed(LEVELS) if times[level])

@@ -22,8 +22,8 @@ Evaluation = Mapping[str, Sequence[Mapping[str, Tensor]]]
 class Perplexity(Metric):
     """Perplexity over all scored tokens: `exp(Σ negative log-likelihood / Σ tokens)`.
 
-    Sums are kept in float64 and added over processes, so the result depends neither on batch sizes nor on the number
-    of devices. Windows of different lengths weigh by their tokens.
+    Sums are kept in float64 and added over processes, so the result does not depend on batch sizes or the number of
+    devices. Windows of different lengths are weighted by their tokens.
     """
 
     is_differentiable = False
@@ -38,7 +38,7 @@ class Perplexity(Metric):
         self.add_state("token_count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, losses_B: Tensor, tokens_B: Tensor) -> None:
-        """Add a batch, as `losses.measure_losses` or `losses.sum_token_losses` give it.
+        """Add the losses of a batch, from `losses.measure_losses` or `losses.sum_token_losses`.
 
         Args:
             losses_B: sum of the negative log-likelihoods of each sample, in nats, `[batch]`.
@@ -48,15 +48,15 @@ class Perplexity(Metric):
         self.token_count += tokens_B.sum()
 
     def compute(self) -> Tensor:
-        """Perplexity so far; NaN if no token was scored."""
+        """Compute the perplexity so far; NaN if no token was scored."""
         return torch.exp(self.loss_sum / self.token_count)
 
 
 class CorpusPerplexities(nn.Module):
-    """Perplexities of several corpora, for a loop that brings their batches one at a time.
+    """Perplexities of several corpora, for a loop that adds their batches one at a time.
 
     Args:
-        names: one for each corpus, in the loop's order.
+        names: name of each corpus, in the loop's order.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -65,7 +65,7 @@ class CorpusPerplexities(nn.Module):
         self.metrics = nn.ModuleList(Perplexity() for _ in self.names)
 
     def update(self, corpus: int, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
-        """Add a batch of `input_ids` and `labels` to the corpus at a place in the order."""
+        """Add a batch of `input_ids` and `labels` to a corpus, given by its index."""
         metric = cast(Perplexity, self.metrics[corpus])
         metric.update(*measure_losses(model, batch["input_ids"], batch["labels"]))
 
@@ -80,20 +80,20 @@ class CorpusPerplexities(nn.Module):
 def measure_perplexity(
     model: PreTrainedModel, corpora: Evaluation, description: str = "perplexity"
 ) -> dict[str, float]:
-    """Perplexity of a model on several corpora.
+    """Measure the perplexity of a model on several corpora.
 
-    In a process group each rank takes every `world_size`-th batch, and every rank gets the whole result.
+    In a process group each rank measures every `world_size`-th batch, and every rank gets the whole result.
 
     Args:
         model: the causal LM; its mode (train or eval) is restored afterwards.
         corpora: name -> batches of `input_ids` and `labels`, each `[batch, tokens]`.
-        description: what the progress bar says.
+        description: text of the progress bar.
 
     Returns:
         Perplexity by corpus.
 
     Raises:
-        ValueError: if the model or a batch cannot be worked on, or a loss is NaN or infinite, with corpus and batch.
+        ValueError: if the model or a batch is not valid, or a loss is NaN or infinite, with corpus and batch.
     """
     check_model(model)
     corpora = list_corpora(corpora)
@@ -108,9 +108,9 @@ def measure_perplexity(
         for name, batches in corpora.items():
             metric = Perplexity().to(device)
             overflow = ""
-            # Every rank makes the same number of passes, as sharded models need; surplus ones are not counted.
-            own = [batches[min(start + rank, len(batches) - 1)] for start in range(0, len(batches), world_size)]
-            for index, losses in enumerate(_measure_batches(model, own, f"{description}: {name}")):
+            # Every rank makes the same number of passes, which sharded models need; surplus ones are not counted.
+            share = [batches[min(start + rank, len(batches) - 1)] for start in range(0, len(batches), world_size)]
+            for index, losses in enumerate(_measure_batches(model, share, f"{description}: {name}")):
                 start = index * world_size
                 if start + rank < len(batches):
                     metric.update(*losses)
@@ -118,8 +118,8 @@ def measure_perplexity(
                     overflow = f"batch {start + rank}"
             if is_true_anywhere(bool(overflow), device):
                 raise ValueError(
-                    f"the loss on {name}, {overflow or 'text of another rank'} is not finite: the model's activations "
-                    "overflow or its weights hold NaN; load it in bfloat16 or float32"
+                    f"the loss on {name}, {overflow or 'text of another rank'}, is not finite: the model's activations "
+                    "overflow or its weights contain NaN; load it in bfloat16 or float32"
                 )
             result[name] = float(metric.compute())
     finally:
@@ -130,7 +130,7 @@ def measure_perplexity(
 def _measure_batches(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], description: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Losses of each batch in turn; where layers are not in memory all batches pass one before the next is held."""
+    """Yield the losses of each batch; if layers are not in memory, all batches pass a layer before the next is read."""
     device = next(model.parameters()).device
     hidden: Sequence[Tensor | None] = [None] * len(batches)
     store = find_store(model)

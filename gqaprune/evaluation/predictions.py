@@ -1,4 +1,4 @@
-"""Texts of the dense and the pruned model side by side: as data, as JSON and on the console."""
+"""Show texts of the dense and the pruned model side by side: as data, as JSON and on the console."""
 
 import json
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from gqaprune.evaluation.judgement import Level, MeasuredText, Verdict, judge, j
 
 FORMAT = "gqaprune-predictions/1"
 MARKS: dict[Level, tuple[str, str]] = {"fine": ("✅", "green"), "degraded": ("🔶", "yellow"), "broken": ("❌", "red")}
-"""How a verdict is shown: mark and color."""
+"""Mark and color of each verdict."""
 
 
 @dataclass(frozen=True)
 class TextPair:
-    """What the models made of one prompt.
+    """Texts of both models for one prompt.
 
     Args:
-        prompt: as it was given.
-        pruned: of the model that is judged.
-        dense: of the dense model, if there is one.
+        prompt: the prompt.
+        pruned: text of the judged model.
+        dense: text of the dense model, if there is one.
     """
 
     prompt: str
@@ -35,19 +35,19 @@ class TextPair:
 
     @property
     def verdict(self) -> Verdict:
-        """On the pruned model's text."""
+        """Verdict on the pruned model's text."""
         return judge(self.pruned, self.dense)
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What `predict` found.
+    """Results of `predict`.
 
     Args:
-        model: name or folder of the model that is judged.
-        dense: of the dense model; empty without one.
+        model: name or folder of the judged model.
+        dense: name or folder of the dense model; empty if there is none.
         note: why there is no dense model, in a sentence.
-        comparisons: one per prompt.
+        comparisons: a pair of texts for each prompt.
     """
 
     model: str
@@ -57,11 +57,11 @@ class Predictions:
 
     @property
     def verdict(self) -> Verdict:
-        """Over all prompts."""
+        """Verdict over all prompts."""
         return judge_all([comparison.verdict for comparison in self.comparisons])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, as the file holds them."""
+        """Convert it to plain types, for the file."""
         return {
             "format": FORMAT,
             "model": self.model,
@@ -80,13 +80,13 @@ class Predictions:
         }
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def render_predictions(predictions: Predictions) -> RenderableType:
-    """Every prompt with its texts side by side and the verdict below, then the verdict over all."""
+    """Render every prompt with its texts side by side and the verdict below, then the verdict over all prompts."""
     parts: list[RenderableType] = []
     for comparison in predictions.comparisons:
         parts += [Rule(Text(" ".join(comparison.prompt.split()), "bold")), _build_table(comparison)]
@@ -112,7 +112,7 @@ def _describe_measures(text: MeasuredText) -> str:
     distinct = "/".join("–" if share is None else f"{share:.2f}" for share in text.distinct)
     parts = [f"{text.tokens} tokens", f"{text.repetition:.0%} repeated", f"distinct-1/2/3 {distinct}"]
     if text.perplexity is not None:
-        parts.append(f"perplexity to the dense model {text.perplexity:.2f}")
+        parts.append(f"the dense model's perplexity {text.perplexity:.2f}")
     return ", ".join(parts)
 
 

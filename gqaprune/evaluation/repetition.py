@@ -1,26 +1,26 @@
-"""Repetition in a text: loops, recurring phrases, stutter, and the share of different n-grams; on any tokens."""
+"""Measure repetition in a sequence of tokens: loops, recurring phrases, stutter, and the share of different n-grams."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 IMMEDIATE_TOKENS = 4
-"""Tokens, at least, of a stretch in which something follows upon itself: "very very" is English."""
+"""Least number of tokens of an immediate repetition: "very very" is normal English."""
 RECURRING_TOKENS = 4
-"""Tokens of a phrase that may come again, apart from the time before: shorter ones recur in any text."""
+"""Number of tokens of a phrase that counts if it recurs later: shorter ones recur in any text."""
 RECURRING_TIMES = 3
-"""Times that such a phrase has to come to count as repetition; a name or a term comes twice."""
+"""Number of times that such a phrase must occur to count as repetition; a name or a term may occur twice."""
 LOOP_TOKENS = 8
-"""Tokens at the end, at least, that say once more what was just before them: then the text has come to go round."""
+"""Least number of tokens at the end that repeat the ones before them, for the end to count as a loop."""
 STUTTER_TOKENS = 3
-"""Tokens, at most, of a word or two that follow upon themselves: sound models repeat sentences, greedily, not words."""
+"""Largest number of tokens of a stutter: healthy models, decoded greedily, repeat sentences but not words."""
 
 
 class Loop(NamedTuple):
-    """The end of a text that goes round.
+    """A loop at the end of a text.
 
     Args:
-        start: token that it begins with.
+        start: index of its first token.
         period: tokens of one round.
     """
 
@@ -29,7 +29,7 @@ class Loop(NamedTuple):
 
 
 def find_loop(tokens: Sequence[Hashable]) -> Loop | None:
-    """The loop that a text ends in: at least two rounds, at least `LOOP_TOKENS` of them after the first; else None."""
+    """Find a loop at the end: at least two rounds, with at least `LOOP_TOKENS` tokens after the first; else None."""
     for period in range(1, len(tokens) // 2 + 1):
         start = len(tokens) - period
         while start > 0 and tokens[start - 1] == tokens[start - 1 + period]:
@@ -40,9 +40,11 @@ def find_loop(tokens: Sequence[Hashable]) -> Loop | None:
 
 
 def measure_repetition(tokens: Sequence[Hashable]) -> float:
-    """Share of a text's tokens, 0 to 1, inside of what recurs: a run that follows upon itself at once, or a phrase of
-    `RECURRING_TOKENS` that comes `RECURRING_TIMES`; the first time is counted, too.
-    """  # noqa: D205  (one sentence)
+    """Measure the share of a text's tokens, 0 to 1, in repeated parts.
+
+    These are immediate repetitions, and phrases of `RECURRING_TOKENS` that occur `RECURRING_TIMES`, with their first
+    occurrences.
+    """
     inside = _mark_runs(tokens, len(tokens) // 2)
     phrases = _list_ngrams(tokens, RECURRING_TOKENS)
     times = Counter(phrases)
@@ -53,19 +55,19 @@ def measure_repetition(tokens: Sequence[Hashable]) -> float:
 
 
 def measure_stutter(tokens: Sequence[Hashable]) -> float:
-    """Share of a text's tokens, 0 to 1, inside of runs of a word or two, `STUTTER_TOKENS` at most, upon itself."""
+    """Measure the share of a text's tokens, 0 to 1, in immediate repetitions of up to `STUTTER_TOKENS` tokens."""
     inside = _mark_runs(tokens, STUTTER_TOKENS)
     return sum(inside) / len(inside) if inside else 0.0
 
 
 def measure_distinct(tokens: Sequence[Hashable], length: int) -> float | None:
-    """Share of a text's n-grams of a length that are different ones; None for a text that is shorter (distinct-n)."""
+    """Measure the share of different n-grams among a text's n-grams (distinct-n); None if the text is shorter."""
     ngrams = _list_ngrams(tokens, length)
     return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
 def _mark_runs(tokens: Sequence[Hashable], longest: int) -> list[bool]:
-    """For each token, whether it is in a stretch of two rounds or more, each of `longest` tokens at most."""
+    """Mark each token in two or more immediate repetitions of up to `longest` tokens each."""
     inside = [False] * len(tokens)
     for period in range(1, min(longest, len(tokens) // 2) + 1):
         start = 0

@@ -1,5 +1,5 @@
-"""Know how a Hugging Face causal LM is built, loaded, run layer by layer, and gated.
+"""Load Hugging Face causal LMs, describe their architecture, and run and gate them layer by layer.
 
-May import plan and common. To add a model family, describe it as data in `families.py`; it and `architecture.py` are
-all that knows attribute names.
+May import plan and common. To add a model family, describe it as data in `families.py`; only that file and
+`architecture.py` use attribute names of models.
 """

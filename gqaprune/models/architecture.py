@@ -1,4 +1,4 @@
-"""Finds a model's decoder layers, blocks, units and shapes; it and `families.py` are all that knows attribute names."""
+"""Find a model's decoder layers, blocks, units and shapes; only this file and `families.py` use attribute names."""
 
 import copy
 import dataclasses
@@ -21,15 +21,16 @@ from gqaprune.models.wrapping import check_no_adapters
 from gqaprune.plan import BlockKey, BlockKind, Geometry
 
 GRANULARITIES = ("group", "query")
-"""What the units of an attention block can be: GQA groups, or query heads."""
+"""Possible units of an attention block: GQA groups, or query heads."""
 _PLAIN_ROPES = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer that feeds a block, and how many of its rows belong to one unit, part by part.
+    """A linear layer that feeds a block, and the number of its rows for one unit, part by part.
 
-    Rows after those parts belong to no unit: keys and values in a fused projection whose units are query heads.
+    Rows after these parts do not belong to units, such as keys and values of a fused projection if units are query
+    heads.
     """
 
     linear: nn.Linear
@@ -46,8 +47,8 @@ class Block:
         inputs: projections whose rows belong to units.
         output: projection whose columns belong to units.
         columns_per_unit: columns of `output` that one unit feeds.
-        groups: runs of `units / groups` consecutive units, each of which has to lose as many as the others: the GQA
-            groups where units are query heads, else 1.
+        groups: number of runs of `units / groups` consecutive units, which must all lose the same number: the GQA
+            groups if units are query heads, else 1.
     """
 
     key: BlockKey
@@ -59,7 +60,7 @@ class Block:
 
     @property
     def unit_parameters(self) -> int:
-        """Parameters, biases included, that go when one unit goes."""
+        """Parameters, biases included, that are removed with one unit."""
         rows = sum(
             sum(projection.rows_per_unit) * (projection.linear.in_features + (projection.linear.bias is not None))
             for projection in self.inputs
@@ -68,14 +69,14 @@ class Block:
 
 
 def get_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a model of a supported family."""
+    """Return the decoder layers of a model of a supported family."""
     layers = _get(model, get_family(model.config).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
 def get_module(model: PreTrainedModel, key: BlockKey) -> nn.Module:
-    """The module of a block: a decoder layer's attention or MLP."""
+    """Return the module of a block: a decoder layer's attention or MLP."""
     family = get_family(model.config)
     module = _get(get_layers(model)[key.layer], family.layouts[key.kind].module)
     assert isinstance(module, nn.Module)
@@ -98,7 +99,7 @@ def read_geometry(config: PretrainedConfig) -> Geometry:
 
 
 def read_context(config: PretrainedConfig) -> int:
-    """Tokens that a model can read at once: its config's positions, or those that a scaled rope stretches them to."""
+    """Read the largest number of tokens of a model's context: its config's positions, extended by a scaled rope."""
     positions = int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = [rope, *(one for one in rope.values() if isinstance(one, dict))]  # some families have one per kind of layer
@@ -107,12 +108,12 @@ def read_context(config: PretrainedConfig) -> int:
 
 
 def check_context(config: PretrainedConfig, tokens: int, name: str) -> None:
-    """Refuse text that is longer than a model's context, where its predictions mean nothing.
+    """Raise an error if text is longer than a model's context, because predictions beyond it are meaningless.
 
     Args:
-        config: of the model.
-        tokens: that the model is to read at once.
-        name: of the setting or argument that says so.
+        config: config of the model.
+        tokens: length of the text in tokens.
+        name: name of the setting or argument with that length.
 
     Raises:
         ValueError: with the context.
@@ -122,9 +123,9 @@ def check_context(config: PretrainedConfig, tokens: int, name: str) -> None:
 
 
 def write_geometry(config: PretrainedConfig, geometry: Geometry) -> None:
-    """Make a config describe new shapes: by its global values where the config class allows it, else layer by layer.
+    """Write new shapes into a config: as global values if the config class allows it, else layer by layer.
 
-    `head_dim` becomes explicit, for it no longer follows from the number of heads.
+    `head_dim` becomes explicit, because it no longer follows from the number of heads.
     """
     family = get_family(config)
     shapes = [
@@ -141,12 +142,12 @@ def write_geometry(config: PretrainedConfig, geometry: Geometry) -> None:
             return
         _set_all(config, dense)
     config.per_layer_config = dict(enumerate(shapes))
-    # transformers' own validation reads the global values on saving and would refuse otherwise.
+    # Otherwise transformers' validation, which reads the global values, would refuse to save it.
     config.allow_global_per_layer_attribute_access = True
 
 
 def make_stock_config(config: PretrainedConfig) -> PretrainedConfig | None:
-    """A config of a stock class for the shapes that a config describes; None where there is no such class.
+    """Make a config of a stock class with the shapes of a config; None if no stock class can have them.
 
     `LlamaConfig` refuses head counts that do not divide the hidden size. Without biases a Llama is arithmetically a
     Mistral without sliding window, whose config has no such check.
@@ -166,17 +167,17 @@ def make_stock_config(config: PretrainedConfig) -> PretrainedConfig | None:
 
 
 def write_heads(model: PreTrainedModel, layer: int, query_heads: int, kv_heads: int) -> None:
-    """Tell a layer's attention module how many heads it has; transformers reads that off no shape."""
+    """Set the numbers of heads of a layer's attention module, which transformers does not read from shapes."""
     attention: Any = get_module(model, BlockKey(layer, "attention"))
     attention.num_key_value_groups = query_heads // kv_heads
-    own = {"num_attention_heads": query_heads, "num_key_value_heads": kv_heads}
-    attention.config = LayerConfig(model.config, own)
+    shapes = {"num_attention_heads": query_heads, "num_key_value_heads": kv_heads}
+    attention.config = LayerConfig(model.config, shapes)
     if hasattr(attention, "num_key_value_heads"):
         attention.num_key_value_heads = kv_heads
 
 
 def find_oddity(config: PretrainedConfig) -> str:
-    """Name the first thing in which a model is not a plain Llama to engines, apart from biases; empty if none."""
+    """Name the first feature that a plain Llama lacks, apart from biases; empty if there is none."""
     window = getattr(config, "sliding_window", None)
     rope = config.rope_parameters.get("rope_type", "default")
     oddities = {
@@ -188,12 +189,12 @@ def find_oddity(config: PretrainedConfig) -> str:
 
 
 def read_residual_multiplier(config: PretrainedConfig) -> float:
-    """What a block's output is multiplied by before it is added to the residual stream."""
+    """Read the factor by which a block's output is multiplied before it is added to the residual stream."""
     return float(getattr(config, "residual_multiplier", 1.0))
 
 
 def find_adder(model: PreTrainedModel, block: Block) -> nn.Module:
-    """The module that gives what a block adds: its output projection; of an MLP beside experts, the whole of both."""
+    """Return the module whose output a block adds: its output projection, or of an MLP beside experts both together."""
     family = get_family(model.config)
     if block.key.kind not in family.scaled:
         return block.output
@@ -203,7 +204,7 @@ def find_adder(model: PreTrainedModel, block: Block) -> nn.Module:
 
 
 def compute_addition(model: PreTrainedModel, key: BlockKey, output_BTD: Tensor) -> Tensor:
-    """What a block adds to the residual stream, from what its adder gives; `[batch, tokens, width]`."""
+    """Compute what a block adds to the residual stream from its adder's output, `[batch, tokens, width]`."""
     norm = get_family(model.config).output_norms.get(key.kind)
     if norm is not None:
         output_BTD = getattr(get_layers(model)[key.layer], norm)(output_BTD)
@@ -211,10 +212,10 @@ def compute_addition(model: PreTrainedModel, key: BlockKey, output_BTD: Tensor) 
 
 
 def check_biases(config: PretrainedConfig, kinds: Collection[BlockKind]) -> None:
-    """Refuse biases of blocks of some kinds where a family's checkpoints have no place for them.
+    """Raise an error if a family's checkpoints cannot store biases of some kinds of blocks.
 
     Raises:
-        ValueError: with the families that have.
+        ValueError: with the families that can.
     """
     for kind in kinds:
         if kind not in get_family(config).biases:
@@ -222,16 +223,16 @@ def check_biases(config: PretrainedConfig, kinds: Collection[BlockKind]) -> None
                 f"{name} ({' and '.join(family.biases)})" for name, family in FAMILIES.items() if family.biases
             )
             raise ValueError(
-                f"{config.model_type} checkpoints have no place for a bias of {kind} output projections, only those of "
-                f"{able} have; repair without bias"
+                f"{config.model_type} checkpoints cannot store a bias of {kind} output projections, only those of "
+                f"{able} can: set pruning.repair.bias to false"
             )
 
 
 def add_biases(model: PreTrainedModel, kinds: Collection[BlockKind]) -> None:
-    """Give all projections of all blocks of some kinds a bias, of zeros where there was none, in weights and config.
+    """Add biases of zeros to all projections of some kinds of blocks that have none, in weights and config.
 
     Raises:
-        ValueError: if the family's checkpoints have no place for it; the model is untouched then.
+        ValueError: if the family's checkpoints cannot store them; then the model is not changed.
     """
     check_biases(model.config, kinds)
     flags = get_family(model.config).biases
@@ -246,16 +247,16 @@ def add_biases(model: PreTrainedModel, kinds: Collection[BlockKind]) -> None:
 
 
 def find_blocks(model: PreTrainedModel, granularity: str = "group") -> list[Block]:
-    """All blocks of a model, attention before MLP, layer by layer; experts are none.
+    """Find all blocks of a model, attention before MLP, layer by layer; experts do not count as blocks.
 
     Args:
         model: a model of a supported family.
-        granularity: units of the attention blocks, one of `GRANULARITIES`: whole GQA groups, or query heads, whose
-            keys and values stay.
+        granularity: units of the attention blocks, one of `GRANULARITIES`: whole GQA groups, or query heads, which
+            leave keys and values unchanged.
 
     Raises:
-        ValueError: if the family is unknown, the model has adapters, or the weights are not the linear layers that the
-            config promises.
+        ValueError: if the family is unknown, the model has adapters, or the weights are not the linear layers that
+            the config describes.
     """
     check_no_adapters(model)
     family, geometry = get_family(model.config), read_geometry(model.config)
@@ -275,32 +276,32 @@ def find_blocks(model: PreTrainedModel, granularity: str = "group") -> list[Bloc
 
 
 def count_parameters(model: PreTrainedModel) -> int:
-    """All parameters, tied ones once; not those of LoRA adapters, which are merged in the end."""
+    """Count all parameters, tied ones once, without LoRA adapters, which are merged in the end."""
     return _count_without_adapters(model)
 
 
 def measure_parameter_size(model: PreTrainedModel) -> float:
-    """Bytes of a parameter, the mean over all that this process holds, LoRA adapters left out."""
-    own = [parameter for name, parameter in model.named_parameters() if ".lora_" not in name]
-    size: int = sum(parameter.numel() * parameter.itemsize for parameter in own)
-    count: int = sum(parameter.numel() for parameter in own)
+    """Measure the mean bytes of a parameter over all parameters of this process, without LoRA adapters."""
+    parameters = [parameter for name, parameter in model.named_parameters() if ".lora_" not in name]
+    size: int = sum(parameter.numel() * parameter.itemsize for parameter in parameters)
+    count: int = sum(parameter.numel() for parameter in parameters)
     return size / count
 
 
 def count_layer_parameters(model: PreTrainedModel) -> list[int]:
-    """Parameters of each decoder layer, norms and biases included, LoRA adapters left out."""
+    """Count the parameters of each decoder layer, with norms and biases but without LoRA adapters."""
     return [_count_without_adapters(layer) for layer in get_layers(model)]
 
 
 def describe_experts(model: PreTrainedModel) -> str:
-    """What is left alone of a mixture of experts, in a sentence; empty where there is none."""
+    """Describe in a sentence which part of a mixture of experts is not pruned; empty if there are no experts."""
     if not get_family(model.config).has_experts:
         return ""
     experts = sum(
         parameter.numel() for name, parameter in get_layers(model).named_parameters() if ".experts." in f".{name}"
     )
     share = experts / sum(count_layer_parameters(model))
-    return f"experts are left alone: {share:.1%} of the decoder's parameters"
+    return f"experts are not pruned: {share:.1%} of the decoder's parameters"
 
 
 def _count_without_adapters(module: nn.Module) -> int:
@@ -308,18 +309,18 @@ def _count_without_adapters(module: nn.Module) -> int:
 
 
 def find_layer(name: str, layers: str = "layers") -> int | None:
-    """Index of the decoder layer that a parameter belongs to, by its full name; None outside of them.
+    """Find the index of a parameter's decoder layer from its full name; None outside of the layers.
 
     Args:
-        name: such as `model.layers.12.mlp.up_proj.weight`, with or without what wrappers put before it.
-        layers: path of the decoder layers in the model, as a family has it, or its end.
+        name: such as `model.layers.12.mlp.up_proj.weight`, with or without prefixes of wrappers.
+        layers: path of the decoder layers in the model, or the end of that path.
     """
     index = f".{name}".partition(f".{layers}.")[2].partition(".")[0]
     return int(index) if index.isdigit() else None
 
 
 def name_parameter_place(name: str) -> str:
-    """`model.layers.12.mlp.up_proj.weight` -> `layer 12 (model.layers.12.mlp.up_proj.weight)`, for error messages."""
+    """Turn `model.layers.12.mlp.weight` into `layer 12 (model.layers.12.mlp.weight)`, for error messages."""
     layer = find_layer(name)
     return name if layer is None else f"layer {layer} ({name})"
 
@@ -339,7 +340,7 @@ def _find_block(
 
 
 def _split_groups(block: Block, layout: BlockLayout, ratio: int) -> Block:
-    """See a block of GQA groups as one of query heads, `ratio` in each group."""
+    """Turn a block of GQA groups into one of query heads, `ratio` in each group."""
     head_dim = block.columns_per_unit // ratio
     inputs = tuple(
         Projection(projection.linear, (head_dim,))
@@ -358,7 +359,8 @@ def _check_linear(linear: Any, name: str, rows: int | None = None, columns: int 
     for found, expected, what in ((linear.out_features, rows, "rows"), (linear.in_features, columns, "columns")):
         if expected is not None and found != expected:
             raise ValueError(
-                f"{name} has {found} {what}, the config promises {expected}: the checkpoint is inconsistent"
+                f"{name} has {found} {what}, but the config says {expected}: the checkpoint is inconsistent, fetch or "
+                "export it again"
             )
     return linear
 

@@ -1,4 +1,4 @@
-"""Bounds of what a config says, checked before anything is built or counted from it."""
+"""Check the bounds of a config's values before anything is built or counted from them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,30 +20,30 @@ LARGEST: Mapping[str, int] = {
     "num_experts_per_tok": 2**14,
     "max_position_embeddings": 2**40,
 }
-"""Setting that counts something -> its largest value, far above every published model's."""
+"""Count in a config -> its largest value, far above that of every published model."""
 _WIDEST = 2**63
-"""Whole numbers that torch takes are below it."""
+"""Bound of whole numbers in torch."""
 _OPTIONAL = ("head_dim", "num_key_value_heads")
-"""Null where they follow from others."""
+"""Settings that may be null, because they follow from others."""
 
 
 def check_bounds(settings: Any) -> None:
-    """Refuse settings that no model has, wherever they stand in what `config.json` holds.
+    """Raise an error if any value in `config.json`, however deeply nested, is out of its bounds.
 
     Raises:
-        ValueError: naming the first one, with its bounds.
+        ValueError: with the first such setting and its bounds.
     """
     if not isinstance(settings, dict):
-        raise ValueError(f"it holds a {type(settings).__name__}, not settings by name")
+        raise ValueError(f"it must be an object with settings, got {type(settings).__name__}")
     for name, value in _list_settings(settings):
         if name in LARGEST and not (value is None and (name in _OPTIONAL or "expert" in name)):
             check_count(name, value)
         if isinstance(value, int) and not -_WIDEST <= value < _WIDEST:
-            raise ValueError(f"{name} is a number of {len(str(value))} digits, which nothing counts to")
+            raise ValueError(f"{name} is a number of {len(str(value))} digits, which is too large for any setting")
 
 
 def check_count(name: str, value: Any) -> None:
-    """Refuse what is no whole number within a setting's bounds.
+    """Raise an error if a value is not a whole number within the setting's bounds.
 
     Raises:
         ValueError: with the bounds.
@@ -54,10 +54,10 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_type(dtype: object) -> None:
-    """Refuse a type of weights that models are not computed in.
+    """Raise an error if models cannot compute in a type of weights.
 
     Raises:
-        ValueError: with those that are.
+        ValueError: with the types that are supported.
     """
     if dtype is not None and dtype not in DTYPES.values():
         known = ", ".join(name_dtype(one) for one in DTYPES.values() if one != "auto")
@@ -65,7 +65,7 @@ def check_type(dtype: object) -> None:
 
 
 def _list_settings(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Name and value of every setting, those of layers and other parts among them."""
+    """Yield name and value of every setting, nested ones included."""
     for name, value in settings.items():
         yield name, value
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -1,4 +1,4 @@
-"""What a config says of its model's weights and code, set by what the model is."""
+"""Correct what a config says about its model's weights and code."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +16,14 @@ _LOCAL_EXPERTS = (None, "batched_mm", "eager", "grouped_mm")
 
 
 def correct_config(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Make a model's config tell whether its head is its embedding, is quantised, and comes with code of its own.
+    """Correct whether a model's config says that its head is tied, its weights are quantised and it has its own code.
 
-    transformers loads a head that differs from the embedding as it is, whatever the config says, and leaves the config
-    wrong. Two tensors with the same values are one only where the config says so.
+    transformers loads a head that differs from the embedding, whatever the config says, and leaves the config wrong.
+    Two tensors with the same values count as one only if the config says so.
 
     Args:
         model: the causal LM.
-        state_dict: its whole weights, where its own may be sharded.
+        state_dict: its whole weights, if the model's may be sharded.
     """
     _mark_tied_head(model, model.state_dict() if state_dict is None else state_dict)
     drop_code_map(model.config, model.is_remote_code())
@@ -33,35 +33,35 @@ def correct_config(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | No
 
 
 def drop_code_map(config: PretrainedConfig, is_trusted: bool) -> None:
-    """Forget which files hold a model's code where classes of transformers, or of this package, are used instead."""
+    """Remove the map of a model's code files if classes of transformers, or of this package, are used instead."""
     if not is_trusted or f"{Path(MODELING_FILE).stem}." in str(getattr(config, "auto_map", "")):
         config.__dict__.pop("auto_map", None)
 
 
 def drop_kernels(config: PretrainedConfig) -> None:
-    """Forget attention and experts of kernels that a config names, which transformers would fetch from the hub."""
-    for own in (config, config.get_text_config()):
-        if own._attn_implementation not in _LOCAL_ATTENTION:
-            own._attn_implementation = None
-        if own._experts_implementation not in _LOCAL_EXPERTS:
-            own._experts_implementation = None
+    """Remove kernels of attention and experts that a config names and transformers would download from the hub."""
+    for part in (config, config.get_text_config()):
+        if part._attn_implementation not in _LOCAL_ATTENTION:
+            part._attn_implementation = None
+        if part._experts_implementation not in _LOCAL_EXPERTS:
+            part._experts_implementation = None
 
 
 def check_kernel(attn_implementation: str | None, trust_remote_code: bool) -> None:
-    """Refuse an attention kernel on the hub, which is code, unless code that comes from there is to be run.
+    """Raise an error for an attention kernel on the hub, which is code, unless remote code is trusted.
 
     Raises:
-        ValueError: with what can be asked for instead.
+        ValueError: with the kernels to use instead.
     """
     if "/" in (attn_implementation or "") and not trust_remote_code:
         raise ValueError(
-            f"attn_implementation {attn_implementation} is code on the hub: set trust_remote_code to run it, or take "
-            "sdpa or eager"
+            f"attn_implementation {attn_implementation} is code on the hub: set trust_remote_code to true to run it, "
+            "or use sdpa or eager"
         )
 
 
 def has_own_code(config: PretrainedConfig) -> bool:
-    """Whether a model is of classes that came with it, which the user has trusted, not of transformers'."""
+    """Return whether a model's classes came with it and the user has trusted them, instead of transformers'."""
     return not type(config).__module__.startswith("transformers.") or hasattr(config, "auto_map")
 
 

@@ -1,4 +1,4 @@
-"""How far the predictions of changed models are from the dense one's, from what their decoders gave.
+"""Measure how far the predictions of changed models are from the dense model's, from outputs of their decoders.
 
 Axes in tensor names: B samples, T tokens, D hidden width, V vocabulary.
 """
@@ -22,16 +22,16 @@ K = TypeVar("K")
 def measure_divergences(
     model: PreTrainedModel, dense: Sequence[Stream], copies: Mapping[K, Sequence[Tensor]]
 ) -> dict[K, float]:
-    """KL(dense ‖ changed) in nats per token, all ranks' together; each rank has its own streams.
+    """Measure KL(dense ‖ changed) in nats per token over all ranks, each with its own streams.
 
     Args:
-        model: with the head that all of them have.
+        model: model with the head that all of them share.
         dense: output of the dense model's last decoder layer.
-        copies: name of a change, the same on every rank -> what it made of each of these, `[batch, tokens, width]`, on
-            any device.
+        copies: name of a change, the same on every rank -> the changed output for each stream, `[batch, tokens,
+            width]`, on any device.
 
     Raises:
-        ValueError: if one is not finite, with the name.
+        ValueError: if a divergence is not finite, with its name.
     """
     device = next(model.parameters()).device
     sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in map(str, copies)}
@@ -55,5 +55,5 @@ def measure_divergences(
 
 
 def _predict(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
-    """Log-probabilities of the next token of one sample, float32 `[tokens, vocabulary]`."""
+    """Compute log-probabilities of the next tokens of one sample, float32 `[tokens, vocabulary]`."""
     return functional.log_softmax(run_head(model, hidden_BTD)[0].float(), dim=-1)

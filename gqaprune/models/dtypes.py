@@ -1,14 +1,14 @@
-"""Types of weights: the names that settings have for them, and what a config says of its own."""
+"""Types of weights: their names in settings, and the type in a config."""
 
 import torch
 from transformers import PretrainedConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
-"""Name -> type, as `model.dtype` takes it; `auto` is the checkpoint's own."""
+"""Name in `model.dtype` -> type; `auto` is the type in the checkpoint."""
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse a type of weights by a name that is none of `DTYPES`.
+    """Raise an error if a name is not in `DTYPES`.
 
     Raises:
         ValueError: with the names.
@@ -18,11 +18,11 @@ def check_dtype(dtype: str) -> None:
 
 
 def name_dtype(dtype: object) -> str:
-    """The name of a type: `bfloat16`."""
+    """Return the name of a type, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def read_dtype(config: PretrainedConfig) -> torch.dtype | None:
-    """The type that a model's weights were published in; None where its config does not say."""
+    """Read the type in which a model's weights were published; None if its config does not say."""
     dtype: torch.dtype | None = getattr(config, "dtype", None)
     return dtype

@@ -1,8 +1,8 @@
-"""Model families as data, for `architecture.py` to read models by.
+"""Model families as data, by which `architecture.py` reads models.
 
-A family says where its decoder layers are, which projections feed a block, which parts are stacked in the rows of each,
-and through which projection the block's units leave. A fused projection (Phi-3's `qkv_proj`) is one entry with several
-parts.
+A family describes where its decoder layers are, which projections feed a block, which parts are stacked in the rows of
+each, and which projection the block's units write to. A fused projection (Phi-3's `qkv_proj`) is one entry with
+several parts.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ class BlockLayout:
         module: the block's attribute in the decoder layer.
         inputs: projection -> parts stacked in its rows, each one of `query` (always first), `key`, `value`, `gate`,
             `up`.
-        output: projection whose columns carry the units into the residual stream.
+        output: projection whose columns write the units to the residual stream.
     """
 
     module: str
@@ -37,17 +37,16 @@ class Family:
     Args:
         layers: path of the decoder layers in the model.
         attention: layout of the attention blocks.
-        mlp: layout of the MLPs, or of the shared ones beside experts; none where there are experts alone.
-        width: setting of the config that says how many channels these have.
-        has_experts: whether every layer is a mixture of experts, which are left alone.
-        biases: kind of block -> flag of the config that gives all its projections biases, the output's among them.
+        mlp: layout of the MLPs, or of the shared ones beside experts; None if there are only experts.
+        width: setting of the config with the number of channels of these MLPs.
+        has_experts: whether every layer is a mixture of experts, which are not pruned.
+        biases: kind of block -> flag of the config that adds biases to all its projections, the output's included.
         whole: kind of block -> why its units cannot be removed.
-        output_norms: kind of block -> norm of the decoder layer that its output passes on the way to the residual
-            stream, where there is one.
-        scaled: kinds of block whose output every token scales by itself on that way.
-        begins_with_bos: whether every window begins with the beginning-of-text token, without which the model is out of
-            its senses; else only a text's own beginning has it, where the tokenizer adds it, as the usual protocol of
-            WikiText-2 has it.
+        output_norms: kind of block -> norm of the decoder layer between its output and the residual stream, if there
+            is one.
+        scaled: kinds of block whose output is scaled for each token before the residual stream.
+        begins_with_bos: whether every window begins with the beginning-of-text token, without which the model fails;
+            else only the beginning of a text has it, if the tokenizer adds it, as in the usual protocol of WikiText-2.
     """
 
     layers: str
@@ -63,7 +62,7 @@ class Family:
 
     @property
     def layouts(self) -> dict[BlockKind, BlockLayout]:
-        """The layout of each kind of block that there is."""
+        """Kind of block -> its layout, for the kinds that the family has."""
         layouts: dict[BlockKind, BlockLayout | None] = {"attention": self.attention, "mlp": self.mlp}
         return {kind: layout for kind, layout in layouts.items() if layout is not None}
 
@@ -84,12 +83,12 @@ _WITH_ATTENTION_BIAS = dataclasses.replace(_LLAMA, biases={"attention": "attenti
 _OUTPUT_NORMS: Mapping[BlockKind, str] = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
 _OLMO = dataclasses.replace(
     _WITH_ATTENTION_BIAS,
-    whole={"attention": "one norm spans all its query heads, so that those that stay would change with the others"},
+    whole={"attention": "one norm spans all its query heads, so removing some would change the others"},
     output_norms=_OUTPUT_NORMS,
 )
 _GEMMA = dataclasses.replace(_WITH_ATTENTION_BIAS, output_norms=_OUTPUT_NORMS, begins_with_bos=True)
 _EXPERTS = dataclasses.replace(
-    _LLAMA, mlp=None, has_experts=True, whole={"mlp": "its MLPs are experts, which are left alone"}
+    _LLAMA, mlp=None, has_experts=True, whole={"mlp": "its MLPs are experts, which are not pruned"}
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -123,7 +122,7 @@ FAMILIES: Mapping[str, Family] = {
 _ALIKE: Mapping[str, Family] = dict.fromkeys(
     ("gemma", "gemma3", "vaultgemma"), dataclasses.replace(_LLAMA, begins_with_bos=True)
 )
-"""What families of Llamas in all but name say besides; `gemma3` is what GGUF files call `gemma3_text`."""
+"""Families that are Llamas in all but name, with their differences; `gemma3` is the name of `gemma3_text` in GGUF."""
 _LLAMA_SETTINGS = {
     "hidden_size",
     "intermediate_size",
@@ -131,16 +130,16 @@ _LLAMA_SETTINGS = {
     "num_hidden_layers",
     "num_key_value_heads",
 }
-"""What the config of a Llama in all but name has."""
+"""Settings in the config of a Llama in all but name."""
 
 
 def get_family(config: PretrainedConfig) -> Family:
-    """Find the family of a model; a dense one that is not known, but has Llama's settings, is taken for a Llama.
+    """Find the family of a model; an unknown dense model with Llama's settings counts as a Llama.
 
-    `surgery.compatibility.check_compatibility` looks at its layers.
+    `surgery.compatibility.check_compatibility` checks its layers.
 
     Raises:
-        ValueError: if the family is not supported, with those that are.
+        ValueError: if the family is not supported, with the supported ones.
     """
     family = FAMILIES.get(config.model_type)
     if family is not None:
@@ -159,5 +158,5 @@ def get_family(config: PretrainedConfig) -> Family:
 
 
 def begins_with_bos(model_type: str) -> bool:
-    """Whether windows of a model of this type, or GGUF architecture, begin with BOS."""
+    """Return whether windows of a model of this type, or GGUF architecture, begin with BOS."""
     return FAMILIES.get(model_type, _ALIKE.get(model_type, _LLAMA)).begins_with_bos

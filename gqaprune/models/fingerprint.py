@@ -1,4 +1,4 @@
-"""A fingerprint of a model's weights as its files hold them, from samples, so that no model is read whole for it."""
+"""Compute a fingerprint of a model's weight files from samples, without reading a whole model."""
 
 import hashlib
 import json
@@ -22,17 +22,17 @@ class _Span(NamedTuple):
 
 
 def fingerprint_weights(source: str | Path, local_files_only: bool = False) -> str:
-    """Hash a model's tensors: their names, types, shapes and values; of one above 1 MiB, the first 4 KiB of every MiB.
+    """Hash names, types, shapes and values of a model's tensors; of those above 1 MiB, the first 4 KiB of every MiB.
 
-    It does not depend on how a model is loaded, nor on how its tensors are spread over files. A GGUF file counts as one
-    tensor.
+    It does not depend on how a model is loaded or how its tensors are distributed over files. A GGUF file counts as
+    one tensor.
 
     Args:
-        source: as for `load_model`.
-        local_files_only: fetch nothing from the hub.
+        source: model, as for `load_model`.
+        local_files_only: download nothing from the hub.
 
     Raises:
-        ValueError: if there is no such model, or its files are broken.
+        ValueError: if the model does not exist, or its files are broken.
     """
     content = hashlib.sha256()
     for span in sorted(span for file in find_weights(source, local_files_only) for span in _find_spans(file)):
@@ -46,7 +46,7 @@ def fingerprint_weights(source: str | Path, local_files_only: bool = False) -> s
 
 
 def find_fingerprint(source: str) -> str:
-    """The same of a model whose files are on this machine; empty where there are none to read."""
+    """Return the fingerprint of a model on this machine; empty if it has no files here."""
     try:
         return fingerprint_weights(source, local_files_only=True) if source else ""
     except ValueError:

@@ -1,4 +1,4 @@
-"""A GGUF file's header and tensors, read from the file as it lies, within its bounds.
+"""Read a GGUF file's header and tensors, never beyond the file's end.
 
 Source: the format, github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -20,18 +20,18 @@ _VERSIONS = (2, 3)
 _MOST_DIMENSIONS = 4
 _ALIGNMENTS = tuple(2**power for power in range(21))
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""The format's types of numbers -> what `struct` calls them."""
+"""The format's types of numbers -> their codes in `struct`."""
 _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor is in its file.
+    """Place of a tensor in its file.
 
     Args:
-        shape: as of the tensor in memory.
-        kind: how its values are stored.
-        start: its first byte in the file.
+        shape: shape of the tensor in memory.
+        kind: type in which its values are stored.
+        start: position of its first byte in the file.
     """
 
     shape: tuple[int, ...]
@@ -40,18 +40,18 @@ class GgufTensor:
 
     @property
     def bytes_shape(self) -> tuple[int, ...]:
-        """Its shape as bytes: rows are whole blocks of values."""
+        """Its shape in bytes; rows are whole blocks of values."""
         return gguf.quant_shape_to_byte_shape(self.shape, self.kind)
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of itself.
+    """Header of a GGUF file.
 
     Args:
-        path: of the file.
+        path: path of the file.
         metadata: key -> number, string or list of them.
-        tensors: name -> where it is.
+        tensors: name -> place of the tensor.
     """
 
     path: Path
@@ -60,32 +60,32 @@ class GgufHeader:
 
     @property
     def most_weights(self) -> int:
-        """Weights that all its tensors hold together."""
+        """Number of weights in all tensors together."""
         return sum(prod(tensor.shape) for tensor in self.tensors.values())
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read a file's header; every tensor is then known to lie within the file.
+    """Read a file's header, and check that all tensors are within the file.
 
     Raises:
-        ValueError: if the file is broken, cut off or forged.
+        ValueError: if the file is broken, truncated or forged.
         OSError: if it cannot be read.
     """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"{path.name} does not begin as a GGUF file does")
+            raise ValueError(f"{path.name} is not a GGUF file: it does not begin with GGUF")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _parse(path, _Cursor(data))
             except (struct.error, MemoryError, OverflowError, UnicodeDecodeError):
-                raise ValueError(f"the header of {path.name} is broken or cut off: fetch or write it again") from None
+                raise ValueError(f"the header of {path.name} is broken or truncated: fetch or write it again") from None
 
 
 def read_tensor(header: GgufHeader, name: str) -> Tensor:
-    """Read one tensor, in float32 however it is stored.
+    """Read one tensor as float32, whatever type it is stored in.
 
     Raises:
-        NotImplementedError: if nothing reads how it is stored.
+        NotImplementedError: if its type cannot be read.
     """
     stored = header.tensors[name]
     shape = stored.bytes_shape
@@ -94,7 +94,7 @@ def read_tensor(header: GgufHeader, name: str) -> Tensor:
 
 
 class _Cursor:
-    """Reads values one after another; `struct` refuses those beyond the end."""
+    """Reads values one after another; `struct` raises an error beyond the end."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at, self.end = data, 4, len(data)
@@ -120,26 +120,29 @@ class _Cursor:
         return list(self.read(f"{count}{_name_scalar(kind)}"))
 
     def read_entries(self, count: int, what: str) -> Iterator[str]:
-        """Names of entries, each once, for a caller that reads what follows a name before it asks for the next one."""
+        """Yield names of entries, which must be unique; the caller reads an entry before asking for the next name."""
         names = set()
         for _ in range(count):
             name = self.read_string()
             if name in names:
-                raise ValueError(f"{what} {name[:80]!r} is there twice: fetch or write the file again")
+                raise ValueError(f"{what} {name[:80]!r} occurs twice: fetch or write the file again")
             names.add(name)
             yield name
 
 
 def _name_scalar(kind: int) -> str:
     if kind not in _SCALARS:
-        raise ValueError(f"its metadata holds a value of the unknown type {kind}")
+        raise ValueError(f"its metadata has a value of the unknown type {kind}: fetch or write the file again")
     return _SCALARS[kind]
 
 
 def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
     version, tensor_count, value_count = cursor.read("IQQ")
     if version not in _VERSIONS:
-        raise ValueError(f"{path.name} is of version {version} of the format, only {_VERSIONS} can be read")
+        raise ValueError(
+            f"{path.name} has version {version} of the GGUF format, but only {_VERSIONS} can be read: write it again "
+            "with a current version of llama.cpp"
+        )
     metadata = {key: cursor.read_value(*cursor.read("I")) for key in cursor.read_entries(value_count, "setting")}
     places: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for name in cursor.read_entries(tensor_count, "tensor"):
@@ -158,7 +161,7 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
     }
     sizes = {name: prod(stored.bytes_shape) for name, stored in tensors.items()}
     if any(stored.start + sizes[name] > cursor.end for name, stored in tensors.items()):
-        raise ValueError(f"{path.name} ends before its tensors do: fetch or write it again")
+        raise ValueError(f"{path.name} is truncated within its tensors: fetch or write it again")
     if sum(sizes.values()) > cursor.end:
-        raise ValueError(f"tensors of {path.name} lie over each other: fetch or write it again")
+        raise ValueError(f"tensors of {path.name} overlap: fetch or write it again")
     return GgufHeader(path, metadata, tensors)

@@ -1,4 +1,4 @@
-"""How a model's tensors are named, cut and ordered in a GGUF file, both ways.
+"""Convert names, order and rows of a model's tensors to those of a GGUF file, and back.
 
 | architecture | families | sizes of layers | rows of q and k | q, k and v |
 | --- | --- | --- | --- | --- |
@@ -7,7 +7,7 @@
 | `deci` | Llama, Mistral, Qwen2 | each its own | pairs | three tensors |
 | `openelm` | Qwen3, tied | each its own | halves | one tensor |
 
-Source: llama.cpp, src/models/*.cpp, whose graphs of `deci` and `openelm` alone take sizes layer by layer.
+Source: llama.cpp, src/models/*.cpp, where only the graphs of `deci` and `openelm` have sizes for each layer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,19 +19,19 @@ from gqaprune.models.architecture import find_layer
 from gqaprune.plan import Geometry
 
 CONFIG_KEY = "gqaprune.config"
-"""Metadata: the config of a model that gqaprune wrote, as JSON."""
+"""Key of the metadata with the config, as JSON, in files that gqaprune wrote."""
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Types of models that files are written of."""
+"""Types of models that can be written."""
 UNEQUAL = ("deci", "openelm")
-"""Architectures whose layers have sizes of their own."""
+"""Architectures in which each layer has its own sizes."""
 ARCHITECTURES = ("llama", "qwen2", "qwen3", *UNEQUAL)
-"""Architectures that files are written in."""
+"""Architectures of files that are written."""
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 BLOCK = 32
-"""Widths of MLPs in a file may be rounded up, with zeros, to whole blocks of so many values."""
+"""Widths of MLPs in a file may be rounded up, with zeros, to whole blocks of this many values."""
 ROPE_FACTORS = "rope_freqs.weight"
-"""In files alone: what frequencies are divided by."""
+"""Tensor that only files have: divisors of rotary frequencies."""
 
 _PAIRED = ("llama", "deci")
 _FUSED = ("openelm",)
@@ -51,7 +51,7 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-"""Module, of the model or of one of its layers -> name in a file."""
+"""Module of the model or of a layer -> name in a file."""
 _MODULES = {name: module for module, name in _NAMES.items()}
 _WIDTHS = {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1}
 """Module -> axis of the channels of its weight."""
@@ -60,7 +60,7 @@ _PARTS = tuple(f"self_attn.{part}_proj" for part in "qkv")
 
 
 def pack_tensors(weights: Mapping[str, Tensor], geometry: Geometry, architecture: str) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of all that a file holds of a model's weights, tensor by tensor."""
+    """Yield name and tensor of a file, one by one, from a model's weights."""
     for name, tensor in weights.items():
         layer, module, kind = _split_name(name, _LAYERS)
         if layer is None or module not in _PARTS:
@@ -76,10 +76,10 @@ def pack_tensors(weights: Mapping[str, Tensor], geometry: Geometry, architecture
 
 
 def unpack_tensor(name: str, tensor: Tensor, geometry: Geometry, architecture: str) -> dict[str, Tensor]:
-    """What a tensor of a file is in the model, by names there: the reverse of `pack_tensors`, and of rounded widths.
+    """Convert a tensor of a file to the model's tensors by name: the reverse of `pack_tensors` and of rounding widths.
 
     Raises:
-        ValueError: if its rows are not those of the heads.
+        ValueError: if the number of rows does not fit the heads.
     """
     if name == ROPE_FACTORS:
         return {}
@@ -92,7 +92,7 @@ def unpack_tensor(name: str, tensor: Tensor, geometry: Geometry, architecture: s
     heads = dict(zip(_PARTS, _count_heads(geometry, layer), strict=True))
     rows = [heads[module] * geometry.head_dim for module in modules]
     if sum(rows) != tensor.shape[0]:
-        raise ValueError(f"{name} has {tensor.shape[0]} rows in its file, its config promises {sum(rows)}")
+        raise ValueError(f"{name} has {tensor.shape[0]} rows in its file, but the config says {sum(rows)}")
     found = dict(zip(modules, tensor.split(rows), strict=True))
     return {
         _join_name(_LAYERS, layer, module, kind): _part_rows(rows_OI, heads[module])
@@ -103,7 +103,7 @@ def unpack_tensor(name: str, tensor: Tensor, geometry: Geometry, architecture: s
 
 
 def _drop_rounding(tensor: Tensor, axis: int, width: int) -> Tensor:
-    """Drop the zeros of less than a block; what is wider than that is not of this width, and left to be refused."""
+    """Drop up to a block of zeros; wider tensors have another width, and are refused later."""
     return tensor.narrow(axis, 0, width) if 0 <= tensor.shape[axis] - width < BLOCK else tensor
 
 
@@ -112,7 +112,7 @@ def _count_heads(geometry: Geometry, layer: int) -> tuple[int, int, int]:
 
 
 def _split_name(name: str, layers: str) -> tuple[int | None, str, str]:
-    """`model.layers.3.mlp.up_proj.weight` -> 3, `mlp.up_proj`, `weight`."""
+    """Split `model.layers.3.mlp.up_proj.weight` into 3, `mlp.up_proj` and `weight`."""
     module, _, kind = name.rpartition(".")
     layer = find_layer(name, layers) if name.startswith(f"{layers}.") else None
     return layer, module if layer is None else module.removeprefix(f"{layers}.{layer}."), kind
@@ -123,12 +123,12 @@ def _join_name(layers: str, layer: int | None, module: str, kind: str) -> str:
 
 
 def _pair_rows(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of each head from halves (`0 … d/2`, `d/2 … d`) to pairs (`0, d/2, 1, d/2 + 1 …`), as rotary ones are."""
+    """Reorder the rows of each head from halves (`0 … d/2`, `d/2 … d`) to pairs (`0, d/2, 1, d/2 + 1 …`)."""
     paired: Tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
     return paired
 
 
 def _part_rows(tensor: Tensor, heads: int) -> Tensor:
-    """The reverse of `_pair_rows`."""
+    """Reorder the rows of each head from pairs to halves, the reverse of `_pair_rows`."""
     halves: Tensor = tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
     return halves

@@ -1,6 +1,6 @@
-"""Read the GGUF files that gqaprune wrote, quantised by llama.cpp since or not: config, weights, tokenizer.
+"""Read GGUF files that gqaprune wrote, also if llama.cpp has quantised them: config, weights, tokenizer.
 
-transformers reads no layers of unequal sizes from GGUF; all other files are left to it.
+transformers cannot read layers of unequal sizes from GGUF; it reads all other files.
 """
 
 import dataclasses
@@ -21,43 +21,43 @@ from gqaprune.models.gguf_file import GgufHeader, read_tensor
 from gqaprune.models.gguf_layout import ARCHITECTURES, CONFIG_KEY, FAMILIES, unpack_tensor
 
 _NOT_OF_FIELDS = {"allow_global_per_layer_attribute_access", "head_dim", "per_layer_config"}
-"""What a config has that its class has no field for."""
+"""Settings of a config that are not fields of its class."""
 _OF_A_CHECKPOINT = {"architectures", "dtype"}
-"""What fields say of the files that a config came with."""
+"""Fields that describe the files that a config came with."""
 
 
 def is_own(header: GgufHeader) -> bool:
-    """Whether gqaprune wrote a file."""
+    """Return whether gqaprune wrote a file."""
     return CONFIG_KEY in header.metadata
 
 
 def count_layers(header: GgufHeader) -> int:
-    """Decoder layers that a file, by whomever, holds tensors of.
+    """Count the decoder layers whose tensors are in a file, whoever wrote it.
 
     Raises:
-        ValueError: if one is left out, or its metadata promises another number of them, or none: transformers would
-            build 32 then.
+        ValueError: if a layer is missing, or the metadata has another number of layers or none (transformers would
+            then build 32).
     """
     layers = {find_layer(name, "blk") for name in header.tensors} - {None}
     key = f"{header.metadata.get('general.architecture')}.block_count"
     promised = header.metadata.get(key, len(layers) if is_own(header) else None)
     if layers != set(range(len(layers))) or promised != len(layers):
-        raise ValueError(f"its metadata promises {promised} layers, it holds {len(layers)}")
+        raise ValueError(f"its metadata says {promised} layers, but it has {len(layers)}")
     return len(layers)
 
 
 def describe_config(config: PretrainedConfig) -> str:
-    """What a file says of a config, as JSON: all but what names code or other files."""
+    """Encode a config as JSON for a file, without settings that name code or other files."""
     settings = config.to_diff_dict()
     known = _list_settings(type(config)) | {"model_type"}
     return json.dumps({name: value for name, value in settings.items() if name in known})
 
 
 def read_config(header: GgufHeader) -> PretrainedConfig:
-    """Rebuild the config of a model that gqaprune wrote, from settings that `describe_config` takes alone.
+    """Rebuild the config of a model that gqaprune wrote, only from settings that `describe_config` writes.
 
     Raises:
-        ValueError: if it is broken, or its layers are not those of the file.
+        ValueError: if it is broken, or does not fit the file's layers.
     """
     settings = parse_json(header.metadata[CONFIG_KEY])
     check_bounds(settings)
@@ -67,7 +67,7 @@ def read_config(header: GgufHeader) -> PretrainedConfig:
         if value not in known:
             raise ValueError(f"its {what} must be one of {', '.join(known)}, got {value!r}")
     if settings.get("num_hidden_layers") != (layers := count_layers(header)):
-        raise ValueError(f"its config promises {settings.get('num_hidden_layers')} layers, it holds {layers}")
+        raise ValueError(f"its config says {settings.get('num_hidden_layers')} layers, but it has {layers}")
     config_class = CONFIG_MAPPING[family]
     taken = _list_settings(config_class)
     return config_class(**{name: value for name, value in settings.items() if name in taken})
@@ -79,11 +79,11 @@ def _list_settings(config_class: type[PretrainedConfig]) -> set[str]:
 
 
 def read_weights(header: GgufHeader, config: PretrainedConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of all weights of a model that gqaprune wrote, one tensor of the file in memory at a time.
+    """Yield name and tensor of all weights of a model that gqaprune wrote, with one tensor of the file in memory.
 
     Raises:
-        ValueError: if rows of heads are not those of the config.
-        NotImplementedError: if nothing reads how a tensor is stored.
+        ValueError: if the rows of heads do not fit the config.
+        NotImplementedError: if a tensor's type cannot be read.
     """
     geometry, architecture = read_geometry(config), header.metadata["general.architecture"]
     for name in header.tensors:
@@ -92,17 +92,17 @@ def read_weights(header: GgufHeader, config: PretrainedConfig, dtype: torch.dtyp
 
 
 def read_tokenizer(header: GgufHeader) -> PreTrainedTokenizerFast:
-    """Rebuild the tokenizer of a file, of whatever architecture that is.
+    """Rebuild the tokenizer of a file of any architecture.
 
     Raises:
-        ValueError: if its parts do not fit each other.
+        ValueError: if its parts do not fit together.
     """
     architecture, parts, settings = get_gguf_tokenizer(str(header.path))
     try:
         backend, _ = convert_gguf_tokenizer(architecture, parts)
-    except Exception as error:  # tokenizers raises no other class
+    except Exception as error:  # tokenizers raises plain Exceptions
         raise ValueError(first_line(error)) from None
-    if parts.get("pre_tokenizer_type") == "smollm":  # which transformers takes for plain bytes
+    if parts.get("pre_tokenizer_type") == "smollm":  # transformers treats it as plain byte-level
         steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)

@@ -1,4 +1,4 @@
-"""Whether the hub can be reached, asked once in a few seconds instead of by each library several times."""
+"""Check once, within seconds, whether the hub can be reached, instead of several times by each library."""
 
 import os
 import ssl
@@ -11,21 +11,21 @@ from functools import cache
 from huggingface_hub import constants
 
 _PATIENCE = 4.0
-"""Seconds to wait for an answer of any kind."""
+"""Seconds to wait for any answer."""
 
 
 def check_hub() -> None:
-    """Let libraries look into their caches alone where the hub does not answer, or is not to be asked."""
+    """Restrict libraries to their caches if the hub does not answer or offline mode is set."""
     if not constants.HF_HUB_OFFLINE and not can_reach(constants.ENDPOINT):
-        constants.HF_HUB_OFFLINE = True  # what is_offline_mode() looks at
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported later, and for other processes
+        constants.HF_HUB_OFFLINE = True  # read by is_offline_mode()
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for later imports and other processes
     if constants.HF_HUB_OFFLINE and (config := sys.modules.get("datasets.config")) is not None:
         vars(config)["HF_HUB_OFFLINE"] = True
 
 
 @cache
 def can_reach(endpoint: str) -> bool:
-    """Whether something answers at an address within seconds; names may take longer than that to resolve."""
+    """Return whether an address answers within seconds; resolving its name may take longer than that."""
     answers: list[bool] = []
 
     def ask() -> None:
@@ -33,9 +33,9 @@ def can_reach(endpoint: str) -> bool:
         try:
             urllib.request.urlopen(request, timeout=_PATIENCE).close()
         except urllib.error.HTTPError:
-            pass  # which is an answer
+            pass  # an error page is an answer
         except urllib.error.URLError as error:
-            if not isinstance(error.reason, ssl.SSLError):  # libraries may know certificates that this does not
+            if not isinstance(error.reason, ssl.SSLError):  # libraries may have certificates that Python lacks
                 return
         except (OSError, ValueError):
             return

@@ -1,11 +1,12 @@
-"""Runs the decoder layer by layer over many batches, so that only one layer's inputs are held at a time.
+"""Run the decoder layer by layer over many batches, so that only one layer's inputs are in memory.
 
-Or enters a forward of the model in its middle, so that what comes before a changed layer is not computed again:
-`record_layer_inputs` once, then `resume_at`. Or runs the decoder and the head apart: `run_decoder`, `run_head`.
+Repair and criteria of activations run a model this way: `embed_batches` once, then for every layer `run_layer` on each
+stream, whose output is the next layer's input. Callers hook or change the layer between two runs.
 
-Repair and the criteria that look at activations go through a model this way: `embed_batches` once, then for every
-layer `run_layer` on each stream, whose output is the next layer's input. A consumer hooks or changes the layer between
-two runs. Axes in tensor names: B samples, T tokens, D hidden width, N tokens of all samples, C columns.
+Other functions enter a forward pass in its middle, so that layers before a changed one do not run again
+(`record_layer_inputs` once, then `resume_at`), or run decoder and head separately (`run_decoder`, `run_head`).
+
+Axes in tensor names: B samples, T tokens, D hidden width, N tokens of all samples, C columns.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ class Stream:
 
     Args:
         hidden_BTD: input of the next layer.
-        arguments: keyword arguments of every layer's call (mask, position embeddings), as the model makes them.
+        arguments: keyword arguments of every layer's call (mask, position embeddings), as the model computes them.
     """
 
     hidden_BTD: Tensor
@@ -37,7 +38,7 @@ class Stream:
 
 @torch.no_grad()
 def embed_batches(model: PreTrainedModel, batches: Sequence[Tensor]) -> list[Stream]:
-    """The input of the first decoder layer for every batch, and what each layer is called with.
+    """Compute the input of the first decoder layer for every batch, and the arguments of each layer's call.
 
     Args:
         model: the causal LM.
@@ -55,23 +56,23 @@ def embed_batches(model: PreTrainedModel, batches: Sequence[Tensor]) -> list[Str
 
 @torch.no_grad()
 def run_layer(model: PreTrainedModel, index: int, stream: Stream) -> Tensor:
-    """Output of decoder layer `index` on a stream's hidden states, `[batch, tokens, width]`; the stream stays."""
+    """Run decoder layer `index` on a stream's hidden states; return `[batch, tokens, width]`, keep the stream."""
     return _get_hidden(get_layers(model)[index](stream.hidden_BTD, **stream.arguments[index]))
 
 
 def run_copy(model: PreTrainedModel, index: int, stream: Stream, hidden_BTD: Tensor) -> Tensor:
-    """The same on other hidden states, from any device; the output is in the host's memory."""
-    own = replace(stream, hidden_BTD=hidden_BTD.to(stream.hidden_BTD.device))
-    return run_layer(model, index, own).cpu()
+    """Run decoder layer `index` on other hidden states, from any device; return its output on the CPU."""
+    changed = replace(stream, hidden_BTD=hidden_BTD.to(stream.hidden_BTD.device))
+    return run_layer(model, index, changed).cpu()
 
 
 @contextmanager
 def watch_inputs(linears: Mapping[K, nn.Linear], receive: Callable[[K, Tensor], None]) -> Iterator[None]:
-    """Hand each linear layer's every input, `[tokens of all samples, columns]`, to a function while the context lasts.
+    """Pass every input of linear layers, `[tokens of all samples, columns]`, to a function within the context.
 
     Args:
-        linears: the layers by what names them.
-        receive: called with name and input.
+        linears: the layers by name.
+        receive: function called with name and input.
     """
 
     def make_hook(name: K) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -85,7 +86,7 @@ def watch_inputs(linears: Mapping[K, nn.Linear], receive: Callable[[K, Tensor], 
 
 @contextmanager
 def _record_calls(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """Make every layer pass its input through and note its arguments: a forward of the model then computes nothing."""
+    """Make every layer only pass its input through and record its arguments, so that a forward pass is cheap."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
 
     def pass_through(hidden_BTD: Tensor, **arguments: Any) -> Tensor:
@@ -100,7 +101,7 @@ def _record_calls(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str
 
 @torch.no_grad()
 def record_layer_inputs(model: PreTrainedModel, batch_BT: Tensor) -> list[Tensor]:
-    """The input of every decoder layer and the output of the last, each `[batch, tokens, width]`."""
+    """Record the input of every decoder layer and the output of the last, each `[batch, tokens, width]`."""
     inputs_BTD: list[Tensor] = []
     layers = get_layers(model)
 
@@ -120,10 +121,10 @@ def record_layer_inputs(model: PreTrainedModel, batch_BT: Tensor) -> list[Tensor
 
 @contextmanager
 def record_layer_outputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collect what decoder layers give to a forward of the model, `[batch, tokens, width]`, with its graph, by index.
+    """Record outputs of decoder layers in forward passes, `[batch, tokens, width]`, with their graph, by index.
 
-    A layer's call is wrapped from outside: what `torch.compile` compiles, strategies hook into, or the backward pass
-    runs again is not touched.
+    A layer's call is wrapped from outside, so that `torch.compile`, hooks of strategies and recomputing in the backward
+    pass are not affected.
     """
     outputs_BTD: dict[int, Tensor] = {}
 
@@ -146,9 +147,9 @@ def record_layer_outputs(model: PreTrainedModel, layers: Sequence[int]) -> Itera
 
 @contextmanager
 def resume_at(model: PreTrainedModel, index: int, hidden_BTD: Tensor) -> Iterator[None]:
-    """Forwards of the model enter decoder layer `index` with these hidden states; the layers before it do nothing.
+    """Make forward passes start at decoder layer `index` with these hidden states; layers before it do nothing.
 
-    With `index` the number of layers, only the model's head runs. Contexts nest: the innermost one counts.
+    If `index` is the number of layers, only the model's head runs. Contexts can be nested: the innermost one counts.
     """
     with ExitStack() as restored:
         for layer in get_layers(model)[:index]:
@@ -158,7 +159,7 @@ def resume_at(model: PreTrainedModel, index: int, hidden_BTD: Tensor) -> Iterato
 
 @contextmanager
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """A module computes something else while the context lasts; contexts nest."""
+    """Replace a module's forward function within the context; contexts can be nested."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
@@ -171,7 +172,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
 
 
 def run_decoder(model: PreTrainedModel, batch_BT: Tensor) -> Tensor:
-    """Output of the last decoder layer for token ids, `[batch, tokens, width]`, with its graph where there is one."""
+    """Compute the last decoder layer's output for token ids, `[batch, tokens, width]`, with its graph if any."""
     outputs_BTD: list[Tensor] = []
     last = get_layers(model)[-1]
     handle = last.register_forward_hook(lambda _, __, output: outputs_BTD.append(_get_hidden(output)))
@@ -183,10 +184,10 @@ def run_decoder(model: PreTrainedModel, batch_BT: Tensor) -> Tensor:
 
 
 def run_head(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
-    """Logits `[batch, tokens, vocabulary]` of what the last decoder layer gave: final norm, head, scaling."""
-    # Any token ids of that shape: what becomes of them is thrown away.
+    """Compute logits `[batch, tokens, vocabulary]` from the last decoder layer's output: final norm, head, scaling."""
+    # Any token ids of that shape work, because their embeddings are not used.
     ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden_BTD.device)
-    # Experts do not run, so that nothing is there to balance.
+    # Experts do not run, so there is no routing to balance.
     routing = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
     with resume_at(model, len(get_layers(model)), hidden_BTD):
         logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False, return_dict=True, **routing).logits

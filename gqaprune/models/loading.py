@@ -1,4 +1,4 @@
-"""Load dense and pruned models in any format; nothing here unpickles, or runs remote code unless asked to."""
+"""Load dense and pruned models in any format, without unpickling, and without remote code unless it is trusted."""
 
 import copy
 import importlib.util
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from transformers import TorchAoConfig
 
 QUANTIZATIONS = ("int8",)
-"""What weights can be stored in besides their type."""
+"""Supported quantizations of weights."""
 
 
 def load(
@@ -62,13 +62,13 @@ def load(
     """Load a model and its tokenizer, and check that they belong together.
 
     Args:
-        source: as for `load_model`.
-        dtype: likewise.
+        source: model, as for `load_model`.
+        dtype: type of the weights, as for `load_model`.
         trust_remote_code: run code that comes with the checkpoint.
-        revision: as for `load_model`.
+        revision: revision, as for `load_model`.
 
     Raises:
-        ValueError: as `load_model`, `load_tokenizer` and `check_tokenizer`.
+        ValueError: like `load_model`, `load_tokenizer` and `check_tokenizer`.
     """
     source = pin(str(source), revision)
     model = load_model(source, dtype, trust_remote_code=trust_remote_code)
@@ -89,16 +89,16 @@ def load_model(
 
     Args:
         source: a folder, a `.gguf` file, a hub name, or `smollm2-135m` (the embedded model).
-        dtype: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
-        attn_implementation: `sdpa`, `eager` or another that transformers knows; its own choice by default.
-        trust_remote_code: run code that comes with the checkpoint. Pruned checkpoints do not need it here.
-        quantization: `int8` stores the matrices of the decoder layers in 8 bits, each row with its own scale; such a
-            model can be run, not pruned or trained.
-        revision: branch, tag or commit of a model on the hub, of its config, weights and code; `owner/name@revision` as
-            the source is the same.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` (the type in the checkpoint).
+        attn_implementation: `sdpa`, `eager` or another attention kernel of transformers; None lets transformers choose.
+        trust_remote_code: run code that comes with the checkpoint. gqaprune loads pruned checkpoints without it.
+        quantization: `int8` stores the matrices of the decoder layers in 8 bits, with a scale for each row; such a
+            model can be run, but not pruned or trained.
+        revision: branch, tag or commit of a model on the hub, for its config, weights and code; the same as
+            `owner/name@revision` as the source.
 
     Raises:
-        ValueError: if there is no such model, its files are broken, its family is not supported, or loading needs a
+        ValueError: if the model does not exist, its files are broken, its family is not supported, or loading needs a
             package that is not installed.
     """
     check_dtype(dtype)
@@ -126,13 +126,13 @@ def load_model(
             arguments |= {"config": config, "use_safetensors": True, "dtype": own_dtype, **find_revision(source)}
         else:
             check_total(header.most_weights, build_without_weights(config))
-            own_dtype = DTYPES["float32" if dtype == "auto" else dtype]  # as transformers reads other files
+            own_dtype = DTYPES["float32" if dtype == "auto" else dtype]  # the same as for other GGUF files
             if is_ours:
                 weights = _read_own_weights(header, config, own_dtype)
                 arguments |= {"config": config, "state_dict": weights, "dtype": own_dtype}
-            else:  # packed weights can be neither cut nor trained
+            else:  # packed weights cannot be cut or trained
                 arguments = {"quantization_config": GgufConfig(dequantize=True), **arguments, **gguf}
-        # What has another shape is refused below, by its name; transformers refuses it without.
+        # Tensors of another shape are refused below, by name; the error of transformers has no names.
         model, found = model_class.from_pretrained(
             None if is_ours else place, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
@@ -148,19 +148,16 @@ def load_model(
 def check_stored(
     files: Mapping[str, Path], config: PretrainedConfig, dtype: str, trust_remote_code: bool = False
 ) -> object:
-    """Refuse tensors that are not those of a config, by their headers, before any memory is taken for them.
+    """Raise an error if tensors do not fit a config, from their headers, before any memory is allocated.
 
     Args:
         files: name -> safetensors file.
-        config: of the model.
+        config: config of the model.
         dtype: one of `DTYPES`.
         trust_remote_code: run code that comes with the model.
 
     Returns:
-        The type to load them in; `auto` is the one that most weights are stored in, whatever the config says.
-
-    Raises:
-        ValueError: naming the first tensor of a type that the config does not explain, or with what is too much.
+        The type to load them in; `auto` is the type of most weights in the files, whatever the config says.
     """
     infos = read_infos(files)
     check_types(infos, config)
@@ -173,34 +170,34 @@ def check_stored(
 
 
 def check_keys(found: Mapping[str, Collection[Any]], layers: str) -> None:
-    """Refuse weights that are not those of the config: transformers would make up what is missing.
+    """Raise an error if weights do not fit the config; transformers would initialise missing ones at random.
 
     Raises:
-        ValueError: naming the first of them.
+        ValueError: with the first such weight.
     """
     if wrong := sorted(found["mismatched_keys"]):
         name, shape, promised = wrong[0]
         raise ValueError(
-            f"{name} is {list(shape)} in its files, its config promises {list(promised)} ({len(wrong)} such in all)"
+            f"{name} has shape {list(shape)} in its files, but the config says {list(promised)} ({len(wrong)} in all)"
         )
     if missing := sorted(found["missing_keys"]):
-        others = f"; they hold {min(found['unexpected_keys'])} instead" if found["unexpected_keys"] else ""
-        raise ValueError(f"its files lack {missing[0]} ({len(missing)} in all), which its config promises{others}")
+        others = f"; they have {min(found['unexpected_keys'])} instead" if found["unexpected_keys"] else ""
+        raise ValueError(f"its files lack {missing[0]} ({len(missing)} in all), which the config needs{others}")
     strange = [name for name in found["unexpected_keys"] if name.startswith(f"{layers}.")]
-    places = [name for name in strange if name.endswith((".weight", ".bias"))]  # buffers of old versions do no harm
+    places = [name for name in strange if name.endswith((".weight", ".bias"))]  # buffers of old versions are harmless
     if places:
-        raise ValueError(f"its files hold {min(places)} ({len(places)} in all), which its config has no place for")
+        raise ValueError(f"its files have {min(places)} ({len(places)} in all), which does not fit the config")
 
 
 def _read_own_weights(header: GgufHeader, config: PretrainedConfig, dtype: Any) -> dict[str, Tensor]:
-    """The weights in a file that gqaprune wrote, if they are those of the config, which is not believed before."""
+    """Read the weights in a file that gqaprune wrote, and check that they fit the config."""
     promised = build_without_weights(config).state_dict()
     if config.tie_word_embeddings:
         del promised[HEAD]
     weights = dict(read_weights(header, config, dtype))
     shapes = [(name, weights[name].shape, promised[name].shape) for name in weights.keys() & promised.keys()]
     found = {
-        "mismatched_keys": [(name, own, expected) for name, own, expected in shapes if own != expected],
+        "mismatched_keys": [(name, stored, expected) for name, stored, expected in shapes if stored != expected],
         "missing_keys": promised.keys() - weights.keys(),
         "unexpected_keys": weights.keys() - promised.keys(),
     }
@@ -209,7 +206,7 @@ def _read_own_weights(header: GgufHeader, config: PretrainedConfig, dtype: Any) 
 
 
 def find_other_storage(config: PretrainedConfig) -> str:
-    """What files hold under other names or in other shapes than the model computes with, in words; empty if nothing."""
+    """Describe weights whose names or shapes in files differ from the model's; empty if there are none."""
     if get_family(config).has_experts:
         return "experts"
     return "quantised weights" if read_quantization(config) else ""
@@ -221,27 +218,27 @@ def build_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A model of the class that `load_model` would load, with weights of no meaning.
+    """Build a model of the class that `load_model` would load, with meaningless weights.
 
     Args:
-        config: of the model, dense or pruned.
-        dtype: of the weights; `auto` is the config's own.
-        attn_implementation: attention kernel; transformers chooses if None.
+        config: config of the model, dense or pruned.
+        dtype: type of the weights; `auto` is the type in the config.
+        attn_implementation: attention kernel; None lets transformers choose.
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ValueError: if the type is to be the config's own and it has none, or the kernel is code on the hub.
+        ValueError: if `dtype` is `auto` and the config has no type, or the kernel is code on the hub.
     """
     check_kernel(attn_implementation, trust_remote_code)
     if dtype == "auto" and (dtype := config.dtype) is None:
         raise ValueError("its config does not say which type the weights have: set dtype to bfloat16 or float32")
     arguments = {"dtype": dtype} | ({} if attn_implementation is None else {"attn_implementation": attn_implementation})
-    config = copy.deepcopy(config)  # which transformers writes the type into
+    config = copy.deepcopy(config)  # a copy, because transformers writes the type into it
     if config.is_heterogeneous:
         return get_per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])._from_config(config, **arguments)
     code = getattr(config, "auto_map", {}).get("AutoModelForCausalLM", "")
     commit = getattr(config, "_commit_hash", None)
-    if code and "--" not in code and commit is not None:  # beside the config, at the same revision
+    if code and "--" not in code and commit is not None:  # the code is beside the config, at the same revision
         arguments["code_revision"] = commit
     return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **arguments)
 
@@ -249,20 +246,20 @@ def build_model(
 def build_without_weights(
     config: PretrainedConfig, trust_remote_code: bool = False, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """The same on the meta device: parameters have shapes alone.
+    """Build the same model on the meta device, where parameters have only shapes.
 
     Raises:
-        ValueError: if there is no such model, naming where its config comes from.
+        ValueError: if it cannot be built, with the source of its config.
     """
     with guard_loading("model", config.name_or_path or config.model_type, CONFIG_NAME), torch.device("meta"):
         return build_model(config, torch.float32, attn_implementation, trust_remote_code)
 
 
 def make_quantization_config(quantization: str) -> "TorchAoConfig":
-    """What transformers quantises with on loading.
+    """Make the config with which transformers quantises on loading.
 
     Raises:
-        ValueError: if there is no such quantisation, or torchao is not installed.
+        ValueError: if the quantisation does not exist, or torchao is not installed.
     """
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")

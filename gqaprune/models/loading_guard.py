@@ -1,4 +1,4 @@
-"""One guard for all that reads a model: whatever a library throws on its files becomes one sentence that names them."""
+"""Turn any error of a library that reads a model's files into one sentence that names them."""
 
 import os
 from collections.abc import Iterator
@@ -11,32 +11,32 @@ from safetensors import SafetensorError
 from gqaprune.common.errors import first_line
 
 _FOR_READERS = (ImportError, OSError, SafetensorError, StrictDataclassError, ValueError)
-"""Errors whose text says what is wrong; of all others the type is named, too."""
+"""Errors with a clear text; for all others, the type is added."""
 _PANIC = "PanicException"
-"""What Rust libraries throw, which is no `Exception`; its class cannot be imported."""
+"""Error of Rust libraries, which is not an `Exception` and whose class cannot be imported."""
 _LONGEST = 400
-"""Characters of a reason, or of a name: some libraries repeat what they could not read."""
+"""Largest number of a reason's or name's characters: some libraries quote the whole text that they could not read."""
 
 
 class LoadingError(ValueError):
-    """Says what cannot be loaded, from where, and why; a guard within another has said it already."""
+    """What cannot be loaded, from where, and why; guards around another guard leave it unchanged."""
 
 
-ADVICE = ": give a folder, or a mirror of the hub by HF_ENDPOINT"
-"""What to do where the hub does not answer."""
+ADVICE = ": use a local folder, or set HF_ENDPOINT to a mirror of the hub"
+"""Advice if the hub does not answer."""
 
 
 @contextmanager
 def guard_loading(what: str, source: str | Path, file: str = "") -> Iterator[None]:
-    """Say in one sentence what goes wrong while the context lasts, and from where it was to be loaded.
+    """Turn any error within the context into one sentence with the source.
 
     Args:
-        what: it is, such as `model` or `tokenizer`.
+        what: kind of thing that is loaded, such as `model` or `tokenizer`.
         source: a folder, a file or a hub name.
-        file: of the source that is read, where it is known.
+        file: file of the source that is read, if it is known.
 
     Raises:
-        LoadingError: whatever was raised, which is its cause.
+        LoadingError: for any error, which becomes its cause.
     """
     try:
         yield
@@ -49,8 +49,8 @@ def guard_loading(what: str, source: str | Path, file: str = "") -> Iterator[Non
 
 
 def make_loading_error(what: str, source: str | Path, reason: str, file: str = "") -> LoadingError:
-    """Why something cannot be loaded, and that a hub name is no folder here: it may be a mistyped one."""
-    place = "" if os.path.lexists(source) or str(source).endswith(".gguf") else ", which is no folder here"
+    """Make the error of something that cannot be loaded; it says if the source is not a local folder, after a typo."""
+    place = "" if os.path.lexists(source) or str(source).endswith(".gguf") else ", which is not a local folder"
     where = f"{file}: " if file and file not in reason else ""
     advice = ADVICE if place and "couldn't connect" in reason else ""
     return LoadingError(f"cannot load a {what} from {_cut(repr(str(source)))}{place}: {where}{reason}{advice}")

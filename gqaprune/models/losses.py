@@ -1,7 +1,7 @@
-"""Losses of a causal LM's tokens, without the logits of a whole batch at once.
+"""Measure losses of a causal LM's tokens without having the logits of a whole batch in memory.
 
-The head runs over a piece of the window at a time: a vocabulary of 128,000 makes the logits of 2,048 tokens a gibibyte
-in float32, and their gradient and softmax as much again.
+The head runs over a piece of the window at a time: with a vocabulary of 128,000, the logits of 2,048 tokens take a
+gibibyte in float32, and their gradient and softmax as much again.
 
 Axes in tensor names: B samples, T tokens, D hidden width, V vocabulary.
 """
@@ -19,18 +19,18 @@ from gqaprune.models.layerwise import run_decoder, run_head
 from gqaprune.models.wrapping import is_sharded
 
 IGNORED = -100
-"""Label of tokens that are context only."""
+"""Label of tokens that are only context."""
 
 PIECE_LOGITS = 2**24
-"""Logits that exist at once, in float32 64 MiB."""
+"""Largest number of logits in memory at once, 64 MiB in float32."""
 
 
 def sum_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of every sample.
+    """Sum the negative log-likelihoods of every sample's tokens.
 
     Args:
         logits: `[batch, tokens, vocabulary]`; position t predicts label t + 1.
-        labels: `[batch, tokens]`, `IGNORED` where a token is context only.
+        labels: `[batch, tokens]`, `IGNORED` for tokens that are only context.
 
     Returns:
         Sums in nats, float32 `[batch]`, and numbers of scored tokens, `[batch]`.
@@ -39,19 +39,19 @@ def sum_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def count_scored(labels: Tensor) -> Tensor:
-    """Numbers of tokens that have a loss, `[batch]`, of labels `[batch, tokens]`: the first of a window has none."""
+    """Count the tokens with a loss, `[batch]`, of labels `[batch, tokens]`; the first token of a window has none."""
     return (labels[:, 1:] != IGNORED).sum(1)
 
 
 def measure_mean_loss(logits_BTV: Tensor, labels: Tensor) -> Tensor:
-    """Mean loss of all scored tokens in nats, a scalar, with its gradient by the logits if they have one.
+    """Measure the mean loss of all scored tokens in nats, a scalar, with its gradient by the logits if they need one.
 
-    The gradient is written with the loss, in the type of the logits, a piece of them at a time: beside that nothing of
-    their size exists, where autograd has logits, softmax and gradient in float32.
+    The gradient is computed with the loss, in the type of the logits, a piece at a time, and nothing else has their
+    size; autograd would need logits, softmax and gradient in float32.
 
     Args:
         logits_BTV: position t predicts label t + 1.
-        labels: `[batch, tokens]`, `IGNORED` where a token is context only.
+        labels: `[batch, tokens]`, `IGNORED` for tokens that are only context.
     """
     logits_NV = logits_BTV.flatten(0, 1)
     targets_N = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
@@ -71,13 +71,13 @@ def measure_mean_loss(logits_BTV: Tensor, labels: Tensor) -> Tensor:
 
 
 def cut_logits(logits_NV: Tensor) -> Iterator[slice]:
-    """Runs of positions, of which no more logits are worked on at once than `PIECE_LOGITS`."""
+    """Cut positions into pieces with at most `PIECE_LOGITS` logits each."""
     step = max(1, PIECE_LOGITS // logits_NV.shape[1])
     return (slice(start, start + step) for start in range(0, len(logits_NV), step))
 
 
 def attach_slope(value: Tensor, logits: Tensor, slope: Tensor) -> Tensor:
-    """A scalar that was computed by hand from logits, with the gradient by them that was computed with it."""
+    """Attach a gradient that was computed by hand to a scalar that was computed from logits."""
     attached: Tensor = _WithSlope.apply(logits, value, slope)  # type: ignore[no-untyped-call]
     return attached
 
@@ -95,10 +95,10 @@ class _WithSlope(torch.autograd.Function):
 
 
 def measure_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What `sum_token_losses` gives of a model's logits, a piece of them at a time; without gradients.
+    """Measure `sum_token_losses` of a model, a piece of its logits at a time, without gradients.
 
-    A batch that the device's memory does not hold is halved, and its halves again. Of a model that is sharded over
-    devices, whose parts are whole only within its own forward, all logits exist at once, and nothing is halved.
+    A batch that does not fit in the device's memory is halved repeatedly. For a model sharded over devices, whose
+    weights are only whole within its own forward pass, all logits exist at once and batches are not halved.
 
     Args:
         model: the causal LM.
@@ -113,10 +113,10 @@ def measure_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) ->
     except torch.OutOfMemoryError:
         if len(labels) == 1:
             raise
-    # Not in the handler, where the traceback holds what did not fit.
+    # After the handler, because its traceback keeps the tensors that did not fit.
     warnings.warn(
-        f"{len(labels)} windows of {labels.shape[1]} tokens do not fit into the device's memory: they are measured in "
-        f"halves; data.evaluation.batch_size {(len(labels) + 1) // 2} does so from the start",
+        f"{len(labels)} windows of {labels.shape[1]} tokens do not fit in the device's memory, so they are measured in "
+        f"halves; set data.evaluation.batch_size to {(len(labels) + 1) // 2} to avoid this",
         stacklevel=2,
     )
     halves = [measure_losses(model, *half) for half in zip(input_ids.chunk(2), labels.chunk(2), strict=True)]
@@ -126,7 +126,7 @@ def measure_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) ->
 
 @torch.no_grad()
 def measure_head_losses(model: PreTrainedModel, hidden_BTD: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from the output of the last decoder layer, `[batch, tokens, width]`."""
+    """Measure the same from the last decoder layer's output, `[batch, tokens, width]`."""
     sums_B = torch.zeros(len(labels), device=labels.device)
     for piece in _cut_pieces(model, labels):
         sums_B += _sum_losses(run_head(model, hidden_BTD[:, piece]), labels[:, 1:][:, piece])
@@ -134,14 +134,14 @@ def measure_head_losses(model: PreTrainedModel, hidden_BTD: Tensor, labels: Tens
 
 
 def differentiate_losses(model: PreTrainedModel, hidden_BTD: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Every sample's mean loss and its gradient by the output of the last decoder layer.
+    """Compute every sample's mean loss and its gradient by the last decoder layer's output.
 
-    The second half of a forward pass and the first of a backward pass, piece by piece; `hidden_BTD.backward(gradient)`
-    is the other. Parameters must not require gradients.
+    This is the end of a forward pass and the beginning of a backward pass, piece by piece;
+    `hidden_BTD.backward(gradient)` does the rest. Parameters must not require gradients.
 
     Args:
         model: the causal LM.
-        hidden_BTD: what `run_decoder` gave, `[batch, tokens, width]`.
+        hidden_BTD: output of `run_decoder`, `[batch, tokens, width]`.
         labels: `[batch, tokens]`.
 
     Returns:
@@ -153,7 +153,7 @@ def differentiate_losses(model: PreTrainedModel, hidden_BTD: Tensor, labels: Ten
     for piece in _cut_pieces(model, labels):
         sums_B, gradient_BTD[:, piece] = _differentiate_piece(model, hidden_BTD[:, piece], labels[:, 1:][:, piece])
         losses_B += sums_B
-    # The head works on every position by itself: what holds for the logits of one holds for what they come from.
+    # The head treats every position separately, so the weights of positions apply to their hidden states.
     weight_BT = (labels[:, 1:] != IGNORED) / tokens_B[:, None]
     gradient_BTD[:, :-1] *= weight_BT[..., None]
     return losses_B / tokens_B, gradient_BTD
@@ -167,7 +167,7 @@ def _sum_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def _differentiate_piece(model: PreTrainedModel, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of losses and the gradient of some positions; apart, so that their logits are gone before the next ones."""
+    """Compute sums of losses and the gradient of some positions; a function, so that logits are freed at its end."""
     hidden_BTD = hidden_BTD.detach().requires_grad_()
     with torch.enable_grad():
         logits_BTV = run_head(model, hidden_BTD)
@@ -177,9 +177,9 @@ def _differentiate_piece(model: PreTrainedModel, hidden_BTD: Tensor, targets_BT:
 
 
 def _differentiate_sums(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Every sample's sum of losses, and the slope of each position's loss, `IGNORED` ones' like others'.
+    """Compute every sample's sum of losses, and each position's gradient, also of `IGNORED` ones.
 
-    That is the softmax less one at the target. Autograd's way there fills and reads as many numbers once more.
+    The gradient is the softmax minus one at the target. Autograd would write and read as many numbers once more.
     """
     target_BT1 = targets_BT.clamp(min=0)[..., None]
     slope_BTV = functional.log_softmax(logits_BTV, -1, dtype=torch.float32)
@@ -189,9 +189,10 @@ def _differentiate_sums(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor,
 
 
 def _cut_pieces(model: PreTrainedModel, labels: Tensor) -> Iterator[slice]:
-    """Runs of positions that predict a token, so short that their logits are few.
+    """Cut positions that predict a token into pieces with few logits.
 
-    At most half of the window, so that logits and their slope together are no more than a plain forward pass has.
+    A piece is at most half of the window, so that its logits and their gradient are not larger than all logits of a
+    plain forward pass.
     """
     batch, last = len(labels), labels.shape[1] - 1
     size = max(1, min(PIECE_LOGITS // (batch * model.config.vocab_size), (last + 1) // 2))

@@ -1,7 +1,7 @@
-"""Nemotron-NAS (DeciLM): a Llama whose layers differ in width, in the words of a config that serving engines know.
+"""Read and write Nemotron-NAS (DeciLM) configs: Llamas whose layers differ in width, for serving engines.
 
-vLLM, SGLang and TensorRT-LLM have the architecture built in, and read its config through a class that comes with the
-checkpoint; mlx-lm reads the config as it is. The width of an MLP follows from `ffn_mult` and is a multiple of 256.
+vLLM, SGLang and TensorRT-LLM have the architecture built in, and read its config with a class that comes with the
+checkpoint; mlx-lm reads the config directly. The width of an MLP follows from `ffn_mult` and is a multiple of 256.
 
 Source: mlx_lm/models/nemotron-nas.py, vllm/model_executor/models/nemotron_nas.py.
 """
@@ -36,7 +36,7 @@ class BlockConfig(dict[str, Any]):
 
 
 class DeciLMConfig(LlamaConfig):
-    """A Llama's config and, layer by layer, the settings of its blocks."""
+    """A Llama's config with the settings of each layer's blocks."""
 
     model_type = "nemotron-nas"
 
@@ -48,7 +48,7 @@ class DeciLMConfig(LlamaConfig):
 
 
 def write_configuration_source() -> str:
-    """Source of the configuration file: `BlockConfig` and `DeciLMConfig`, on plain transformers."""
+    """Write the source of the configuration file: `BlockConfig` and `DeciLMConfig`, for plain transformers."""
     return (
         '"""The config of a Llama whose layers differ in width. Written by gqaprune."""\n\n'
         "from collections.abc import Sequence\n"
@@ -60,36 +60,36 @@ def write_configuration_source() -> str:
 
 
 def check_can_be_nemotron_nas(config: PretrainedConfig) -> None:
-    """Refuse a model that Nemotron-NAS cannot hold.
+    """Raise an error if Nemotron-NAS cannot store a model.
 
     Raises:
-        ValueError: naming what there is no place for.
+        ValueError: with the part that it cannot store.
     """
     if config.model_type not in _FAMILIES:
         raise ValueError(
-            f"nemotron-nas holds {', '.join(_FAMILIES)} models, got {config.model_type!r}; use per-layer or padded"
+            f"nemotron-nas supports {', '.join(_FAMILIES)} models, got {config.model_type!r}; use per-layer or padded"
         )
     geometry = read_geometry(config)
     if oddity := find_oddity(config) or ("biases of MLPs" if getattr(config, "mlp_bias", False) else ""):
-        raise ValueError(f"nemotron-nas has no place for {oddity}; use per-layer or padded")
+        raise ValueError(f"nemotron-nas cannot store {oddity}; use per-layer or padded")
     width = geometry.hidden_size
     for layer, heads in enumerate(geometry.query_heads):
         if heads * geometry.head_dim != width:
             raise ValueError(
-                f"nemotron-nas needs query heads that fill the hidden size of {width}, layer {layer} has {heads} of "
-                f"{geometry.head_dim}: prune MLP channels alone, or use per-layer or padded"
+                f"nemotron-nas needs query heads that fill the hidden size of {width}, but layer {layer} has {heads} "
+                f"heads of {geometry.head_dim}: prune only MLP channels, or use per-layer or padded"
             )
 
 
 def find_nemotron_nas_shapes(config: PretrainedConfig) -> Geometry:
-    """Find the shapes that a model of a config has in its files: each width rounded up to a multiple of 256."""
+    """Find a model's shapes in the files: each width is rounded up to a multiple of 256."""
     geometry = read_geometry(config)
     channels = tuple(ceil(width / _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE for width in geometry.channels)
     return replace(geometry, family="llama", channels=channels)
 
 
 def describe_as_nemotron_nas(config: PretrainedConfig) -> dict[str, Any]:
-    """What `config.json` says of a model of a config, with the shapes that `find_nemotron_nas_shapes` finds."""
+    """Make the content of `config.json` for a model, with the shapes of `find_nemotron_nas_shapes`."""
     geometry = find_nemotron_nas_shapes(config)
     known = {field.name for field in dataclasses.fields(LlamaConfig)}
     rope = {"rope_type": "default", **config.rope_parameters}
@@ -104,7 +104,7 @@ def describe_as_nemotron_nas(config: PretrainedConfig) -> dict[str, Any]:
         "num_attention_heads": geometry.query_heads[0],
         "num_key_value_heads": max(geometry.kv_heads),
         "intermediate_size": max(geometry.channels),
-        # mlx-lm knows these by their old names alone, and the others know both.
+        # mlx-lm knows only these old names, and the other engines know both.
         "rope_theta": theta,
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "block_configs": [
@@ -118,24 +118,26 @@ def describe_as_nemotron_nas(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def has_attention_bias(config: PretrainedConfig) -> bool:
-    """Whether query, key and value projections have biases; Nemotron-NAS gives the output projection one then, too."""
+    """Return whether q, k and v projections have biases; Nemotron-NAS then also has one in the output projection."""
     return config.model_type == "qwen2" or getattr(config, "attention_bias", False)
 
 
 def read_nemotron_nas(values: Mapping[str, Any]) -> LlamaConfig:
-    """Read the config of such a model as that of the Llama that it is.
+    """Read a Nemotron-NAS config as a Llama's.
 
     Args:
-        values: of `config.json`.
+        values: content of `config.json`.
 
     Raises:
-        ValueError: if a layer lacks its attention or MLP, or has something else instead.
+        ValueError: if a layer lacks its attention or MLP, or has a linear layer instead.
     """
     blocks = values["block_configs"]
     for layer, kinds in enumerate(blocks):
         for kind, settings in kinds.items():
             if settings.get("no_op") or settings.get("replace_with_linear"):
-                raise ValueError(f"layer {layer} has no {kind} block, or a linear layer for it, which is not supported")
+                raise ValueError(
+                    f"layer {layer} has no {kind} block, or a linear layer instead, which is not supported"
+                )
     others = ("block_configs", "model_type", "architectures", "auto_map")
     config = LlamaConfig(**{name: value for name, value in values.items() if name not in others})
     heads, width = config.num_attention_heads, config.hidden_size

@@ -1,8 +1,8 @@
-"""Models whose decoder layers differ in shape: the class to load them with, and its source to put beside the weights.
+"""The class that loads models whose decoder layers differ in shape, and its source for checkpoints.
 
-transformers keeps per-layer shapes in a config (`per_layer_config`) but its models build every layer from the global
-values. `PerLayerShapes` builds each layer from its own values; checkpoints carry its source, so that plain
-transformers, and vLLM on top of it, load them with `trust_remote_code=True` where gqaprune is not installed.
+transformers keeps per-layer shapes in a config (`per_layer_config`) but builds every layer from the global values.
+`PerLayerShapes` builds each layer from its own values. Its source is saved beside the weights, so that plain
+transformers, and vLLM with it, load them with `trust_remote_code=True` without gqaprune.
 """
 
 import inspect
@@ -15,13 +15,13 @@ MODELING_FILE = "modeling_pruned.py"
 
 
 class LayerConfig:
-    """A layer's own shapes; all else, later changes included (attention), is the model's config's."""
+    """A layer's shapes; all other settings are the model's, also if they change later (attention)."""
 
     def __init__(self, config: Any, own: dict[str, Any]) -> None:
         self.__dict__.update(own, _config=config)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") and "_config" not in self.__dict__:  # asked for while it is copied
+        if name.startswith("_") and "_config" not in self.__dict__:  # while it is copied
             raise AttributeError(name)
         return getattr(self._config, name)
 
@@ -33,7 +33,7 @@ class PerLayerShapes:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         count = config.num_hidden_layers
-        config.num_hidden_layers = 0  # which keeps the stock class from building layers of the global values
+        config.num_hidden_layers = 0  # so that the stock class builds no layers from the global values
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         finally:
@@ -47,21 +47,21 @@ class PerLayerShapes:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Not to transformers: weights, those of experts too, are stored as the stock class stores them."""
+        """Return False: weights, also those of experts, are stored like those of the stock class."""
         return False
 
 
 def get_per_layer_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class that loads a per-layer checkpoint of a stock class, without remote code."""
+    """Make the class that loads a per-layer checkpoint of a stock class, without remote code."""
     members = {"__module__": base.__module__, "layer_class": getattr(sys.modules[base.__module__], _name_layer(base))}
     return type(_name_class(base), (PerLayerShapes, base), members)
 
 
 def write_modeling_source(config: PretrainedConfig, base: type[PreTrainedModel]) -> str:
-    """Source of the modeling file: `PerLayerShapes` and the classes of a family, on plain transformers.
+    """Write the source of the modeling file: `PerLayerShapes` and the classes of a family, for plain transformers.
 
     Args:
-        config: of the model.
+        config: config of the model.
         base: its stock class.
     """
     layer, classes = _name_layer(base), (MODEL_MAPPING[type(config)], base)
@@ -81,14 +81,14 @@ def write_modeling_source(config: PretrainedConfig, base: type[PreTrainedModel])
 
 
 def point_to_modeling_file(config: PretrainedConfig, base: type[PreTrainedModel]) -> None:
-    """Make `AutoModelForCausalLM` find the modeling file, and `AutoModel`, which vLLM builds models by."""
-    # A name that vLLM has a class of its own for would make it build every layer from the global values.
+    """Make `AutoModelForCausalLM`, and `AutoModel` for vLLM, find the modeling file."""
+    # With the name of a class that vLLM has itself, vLLM would build every layer from the global values.
     config.architectures = [_name_class(base)]
     places = {"AutoModel": MODEL_MAPPING[type(config)], "AutoModelForCausalLM": base}
     module = MODELING_FILE.removesuffix(".py")
     config.auto_map = {auto: f"{module}.{_name_class(each)}" for auto, each in places.items()}
     if scaling := getattr(config, "logits_scaling", None):
-        config.logit_scale = 1 / scaling  # which vLLM multiplies logits by, whatever the family calls it
+        config.logit_scale = 1 / scaling  # vLLM multiplies logits by it, whatever its name in the family
 
 
 def _name_class(base: type[PreTrainedModel]) -> str:
@@ -96,6 +96,6 @@ def _name_class(base: type[PreTrainedModel]) -> str:
 
 
 def _name_layer(base: type[PreTrainedModel]) -> str:
-    """Name of the class of decoder layers, in the module of a model's class."""
+    """Return the name of the class of decoder layers, in the module of a model's class."""
     name, *_ = cast(Any, base)._no_split_modules
     return str(name)

@@ -1,4 +1,4 @@
-"""What transformers refuses to save, found out before any work."""
+"""Check before any work whether transformers can save a model."""
 
 import copy
 from tempfile import TemporaryDirectory
@@ -10,11 +10,11 @@ from gqaprune.common.errors import first_line
 
 
 def check_saves(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Refuse what transformers loads and computes with but does not save, such as `output_attentions` under sdpa.
+    """Raise an error for configs that transformers can load but not save, such as `output_attentions` with sdpa.
 
     Args:
-        model: whose weights are not looked at.
-        tokenizer: that is to be saved beside it.
+        model: the model; its weights are not used.
+        tokenizer: tokenizer to save beside it.
 
     Raises:
         ValueError: with the file to correct.
@@ -29,6 +29,6 @@ def check_saves(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
             try:
                 if part is not None:
                     part.save_pretrained(folder)
-            except Exception as error:  # whatever it checks only then
+            except Exception as error:  # some checks run only on saving
                 reason = first_line(error).rstrip(".")
                 raise ValueError(f"transformers refuses to save the model: {reason}; correct its {file}") from None

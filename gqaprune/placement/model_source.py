@@ -1,4 +1,4 @@
-"""Where a model comes from: loaded whole, with its layers on disk, sharded over devices, or in memory already."""
+"""Describe where a model comes from: loaded whole, with layers on disk or sharded, or already in memory."""
 
 import copy
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ from gqaprune.placement.loading_by_layer import can_read_by_layer, load_offloade
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Name a causal LM and say how its weights are loaded.
+    """A causal LM's name, and how its weights are loaded.
 
     Args:
         pretrained: a folder, a `.gguf` file, a hub name, or `smollm2-135m` (the embedded model).
-        dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the checkpoint's own).
-        attn_implementation: attention kernel; transformers chooses if None.
+        dtype: type of the weights: `float32`, `bfloat16`, `float16`, or `auto` (the type in the checkpoint).
+        attn_implementation: attention kernel; None lets transformers choose.
         trust_remote_code: run code that comes with the checkpoint.
     """
 
@@ -31,53 +31,53 @@ class ModelSource:
     trust_remote_code: bool = False
 
     def read_config(self) -> PretrainedConfig:
-        """The model's config, before anything is cut.
+        """Read the model's config, before anything is cut.
 
         Raises:
-            ValueError: as `load_config`.
+            ValueError: like `load_config`.
         """
         return load_config(self.pretrained, self.trust_remote_code)
 
     def build_without_weights(self) -> PreTrainedModel:
-        """Build the model as it would be loaded, its parameters shapes alone.
+        """Build the model as it would be loaded, with shapes but without values.
 
         Raises:
-            ValueError: as `load_config`.
+            ValueError: like `load_config`.
         """
         return build_without_weights(self.read_config(), self.trust_remote_code, self.attn_implementation)
 
     @property
     def loaded_dtype(self) -> torch.dtype:
-        """The type that weights have once they are loaded.
+        """The type of the weights after loading.
 
         Raises:
-            ValueError: if it is named by none of `DTYPES`.
+            ValueError: if its name is not in `DTYPES`.
         """
         check_dtype(self.dtype)
         named = DTYPES[self.dtype]
         return named if isinstance(named, torch.dtype) else read_dtype(self.read_config()) or torch.float32
 
     def build_in_its_type(self) -> PreTrainedModel:
-        """Build the model without weights, its parameters in the type that they would be loaded in."""
+        """Build the model without values, with parameters in the type in which they would be loaded."""
         return self.build_without_weights().to(self.loaded_dtype)
 
     def name_another(self, pretrained: str, dtype: str, trust_remote_code: bool) -> "ModelSource":
-        """Another model, loaded with the same attention kernel."""
+        """Return the source of another model, loaded with the same attention kernel."""
         return ModelSource(pretrained, dtype, self.attn_implementation, trust_remote_code)
 
     def load(self) -> PreTrainedModel:
         """Load the whole model into memory.
 
         Raises:
-            ValueError: as `load_model`.
+            ValueError: like `load_model`.
         """
         return load_model(self.pretrained, self.dtype, self.attn_implementation, self.trust_remote_code)
 
     def load_offloaded(self, folder: Path) -> PreTrainedModel:
-        """Load a model to prune whose decoder layers stay on disk; layers that change are kept beside `folder`.
+        """Load a model to prune whose decoder layers stay on disk; changed layers are kept beside `folder`.
 
         Raises:
-            ValueError: as `load_offloaded_model`.
+            ValueError: like `load_offloaded_model`.
         """
         return load_offloaded_model(
             self.pretrained, folder, self.dtype, self.attn_implementation, self.trust_remote_code
@@ -87,26 +87,26 @@ class ModelSource:
         """Load a model whose decoder layers are sharded over the devices of a mesh. Every rank calls it.
 
         Raises:
-            ValueError: as `load_sharded_model`.
+            ValueError: like `load_sharded_model`.
         """
         return load_sharded_model(self.pretrained, mesh, self.dtype, self.attn_implementation, self.trust_remote_code)
 
     @property
     def can_be_read_by_layer(self) -> bool:
-        """Whether `load_offloaded` and `load_sharded` can load it: its layers are stored one by one.
+        """Whether `load_offloaded` and `load_sharded` can load it, because its layers can be read one by one.
 
         Raises:
-            ValueError: as `can_read_by_layer`.
+            ValueError: like `can_read_by_layer`.
         """
         return can_read_by_layer(self.pretrained, self.trust_remote_code)
 
 
 @dataclass(frozen=True)
 class ModelInMemory(ModelSource):
-    """A causal LM that the caller has loaded; it is worked on in place, so that the dense one is not there afterwards.
+    """A causal LM that the caller has loaded; it is changed in place, so the dense model no longer exists afterwards.
 
     Args:
-        model: the causal LM. `pretrained` is what it calls itself, and may be empty.
+        model: the causal LM. `pretrained` is its own name, which may be empty.
     """
 
     model: PreTrainedModel = field(kw_only=True)
@@ -116,27 +116,27 @@ class ModelInMemory(ModelSource):
         object.__setattr__(self, "_config", copy.deepcopy(self.model.config))
 
     def read_config(self) -> PretrainedConfig:
-        """The model's config as it was given."""
+        """Return the config that the model had at first."""
         return self._config
 
     def load(self) -> PreTrainedModel:
-        """Refuse: only its name or folder could be loaded once more.
+        """Raise an error, because the model in memory has no name or folder to load it from again.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(
-            "the dense model is needed once more, and was given in memory, where it is cut by now: give "
-            "CausalLMModule its folder or name instead"
+            "the dense model is needed again, but it was passed in memory and is cut by now: pass its folder or name "
+            "to CausalLMModule instead"
         )
 
     @property
     def loaded_dtype(self) -> torch.dtype:
-        """The type that its weights have."""
+        """The type of its weights."""
         dtype: torch.dtype = self.model.dtype
         return dtype
 
     @property
     def can_be_read_by_layer(self) -> bool:
-        """No: it is in memory."""
+        """False, because it is in memory."""
         return False

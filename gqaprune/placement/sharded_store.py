@@ -1,7 +1,7 @@
-"""Decoder layers sharded over devices, one shard of every tensor on each, for models that do not fit one device.
+"""Shard decoder layers over devices, with one shard of every tensor on each, for models that do not fit one device.
 
-A shard is some consecutive rows, held as a DTensor. To hold a layer gathers it; letting it go leaves the shards that it
-had, or those of what it has become. FSDP2 takes over where training begins (`fsdp.py`).
+A shard is a range of rows, kept as a DTensor. Holding a layer gathers it; afterwards it has its earlier shards, or new
+shards if it has changed. For training, FSDP2 takes over (`fsdp.py`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,7 +43,7 @@ class ShardedStore(LayerStore):
 
     @contextmanager
     def hold(self, index: int, changes: bool = False) -> Iterator[None]:
-        """Gather a layer, and shard it anew if it changes."""
+        """Gather a layer within the context, and shard it anew at the end if it changes."""
         model, shards = self.model, self.gather(index)
         try:
             yield
@@ -54,7 +54,7 @@ class ShardedStore(LayerStore):
             _set_parameters(model, shards)
 
     def gather(self, index: int) -> dict[str, nn.Parameter]:
-        """Make a layer whole on every rank; returns the shards in whose place it is."""
+        """Make a layer whole on every rank; return the shards that it replaces."""
         shards: dict[str, nn.Parameter] = {}
         whole = {}
         for name, parameter in get_layer_parameters(self.model, index).items():
@@ -65,17 +65,17 @@ class ShardedStore(LayerStore):
         return shards
 
     def _shard(self, parameter: nn.Parameter) -> nn.Parameter:
-        # A copy: what is a view would keep the whole in memory.
+        # A copy, because a view would keep the whole tensor in memory.
         return self.make_shard(parameter.detach()[self.find_rows(parameter.shape)].clone(), parameter)
 
     def find_rows(self, shape: torch.Size) -> slice:
-        """Rows of a tensor that are this rank's, as `torch.chunk` cuts: the last ranks may have fewer, or none."""
+        """Find this rank's rows of a tensor, as in `torch.chunk`: the last ranks may have fewer, or none."""
         size = -(-shape[0] // self._mesh.size())
         first = min(self._mesh.get_local_rank() * size, shape[0])
         return slice(first, min(first + size, shape[0]))
 
     def make_shard(self, rows: Tensor, whole: nn.Parameter) -> nn.Parameter:
-        """The shard that stands for a parameter on this rank, from this rank's rows."""
+        """Make a parameter's shard on this rank from this rank's rows."""
         shape, stride = whole.shape, torch.empty(whole.shape, device="meta").stride()
         shard = DTensor.from_local(rows, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
         return nn.Parameter(shard, whole.requires_grad)
@@ -84,16 +84,16 @@ class ShardedStore(LayerStore):
 def shard_layers(
     model: PreTrainedModel, stored: Mapping[str, StoredTensor], mesh: DeviceMesh, device: torch.device
 ) -> None:
-    """Give a model whose parameters have no values those of its files; of decoder layers, this rank's shards.
+    """Read the values of a model without values from its files; of decoder layers, only this rank's shards.
 
     Args:
         model: the causal LM, all its parameters on `meta`; its buffers have values.
-        stored: full name of a parameter -> where it is.
+        stored: full name of a parameter -> its place.
         mesh: devices to shard layers over, one dimension.
-        device: of this rank.
+        device: device of this rank.
 
     Raises:
-        ValueError: if shapes differ, or the decoder layers hold what no file does.
+        ValueError: if shapes differ, or the decoder layers have buffers.
     """
     check_files(model, stored)
     store = ShardedStore(model, mesh)
@@ -113,9 +113,9 @@ def shard_layers(
 
 
 def gather_layers(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """Make each decoder layer whole in turn, for a caller that shards it otherwise before it asks for the next one.
+    """Gather each decoder layer in turn, for a caller that shards it in another way before asking for the next.
 
-    After the last one the model has no `ShardedStore` any more.
+    After the last one, the model's `ShardedStore` is removed.
     """
     store = find_store(model)
     for index, layer in enumerate(get_layers(model)):
@@ -128,10 +128,10 @@ def gather_layers(model: PreTrainedModel) -> Iterator[nn.Module]:
 
 @contextmanager
 def show_whole_shapes(model: PreTrainedModel) -> Iterator[None]:
-    """Put a parameter of the whole's shape, type and device in the place of every shard while the context lasts.
+    """Replace every shard by a parameter with the whole shape, type and device within the context.
 
-    It takes no memory and has no values: for who builds on a layer's parameters without reading them. Modules may get
-    other names meanwhile, and parameters may be frozen.
+    These parameters take no memory and have no values, for code that uses a layer's parameters without reading them.
+    Within the context, modules may be renamed and parameters frozen.
     """
     shards: list[tuple[nn.Module, str, nn.Parameter]] = []
     if isinstance(find_store(model), ShardedStore):
@@ -150,7 +150,7 @@ def show_whole_shapes(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _set_parameters(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Set parameters by their full names, whatever shapes those in their places have."""
+    """Set parameters by their full names, also with other shapes than the current ones."""
     for full_name, parameter in parameters.items():
         module, _, name = full_name.rpartition(".")
         setattr(model.get_submodule(module), name, parameter)

@@ -1,4 +1,4 @@
-"""Whether files hold what was to be written to them, tensor by tensor, as they are read from the disk."""
+"""Verify that written files have the right tensors, by reading them from the disk one by one."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,18 +11,18 @@ from torch.distributed.tensor import DTensor
 from gqaprune.models.sources import find_tensors
 
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a value -> whole numbers as wide, which are equal where bits are: NaNs are not equal to themselves."""
+"""Bytes of a value -> type of whole numbers of the same size, to compare bits: NaNs are not equal to themselves."""
 
 
 def check_tensors(expected: Mapping[str, Tensor], files: Mapping[str, Path]) -> None:
-    """Check that safetensors files hold tensors with names, shapes, types and every bit; one at a time is in memory.
+    """Check names, shapes, types and every bit of tensors in safetensors files, with one in memory at a time.
 
     Args:
-        expected: name -> tensor; of one that is not whole in memory, on `meta` or in shards, the values are left out.
-        files: name -> file that should hold it.
+        expected: name -> tensor; values of those that are not whole in memory (on `meta` or in shards) are not checked.
+        files: name -> file that should have it.
 
     Raises:
-        ValueError: naming the first tensor that is not there as it should be.
+        ValueError: with the first tensor that is missing or different.
     """
     if missing := sorted(expected.keys() - files.keys()):
         raise ValueError(f"the files written lack {missing[0]} ({len(missing)} in all): save the model again")
@@ -32,20 +32,20 @@ def check_tensors(expected: Mapping[str, Tensor], files: Mapping[str, Path]) -> 
             for name, tensor in expected.items():
                 if files[name] == path and not (name in held and _is_same(tensor.detach(), file.get_tensor(name))):
                     raise ValueError(
-                        f"{name} is not in {path.name} as it is in memory: the disk is full or faulty, or the model "
-                        "changed meanwhile; save it again"
+                        f"{name} in {path.name} differs from the model: the disk is full or faulty, or the model "
+                        "changed while it was saved; save it again"
                     )
 
 
 def check_checkpoint(expected: Mapping[str, Tensor], folder: Path) -> None:
-    """Check that the safetensors files of a folder hold tensors, as loading finds them.
+    """Check the tensors in the safetensors files of a folder, as loading finds them.
 
     Args:
-        expected: as for `check_tensors`.
+        expected: name -> tensor, as for `check_tensors`.
         folder: the checkpoint.
 
     Raises:
-        ValueError: as `check_tensors`, or if the folder holds no weights.
+        ValueError: like `check_tensors`, or if the folder has no weights.
     """
     check_tensors(expected, find_tensors(folder))
 

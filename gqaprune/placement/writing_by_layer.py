@@ -15,18 +15,18 @@ from gqaprune.placement.layer_store import find_store, get_layer_parameters, get
 from gqaprune.placement.verification import check_tensors
 
 _METADATA = {"format": "pt"}
-"""What transformers looks for in a file."""
+"""Metadata that transformers expects in a file."""
 
 
 def write_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model's weights as transformers does, each decoder layer's to a file of its own.
+    """Write a model's weights like transformers, with a file for each decoder layer.
 
     Args:
         model: the causal LM.
-        folder: where to.
+        folder: folder to write to.
 
     Raises:
-        ValueError: if a file does not hold then what it should.
+        ValueError: if a written file differs from the model.
     """
     layers = len(get_layers(model))
     places: dict[str, str] = {}
@@ -35,7 +35,7 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
         file = f"model-{number:05}-of-{layers + 1:05}.safetensors"
         tensors = detach_parameters(parameters)
         save_file(tensors, folder / file, _METADATA)
-        check_tensors(tensors, dict.fromkeys(tensors, folder / file))  # while they are in memory
+        check_tensors(tensors, dict.fromkeys(tensors, folder / file))  # while the layer is in memory
         places.update(dict.fromkeys(parameters, file))
 
     write(1, get_outside_parameters(model))
@@ -51,11 +51,11 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def attend_writing(model: PreTrainedModel) -> None:
-    """Hold each layer while another rank writes it."""
+    """Hold each layer while rank 0 writes it; called by all other ranks."""
     for _ in find_store(model).hold_each(range(len(get_layers(model)))):
         pass
 
 
 def detach_parameters(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values of parameters, as files take them."""
+    """Return the values of parameters on the CPU, contiguous, as files need them."""
     return {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}

@@ -1,4 +1,4 @@
-"""Figures: what each layer kept, perplexity by stage, what layers are worth. Drawn outside pyplot, without a window."""
+"""Draw figures without pyplot or a window: units kept by layer, perplexity by stage, importance of layers."""
 
 import io
 import re
@@ -17,11 +17,11 @@ _ATTENTION, _MLP = "#3b6fb6", "#d9822b"
 _STAGES = {"dense": "#8a8a8a", "pruned": _MLP}
 _UNREADABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _WIDE = 20.0
-"""Ratio of the largest to the smallest perplexity from which on the axis is logarithmic."""
+"""Ratio of the largest to the smallest perplexity above which the axis is logarithmic."""
 
 
 def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
-    """Draw what each layer kept: a bar per layer, attention above (query heads where ratios changed), MLP below."""
+    """Draw the units that each layer kept, attention above (query heads if ratios changed) and MLP below."""
     before, after = plan.geometry, plan.pruned_geometry
     layers = range(before.num_layers)
     figure = matplotlib.figure.Figure(figsize=(max(7.0, 0.3 * before.num_layers + 1.5), 6.0), layout="constrained")
@@ -57,9 +57,9 @@ def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
 
 
 def draw_perplexities(report: Report) -> matplotlib.figure.Figure | None:
-    """Draw a group of bars per text that perplexity was measured on, a bar per stage; None where there is none.
+    """Draw perplexities, with a group of bars per text and a bar per stage; None if none were measured.
 
-    Bars begin at 0, or, where one is too long for the others to be seen, at a perplexity of 1 on a logarithmic axis.
+    Bars begin at 0; if one is too long for the others to be visible, they begin at 1 on a logarithmic axis.
     """
     groups = {name: {stage.name: stage.perplexity.get(name) for stage in report.stages} for name in _list_texts(report)}
     if any(stage.held_out for stage in report.stages):
@@ -95,11 +95,11 @@ def draw_perplexities(report: Report) -> matplotlib.figure.Figure | None:
 
 
 def draw_importance(importance: Mapping[BlockKey, float], method: str) -> matplotlib.figure.Figure:
-    """Draw a bar per layer: how much it matters, attention and MLP apart where they differ.
+    """Draw the importance of each layer, separately for attention and MLP if they differ.
 
     Args:
-        importance: of every block.
-        method: how it was measured, a name in `SENSITIVITIES`.
+        importance: importance of every block.
+        method: method that measured it, a name in `SENSITIVITIES`.
     """
     kinds = {
         kind: {key.layer: value for key, value in importance.items() if key.kind == kind}
@@ -129,7 +129,7 @@ def draw_importance(importance: Mapping[BlockKey, float], method: str) -> matplo
 
 
 def draw_damages(report: Report) -> matplotlib.figure.Figure | None:
-    """Draw what each layer's cut was predicted to cost, and beside it what it did; None where nothing was predicted."""
+    """Draw the predicted and the measured damage of each layer's cut; None if none was predicted."""
     damages = report.damages
     if not damages:
         return None
@@ -149,7 +149,7 @@ def draw_damages(report: Report) -> matplotlib.figure.Figure | None:
 
 
 def encode_figure(figure: matplotlib.figure.Figure, format: str = "png") -> bytes:
-    """A figure as the bytes of a picture, `png` or, without a ground, `svg`; the same figure gives the same bytes."""
+    """Encode a figure as `png`, or as `svg` without background; equal figures have equal bytes."""
     picture = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "gqaprune"}):
         is_svg = format == "svg"
@@ -158,12 +158,12 @@ def encode_figure(figure: matplotlib.figure.Figure, format: str = "png") -> byte
 
 
 def save_figure(figure: matplotlib.figure.Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, atomically."""
     write_atomically(path, encode_figure(figure))
 
 
 def make_readable(text: str) -> str:
-    """A text without control characters and halves of characters, which neither fonts nor files take."""
+    """Replace control characters and halves of characters, which neither fonts nor files support."""
     return _UNREADABLE.sub("�", text)
 
 

@@ -1,7 +1,7 @@
-"""`report.html`: a run on one page that needs neither network nor scripts, on a phone, on paper, in the dark.
+"""Build `report.html`: one page about a run, without network or scripts, for screens, phones, paper and dark mode.
 
-`sections.py` prepares plain data and `templates/` makes HTML of it. Jinja escapes every text, since what models write
-and users name may hold anything.
+`sections.py` prepares plain data and `templates/` turns it into HTML. Jinja escapes every string, because texts of
+models and names of users may contain anything.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,11 @@ PAGE_FILE = "report.html"
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model made of a prompt, as it went on.
+    """A model's continuations of a prompt at several steps.
 
     Args:
-        prompt: as it was given.
-        texts: step -> text; below 0 the dense model's.
+        prompt: the prompt.
+        texts: step -> text; steps below 0 mean the dense model.
     """
 
     prompt: str
@@ -34,14 +34,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was written, and how it is loaded.
+    """A written checkpoint, and how it is loaded.
 
     Args:
-        folder: where it is.
-        format: its name.
+        folder: folder of the checkpoint.
+        format: name of its format.
         files: name -> bytes.
         loading: code that loads it.
-        needs_remote_code: whether that runs code of the checkpoint's.
+        needs_remote_code: whether loading runs code of the checkpoint.
     """
 
     folder: str
@@ -53,23 +53,23 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Page:
-    """What a page tells; what there is none of is left out.
+    """The content of a page; sections without content are left out.
 
     Args:
         title: name of the model.
-        state: how far the run is, in words.
-        began: when it began.
-        written: when this was written.
-        command: that runs it.
-        versions: name -> version of what it depends on.
-        report: what was measured.
-        plan: what was cut.
-        importance: of every block, where the allocation looked at it.
-        importance_method: how that was measured.
-        guard: as `guard.json` holds it; empty where the guard found nothing, None where there is no guard.
-        samples: continuations in the course of training.
-        predictions: as `predictions.json` holds them.
-        checkpoint: once it is written.
+        state: progress of the run, in words.
+        began: time at which the run began.
+        written: time at which the page is written.
+        command: command of the run.
+        versions: name -> version of its dependencies.
+        report: measured stages.
+        plan: plan of the cut.
+        importance: importance of every block, if the allocation used it.
+        importance_method: method that measured it.
+        guard: content of `guard.json`; empty if the guard did not fire, None if there is no guard.
+        samples: continuations of prompts during training.
+        predictions: content of `predictions.json`.
+        checkpoint: the checkpoint, once it is written.
     """
 
     title: str
@@ -114,14 +114,14 @@ def build_page(page: Page) -> str:
     request = None if page.report is None else describe_request(page.report)
     verdict = None if page.report is None else describe_verdict(page.report)
     if verdict and page.checkpoint is not None:
-        verdict += "; it loads with code of its own" if page.checkpoint.needs_remote_code else "; it loads as it is"
+        verdict += "; loads with remote code" if page.checkpoint.needs_remote_code else "; loads without remote code"
     return _TEMPLATES.get_template("page.html").render(
         title=page.title, verdict=verdict, request=request, state=page.state, sections=shown
     )
 
 
 def _clean(value: object) -> object:
-    """Replace what no browser reads in a text; HTML that a macro made of clean texts stays as it is."""
+    """Replace characters that browsers cannot read; HTML that a macro made from clean strings stays as it is."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     return make_readable(value.replace("\r\n", "\n"))

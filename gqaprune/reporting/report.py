@@ -1,4 +1,4 @@
-"""What a run did: measured stages as data and as a table."""
+"""The results of a run: measured stages as data and as a table."""
 
 import json
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from gqaprune.surgery.repair import BlockRepair
 
 REPORT_FILE = "report.json"
 CONTEXTS = (8_192, 32_768)
-"""Tokens for which the size of the KV cache is shown."""
+"""Numbers of tokens for which the size of the KV cache is shown."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Stage:
         name: `dense`, `pruned`, `pruned, round 2` and so on, `recovered`.
         parameters: all parameters, tied ones once.
         decoder_parameters: parameters of the decoder layers.
-        kv_cache_bytes_per_token: keys and values of one token, in the model's own type.
-        perplexity: by corpus.
+        kv_cache_bytes_per_token: bytes of the keys and values of one token, in the model's type.
+        perplexity: perplexity by corpus.
         weight_bytes: size of the weights.
-        held_out: perplexity on text like that of calibration, which settings may be judged by; None if not measured.
+        held_out: perplexity on held-out calibration text, by which settings may be judged; None if not measured.
         kv_heads: KV heads of all layers; 0 if not counted.
     """
 
@@ -53,11 +53,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outlier:
-    """A unit that carries massive activations, as calibration found it.
+    """A unit that carries massive activations, found in calibration.
 
     Args:
-        key: its block.
-        unit: its index in the dense block.
+        key: block of the unit.
+        unit: index in the dense block.
         ratio: its largest output relative to that of the block's median unit.
     """
 
@@ -66,24 +66,24 @@ class Outlier:
     ratio: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, as reports hold them."""
+        """Convert it to plain types, for reports."""
         return asdict(self) | {"key": str(self.key)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Outlier":
-        """What `to_dict` gave."""
+        """Build it from the result of `to_dict`."""
         return cls(**dict(data) | {"key": BlockKey.parse(data["key"])})
 
 
 @dataclass(frozen=True)
 class LayerDamage:
-    """What a layer's cut was predicted to cost and what it did, in nats per token, each as if it were the only one.
+    """Predicted and measured damage of cutting one layer alone, in nats per token.
 
     Args:
-        layer: its index.
-        attention: predicted of its attention, after repair.
-        mlp: predicted of its MLP, after repair.
-        measured: of the layer as repair left it; None where that was not measured.
+        layer: index of the layer.
+        attention: predicted damage of its attention, after repair.
+        mlp: predicted damage of its MLP, after repair.
+        measured: measured damage of the layer after repair; None if it was not measured.
     """
 
     layer: int
@@ -92,28 +92,27 @@ class LayerDamage:
     measured: float | None = None
 
     def describe(self) -> str:
-        """Both in words."""
+        """Describe predicted and measured damage in words."""
         measured = "" if self.measured is None else f", measured {self.measured:.4f}"
         return f"damage predicted {self.attention + self.mlp:.4f}{measured} nats"
 
 
 @dataclass
 class Report:
-    """The stages of a run, and what was asked of it.
+    """The stages of a run, and its settings.
 
     Args:
         model: name or folder of the dense model.
         settings: the pruning settings, as plain data.
-        protocol: how the perplexities were measured, in words.
-        stages: in the order they were measured.
-        repairs: what repair did to each block, in the last cut.
-        note: what else has to be known of the model, in a sentence.
-        outliers: units that carry massive activations and were kept for it, as long as others were left.
-        rounding: what whole units made of the request, in a sentence; empty where they came near enough.
-        damages: what each layer's cut was predicted to cost and did, in the last cut; empty where the allocation did
-            not ask.
-        distillation: what training towards the dense model's predictions did, after the last cut; None where there was
-            none.
+        protocol: description of how perplexities were measured.
+        stages: stages in the order in which they were measured.
+        repairs: result of repair for each block, in the last cut.
+        note: a further remark about the model, in a sentence.
+        outliers: units with massive activations, which are removed last.
+        rounding: difference between the request and whole units, in a sentence; empty if it is small.
+        damages: predicted and measured damage of each layer's cut, in the last cut; empty if the allocation does not
+            use it.
+        distillation: result of training towards the dense model's predictions, after the last cut; None without it.
     """
 
     model: str = ""
@@ -129,7 +128,7 @@ class Report:
 
     @property
     def rate_reached(self) -> float | None:
-        """Share of the rate's base that is gone in the last stage; None where the dense model was not measured."""
+        """Share of the rate's base that is removed in the last stage; None if the dense model was not measured."""
         if self.stages[0].name != "dense":
             return None
         base = "parameters" if self.settings.get("rate_base") == "all" else "decoder_parameters"
@@ -139,16 +138,16 @@ class Report:
     def add_stage(
         self, name: str, model: PreTrainedModel, evaluation: Evaluation, weight_bytes: int | None = None
     ) -> None:
-        """Measure a model as the next stage; its counts are those of the stage before, if there is one.
+        """Measure a model as the next stage; counts are taken from the stage before, if there is one.
 
-        Training changes no shape, and parameters that are split over devices do not tell theirs. Their type may be
-        another one, as a trainer's precision of `bf16-true` makes it.
+        Training changes no shapes, and sharded parameters do not show theirs. The type of the parameters may change,
+        for example with a trainer's precision of `bf16-true`.
 
         Args:
-            name: of the stage.
+            name: name of the stage.
             model: the causal LM.
             evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on.
-            weight_bytes: size of its weights, if that is not the size of its parameters.
+            weight_bytes: size of its weights, if it differs from the size of its parameters.
 
         Raises:
             ValueError: if a perplexity is not finite.
@@ -174,7 +173,7 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, as `report.json` holds them."""
+        """Convert it to plain types, for `report.json`."""
         stages = [asdict(stage) for stage in self.stages]
         return {
             "model": self.model,
@@ -192,7 +191,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Report":
-        """What `to_dict` gave."""
+        """Build it from the result of `to_dict`."""
         repairs = [BlockRepair.from_dict(repair) for repair in data["repairs"]]
         stages = [Stage(**stage) for stage in data["stages"]]
         outliers = [Outlier.from_dict(outlier) for outlier in data["outliers"]]
@@ -210,7 +209,7 @@ class Report:
         )
 
     def describe_repair(self) -> str:
-        """What repair did to the blocks, in a sentence."""
+        """Describe the result of repair in a sentence."""
         better = [repair for repair in self.repairs if repair.ridge is not None]
         before, after = (
             sum(getattr(repair, name) for repair in self.repairs) / len(self.repairs)
@@ -229,14 +228,14 @@ class Report:
         return f"{sentence}; {len(kept)} of {len(refinements)} MLPs refined, {before:.1%} → {after:.1%}"
 
     def describe_outliers(self) -> str:
-        """Which units were protected, in a sentence: the strongest of them, and how many more."""
+        """Describe the outliers in a sentence: the strongest of them, and the number of others."""
         strongest = sorted(self.outliers, key=lambda outlier: -outlier.ratio)
         named = [f"{outlier.key} unit {outlier.unit} ({outlier.ratio:,.0f}×)" for outlier in strongest[:3]]
         more = f" and {len(strongest) - 3} more" if len(strongest) > 3 else ""
-        return f"outliers, removed last: {', '.join(named)}{more}; largest output against the block's median unit"
+        return f"outliers, removed last: {', '.join(named)}{more}; × the largest output of the block's median unit"
 
     def save(self, path: Path) -> None:
-        """Write `report.json`, whole or not at all."""
+        """Write `report.json`, atomically."""
         write_atomically(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
 
@@ -247,7 +246,7 @@ def describe_model(
     weight_bytes: int | None = None,
     held_out: float | None = None,
 ) -> Stage:
-    """Count what a model holds; its weights' size is that of its parameters unless it is given."""
+    """Count a model's parameters and units; the size of its weights is computed unless it is given."""
     parameters, geometry = count_parameters(model), read_geometry(model.config)
     return Stage(
         name=name,
@@ -262,7 +261,7 @@ def describe_model(
 
 
 def build_table(report: Report) -> Table:
-    """One row per quantity, one column per stage."""
+    """Build a table with one row per quantity and one column per stage."""
     table = Table(
         title=describe_request(report),
         caption="; ".join(filter(None, (report.rounding, report.protocol, report.note))) or None,
@@ -278,7 +277,7 @@ def build_table(report: Report) -> Table:
 
 
 def list_rows(report: Report) -> list[tuple[str, list[str]]]:
-    """The results as text: a quantity, and its value in every stage."""
+    """List the results as text: a quantity, and its value in every stage."""
     rows = []
     for label, name, divisor, pattern in (
         ("parameters", "parameters", 1e6, "{:,.2f} M"),
@@ -296,7 +295,7 @@ def list_rows(report: Report) -> list[tuple[str, list[str]]]:
 
 
 def describe_request(report: Report) -> str:
-    """What was asked and what was reached, in words."""
+    """Describe the requested and the reached rates in words."""
     if report.rate_reached is None:
         return "pruned by a given plan"
     rate, kv_rate = report.settings["rate"], report.settings.get("kv_rate", 0.0)
@@ -312,7 +311,7 @@ def describe_request(report: Report) -> str:
 
 
 def describe_verdict(report: Report) -> str | None:
-    """What became of the model, in a sentence: size, perplexity and KV cache; None before anything was cut."""
+    """Describe the change of size, perplexity and KV cache in a sentence; None before anything was cut."""
     if len(report.stages) < 2:
         return None
     dense, last = report.stages[0], report.stages[-1]
@@ -331,5 +330,5 @@ def describe_verdict(report: Report) -> str | None:
 
 
 def show_change(value: float, dense: float) -> str:
-    """A relative change in parentheses; empty where there is none."""
+    """Format a relative change in parentheses; empty if there is none."""
     return "" if value == dense else f" ({value / dense - 1:+.1%})"

@@ -1,4 +1,4 @@
-"""Sections of `report.html` as plain data: sentences, tables and pictures, each None where there is nothing to tell.
+"""Prepare the sections of `report.html` as plain data: sentences, tables and pictures; None for an empty section.
 
 `describe_x` returns the arguments of the macro `x`, which draws the section, in `templates/sections.html`.
 """
@@ -22,12 +22,12 @@ Facts = dict[str, Any]
 _NARROW = 7.0
 """Inches of a figure that can be read on a phone."""
 _MARKS = {"fine": "✓", "degraded": "!", "broken": "✗"}
-"""Marks that plain fonts have: a machine may have no other."""
+"""Marks that are in basic fonts, because a machine may have no others."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell that is more than its text: after a bar of `share`, or in bold where there is no share."""
+    """A cell with its text after a bar of length `share`, or in bold without a share."""
 
     text: str
     share: str = ""
@@ -38,9 +38,9 @@ class Table:
     """A table that scrolls by itself.
 
     Args:
-        header: may be empty.
-        rows: of cells; the first is the row's name.
-        texts: how many columns at the end hold sentences; the others hold numbers.
+        header: titles of the columns; may be empty.
+        rows: rows of cells; the first cell is the row's name.
+        texts: number of columns with sentences, at the end; the others have numbers.
         is_long: whether it also scrolls down.
     """
 
@@ -51,7 +51,7 @@ class Table:
 
 
 def describe_results(report: Report | None) -> Facts | None:
-    """Describe what every stage measured, as a table with a figure and notes."""
+    """Describe the results of every stage, as a table with a figure and notes."""
     if report is None:
         return None
     rows: list[Sequence[str]] = [[label, *cells] for label, cells in list_rows(report)]
@@ -69,13 +69,13 @@ def describe_results(report: Report | None) -> Facts | None:
 def describe_checkpoint(
     folder: str, format: str, files: Mapping[str, int], loading: str, needs_remote_code: bool
 ) -> Facts:
-    """Describe what was written, and how it is loaded."""
+    """Describe the written checkpoint, and how it is loaded."""
     rows = [[name, f"{size / 1e6:,.1f} MB"] for name, size in files.items()]
     return {"folder": folder, "format": format, "loading": loading, "table": Table([], rows)}
 
 
 def describe_guard(guard: Mapping[str, Any] | None, report: Report | None) -> Facts | None:
-    """Describe what the guard found, and each cause of a broken model."""
+    """Describe the guard's verdict, and the possible causes of a broken model."""
     if guard is None:
         return None
     if not guard:
@@ -137,7 +137,7 @@ def describe_plan(plan: PruningPlan | None) -> Facts | None:
 
 
 def describe_damages(report: Report | None) -> Facts | None:
-    """Describe what each layer's cut was predicted to cost, and what it did."""
+    """Describe the predicted and the measured damage of each layer's cut."""
     figure = None if report is None else draw_damages(report)
     if report is None or figure is None:
         return None

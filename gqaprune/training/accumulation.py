@@ -1,7 +1,7 @@
-"""Gradients accumulate over micro-batches: optimizer steps of a run, and what happens only between two of them.
+"""Count a run's optimizer steps, and keep validation and resuming between steps.
 
-Validation, and going on after a stop: a checkpoint holds no gradients, so that one from the midst of a window of
-micro-batches would go on without its first ones.
+A checkpoint has no gradients, so a run that resumed in the middle of an accumulation would lose the gradients of its
+first micro-batches.
 """
 
 import math
@@ -19,9 +19,9 @@ from gqaprune.training.lightning_internals import (
 
 
 def count_optimizer_steps(trainer: Trainer) -> int:
-    """Optimizer steps of the whole run, at least 1, whatever the accumulation factor of each epoch.
+    """Count the optimizer steps of the whole run, at least 1, with the accumulation factor of each epoch.
 
-    Lightning's own estimate takes the factor of the moment, which a scheduler sets only once training starts.
+    Lightning's own estimate uses the current factor, which a scheduler sets only when training starts.
     """
     if trainer.limit_train_batches == 0:
         return 1
@@ -38,12 +38,12 @@ def count_optimizer_steps(trainer: Trainer) -> int:
 
 
 def find_round_start(trainer: Trainer, rounds_done: int, rounds: int) -> int:
-    """Find the optimizer step at which training begins once some of its rounds are done; each gets an equal share."""
+    """Find the optimizer step at which the next round begins; each round has an equal share of the steps."""
     return count_optimizer_steps(trainer) * rounds_done // rounds
 
 
 def count_round_steps(trainer: Trainer, rounds_done: int, rounds: int) -> int:
-    """Count the optimizer steps of the round that follows those that are done, at least 1."""
+    """Count the optimizer steps of the next round, at least 1."""
     start, end = (find_round_start(trainer, done, rounds) for done in (rounds_done, rounds_done + 1))
     return max(1, end - start)
 
@@ -51,7 +51,7 @@ def count_round_steps(trainer: Trainer, rounds_done: int, rounds: int) -> int:
 def count_epoch_batches(trainer: Trainer) -> int:
     """Count the training batches of an epoch, on each device.
 
-    Lightning knows only once it has set up its loader, which may not be before a checkpoint's place in it is read.
+    Lightning knows their number only after setting up its loader, but a checkpoint's place must be read before that.
     """
     data, limit = trainer.datamodule, trainer.limit_train_batches  # type: ignore[attr-defined]
     count = getattr(data, "count_train_batches", None)
@@ -62,7 +62,7 @@ def count_epoch_batches(trainer: Trainer) -> int:
 
 
 def validate_between_steps(trainer: Trainer) -> None:
-    """Put off validation within an epoch to the end of the window of micro-batches that it comes in."""
+    """Postpone validation within an epoch to the end of the current accumulation."""
     interval, batches = trainer.val_check_interval, trainer.num_training_batches
     if isinstance(interval, (int, float)) and trainer.check_val_every_n_epoch is not None and math.isfinite(batches):
         every = interval if isinstance(interval, int) else max(1, int(batches * interval))
@@ -71,10 +71,10 @@ def validate_between_steps(trainer: Trainer) -> None:
 
 
 def go_back_to_step(checkpoint: dict[str, Any], factor: int) -> None:
-    """Let a checkpoint go on with the first micro-batch after its last optimizer step.
+    """Make a checkpoint resume at the first micro-batch after its last optimizer step.
 
     Args:
-        checkpoint: as Lightning has loaded it; its place in the epoch is changed.
+        checkpoint: content that Lightning has loaded; its place in the epoch is changed.
         factor: micro-batches per optimizer step in that epoch.
     """
     if surplus := count_batches_done(checkpoint) % factor:

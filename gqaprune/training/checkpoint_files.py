@@ -1,8 +1,8 @@
-"""Open checkpoints of training so that nothing in them runs code.
+"""Open training checkpoints without running code that they may contain.
 
-torch and Lightning unpickle some of their files: what is reached by a URL, what DeepSpeed writes, whole files under
-FSDP, and of a folder of shards its `.metadata` and every value that is not a tensor. Here torch is held to weights and
-plain data while a checkpoint is read, and what is unpickled all the same is looked through first.
+torch and Lightning unpickle some files: those reached by a URL, those of DeepSpeed, whole files under FSDP, and in a
+folder of shards its `.metadata` and every value that is not a tensor. Here torch may load only weights and plain data
+while a checkpoint is read, and files that it unpickles anyway are inspected first.
 """
 
 import os
@@ -22,7 +22,7 @@ from gqaprune.common.errors import first_line
 from gqaprune.training.lightning_internals import ALWAYS, SHARDED, WEIGHTS, wrap_restoring
 
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-"""Variables of the environment that make torch take all that it loads for weights alone, or nothing."""
+"""Environment variables that make `torch.load` always, or never, load only weights and plain data."""
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _STORAGE = "torch.distributed.checkpoint.filesystem"
@@ -36,35 +36,37 @@ _ADMITTED = {
     "torch.Size",
     "torch.serialization._get_layout",
 }
-"""What the metadata of a distributed checkpoint may name: classes that hold plain data."""
+"""Classes of plain data that the metadata of a distributed checkpoint may name."""
 
 
 def check_is_local(path: str | os.PathLike[str]) -> None:
-    """Refuse a checkpoint anywhere but on this machine: `https://`, `s3://`, `memory://`, fsspec's chains by `::`.
+    """Raise an error for a checkpoint that is not a local path: `https://`, `s3://`, `memory://`, fsspec's `::`.
 
     Raises:
-        ValueError: with what to do instead.
+        ValueError: with the way out.
     """
     text = os.fspath(path)
     if "://" in text or "::" in text or text.startswith("registry:"):
         raise ValueError(
-            f"a checkpoint is a file or a folder on this machine, got {text}: fetch it first, if you trust where it is"
+            f"a checkpoint must be a file or a folder on this machine, got {text}: download it first, if you trust its "
+            "source"
         )
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds; of a folder of shards, what it holds besides tensors.
+    """Read a checkpoint's content; of a folder of shards, everything but tensors.
 
     Raises:
-        ValueError: if it is none, a folder where nothing but unpickling could tell, or it names what could run code.
+        ValueError: if it is not a checkpoint, could only be read by unpickling, or names objects that could run code.
     """
     if not checkpoint.exists():
         raise ValueError(f"no checkpoint at {checkpoint}")
     path = checkpoint / SHARDED if checkpoint.is_dir() else checkpoint
     if not path.is_file():
         raise ValueError(
-            f"{checkpoint} has no {SHARDED}: gqaprune goes on from Lightning's files and from folders of FSDP and "
-            "FSDP2, not from DeepSpeed's, which would have to be unpickled; begin anew with --ckpt_path null"
+            f"{checkpoint} has no {SHARDED}: gqaprune resumes from Lightning's files and from folders of FSDP and "
+            "FSDP2, but not from DeepSpeed's, which would have to be unpickled; use --ckpt_path null to train from the "
+            "start"
         )
     if checkpoint.is_dir():
         _check_shards(checkpoint)
@@ -73,17 +75,17 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     except UnpicklingError as error:
         reason = re.search("(?:WeightsUnpickler error: |Trying to load )(.*)", str(error))
         raise ValueError(
-            f"{path} is cut short, or holds more than weights and plain data, which could run code "
+            f"{path} is truncated, or has objects other than weights and plain data, which could run code "
             f"({reason[1] if reason else first_line(error)})"
         ) from None
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is cut short, or no checkpoint of Lightning's ({first_line(error)})") from None
+        raise ValueError(f"{path} is truncated, or not a Lightning checkpoint ({first_line(error)})") from None
     return content if isinstance(content, dict) else {}
 
 
 @contextmanager
 def load_weights_alone() -> Iterator[None]:
-    """Let `torch.load` build nothing but tensors and plain data, whatever its caller asks for."""
+    """Restrict `torch.load` to tensors and plain data, whatever its caller asks for."""
     before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
     os.environ[_FORCE] = "1"
     try:
@@ -94,10 +96,11 @@ def load_weights_alone() -> Iterator[None]:
 
 
 def guard_loading(strategy: Any) -> None:
-    """Make a trainer's strategy read no checkpoint, however it is named, that could run code. Twice does no more.
+    """Make a trainer's strategy refuse checkpoints that could run code. A second call does nothing.
 
     Args:
-        strategy: Lightning's, whose `load_checkpoint` reads for every command, from a path or as `best` or `last`.
+        strategy: Lightning's strategy, whose `load_checkpoint` reads checkpoints for every command, whether they are
+            named by a path, `best` or `last`.
     """
     load = strategy.load_checkpoint
     if hasattr(load, "__wrapped__"):
@@ -108,16 +111,16 @@ def guard_loading(strategy: Any) -> None:
         path = Path(checkpoint_path)
         content, expected = read_checkpoint(path), ALWAYS if path.is_dir() else ALWAYS | {WEIGHTS}
         if missing := expected - content.keys():
-            raise ValueError(f"{path} is no checkpoint of Lightning's: it has no {min(missing)}")
+            raise ValueError(f"{path} is not a Lightning checkpoint: it has no {min(missing)}")
         weights = content.get(WEIGHTS, {})
         if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-            raise ValueError(f"{path} is no checkpoint of Lightning's: its {WEIGHTS} has no weights by name")
+            raise ValueError(f"{path} is not a Lightning checkpoint: its {WEIGHTS} has no weights by name")
         from torch.distributed.checkpoint.api import CheckpointException  # takes two seconds to import
 
         with load_weights_alone():
             try:
                 return load(checkpoint_path, weights_only=True)
-            except CheckpointException as failure:  # which is no Exception
+            except CheckpointException as failure:  # a BaseException, not an Exception
                 error = next(iter(failure.failures.values()))[0]
                 raise ValueError(f"{path}: its shards cannot be read ({first_line(error)})") from None
 
@@ -126,7 +129,7 @@ def guard_loading(strategy: Any) -> None:
 
 
 def guard_restoring(trainer: Any) -> None:
-    """Say in one sentence where what a checkpoint holds, though plain data, does not fit. Twice does no more."""
+    """Turn errors of restoring a checkpoint that does not fit into one sentence. A second call does nothing."""
 
     def wrap(restore: Callable[..., None]) -> Callable[..., None]:
         @wraps(restore)
@@ -134,11 +137,12 @@ def guard_restoring(trainer: Any) -> None:
             try:
                 restore(*arguments, **options)
             except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-                if isinstance(error, RuntimeError) and trainer.world_size > 1:  # the end of another rank
+                if isinstance(error, RuntimeError) and trainer.world_size > 1:  # another rank may have ended
                     raise
                 raise ValueError(
-                    f"cannot resume from {trainer.ckpt_path}: its state of training does not fit this run "
-                    f"({type(error).__name__}: {first_line(error)}); give another checkpoint, or --ckpt_path null"
+                    f"cannot resume from {trainer.ckpt_path}: its training state does not fit this run "
+                    f"({type(error).__name__}: {first_line(error)}); use another checkpoint, or --ckpt_path null to "
+                    "train from the start"
                 ) from error
 
         return restore if hasattr(restore, "__wrapped__") else restore_guarded
@@ -147,7 +151,7 @@ def guard_restoring(trainer: Any) -> None:
 
 
 def _check_shards(folder: Path) -> None:
-    """Refuse a folder of shards whose metadata names more than torch's own classes, or files outside of the folder."""
+    """Raise an error if the metadata of a folder of shards names other classes than torch's, or files elsewhere."""
     for path in folder.glob("*.metadata"):
         try:
             with path.open("rb") as file:
@@ -156,13 +160,13 @@ def _check_shards(folder: Path) -> None:
             if strange := [name for name in files if PurePath(name).name != name]:
                 raise UnpicklingError(f"it names {strange[0]}, which is not in its folder")
         except (OSError, MemoryError, RecursionError):
-            raise ValueError(f"{path} is not what torch writes beside shards") from None
+            raise ValueError(f"{path} is not metadata that torch writes beside shards") from None
         except Exception as error:  # a pickle can fail in every way
-            raise ValueError(f"{path} is not what torch writes beside shards: {first_line(error)}") from None
+            raise ValueError(f"{path} is not metadata that torch writes beside shards: {first_line(error)}") from None
 
 
 class _StandIn:
-    """In the place of an admitted class, which a pickle could change: takes all arguments, and keeps its state."""
+    """A substitute for an admitted class, which a pickle could change: accepts any arguments and keeps its state."""
 
     state: Any = None
 
@@ -174,10 +178,10 @@ class _StandIn:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Builds stand-ins, of what is admitted alone."""
+    """Builds substitutes for admitted classes, and refuses all others."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a name."""
+        """Return the substitute for a name."""
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if f"{module}.{name}" not in _ADMITTED:

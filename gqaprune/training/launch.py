@@ -1,4 +1,4 @@
-"""What the ranks of a run do before they have a process group: rank 0 decides, and tells the others."""
+"""Share decisions of rank 0 with the other ranks before they have a process group."""
 
 import os
 import threading
@@ -13,28 +13,28 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 _DECISION = "GQAPRUNE_DECISION"
-"""Environment variable in which rank 0 tells the ranks that it starts."""
+"""Environment variable in which rank 0 passes its decision to the ranks that it starts."""
 _LAUNCHER = "GQAPRUNE_LAUNCHER"
-"""Environment variable with the process id of rank 0, where Lightning starts the others from it."""
+"""Environment variable with the process id of rank 0, if Lightning starts the others from it."""
 _POLL = 0.5
-"""Seconds between two looks at whether rank 0 is there."""
+"""Seconds between checks whether rank 0 is alive."""
 _GRACE = 6.0
-"""Seconds for a rank that is connected to rank 0 to end by what it hears, with room to clean up."""
+"""Seconds in which a rank that is connected to rank 0 can clean up and end by itself."""
 _PATIENCE = timedelta(minutes=5)
-"""For rank 0 to decide, which other ranks wait for that a launcher starts beside it."""
+"""How long ranks that a launcher starts beside rank 0 wait for its decision."""
 
 _stores: list[Store] = []
-"""Kept, so that the process group finds the port as it was."""
+"""Kept, so that the process group can use the same port."""
 
 
 def decide_on_rank_0(decide: Callable[[bool], str]) -> str:
     """Let rank 0 decide for all ranks.
 
-    Ranks that Lightning starts from rank 0 have its decision from their environment; `torchrun` and SLURM start all at
-    once, which share it through the store of their process group. Where neither is there, each rank decides.
+    Ranks that Lightning starts from rank 0 read its decision from their environment. Ranks that `torchrun` or SLURM
+    start together share it through the store of their process group. Without either, each rank decides.
 
     Args:
-        decide: makes the decision; gets whether this is rank 0.
+        decide: function that makes the decision; its argument says whether this is rank 0.
     """
     environment = next((one() for one in (TorchElasticEnvironment, SLURMEnvironment) if one.detect()), None)
     if environment is not None and (ranks := environment.world_size()) > 1:
@@ -52,9 +52,9 @@ def decide_on_rank_0(decide: Callable[[bool], str]) -> str:
 
 
 def end_with_launcher() -> None:
-    """End this process if the one that started it as a rank is killed: before ranks are connected nothing else tells.
+    """End this rank if the process that started it is killed; before ranks are connected nothing else detects that.
 
-    A process that is no rank yet is noted as the one that may start some, as Lightning does.
+    A process that is not a rank itself is recorded as the launcher of the ranks that it may start.
     """
     if "LOCAL_RANK" not in os.environ:
         os.environ[_LAUNCHER] = str(os.getpid())

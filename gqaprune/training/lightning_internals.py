@@ -1,8 +1,8 @@
-"""Private parts of Lightning and jsonargparse that gqaprune relies on, here alone; why `lightning` has an upper bound.
+"""All private parts of Lightning and jsonargparse that gqaprune uses; they are why `lightning` has an upper bound.
 
-A test of each fails where a new version moves it. `LightningCLI._parse_ckpt_path`, which it calls before it builds
-anything, is overridden in `cli.py` and cannot be here. Lightning is imported for its types only, so that the core can
-use this file without it.
+Each has a test that fails if a new version moves it. The only other one is `LightningCLI._parse_ckpt_path`, which has
+to be overridden in the CLI's class. Lightning is imported for its types only, so that the core can use this file
+without it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WAITING: WeakSet[Callable[[], None]] = WeakSet()
-"""What stands for modules' `configure_model` until it is called."""
+"""Functions that replace modules' `configure_model` until they are called."""
 
 SHARDED = "meta.pt"
-"""What Lightning writes last into the folder of a sharded checkpoint."""
+"""The file that Lightning writes last into the folder of a sharded checkpoint."""
 TRAINING_STATE = "callbacks"
-"""Key that checkpoints of weights alone lack, in one file or in shards."""
+"""Key of checkpoints with a training state, in one file or in shards; checkpoints of weights alone lack it."""
 HYPER_PARAMETERS = "hyper_parameters"
 """Key of a checkpoint that has the module's hyperparameters."""
 WEIGHTS = "state_dict"
@@ -40,7 +40,7 @@ ALWAYS = frozenset({"epoch", "global_step", "loops", "pytorch-lightning_version"
 
 
 def get_subcommand_parsers(cli: LightningCLI) -> dict[str, LightningArgumentParser]:
-    """Parsers of a CLI's commands by name, once `setup_parser` has made them."""
+    """Return the parsers of a CLI's commands by name, once `setup_parser` has made them."""
     return cli._subcommand_parsers
 
 
@@ -51,19 +51,19 @@ def add_subcommand(cli: LightningCLI, name: str, parser: LightningArgumentParser
 
 
 def describe_subcommands(cli: LightningCLI, descriptions: Mapping[str, str]) -> None:
-    """Replace what `--help` says of each command of a CLI."""
+    """Replace the descriptions of a CLI's commands in `--help`."""
     assert cli.parser._subcommands_action is not None
     for choice in cli.parser._subcommands_action._choices_actions:
         choice.help = descriptions[choice.dest]
 
 
 def get_setting(cli: LightningCLI, name: str) -> Any:
-    """A setting of the command that a CLI runs, with classes built where it names some."""
+    """Return a setting of the command that a CLI runs, with the classes that it names built."""
     return cli._get(cli.config_init, name)
 
 
 def reserve_version(logger: TensorBoardLogger) -> None:
-    """Make the folder of a logger that numbers its runs, with the next number that no other run has taken since."""
+    """Make the folder of a logger that numbers its runs, with the next number that no other run has taken."""
     while True:
         try:
             Path(logger.log_dir).mkdir(parents=True)
@@ -73,35 +73,35 @@ def reserve_version(logger: TensorBoardLogger) -> None:
 
 
 def unwrap_factory(factory: Callable[..., T]) -> Callable[..., T]:
-    """A factory of optimizers as plain class and arguments, without jsonargparse's parser, which cannot be copied."""
+    """Return an optimizer factory as class and arguments, without jsonargparse's parser, which cannot be copied."""
     if isinstance(factory, partial) and factory.args and isinstance(factory.args[-1], type):
         return partial(factory.args[-1], **factory.keywords)
     return factory
 
 
 def find_trainer(module: LightningModule) -> Trainer | None:
-    """The trainer of a module; null outside of a run, where `module.trainer` is an error."""
+    """Return the trainer of a module; None outside of a run, where `module.trainer` raises an error."""
     return module._trainer
 
 
 def get_parallel_sizes(strategy: ModelParallelStrategy) -> tuple[int | str, int | str]:
-    """Devices over which data and tensors are split, or `auto`."""
+    """Return the numbers of devices that share the data and each tensor, or `auto`."""
     return strategy._data_parallel_size, strategy._tensor_parallel_size
 
 
 def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
-    """Set the number of devices over which data is split, before the strategy starts processes."""
+    """Set the number of devices that share the data, before the strategy starts processes."""
     strategy._data_parallel_size = size
 
 
 def count_loaded_batches(trainer: Trainer) -> int:
-    """Training batches of an epoch, from the loader, which Lightning may not have set up yet."""
+    """Count the training batches of an epoch from the loader; sets the loader up if needed."""
     trainer.fit_loop.setup_data()
     return int(trainer.num_training_batches)
 
 
 def get_train_batches(trainer: Trainer) -> Iterable[Any]:
-    """The training batches of a run that begins, of the first loader where there are several.
+    """Return the training batches of a run that begins, from the first loader if there are several.
 
     Raises:
         ValueError: if there are none.
@@ -112,20 +112,20 @@ def get_train_batches(trainer: Trainer) -> Iterable[Any]:
         loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders), None)
     if loaders is None:
         raise ValueError(
-            "there is no text to calibrate on: give TaylorPruning(calibration=...), a data module with "
+            "there is no text to calibrate on: pass TaylorPruning(calibration=...), a data module with "
             "calibration_batches(), or training batches"
         )
     return cast("Iterable[Any]", loaders)
 
 
 def reads_from_module(trainer: Trainer) -> bool:
-    """Whether the training batches of a run that begins are those of the module itself, which may not be set up yet."""
+    """Return whether the module itself provides the training batches; it may not be set up yet."""
     return trainer.fit_loop._data_source.instance is trainer.lightning_module
 
 
 def run_after_configuring(module: LightningModule, do: Callable[[], None]) -> None:
-    """Do something once, when a module has been set up and has built its model, before a strategy gets hold of it."""
-    if vars(module).get("configure_model") in _WAITING:  # of a fit that failed before
+    """Call a function once, after a module has built its model and before a strategy wraps it."""
+    if vars(module).get("configure_model") in _WAITING:  # left by a fit that failed
         del module.configure_model
     configure = module.configure_model
 
@@ -139,49 +139,49 @@ def run_after_configuring(module: LightningModule, do: Callable[[], None]) -> No
 
 
 def unscales_gradients(optimizer: Optimizer) -> bool:
-    """Whether an optimizer does the work of float16's scaler in its step, so that Lightning refuses to clip before."""
+    """Return whether an optimizer unscales float16 gradients in its step, so that Lightning refuses to clip before."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def set_validation_interval(trainer: Trainer, batches: int) -> None:
-    """Let a trainer validate after every so many training batches, from within an epoch."""
+    """Make a trainer validate after this many training batches; called within an epoch."""
     trainer.val_check_batch = batches
 
 
 def read_epoch(checkpoint: Mapping[str, Any]) -> int:
-    """Epochs that were finished when a checkpoint was written."""
+    """Return the number of epochs that were finished when a checkpoint was written."""
     return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
 
 
 def go_back_by_batches(checkpoint: dict[str, Any], count: int) -> None:
-    """Let a checkpoint resume some training batches earlier in its epoch."""
+    """Make a checkpoint resume some training batches earlier in its epoch."""
     loops = checkpoint["loops"]["fit_loop"]
     progress = loops["epoch_loop.batch_progress"]
     for span in ("current", "total"):
         place = progress[span]["ready"] - count
         progress[span] |= dict.fromkeys(("ready", "started", "processed", "completed"), place)
     for loader in loops["state_dict"].get("combined_loader", ()):
-        loader["yielded"] -= count  # of `datamodules/loaders.py`
+        loader["yielded"] -= count  # state of the loader in `datamodules/loaders.py`
 
 
 def count_batches_done(checkpoint: Mapping[str, Any]) -> int:
-    """Training batches of its epoch that a checkpoint has behind it; 0 at the epoch's end."""
+    """Count the training batches of its epoch that a checkpoint has trained on; 0 at the epoch's end."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     return 0 if progress["is_last_batch"] else int(progress["current"]["ready"])
 
 
 def take_over_signals(trainer: Trainer) -> None:
-    """Keep Lightning's signal handlers out, which wait for other ranks, and its word of them in each micro-batch."""
+    """Turn off Lightning's signal handlers, which wait for other ranks, and its broadcast in each micro-batch."""
     trainer._signal_connector.register_signal_handlers = _do_nothing  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]
 
 
 def take_over_child_processes(trainer: Trainer) -> list[subprocess.Popen[Any]]:
-    """The other ranks that Lightning's launcher started from this process, which it kills no more where one fails."""
+    """Return the ranks that Lightning's launcher started, and stop it from killing them when one of them fails."""
     launcher = trainer.strategy.launcher
     children: list[subprocess.Popen[Any]] = list(getattr(launcher, "procs", ()))
     if not all(isinstance(child, subprocess.Popen) for child in children):
-        return []  # of `ddp_spawn`, which looks after them itself
+        return []  # `ddp_spawn` looks after its processes itself
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":
             thread._child_processes = []  # type: ignore[attr-defined]
@@ -189,34 +189,34 @@ def take_over_child_processes(trainer: Trainer) -> list[subprocess.Popen[Any]]:
 
 
 def wrap_restoring(trainer: Trainer, wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
-    """Put something around each of a trainer's calls that take over what a checkpoint holds."""
+    """Wrap each of a trainer's methods that restore a checkpoint's content."""
     for name in ("_restore_modules_and_callbacks", "restore_training_state"):
         setattr(trainer._checkpoint_connector, name, wrap(getattr(trainer._checkpoint_connector, name)))
 
 
 def find_requeue_signal(trainer: Trainer) -> int | None:
-    """The signal by which SLURM asks a job to put itself back into the queue; None elsewhere."""
+    """Return the signal by which SLURM asks a job to requeue itself; None elsewhere."""
     environment = trainer._accelerator_connector.cluster_environment
     is_asked = getattr(environment, "auto_requeue", False)
     return getattr(environment, "requeue_signal", None) if is_asked else None
 
 
 def is_validation_due(trainer: Trainer) -> bool:
-    """Whether a validation follows the training batch that has just ended."""
+    """Return whether a validation follows the training batch that has just ended."""
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def is_last_step(trainer: Trainer) -> bool:
-    """Whether the training batch that has just ended is the last one of its epoch, or of the training."""
+    """Return whether the training batch that has just ended is the last one of its epoch, or of training."""
     return bool(trainer.fit_loop.epoch_loop._is_training_done)
 
 
 def put_before_validation(checkpoint: dict[str, Any]) -> None:
-    """Let a checkpoint from within a validation resume at that validation's first batch."""
+    """Make a checkpoint from within a validation resume at that validation's first batch."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
     done = progress["total"]["completed"]
-    progress["total"] |= {"ready": done + 1, "started": done + 1, "processed": done}  # which Lightning takes as halfway
+    progress["total"] |= {"ready": done + 1, "started": done + 1, "processed": done}  # a validation that is not over
     progress["current"] |= dict.fromkeys(progress["current"], 0)
     progress["is_last_batch"] = False
 

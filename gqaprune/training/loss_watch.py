@@ -1,4 +1,4 @@
-"""Whether a training loss was not finite, found out once in an optimizer step: each look waits for the device."""
+"""Detect losses that are not finite, once per optimizer step, because each check waits for the device."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +10,7 @@ from gqaprune.training.resume import find_checkpoint
 
 
 class LossWatch:
-    """Notes the first micro-batch whose loss is not finite, on the loss's own device, without looking at it."""
+    """Records the first micro-batch whose loss is not finite, on the loss's device, without waiting for it."""
 
     def __init__(self) -> None:
         self._first: tuple[Tensor, ...] | None = None
@@ -21,12 +21,12 @@ class LossWatch:
         return torch.tensor(0) if self._first is None else self._first[0].long()
 
     def note(self, loss: Tensor, step: int, batch: int) -> None:
-        """Note the loss of a micro-batch.
+        """Record the loss of a micro-batch.
 
         Args:
-            loss: a scalar.
-            step: optimizer steps before it.
-            batch: its number in the epoch.
+            loss: the loss, a scalar.
+            step: number of optimizer steps before it.
+            batch: number of the micro-batch in the epoch.
         """
         loss = loss.detach()
         is_bad = ~torch.isfinite(loss)
@@ -38,18 +38,18 @@ class LossWatch:
         self._first = (is_bad, loss, *place)
 
     def describe(self, rank: int | None, folders: Iterable[str | Path], run_id: str) -> str:
-        """Say where the loss was not finite, and what to do.
+        """Describe where the loss was not finite, and what to do.
 
         Args:
-            rank: of this process, where there are several.
-            folders: with the run's checkpoints.
-            run_id: what tells them from those of other runs.
+            rank: rank of this process; None if there is only one.
+            folders: folders with the run's checkpoints.
+            run_id: id that its checkpoints have.
         """
         assert self._first is not None, "note() comes first"
         loss, step, batch = (part.item() for part in self._first[1:])
         place = f"step {step}, batch {batch}" + ("" if rank is None else f", on rank {rank}")
         good = find_checkpoint(folders, run_id)
-        restart = f"go on from {good} (--ckpt_path)" if good else "no checkpoint with finite weights was written"
+        restart = f"resume with --ckpt_path {good}" if good else "no checkpoint with finite weights was written"
         return (
             f"the training loss is {loss} at {place}: lower the learning rate, clip gradients, or train in bfloat16 or "
             f"float32; {restart}"

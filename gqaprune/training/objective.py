@@ -1,4 +1,4 @@
-"""The loss that training minimises: the language model's, or its mixture with the distance from a teacher."""
+"""The loss that training minimises: the language model's loss, alone or mixed with the distance from a teacher."""
 
 from collections.abc import Mapping
 
@@ -24,15 +24,15 @@ from gqaprune.training.teacher import CachedTeacher, cache_teacher
 
 
 class Objective:
-    """Measure the loss of training batches, with the teacher that distillation learns from.
+    """Measures the loss of training batches, with the teacher that distillation learns from.
 
-    It is no torch module, so that Lightning neither moves the teacher nor trains or saves it with the student.
+    It is not a torch module, so that Lightning does not move, train or save the teacher with the student.
 
     Args:
         settings: the loss and its weights.
 
     Attributes:
-        learns_all: whether all tokens have labels, so that none has to be looked for that has not.
+        learns_all: whether all tokens have labels, so that no mask is needed.
         teacher: the model that each step learns from; None without distillation, or with predictions on disk.
         cached_teacher: the teacher's predictions on disk; None unless `settings.teacher_top_k` asks for them.
     """
@@ -45,16 +45,16 @@ class Objective:
 
     @property
     def lacks_teacher(self) -> bool:
-        """Whether there is a teacher to learn from that is not loaded yet."""
+        """Whether a teacher is needed and not loaded yet."""
         return self.settings.distills and self.teacher is None and self.cached_teacher is None
 
     def load_teacher(self, source: ModelSource, mesh: DeviceMesh | None = None) -> None:
-        """Load the teacher, whole on each device or sharded as the student is.
+        """Load the teacher, whole on each device or sharded like the student.
 
         Args:
             source: the dense model.
-            mesh: devices that the student's layers are sharded over. The teacher's are too, if they are stored one by
-                one and it stays in memory: predictions are cached before a strategy shards any model.
+            mesh: devices that the student's layers are sharded over. The teacher's layers are sharded as well if they
+                can be read one by one and its predictions are not cached: caching comes before sharding.
         """
         if mesh is not None and not self.settings.teacher_top_k and source.can_be_read_by_layer:
             teacher = source.load_sharded(mesh)
@@ -68,9 +68,9 @@ class Objective:
         Args:
             windows_NT: token ids of the training windows, the same on every rank.
             batch_size: windows per forward pass.
-            device: where to compute.
+            device: device to compute on.
         """
-        assert self.teacher is not None, "load_teacher() comes before its predictions are cached"
+        assert self.teacher is not None, "call load_teacher() before caching its predictions"
         top_k, temperature = self.settings.teacher_top_k, self.settings.temperature
         self.cached_teacher = cache_teacher(self.teacher.to(device), windows_NT, top_k, temperature, batch_size)
         self.teacher = None
@@ -84,12 +84,11 @@ class Objective:
         """Measure the loss of a batch.
 
         Args:
-            student: the model in training, wrapped as the strategy wraps it.
-            batch: `input_ids` and `labels`, `[batch, tokens]`; with a cached teacher `index` of the windows, too.
+            student: the model in training, with the strategy's wrapper.
+            batch: `input_ids` and `labels`, `[batch, tokens]`; with a cached teacher also `index` of the windows.
 
         Returns:
-            The loss in nats per token, with its gradient, and the parts that it is mixed of, by name; none where it is
-            the language model's alone.
+            The loss in nats per token, with its gradient, and its parts by name; no parts without distillation.
         """
         settings, ids_BT = self.settings, batch["input_ids"]
         output, states = self._run(student, ids_BT)
@@ -109,7 +108,7 @@ class Objective:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the parts that the loss is mixed of."""
+        """Names of the loss's parts."""
         hidden = ("hidden_distance",) if self._compares_hidden_states else ()
         return ("lm_loss", "divergence", *hidden) if self.settings.distills else ()
 
@@ -118,8 +117,8 @@ class Objective:
         return self.settings.distills and self.settings.hidden_weight > 0
 
     def _measure_language_loss(self, student: PreTrainedModel, output: ModelOutput, labels: Tensor) -> Tensor:
-        """Next-token loss, plus the imbalance of experts where the model's config asks for it."""
-        is_minimised = not self.settings.distills or self.settings.distill_weight < 1  # else it is logged only
+        """Measure the next-token loss, plus the imbalance of experts if the model's config asks for it."""
+        is_minimised = not self.settings.distills or self.settings.distill_weight < 1  # else it is only logged
         loss = measure_mean_loss(output.logits if is_minimised else output.logits.detach(), labels)
         imbalance = getattr(output, "aux_loss", None)
         if is_minimised and imbalance is not None:
@@ -127,7 +126,7 @@ class Objective:
         return loss
 
     def _run(self, model: PreTrainedModel, ids_BT: Tensor) -> tuple[ModelOutput, list[Tensor]]:
-        """A model's output, and the hidden states that are compared, before the final norm."""
+        """Run a model; return its output and the hidden states that are compared, before the final norm."""
         layers = (self.settings.hidden_layers or [len(get_layers(model)) - 1]) if self._compares_hidden_states else []
         with record_layer_outputs(model, layers) as states:
             output = model(input_ids=ids_BT, use_cache=False)
@@ -150,7 +149,7 @@ class Objective:
         next_BT = None if learned_BT is None else learned_BT[:, 1:]
         if teacher is not None:
             return measure_divergence(logits_BTV, teacher.logits[:, :-1], temperature, next_BT)
-        assert self.cached_teacher is not None, "load_teacher() comes before the loss is measured"
+        assert self.cached_teacher is not None, "call load_teacher() before measuring the loss"
         cached = self.cached_teacher.predict(batch["index"])
         predictions = Predictions(*(part.to(logits_BTV.device) for part in cached))
         return measure_divergence_from_top(logits_BTV, predictions, temperature, next_BT)

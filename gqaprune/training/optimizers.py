@@ -1,4 +1,4 @@
-"""Optimizers of the parameters that pruning left: weight decay, learning rate, gradient clipping."""
+"""Optimize the parameters that are left after pruning: weight decay, learning rate, gradient clipping."""
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from gqaprune.models.wrapping import unwrap_name
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Choose an optimizer and how its learning rate changes.
+    """An optimizer and the course of its learning rate.
 
     Args:
         factory: builds the optimizer from groups of parameters.
-        schedule: course of the learning rate after the warm-up, down to 0 (`cosine`, `linear`) or `constant`.
-        warmup_steps: optimizer steps before the one with the full learning rate, each with more than the one before;
-            None takes a twentieth of all. No step has a learning rate of 0, which would change nothing.
+        schedule: learning rate after the warm-up: falls to 0 (`cosine`, `linear`) or stays the same (`constant`).
+        warmup_steps: number of optimizer steps over which the learning rate rises to its full value; None uses a
+            twentieth of all steps. No step has a learning rate of 0, which would change nothing.
     """
 
     factory: Callable[[Any], Optimizer]
@@ -36,41 +36,41 @@ class OptimizerConfig:
         """Build optimizer and schedule.
 
         Args:
-            named_parameters: all of the model's; those that do not require gradients are left out.
-            steps: optimizer steps that the schedule takes to its end.
+            named_parameters: all parameters of the model; those that do not require gradients are left out.
+            steps: optimizer steps of the whole schedule.
             flattened: names of matrices that FSDP1 stores as vectors.
         """
         optimizer = self.factory(group_parameters(named_parameters, flattened))
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         warmup = steps // 20 if self.warmup_steps is None else self.warmup_steps
-        course = get_scheduler(name, optimizer, warmup + 1, steps + 1)  # begins and ends at 0, outside of the run
+        course = get_scheduler(name, optimizer, warmup + 1, steps + 1)  # it is 0 just before and just after the run
         assert isinstance(course, LambdaLR)
-        (factor,) = {id(own): own for own in course.lr_lambdas}.values()
+        (factor,) = {id(function): function for function in course.lr_lambdas}.values()
         return optimizer, LambdaLR(optimizer, lambda step: factor(step + 1))
 
     def rehearse(self) -> Optimizer:
-        """Take a step with the optimizer of a stand-in, a matrix and a vector, before any work.
+        """Try one step of the optimizer on a small matrix and a vector, before any work.
 
         Raises:
-            ValueError: if the optimizer refuses its settings, such as a learning rate below 0, or what it would train.
+            ValueError: if the optimizer refuses its settings, such as a learning rate below 0, or its parameters.
         """
         stand_ins = {"matrix": nn.Parameter(torch.ones(2, 2)), "vector": nn.Parameter(torch.ones(2))}
         for stand_in in stand_ins.values():
             stand_in.grad = torch.ones_like(stand_in)
         try:
-            with torch.random.fork_rng([]):  # the run's own numbers stay what they are
+            with torch.random.fork_rng([]):  # so that the run's random numbers stay the same
                 optimizer, _ = self.build(stand_ins.items(), steps=1)
                 optimizer.step()
-        except Exception as error:  # whatever an optimizer of anybody's raises
+        except Exception as error:  # an optimizer of another project can raise anything
             reason = first_line(error).rstrip(".")
-            raise ValueError(f"model.optimizer cannot train: {reason}; torch.optim.AdamW with lr 1e-5 can") from None
+            raise ValueError(f"model.optimizer cannot train: {reason}; try torch.optim.AdamW with lr 1e-5") from None
         return optimizer
 
 
 def group_parameters(
     named_parameters: Iterable[tuple[str, nn.Parameter]], flattened: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Group the trained parameters: matrices with the optimizer's own weight decay, vectors without any.
+    """Group the trained parameters: matrices with the optimizer's weight decay, vectors without any.
 
     Args:
         named_parameters: parameters, some of which may not require gradients.
@@ -89,7 +89,7 @@ def group_parameters(
 
 
 def name_matrices(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> set[str]:
-    """Name the parameters that are matrices, while FSDP1 has not flattened them."""
+    """Return the names of parameters that are matrices; call it before FSDP1 flattens them."""
     return {name for name, parameter in named_parameters if parameter.ndim > 1}
 
 
@@ -97,10 +97,10 @@ def clip_gradients(model: PreTrainedModel, optimizer: Optimizer, bound: float, i
     """Clip the gradients of an optimizer's parameters in place.
 
     Args:
-        model: that they belong to; one that FSDP1 wraps adds up the norm over devices.
-        optimizer: whose step comes next.
+        model: model that they belong to; one that FSDP1 wraps adds up the norm over devices.
+        optimizer: optimizer whose step follows.
         bound: largest norm of all gradients together, or largest absolute value of each; 0 does nothing.
-        is_by_norm: which of both.
+        is_by_norm: whether `bound` is a norm.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if bound <= 0:

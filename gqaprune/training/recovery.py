@@ -1,4 +1,4 @@
-"""How a pruned model is trained back: every weight, LoRA adapters, or either towards the dense model."""
+"""Settings of recovery: train every weight or LoRA adapters, on text or towards the dense model."""
 
 from dataclasses import dataclass
 
@@ -10,24 +10,25 @@ class RecoveryConfig:
     """What recovery trains, and on which loss.
 
     Args:
-        mode: `full` (every weight that pruning left), `lora` (low-rank adapters, merged on export), `distill` (every
-            weight, towards the dense model's predictions), `lora+distill`, or `none`.
-        lora_rank: rank of the adapters, at least 1.
-        lora_alpha: their scale, times 1 / rank; above 0.
-        lora_dropout: dropout of their input, 0 to below 1.
-        lora_targets: projections that get one, by name; null takes all of attention and MLP.
+        mode: `full` (train every weight that is left), `lora` (train low-rank adapters, merged on export), `distill`
+            (train every weight towards the dense model's predictions), `lora+distill`, or `none`.
+        lora_rank: rank of the LoRA adapters, at least 1.
+        lora_alpha: scale of the LoRA adapters, above 0; they are multiplied by `lora_alpha / lora_rank`.
+        lora_dropout: dropout of the LoRA adapters' input, 0 to below 1.
+        lora_targets: names of the projections that get a LoRA adapter; null means all of attention and MLP.
         temperature: softens the distributions of student and teacher, above 0.
-        distill_weight: share of the divergence from the teacher in the loss, 0 to 1; the rest is the language model's.
+        distill_weight: weight of the divergence from the teacher in the loss, 0 to 1; the language model's loss has the
+            rest.
         hidden_weight: weight of the distance to the teacher's hidden states, added to the loss; at least 0.
-        hidden_layers: decoder layers after which that is measured; null takes the last, before the final norm.
-        teacher: the dense model to learn from, and for `predict` to compare with, as `model.pretrained`; null takes
-            what a pruned checkpoint's plan names, or that.
-        teacher_dtype: type of its weights, as `model.dtype`.
-        teacher_top_k: this many of the teacher's likeliest tokens stand for its predictions: they are computed before
-            training, once for the same text, and kept on disk (6 bytes each for every training token); then the teacher
-            is let go. 0 keeps it in memory and takes all of them.
-        rounds: prune-recover rounds, at least 1: the pruning callback spends its budget in so many equal shares, what
-            is left being scored anew before each, and an equal share of the training steps follows each.
+        hidden_layers: decoder layers after which that distance is measured; null means the last, before the final norm.
+        teacher: dense model to learn from and, in `predict`, to compare with, written as `model.pretrained`; null means
+            the model that a pruned checkpoint's plan names, else `model.pretrained`.
+        teacher_dtype: type of the teacher's weights, as `model.dtype`.
+        teacher_top_k: number of the teacher's likeliest tokens to learn from, at least 0. They are computed once before
+            training and kept on disk (6 bytes each, for every training token), and then the teacher's memory is freed;
+            0 keeps the teacher in memory and learns from all tokens.
+        rounds: number of prune-recover rounds, at least 1. Each round scores the units that are left, removes an equal
+            share of the budget and trains for an equal share of the steps.
 
     Raises:
         ValueError: if a setting is out of its bounds.
@@ -53,22 +54,25 @@ class RecoveryConfig:
         if self.lora_rank < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise ValueError(
                 "recovery needs lora_rank >= 1, lora_alpha > 0 and lora_dropout in [0, 1), got "
-                f"{self.lora_rank}, {self.lora_alpha} and {self.lora_dropout}; 16, 32 and 0 are a start"
+                f"{self.lora_rank}, {self.lora_alpha} and {self.lora_dropout}; try 16, 32 and 0"
             )
         if self.teacher_top_k < 0:
-            raise ValueError(f"recovery.teacher_top_k must be at least 0, got {self.teacher_top_k}; 64 is a start")
+            raise ValueError(f"recovery.teacher_top_k must be at least 0, got {self.teacher_top_k}; try 64")
         if self.teacher_top_k and self.hidden_weight:
             raise ValueError(
-                f"recovery.hidden_weight {self.hidden_weight} needs the teacher itself: set teacher_top_k to 0"
+                f"recovery.hidden_weight {self.hidden_weight} needs the teacher in memory, but recovery.teacher_top_k "
+                f"is {self.teacher_top_k}: set recovery.teacher_top_k to 0"
             )
         if self.hidden_layers is not None and min(self.hidden_layers, default=0) < 0:
-            raise ValueError(f"recovery.hidden_layers counts decoder layers from 0, got {self.hidden_layers}")
+            raise ValueError(
+                f"recovery.hidden_layers must be decoder layers, counted from 0, got {self.hidden_layers}; try [0]"
+            )
         if self.rounds < 1:
-            raise ValueError(f"recovery.rounds must be at least 1, got {self.rounds}; 2 is a start")
+            raise ValueError(f"recovery.rounds must be at least 1, got {self.rounds}; try 2")
         if self.temperature <= 0 or not 0 <= self.distill_weight <= 1 or self.hidden_weight < 0:
             raise ValueError(
                 "recovery needs temperature > 0, distill_weight in [0, 1] and hidden_weight >= 0, got "
-                f"{self.temperature}, {self.distill_weight} and {self.hidden_weight}; 1, 1 and 0 are a start"
+                f"{self.temperature}, {self.distill_weight} and {self.hidden_weight}; try 1, 1 and 0"
             )
 
     @property

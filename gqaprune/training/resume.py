@@ -1,4 +1,4 @@
-"""Runs that did not end: the note that they leave, and the last of their checkpoints whose weights are finite."""
+"""Find runs that did not end by their notes, and the last of their checkpoints with finite weights."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -19,23 +19,23 @@ from gqaprune.training.checkpoint_files import read_checkpoint
 from gqaprune.training.lightning_internals import HYPER_PARAMETERS, TRAINING_STATE, WEIGHTS
 
 UNFINISHED = Path("lightning_logs") / "unfinished"
-"""Where, under a run's root folder, its note and its stages are until it ends."""
+"""Folder under a run's root folder with its note and its stages, until the run ends."""
 _NOTE = "run.json"
 _LOCK = "run.lock"
 _CHECKSUM = "checksum"
 _PATIENCE = 1.0
-"""Seconds to wait for the lock of a run, which others hold for a moment to see whether it is held."""
+"""Seconds to wait for a run's lock, which other processes take for a moment to see whether it is free."""
 
 
 @dataclass(frozen=True)
 class RunNote:
-    """What a run that has not ended says of itself.
+    """Settings and folders of a run that has not ended.
 
     Args:
-        settings: all of them, as plain data.
-        folder: that it writes its logs to.
+        settings: all settings, as plain data.
+        folder: folder that the run writes its logs to.
         checkpoints: folders that it writes checkpoints to.
-        run: what its checkpoints know it by, for other runs may write to the same folders.
+        run: id of the run in its checkpoints, because other runs may write to the same folders.
     """
 
     settings: Mapping[str, Any]
@@ -44,7 +44,7 @@ class RunNote:
     run: str
 
     def save(self, root: Path) -> None:
-        """Leave the note under a root folder."""
+        """Write the note under a root folder."""
         path = root / UNFINISHED / _NOTE
         path.parent.mkdir(parents=True, exist_ok=True)
         data = asdict(self)
@@ -52,10 +52,10 @@ class RunNote:
 
     @staticmethod
     def load(root: Path) -> "RunNote | None":
-        """The note under a root folder, if there is one.
+        """Read the note under a root folder, if there is one.
 
         Raises:
-            ValueError: if it is not as it was written.
+            ValueError: if it was damaged or changed.
         """
         path = root / UNFINISHED / _NOTE
         if not path.exists():
@@ -63,28 +63,28 @@ class RunNote:
         try:
             data = read_json(path, "note of a run")
             if data.pop(_CHECKSUM) != _hash(data):
-                raise ValueError("it is not what its checksum was made from")
+                raise ValueError("its checksum does not match")
             return RunNote(**data | {"checkpoints": tuple(data["checkpoints"])})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}): remove it to begin anew") from None
+            raise ValueError(f"{path} is damaged ({error}): remove it to train from the start") from None
 
     def check_places(self, root: Path, settings: Mapping[str, Any]) -> None:
-        """Refuse a note of folders that are neither under the run's root folder nor those that its settings name.
+        """Raise an error if a folder of the note is neither under the run's root folder nor named by the settings.
 
         Args:
             root: the run's root folder.
-            settings: of the command that goes on with the run, as plain data.
+            settings: settings of the command that resumes the run, as plain data.
 
         Raises:
-            ValueError: naming the first such folder.
+            ValueError: with the first such folder.
         """
         named = _list_texts([value for name, value in settings.items() if name.startswith("trainer.")])
         homes = [root.resolve(), *(Path(text).resolve() for text in named if text)]
         for folder in (self.folder, *self.checkpoints):
             if not any(Path(folder).resolve().is_relative_to(home) for home in homes):
                 raise ValueError(
-                    f"{root / UNFINISHED / _NOTE} names {folder}, outside of the run's folder {root}: name a "
-                    "checkpoint by --ckpt_path, or remove the file to begin anew"
+                    f"{root / UNFINISHED / _NOTE} names {folder}, outside of the run's folder {root}: set --ckpt_path "
+                    "to a checkpoint, or remove the file to train from the start"
                 )
 
     @staticmethod
@@ -98,7 +98,7 @@ class RunNote:
 
 
 def lock_note(root: Path) -> FileLock | None:
-    """Lock the note under a root folder for a run; null where another one, still running, has it.
+    """Lock the note under a root folder for a run; return None if another run that is not over has locked it.
 
     The system releases the lock when the run's process ends, however it ends.
     """
@@ -119,13 +119,13 @@ def _is_locked(root: Path) -> bool:
 
 @dataclass(frozen=True)
 class FoundRun:
-    """Where a run goes on.
+    """The place from which a run resumes.
 
     Args:
-        folder: that it writes its logs to; null takes a new one.
-        checkpoint: that training goes on from; null begins it.
-        searched: folders that it was looked for in.
-        run: what its checkpoints know it by; empty where it begins.
+        folder: folder that the run writes its logs to; None means a new one.
+        checkpoint: checkpoint that training resumes from; None trains from the start.
+        searched: folders that were searched for checkpoints.
+        run: id of the run in its checkpoints; empty for a new run.
     """
 
     folder: Path | None = None
@@ -134,28 +134,29 @@ class FoundRun:
     run: str = ""
 
     def to_json(self) -> str:
-        """Text that other ranks read."""
+        """Encode it as text for other ranks."""
         return json.dumps(asdict(self), default=str)
 
     @staticmethod
     def from_json(text: str) -> "FoundRun":
-        """Read what `to_json` gave."""
+        """Decode the text of `to_json`."""
         data = json.loads(text)
         folder = None if data["folder"] is None else Path(data["folder"])
         return FoundRun(**data | {"folder": folder, "searched": tuple(data["searched"])})
 
 
 def find_run(root: Path, settings: Mapping[str, Any], asked: str | None, is_first: bool) -> FoundRun:
-    """Find out where a run goes on: where one of the same settings was stopped, or where it is asked to.
+    """Find the place from which a run resumes: the checkpoint that is asked for, or that of a stopped run.
 
     Args:
         root: the run's root folder.
-        settings: of this run, as plain data.
-        asked: a checkpoint; `last` is that of a stopped run, whatever its settings; null is the same, of this run's.
-        is_first: whether this is rank 0, which alone can tell a run that goes on from its own, and says what is found.
+        settings: settings of this run, as plain data.
+        asked: a checkpoint; `last` means the last one of a stopped run, with any settings; None means the last one of a
+            stopped run with the same settings.
+        is_first: whether this is rank 0; only rank 0 checks that no other run holds the lock, and prints the result.
 
     Raises:
-        ValueError: if the note of a stopped run is damaged, or names folders that are not the run's.
+        ValueError: if the note of a stopped run is damaged, or names folders of other runs.
     """
     note = RunNote.load(root) if asked in (None, "last") else None
     if note is None or (is_first and _is_locked(root)):
@@ -163,41 +164,41 @@ def find_run(root: Path, settings: Mapping[str, Any], asked: str | None, is_firs
     note.check_places(root, settings)
     change = describe_change(note.settings, settings)
     if change and asked is None:
-        found, sentence = FoundRun(), f"a run that did not end had other settings: {change}; training begins anew"
+        found, sentence = FoundRun(), f"a run that did not end had other settings: {change}; training starts again"
     else:
         path = find_checkpoint(note.checkpoints, note.run)
         folder, checkpoint = (None if change else Path(note.folder)), (str(path) if path else None)
         found = FoundRun(folder, checkpoint, note.checkpoints, note.run)
         place = f"from {path}" if path else "which has no checkpoint yet"
-        sentence = f"going on with the run in {note.folder}, {place}"
-        sentence += f"; its settings were others: {change}" if change else ""
+        sentence = f"resuming the run in {note.folder}, {place}"
+        sentence += f"; its settings were different: {change}" if change else ""
     if is_first:
         console.print(sentence)
     return found
 
 
 def read_plan(checkpoint: Path) -> dict[str, Any] | None:
-    """The plan that a checkpoint, a file or a folder of shards, carries in plain types; null where it has none.
+    """Read the plan, in plain types, from a checkpoint, a file or a folder of shards; None if it has none.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if the checkpoint cannot be read.
     """
     settings = read_checkpoint(checkpoint).get(HYPER_PARAMETERS, {})
     plan = settings.get("plan") if isinstance(settings, dict) else settings
     if plan is not None and not isinstance(plan, dict):
-        raise ValueError(f"{checkpoint} is no checkpoint of gqaprune's: its plan is of type {type(plan).__name__}")
+        raise ValueError(f"{checkpoint} is not a checkpoint of gqaprune: its plan is of type {type(plan).__name__}")
     return plan
 
 
 def find_pruning_plan(checkpoint: str | Path | None, state_key: str) -> dict[str, Any] | None:
-    """The plan, in plain types, that a pruning callback left in a checkpoint of a module of another class.
+    """Read the plan, in plain types, that a pruning callback saved in a checkpoint of another class's module.
 
     Args:
         checkpoint: a file or a folder of shards; None has no plan.
-        state_key: of the callback.
+        state_key: key of the callback's state.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if the checkpoint cannot be read.
     """
     if checkpoint is None or not Path(checkpoint).exists():
         return None
@@ -207,21 +208,21 @@ def find_pruning_plan(checkpoint: str | Path | None, state_key: str) -> dict[str
 
 
 def read_strategy(checkpoint: Path) -> str:
-    """The strategy that wrote a sharded checkpoint, a folder, which no other can read."""
+    """Read which strategy wrote a sharded checkpoint, a folder; no other strategy can read it."""
     return str(read_checkpoint(checkpoint).get("strategy", "ModelParallelStrategy"))
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint, a file or a folder of shards, has what training goes on with besides weights.
+    """Return whether a checkpoint, a file or a folder of shards, has a training state besides weights.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if the checkpoint cannot be read.
     """
     return TRAINING_STATE in read_checkpoint(checkpoint)
 
 
 def list_run_folders(root: Path) -> list[Path]:
-    """List the folders that runs with a root folder write to: itself, those of their logs, that of their stages."""
+    """List the folders that runs with a root folder write to: the root, their logs and their stages."""
     logs = root / UNFINISHED.parent
     return [root, logs, *(folder for folder in logs.glob("*") if folder.is_dir())]
 
@@ -233,9 +234,9 @@ def list_checkpoint_folders(writers: Iterable[object]) -> list[str]:
 
 
 def find_checkpoint(folders: Iterable[str | Path], run: str) -> Path | None:
-    """The newest checkpoint in folders that a run can go on from.
+    """Find the newest checkpoint in folders that a run can resume from.
 
-    It is the run's own, whole, with the optimizer's state; its weights are all finite, if they are in one file.
+    It belongs to the run and has the optimizer's state; if it is one file, all its weights are finite.
     """
     found = ((Path(folder).resolve(), path) for folder in set(folders) for path in Path(folder).glob("*.ckpt"))
     paths = [path for home, path in found if path.resolve().is_relative_to(home)]  # no link to elsewhere
@@ -248,7 +249,7 @@ def _hash(data: Mapping[str, Any]) -> str:
 
 
 def _list_texts(value: Any) -> list[str]:
-    """All texts in plain data."""
+    """List all strings in plain data."""
     if isinstance(value, (list, tuple)):
         return [text for one in value for text in _list_texts(one)]
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Random numbers of training steps, the same in a run that was stopped and resumed."""
+"""Seed training steps so that a resumed run draws the same random numbers."""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,16 +9,16 @@ from torch import nn
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _NOISE = ("dropout", "pdrop", "jitter_noise")
-"""How names of settings end by which a model in training draws random numbers without a module for it."""
+"""Endings of config settings that make a model draw random numbers in training without a dropout module."""
 
 
 @contextmanager
 def seed_by_place(device: torch.device, *place: int) -> Iterator[None]:
-    """Seed torch by the run's seed and a place in the run while the context lasts, then restore its state.
+    """Seed torch with the run's seed and a place in the run within the context, then restore its state.
 
     Args:
-        device: whose random numbers are drawn, beside the CPU's.
-        place: numbers that tell one step of one rank from all others.
+        device: device to seed, besides the CPU.
+        place: numbers that identify one step of one rank.
     """
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         content = hashlib.sha256(repr((torch.initial_seed(), *place)).encode()).digest()
@@ -27,7 +27,7 @@ def seed_by_place(device: torch.device, *place: int) -> Iterator[None]:
 
 
 def draws_random_numbers(model: nn.Module) -> bool:
-    """Whether a model in training draws random numbers: of dropout, adapters' too, or of a router's noise."""
+    """Return whether a model in training draws random numbers, for dropout (also of adapters) or a router's noise."""
     if any(isinstance(module, _DROPOUT) and module.p > 0 for module in model.modules()):
         return True
     config = getattr(model, "config", None)

@@ -1,4 +1,4 @@
-"""All ranks of a run stop together: for a signal to one of them, a loss that is not finite, an error of one."""
+"""Stop all ranks of a run together after a signal to one of them, a loss that is not finite, or an error."""
 
 import os
 import subprocess
@@ -27,15 +27,15 @@ from gqaprune.training.resume import list_checkpoint_folders
 
 
 class StopTogether(Callback):
-    """Lets all ranks of a run stop at the end of the same step, and hear of a rank that ends at any other time.
+    """Stops all ranks of a run at the end of the same step, and tells them when a rank ends at any other time.
 
-    A signal sets a flag while the model trains. Once in each optimizer step, and before each validation batch, the
-    ranks agree on whether one of them has the flag, or a loss that is not finite; they then write a checkpoint where
-    the run has a `ModelCheckpoint`, and exit with 128 and the signal's number. At any other time a signal, or an error,
-    ends its rank at once, and the others as soon as they hear of it. `CausalLMModule` adds it to its trainer.
+    While the model trains, a signal sets a flag. Once per optimizer step, and before each validation batch, the ranks
+    check whether one of them has the flag or a loss that is not finite. If so, they write a checkpoint (if the run has
+    a `ModelCheckpoint`) and exit with 128 plus the signal's number. At any other time, a signal or an error ends its
+    rank at once, and the others as soon as they are told. `CausalLMModule` adds this callback to its trainer.
 
     Args:
-        losses: what the module notes its losses in.
+        losses: the watch in which the module records its losses.
     """
 
     def __init__(self, losses: LossWatch) -> None:
@@ -46,7 +46,7 @@ class StopTogether(Callback):
         self._stop = 0
 
     def begin(self, trainer: Trainer) -> None:
-        """Take signals and child processes over from Lightning, before there is a process group."""
+        """Take over signals and child processes from Lightning, before there is a process group."""
         self._handles_signals = not stop_signals.is_installed
         stop_signals.install()
         take_over_signals(trainer)
@@ -62,21 +62,21 @@ class StopTogether(Callback):
             self._ranks.connect(trainer.global_rank, trainer.world_size, host, trainer.strategy.broadcast)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Stop between steps from here on."""
+        """Defer signals to the end of the step from here on."""
         self._trains = True
         stop_signals.defer()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Agree with the other ranks, before a loss that is not finite reaches the weights."""
+        """Check with the other ranks before a loss that is not finite reaches the weights."""
         self._agree(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stop here, except where a validation comes first or the epoch ends: a checkpoint would leave them out."""
+        """Stop here, unless a validation follows or the epoch ends, which a resumed run would skip."""
         if self._stop and not is_validation_due(trainer) and not is_last_step(trainer):
             self._save_and_stop(trainer, pl_module)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stop here, too: a run that goes on begins the validation again."""
+        """Stop here as well: a resumed run repeats the validation."""
         if self._trains:
             self._agree(trainer, pl_module)
             if self._stop:
@@ -86,23 +86,23 @@ class StopTogether(Callback):
     on_validation_epoch_end = on_validation_batch_start
 
     def on_validation_end(self, *_: Any) -> None:
-        """Stop at once while other callbacks look at what was measured."""
+        """Let signals stop the run at once while other callbacks use the results."""
         stop_signals.stop_at_once()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let a checkpoint be written to its end, and one from within a validation go on with its first batch."""
+        """Finish writing the checkpoint; make one from within a validation resume at its first batch."""
         if self._trains:
             stop_signals.defer()
         if self._validates:
             put_before_validation(checkpoint)
 
     def on_train_end(self, *_: Any) -> None:
-        """Stop at once from here on."""
+        """Let signals stop the run at once from here on."""
         self._trains = False
         stop_signals.stop_at_once()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Tell the other ranks why this one ends; or name the rank whose end has let a collective fail."""
+        """Tell the other ranks why this one ends; if another rank's end is the cause, name that rank."""
         is_own = isinstance(exception, Stopped) or not isinstance(exception, RuntimeError) or trainer.world_size == 1
         heard = None if is_own else self._ranks.wait()
         if heard is not None and not isinstance(exception, RankEndedError):
@@ -115,7 +115,7 @@ class StopTogether(Callback):
         self._give_back_signals()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the checkpoints of a run that was stopped and has ended now."""
+        """Remove checkpoints that were written for a signal, because the run has ended now."""
         if stage == "fit":
             for path in _list_written(trainer, pl_module):
                 trainer.strategy.remove_checkpoint(path)
@@ -123,10 +123,10 @@ class StopTogether(Callback):
         self._give_back_signals()
 
     def _agree(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out whether a rank has to stop, in one reduction.
+        """Check in one reduction whether any rank has to stop.
 
         Raises:
-            ValueError: on every rank, if the loss of one is not finite.
+            ValueError: on every rank, if the loss of one rank is not finite.
         """
         rank, ranks = trainer.global_rank, trainer.world_size
         is_bad = self.losses.is_bad.to(trainer.strategy.root_device)
@@ -143,9 +143,9 @@ class StopTogether(Callback):
         return self.losses.describe(rank, folders, str(pl_module.run_id))
 
     def _save_and_stop(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write a checkpoint, where the run writes some, and end with the signal's exit code."""
+        """Write a checkpoint, if the run writes any, and end with the signal's exit code."""
         folder = next(iter(list_checkpoint_folders(trainer.checkpoint_callbacks)), None)
-        is_over = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps  # would not be gone on from
+        is_over = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps  # nothing is left to resume
         if folder is not None and not is_over:
             before = _list_written(trainer, pl_module)
             path = Path(folder) / f"{_name_checkpoints(pl_module)}-step={trainer.global_step}.ckpt"
@@ -154,7 +154,11 @@ class StopTogether(Callback):
                 if other != path:
                     trainer.strategy.remove_checkpoint(other)
             if trainer.is_global_zero:
-                console.print(f"stopped at step {trainer.global_step}: training is in {path}", markup=False)
+                console.print(
+                    f"stopped at step {trainer.global_step}; the training state is in {path}: run the same command "
+                    "again to resume",
+                    markup=False,
+                )
         if self._stop == find_requeue_signal(trainer) and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", get_slurm_job()], check=False)
         raise Stopped(self._stop)
@@ -165,7 +169,7 @@ class StopTogether(Callback):
 
 
 def get_slurm_job() -> str:
-    """The job that this process belongs to, as `scontrol` knows it."""
+    """Return the name that `scontrol` has for the job of this process."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
 
@@ -175,6 +179,6 @@ def _name_checkpoints(pl_module: LightningModule) -> str:
 
 
 def _list_written(trainer: Trainer, pl_module: LightningModule) -> list[Path]:
-    """Checkpoints that were written for a signal to this run."""
+    """List the checkpoints that this run wrote because of a signal."""
     folders = list_checkpoint_folders(trainer.checkpoint_callbacks)
     return [path for folder in folders for path in Path(folder).glob(f"{_name_checkpoints(pl_module)}-*.ckpt")]

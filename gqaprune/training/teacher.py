@@ -1,7 +1,7 @@
-"""A teacher's predictions on disk: its likeliest tokens for every training token, computed once, read in every epoch.
+"""Keep a teacher's predictions on disk: its likeliest tokens for every training token, computed once.
 
-What it holds of each position are the `k` largest log-probabilities and their tokens, 6 bytes each; what the other
-tokens have together follows, for probabilities add up to 1.
+For each position, the files have the `k` largest log-probabilities and their tokens, 6 bytes each. The probability of
+all other tokens together follows, because probabilities add up to 1.
 
 Axes in tensor names: B samples, T tokens, V vocabulary, K likeliest tokens.
 """
@@ -23,22 +23,22 @@ from gqaprune.models.soft_targets import Predictions, predict_likeliest
 from gqaprune.placement.model_hash import hash_model
 
 CACHE_FOLDER = find_cache_folder("teachers")
-"""Where predictions are kept, a folder for each teacher, text and setting."""
+"""Folder of predictions, with a folder for each teacher, text and setting."""
 _WINDOWS_PER_FILE = 64
 
 
 class CachedTeacher:
-    """Predictions for training windows, as files.
+    """A teacher's predictions for training windows, in files.
 
     Args:
-        folder: of one teacher, text and setting.
+        folder: folder of one teacher, text and setting.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def predict(self, index_B: Tensor) -> Predictions:
-        """Predictions for windows, by their place among all: float32 and int64 `[batch, tokens - 1, k]` on the CPU."""
+        """Read predictions for windows by index, float32 and int64 `[batch, tokens - 1, k]`, on the CPU."""
         rows = [self._read(int(index)) for index in index_B]
         return Predictions(torch.stack([row[0] for row in rows]).float(), torch.stack([row[1] for row in rows]).long())
 
@@ -56,15 +56,15 @@ def cache_teacher(
     batch_size: int = 1,
     cache: Path = CACHE_FOLDER,
 ) -> CachedTeacher:
-    """Let a teacher predict every token of the windows, unless that is on disk; each rank writes its share of files.
+    """Write a teacher's predictions for the windows, unless they are on disk; each rank writes its share of files.
 
     Args:
-        teacher: the dense causal LM, on the device to work on, in eval mode.
+        teacher: the dense causal LM, in eval mode, on the device to compute on.
         windows_NT: token ids, int64, the same on every rank.
-        top_k: likeliest tokens to keep, 1 to the vocabulary's size.
-        temperature: divides the logits first.
+        top_k: number of likeliest tokens to keep, 1 to the vocabulary's size.
+        temperature: divides the logits.
         batch_size: windows per forward pass.
-        cache: folder for all teachers; in a process group one that every rank reads.
+        cache: folder of all predictions; in a process group, every rank must see the same folder.
 
     Raises:
         ValueError: if `top_k` is out of its bounds, the teacher's logits are not finite, or a rank cannot see the files
@@ -84,28 +84,28 @@ def cache_teacher(
             log_probability, token = (torch.cat(tensors).contiguous() for tensors in zip(*batches, strict=True))
             if not torch.isfinite(log_probability).all():
                 raise ValueError(
-                    f"the teacher's logits are not finite in training windows {number * _WINDOWS_PER_FILE} and on (it "
-                    f"computes in {teacher.dtype}): set recovery.teacher_dtype to bfloat16 or float32"
+                    f"the teacher's logits are not finite in training windows {number * _WINDOWS_PER_FILE} and later "
+                    f"(it computes in {teacher.dtype}): set recovery.teacher_dtype to bfloat16 or float32"
                 )
             content = pack_tensors({"log_probability": log_probability.half(), "token": token.int()}, {})
             write_atomically(_name_file(folder, number), content)
     except (OSError, ValueError) as failure:  # a full disk, an overflow
         error = failure
     if is_true_anywhere(error is not None, device):
-        raise error or ValueError("the teacher's predictions failed on another rank")
+        raise error or ValueError("the teacher's predictions failed on another rank: see the error of that rank")
     if is_true_anywhere(not all(_name_file(folder, number).exists() for number in range(len(parts))), device):
-        raise ValueError(f"{folder} is not the same on every machine: set XDG_CACHE_HOME to a shared folder")
+        raise ValueError(f"{folder} is not shared by all machines: set XDG_CACHE_HOME to a shared folder")
     return CachedTeacher(folder)
 
 
 def check_top_k(top_k: int, vocabulary: int) -> None:
-    """Refuse to keep more of a teacher's tokens than its vocabulary has.
+    """Raise an error if `top_k` is not 1 to the teacher's vocabulary size.
 
     Raises:
         ValueError: with the bound.
     """
     if not 1 <= top_k <= vocabulary:
-        raise ValueError(f"recovery.teacher_top_k must be 1 to {vocabulary}, got {top_k}; 64 is a start")
+        raise ValueError(f"recovery.teacher_top_k must be 1 to {vocabulary}, got {top_k}; try {min(64, vocabulary)}")
 
 
 def _is_whole(path: Path) -> bool:

@@ -194,7 +194,7 @@ def test_a_row_prunes_and_measures_a_tiny_model(tiny_folder: Path, tmp_path: Pat
         quality_row.run_row(kept)
     assert load_model(tmp_path / "kept").num_parameters() == result["parameters"]
     (tmp_path / "kept" / "plan.json").unlink()
-    with pytest.raises(ValueError, match="holds files that are not from an earlier run"):
+    with pytest.raises(ValueError, match="has files that are not from an earlier run"):
         quality_row.run_row(kept | {"model": "is not even loaded"})
 
 

@@ -73,14 +73,14 @@ def test_held_out_windows_come_first_where_the_corpora_have_too_few_for_both(
         assert len(data.read_calibration_windows()) == calibrated
     assert sum(len(batch["input_ids"]) for batch in data.held_out_batches()) == held_out
     is_short = held_out < 8 or (wanted is not None and calibrated < wanted)
-    sentence = f"hold {windows} windows of 32 tokens; {calibrated} are calibrated on ({wanted or 'all'} wanted)"
+    sentence = f"only {windows} windows of 32 tokens: {calibrated} are used for calibration ({wanted or 'all'} wanted)"
     assert (sentence in caplog.text) is is_short
 
 
 SILENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "no text": ({**MILD, "criterion": "l1"}, {}, "these settings calibrate on no text"),
+    "no text": ({**MILD, "criterion": "l1"}, {}, "these settings need no calibration text"),
     "no corpus": (MILD, {"corpora": [], "sampled_windows": 4}, "data.calibration.corpora is empty"),
-    "one window": (MILD, {"corpora": ["one.txt"]}, "hold a single window of 32 tokens"),
+    "one window": (MILD, {"corpora": ["one.txt"]}, "fill only one window of 32 tokens"),
     "asked": (MILD, {"held_out_windows": 0}, ""),
     "on": (MILD, {}, ""),
 }
@@ -109,7 +109,7 @@ def test_a_guard_of_a_plan_that_was_given_and_one_without_validation_say_what_th
     with caplog.at_level("INFO", logger="gqaprune"):
         trainer = make_trainer(tmp_path, cut, PerplexityGuard(), limit_val_batches=0, limit_train_batches=1)
         trainer.fit(module := CausalLMModule(str(learned_folder)), datamodule=make_data(learned_folder))
-    assert "PerplexityGuard judges what pruning left and not what training makes of it" in caplog.text
+    assert "PerplexityGuard judges the model after pruning but not during training" in caplog.text
     assert module.plan is not None
     module.plan.save(plan)
     with caplog.at_level("INFO", logger="gqaprune"):
@@ -186,7 +186,7 @@ def test_what_stops_a_run_is_diagnosed_anew_after_a_warning_of_something_else(
     monkeypatch.setattr(console, "quiet", False)
     with pytest.raises(ValueError, match=r"PerplexityGuard: at step \d+ .*learning rate"):
         fit(learned_folder, tmp_path, Wrecker(1.001, 100.0), {**HARD, "rate": 0.2}, limit_val_batches=1)
-    assert "attention gave too much" in " ".join(capsys.readouterr().out.split())  # what was warned of
+    assert "too much attention was removed" in " ".join(capsys.readouterr().out.split())  # what was warned of
     assert json.loads((tmp_path / "guard.json").read_text())["diagnosis"]["verdict"]["cause"] == "repair"
 
 
@@ -213,7 +213,7 @@ def test_a_cut_model_that_is_not_finite_is_told_with_its_place(
     [
         ({"warn_ratio": 1.0}, "1 < warn_ratio"),
         ({"warn_ratio": 5.0, "stop_ratio": 4.0}, "got 5.0 and 4.0"),
-        ({"max_perplexity": 1.0}, "100 is the default"),
+        ({"max_perplexity": 1.0}, "try 100"),
     ],
 )
 def test_bounds_that_make_no_sense_are_refused(settings: dict[str, float], message: str) -> None:

@@ -66,7 +66,7 @@ def test_plan_that_names_its_own_checkpoint_gives_no_dense_model(models: Path, p
     plan = PruningPlan.load(models / "stuck/plan.json")
     replace(plan, model=str(models / "stuck")).save(models / "stuck/plan.json")
     found = predict("stuck")
-    assert not found["dense"] and "names itself; name it by --model.recovery.teacher" in found["note"]
+    assert not found["dense"] and "names itself; set --model.recovery.teacher" in found["note"]
 
 
 def measure_by_hand(folder: Path, prompt: str, answer: list[int]) -> float:
@@ -147,8 +147,8 @@ def test_the_dense_model_is_the_teacher_or_what_the_plan_cuts_or_none(
     assert found["prompts"][0]["pruned"]["perplexity"] is None
     assert found["prompts"][0]["verdict"]["level"] == "broken"
     shown = " ".join(capsys.readouterr().out.split())
-    assert "no dense model to compare with, so that only what repeats itself is seen" in shown
-    assert "has no plan that tells it; name it by --model.recovery.teacher" in shown
+    assert "no dense model to compare with, so the verdicts detect repetition" in shown
+    assert "has no plan that names the dense model; set --model.recovery.teacher to the dense model" in shown
 
     plan = models / "good/plan.json"
     plan.write_text(plan.read_text().replace(str(models / "dense"), "./gone"))
@@ -198,7 +198,7 @@ def test_a_model_that_took_the_dense_ones_name_is_not_compared_with(predict: Pre
     gqaprune.save(make_counting_model(2), make_tokenizer(), models / "dense")
     found = predict("good", "--data.prompts", "[AB]")
     assert found["dense"] is None and "dense is not the model that the plan was made for" in found["note"]
-    assert found["note"].endswith("; name it by --model.recovery.teacher")
+    assert found["note"].endswith("; set --model.recovery.teacher to the dense model")
 
 
 def test_a_prompt_that_fills_the_context_is_refused_and_text_ends_with_it(
@@ -207,7 +207,7 @@ def test_a_prompt_that_fills_the_context_is_refused_and_text_ends_with_it(
     (row,) = predict("good", "--data.prompts", f"[{'A' * 250}]")["prompts"]
     assert row["pruned"]["text"] == "BCDEFG" and row["pruned"] == row["dense"]
     predict("good", "--data.prompts", f"[{'A' * 256}]", code=1)
-    assert "a prompt has 256 tokens and the model's context 256: give a shorter prompt" in capsys.readouterr().err
+    assert "a prompt has 256 tokens, but the model's context is 256: give a shorter prompt" in capsys.readouterr().err
 
 
 def test_predictions_do_not_follow_the_generation_config(predict: Predict, models: Path) -> None:

@@ -61,5 +61,5 @@ def test_a_run_that_fails_leaves_its_note_to_the_next_one_in_the_same_process(
     assert (UNFINISHED / "run.json").exists() and not (UNFINISHED / "run.lock").exists()
     console.quiet = False
     assert run("fit") == 0
-    assert "going on with the run in lightning_logs/version_0, which has no checkpoint" in capsys.readouterr().out
+    assert "resuming the run in lightning_logs/version_0, which has no checkpoint" in capsys.readouterr().out
     assert not UNFINISHED.exists()

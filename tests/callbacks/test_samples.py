@@ -116,11 +116,11 @@ def test_a_model_that_is_sharded_gets_no_samples_and_a_sentence(
     train(tiny_folder, tmp_path, SampleGenerations())
     assert not read_texts(tmp_path)
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.count("no sample generations are logged: SingleDeviceStrategy shards the model") == 1
+    assert shown.count("SampleGenerations is off: SingleDeviceStrategy shards the model") == 1
 
 
 def test_numbers_out_of_bounds_are_refused() -> None:
-    with pytest.raises(ValueError, match="got -1 and 30; prompts: 0 logs none"):
+    with pytest.raises(ValueError, match="got -1 and 30; set samples.prompts to 0"):
         SampleGenerations(prompts=-1)
     with pytest.raises(ValueError, match="got 3 and 0"):
         SampleGenerations(max_new_tokens=0)

@@ -29,7 +29,7 @@ AVERAGING = ["--trainer.callbacks", CALLBACKS + "EMAWeightAveraging"]
 
 SETTINGS = {
     "two accumulations": (["--trainer.accumulate_grad_batches", "2"], "set pruning.scheduling to {0: 2}"),
-    "no interval": (["--trainer.val_check_interval", "0"], "val_check_interval must be above 0, got 0; 1.0 validates"),
+    "no interval": (["--trainer.val_check_interval", "0"], "val_check_interval must be above 0, got 0; set it to 1.0"),
     "an interval of time": (["--trainer.val_check_interval", "00:00:00:01"], "a share of an epoch such as 0.25"),
     "a rate below 0": (["--model.optimizer.lr=-1"], "model.optimizer cannot train: Invalid learning rate: -1"),
     "an optimizer without groups": (["--model.optimizer", "torch.optim.LBFGS"], "LBFGS doesn't support per-parameter"),
@@ -40,13 +40,13 @@ SETTINGS = {
     "no validation": ([*EARLY_STOPPING, "ppl/embedded", "--trainer.limit_val_batches", "0"], "unless trainer.lim"),
     "validation too late": (
         [*EARLY_STOPPING, "ppl/embedded", "--trainer.check_val_every_n_epoch", "2"],
-        "check_val_every_n_epoch is 2, and there are 1 epochs; set it to 1",
+        "check_val_every_n_epoch is 2 and trainer.max_epochs is 1: set",
     ),
     "a part of no loss": ([*BEST, "--trainer.callbacks.monitor", "train/divergence"], "monitors train/divergence, whi"),
     "checkpoints in a file": ([*BEST, "--trainer.callbacks.dirpath", "file.txt"], "file.txt is a file; choose another"),
     "rates without a logger": (
         ["--trainer.callbacks", CALLBACKS + "LearningRateMonitor", "--trainer.logger", "false"],
-        "LearningRateMonitor logs to a logger, and trainer.logger is false",
+        "LearningRateMonitor needs a logger, but trainer.logger is false",
     ),
     "a rate to be found": (["--trainer.callbacks", CALLBACKS + "LearningRateFinder"], "and set model.optimizer.lr"),
     "averages and adapters": ([*AVERAGING, "--model.recovery.mode", "lora"], "before recovery.mode lora changes it"),
@@ -55,18 +55,18 @@ SETTINGS = {
     "unknown quantization": (["--export.quantization", "int3"], "int3"),
     "unknown target of adapters": (
         ["--model.recovery", '{"mode": "lora", "lora_targets": ["qkv_proj"]}'],
-        "recovery.lora_targets: ['qkv_proj'] given; this model's are q_proj",
+        "must be projections of the model, got ['qkv_proj']: use q_proj",
     ),
     "more of the teacher than it has": (
         ["--model.recovery", '{"mode": "distill", "teacher_top_k": 100000}'],
         "recovery.teacher_top_k must be 1 to 260, got 100000",
     ),
-    "a checkpoint that is not there": (["--ckpt_path", "gone.ckpt"], "no checkpoint at gone.ckpt: name one, or leave"),
+    "a checkpoint that is not there": (["--ckpt_path", "gone.ckpt"], "no checkpoint at gone.ckpt: set --ckpt_path to"),
     "a name that is too long": (["--export.folder", "x" * 250], "File name too long; choose another folder"),
     "a file system that takes nothing": (["--export.folder", "/proc/1/out"], "cannot write to /proc/1/out: "),
     "settings of a numbered run": (
         ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", ".", "--trainer.logger.version", "0"],
-        "version_0/config.yaml is there already, and this run would write its settings there",
+        "version_0/config.yaml already exists, and this run would write its settings there",
     ),
     "a precision that needs a package": (["--trainer.precision", "transformer-engine"], "trainer: "),
 }  # fmt: skip
@@ -133,23 +133,23 @@ def make_trainer(**settings: Any) -> Any:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"precision": "16-mixed", "gradient_clip_val": 1.0}, "AdamW unscales itself under precision 16-mixed: set mo"),
+        ({"precision": "16-mixed", "gradient_clip_val": 1.0}, "under precision 16-mixed AdamW unscales them only"),
         (
             {"strategy": DeepSpeedStrategy.__new__(DeepSpeedStrategy), "gradient_clip_val": 1.0}
             | {"gradient_clip_algorithm": "value"},
-            "DeepSpeed clips gradients by norm alone",
+            "DeepSpeed can clip gradients only by norm",
         ),
         (
             {"strategy": ModelParallelStrategy(), "callbacks": [EMAWeightAveraging()]},
-            "copies the whole model, which ModelParallelStrategy shards",
+            "copies the whole model, but ModelParallelStrategy shards",
         ),
         (
             {"callbacks": [StochasticWeightAveraging(1e-2), ModelCheckpoint(monitor="train/loss")]},
-            "the export takes the weights that ModelCheckpoint found best by train/loss: leave one",
+            "the export uses the weights that ModelCheckpoint found best by train/loss: leave one",
         ),
         (
             {"callbacks": [TaylorPruning(rate=0.1), GradientAccumulationScheduler({0: 2})]},
-            "TaylorPruning, GradientAccumulationScheduler each set how many micro-batches accumulate",
+            "TaylorPruning, GradientAccumulationScheduler all set the accumulation",
         ),
     ],
 )

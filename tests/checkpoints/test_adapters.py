@@ -53,7 +53,7 @@ def test_saved_adapters_give_the_dense_model_the_same_logits(tmp_path: Path) -> 
 )
 def test_adapters_that_are_no_product_beside_a_weight_are_refused(config: PeftConfig, tmp_path: Path) -> None:
     view = get_peft_model(make_model("llama"), config)
-    with pytest.raises(ValueError, match=r"adapters that cannot be merged on saving: .* merge_and_unload\(\)"):
+    with pytest.raises(ValueError, match=r"adapters, which cannot be merged on saving: .* merge_and_unload\(\)"):
         save(view.get_base_model(), None, tmp_path / "out", adapted=view)
     assert not list(tmp_path.iterdir())
 

@@ -50,7 +50,7 @@ def test_card_says_what_was_cut_measured_and_how_to_load_it(tmp_path: Path) -> N
         "pipeline_tag": "text-generation",
         "tags": ["gqaprune", "pruned"],
     }
-    assert "# Qwen2.5-7B, pruned" in body and "asked to lose 25.0% of its decoder-layer parameters" in body
+    assert "# Qwen2.5-7B, pruned" in body and "to remove 25.0% of its decoder-layer parameters" in body
     assert "| 0 | 4 of 6 | 2 of 3 | 10 of 20 |\n| 1-2 | 6 | 3 | 20 |" in body
     assert "| val/a | 9.50 | 11.25 |\n\nwindows of 32 tokens, token-weighted." in body
     assert f'from_pretrained("{tmp_path.name}", trust_remote_code=True)' in body
@@ -170,7 +170,7 @@ def test_card_says_how_much_padding_gave_back(format: str, file: str, tmp_path: 
     if file:
         (tmp_path / file).touch()
     _, body = read_card(tmp_path, format=format, written=PLAN.geometry)
-    assert "zeros: 0.00 M parameters, 100% of what pruning removed." in body
+    assert "channels: 0.00 M parameters, 100% of the parameters that pruning removed." in body
     assert "trust_remote_code" not in body and (f'gguf_file="{file}"' in body) == bool(file)
 
 
@@ -185,19 +185,19 @@ def test_card_of_a_gguf_file_says_how_llama_cpp_and_gqaprune_load_it(tmp_path: P
 def test_card_says_where_widths_are_rounded(tmp_path: Path) -> None:
     rounded = replace(PLAN.pruned_geometry, channels=(32, 64, *PLAN.pruned_geometry.channels[2:]))
     _, body = read_card(tmp_path, format="gguf-q8_0", written=rounded)
-    assert "layers are filled up with zeros to sizes that the format has: 0.0" in body
+    assert "layers are padded with zeros to sizes that the format allows: 0.0" in body
 
 
 def test_card_of_layers_padded_each_to_its_own_size_names_no_size(tmp_path: Path) -> None:
     written = replace(PLAN.pruned_geometry, channels=(11, 20, 20))
     _, body = read_card(tmp_path, format="nemotron-nas", written=written)
-    assert "layers are filled up with zeros to sizes that the format has: 0.00 M parameters, 4% of what" in body
+    assert "layers are padded with zeros to sizes that the format allows: 0.00 M parameters, 4% of the" in body
     assert f"vllm serve {tmp_path.name} --trust-remote-code" in body and f'gqaprune.load("{tmp_path.name}")\n' in body
 
 
 def test_card_counts_in_what_the_rate_is_a_share_of(tmp_path: Path) -> None:
     _, body = read_card(tmp_path, plan=replace(PLAN, rate_base="all", kv_rate=0.5))
-    assert "asked to lose 25.0% of its parameters and 50.0% of its KV heads, by" in body
+    assert "to remove 25.0% of its parameters and 50.0% of its KV heads, with" in body
 
 
 def test_padding_counts_the_zeros_of_every_projection() -> None:

@@ -68,9 +68,9 @@ def test_entered_format_refuses_what_its_flags_say(tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     with pytest.raises(ValueError, match="names of Qwen2 are secret; use padded"):
         save(make_model("qwen2"), None, tmp_path / "out", format="names")
-    with pytest.raises(ValueError, match="names does not go with quantization int8"):
+    with pytest.raises(ValueError, match="format names cannot be combined with quantization int8"):
         save(make_model("llama"), None, tmp_path / "out", format="names", quantization="int8")
-    with pytest.raises(ValueError, match="format names needs the whole model .* set it to auto, stock or per-layer, "):
+    with pytest.raises(ValueError, match="format names needs the model .* set format to auto, stock or per-layer, "):
         check_written_by_layer("names", None, Placement.DISK)
     with pytest.raises(ValueError, match="one of auto, stock, per-layer, .*, names, got 'x'"):
         choose_format(make_model("llama").config, "x")
@@ -119,7 +119,7 @@ def test_auto_is_the_first_automatic_format_that_can_hold_the_model(monkeypatch:
     monkeypatch.setattr("gqaprune.checkpoints.formats.FORMATS", fewer)
     assert choose_format(uneven, "auto") == "padded"
     assert choose_format(make_model("llama").config, "auto") == "stock"
-    assert describe_formats().endswith("`auto` is `stock` or `padded`, the first that can hold the model.")
+    assert describe_formats().endswith("`auto` is the first of `stock` or `padded` that can store the model.")
 
 
 @pytest.mark.parametrize("format", list(FORMATS))

@@ -122,8 +122,10 @@ def test_what_falls_back_to_larger_types_is_said_with_the_setting_that_avoids_it
     export(str(tmp_path / "pruned"), str(tmp_path / "out"), "gguf-q4_k_m")
     said = " ".join(capsys.readouterr().out.split())
     remark = describe_fallbacks(tmp_path / "out")
-    assert "23 matrices have rows that are not multiples of 256 values, and are stored in larger types (" in remark
-    assert remark.endswith("): set pruning.limits.channel_multiple to 256 to avoid it in MLPs.")
+    assert "23 matrices are stored in larger types (" in remark
+    assert remark.endswith(
+        " are not multiples of 256 values: set pruning.limits.channel_multiple to 256 to avoid it in MLPs."
+    )
     assert remark in said and for_markdown(remark) in (tmp_path / "out/README.md").read_text().splitlines()
     assert read_geometry(load_model(tmp_path / "out").config) == plan.pruned_geometry
     types = read_types(tmp_path / "out/model-q4_k_m.gguf")
@@ -134,7 +136,7 @@ def test_models_of_a_narrow_hidden_size_fall_back_whatever_is_set(tmp_path: Path
     write(make_model("llama", kv_heads=2, ratio=4, channels=40), tmp_path / "out", "q5_k_m")  # 32 wide
     remark = describe_fallbacks(tmp_path / "out")
     assert remark.startswith("23 of 23 matrices") and "(20 in q5_1, 3 in q8_0)" in remark
-    assert remark.endswith("most of them have 32 values in a row, which is this model's hidden size.")
+    assert remark.endswith("most of them have rows of 32 values, this model's hidden size.")
 
 
 def test_without_a_quantiser_the_format_is_refused_before_any_work(
@@ -142,7 +144,7 @@ def test_without_a_quantiser_the_format_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr(gguf_quantizer, "_load_rounding", lambda: None)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=r"neither xllamacpp nor llama-quantize is here: pip install 'gqaprune\[llama"):
+    with pytest.raises(ValueError, match=r"nor llama-quantize is installed: pip install 'gqaprune\[llama"):
         choose_format(make_model().config, "gguf-q4_k_m")
     assert choose_format(make_model().config, "gguf-q8_0") == "gguf-q8_0"
 
@@ -164,7 +166,7 @@ def test_llama_quantize_is_used_where_the_wheel_is_not(program: Path, tmp_path: 
         ("exit 139", r"could not write q4_k_m \(it said nothing\); use gguf-q8_0"),
         ('cp "$0.wider" "$2"', r"quantiser changed llama\.feed_forward_length in the file; use gguf-q8_0"),
         ("LC_ALL=C sed s/attn_q.weight/attn_x.weight/ $1 > $2", r"changed the shape of blk\.0\.attn_q\.weight; use"),
-        ('cp "$0.other" "$2"', r"changed token_embd\.weight by more than it rounds; use gguf-q8_0"),
+        ('cp "$0.other" "$2"', r"changed token_embd\.weight by more than rounding; use gguf-q8_0"),
     ],
 )
 def test_a_quantiser_that_fails_or_writes_another_model_leaves_the_old_checkpoint(

@@ -46,8 +46,8 @@ def test_config_names_a_file_on_the_family_of_mlx_lm_and_all_else_stays(
 @pytest.mark.parametrize(
     ("variant", "sentence"),
     [
-        ("mistral-sliding", "no place for sliding windows; use per-layer"),
-        ("gemma2", "mlx holds llama, mistral, qwen2, qwen3 models, got 'gemma2'"),
+        ("mistral-sliding", "cannot store sliding windows; use per-layer"),
+        ("gemma2", "mlx supports llama, mistral, qwen2, qwen3 models, got 'gemma2'"),
     ],
 )
 def test_model_that_mlx_lm_would_misread_is_refused(variant: str, sentence: str, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_model_that_mlx_lm_would_misread_is_refused(variant: str, sentence: str,
 
 def test_qwen3_with_biases_is_refused(tmp_path: Path) -> None:
     model = rebuild(make_model("qwen3"), attention_bias=True)
-    with pytest.raises(ValueError, match="no place for its biases"):
+    with pytest.raises(ValueError, match="cannot store its biases"):
         save(model, None, tmp_path / "out", format="mlx")
 
 

@@ -68,7 +68,7 @@ def test_another_model_under_the_name_is_refused_and_the_same_one_saved_again_is
     )
     with pytest.raises(ValueError, match=f"{expected} for .*its weights have the fingerprint .*, expected"):
         find_dense("pruned")
-    with pytest.raises(ValueError, match="no teacher to learn from: .* expected .*; name one by model.recovery"):
+    with pytest.raises(ValueError, match="no teacher to learn from: .* expected .*; set model.recovery"):
         find_students_teacher("pruned")
     assert find_teacher(ModelSource("pruned"), RecoveryConfig("distill", teacher="any")).pretrained == "any"
     replace_dense(0, channels=24)
@@ -92,10 +92,10 @@ def test_where_the_dense_model_is_not_found_it_is_said_why(place: Path) -> None:
     change_plan(place / "here/pruned", model=str(place / "gone"))
     with pytest.raises(ValueError, match=f"the plan of pruned names {place}/gone: no model at {place}/gone"):
         find_dense("pruned")
-    with pytest.raises(ValueError, match="no teacher to learn from: the plan of pruned names .*; name one by"):
+    with pytest.raises(ValueError, match="no teacher to learn from: the plan of pruned names .*; set model"):
         find_students_teacher("pruned")
     change_plan(place / "here/pruned", model="")
-    with pytest.raises(ValueError, match="the plan of pruned does not name it"):
+    with pytest.raises(ValueError, match="the plan of pruned does not name the dense model"):
         find_dense("pruned")
     change_plan(place / "here/pruned", model=str(place / "here/pruned"))
     with pytest.raises(ValueError, match="the plan of pruned names itself"):
@@ -105,7 +105,7 @@ def test_where_the_dense_model_is_not_found_it_is_said_why(place: Path) -> None:
 def test_a_dense_model_has_no_plan_whatever_lies_in_the_working_folder(place: Path) -> None:
     shutil.copy("pruned/plan.json", "plan.json")
     for name in ("dense", "smollm2-135m", "owner"):
-        with pytest.raises(ValueError, match=f"{name} has no plan that tells it"):
+        with pytest.raises(ValueError, match=f"{name} has no plan that names the dense model"):
             find_dense(name)
         assert find_students_teacher(name) == name
 
@@ -124,9 +124,9 @@ def test_names_that_are_no_folder_are_kept(tmp_path: Path, monkeypatch: pytest.M
 def test_a_model_that_a_plan_names_is_not_fetched(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gqaprune.checkpoints.origin.load_config", lambda *_: pytest.fail("opened"))
     change_plan(Path("pruned"), model=name)
-    with pytest.raises(ValueError, match="it is not on this machine, and a plan fetches nothing"):
+    with pytest.raises(ValueError, match="and models that only a plan names are not downloaded"):
         find_dense("pruned")
-    with pytest.raises(ValueError, match=r"no teacher to learn from: .*; name one by model\.recovery\.teacher"):
+    with pytest.raises(ValueError, match=r"no teacher to learn from: .*; set model\.recovery\.teacher"):
         find_students_teacher("pruned")
 
 

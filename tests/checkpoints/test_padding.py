@@ -66,5 +66,5 @@ def test_widths_are_padded_to_a_multiple() -> None:
 
 def test_no_shape_that_can_be_loaded_is_an_error() -> None:
     model = make_pruned("llama", UNEVEN)
-    with pytest.raises(ValueError, match="no stock llama holds 3 KV heads of 2 query heads each.*save the model per l"):
+    with pytest.raises(ValueError, match="no stock llama can have 3 KV heads of 2 query heads each.*use format per-l"):
         pad_checkpoint(model.config, model.state_dict(), is_loadable=lambda _: False)

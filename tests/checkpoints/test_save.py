@@ -230,7 +230,7 @@ def test_link_is_followed_to_the_folder_that_is_replaced(tmp_path: Path) -> None
 
 def test_what_cannot_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="it is the working directory, which cannot be replaced; name a folder in it"):
+    with pytest.raises(ValueError, match="the working directory, which cannot be replaced; choose a folder in it"):
         save(make_model("llama"), None, ".")
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
     with pytest.raises(ValueError, match="to volume: it is a mount point"):
@@ -247,14 +247,14 @@ def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["5G", "much"])
 def test_shard_size_without_a_meaning_is_refused(size: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"max_shard_size must be .* such as 5GB, got '{size}'"):
+    with pytest.raises(ValueError, match=f"max_shard_size must be .*, got '{size}'; try 5GB"):
         save(make_model("llama"), None, tmp_path / "out", max_shard_size=size)
     assert not list(tmp_path.iterdir())
 
 
 def test_folder_with_other_files_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="holds files that are not from an earlier run"):
+    with pytest.raises(ValueError, match="has files that are not from an earlier run"):
         save(make_pruned("llama", EVEN), None, tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -278,11 +278,11 @@ def test_gguf_checkpoints_are_loaded_from_their_folder(tmp_path: Path) -> None:
     assert read_names(tmp_path / "out") == {"model-f16.gguf", "plan.json", "README.md"}
     torch.testing.assert_close(get_logits(load_model(tmp_path / "out")), get_logits(model), atol=0.02, rtol=0.02)
     assert load_tokenizer(tmp_path / "out")("pruned")["input_ids"] == tokenizer("pruned")["input_ids"]
-    with pytest.raises(ValueError, match="a GGUF file holds the tokenizer too, got none"):
+    with pytest.raises(ValueError, match="a GGUF file needs a tokenizer, got None"):
         save(model, None, tmp_path / "other", format="gguf-f16")
     assert read_names(tmp_path) == {"out"}
     (tmp_path / "out/second.gguf").touch()
-    with pytest.raises(ValueError, match=r"several GGUF files \(model-f16.gguf, second.gguf\): give one of them"):
+    with pytest.raises(ValueError, match=r"several GGUF files \(model-f16.gguf, second.gguf\): use one of them"):
         load_model(tmp_path / "out")
 
 
@@ -302,12 +302,12 @@ def test_formats_that_cannot_hold_a_model_are_refused_before_anything_is_written
         (
             uneven,
             "stock",
-            "layers 1-2, 5 differ from 6 query heads, 3 KV heads and 20 channels; per-layer",
+            "layers 1-2, 5 differ from 6 query heads, 3 KV heads and 20 channels; use per-layer",
         ),
         (
             biased,
             "stock",
-            "no stock llama has 12 query heads on a hidden size of 64; per-layer keeps",
+            "no stock llama can have 12 query heads with a hidden size of 64; use per-layer",
         ),
         (uneven, "pickle", "format must be one of auto, stock, per-layer, .*, got 'pickle'"),
     ):
@@ -361,7 +361,7 @@ def test_weights_in_8_bits_are_smaller_and_give_nearly_the_same_logits(format: s
     for other in ("auto", "padded"):
         with pytest.raises(ValueError, match="not a plain floating-point linear layer"):
             export(str(tmp_path / "int8"), str(tmp_path / "out"), other)
-    with pytest.raises(ValueError, match="gguf-f16 does not go with quantization int8"):
+    with pytest.raises(ValueError, match="format gguf-f16 cannot be combined with quantization int8"):
         save(model, make_tokenizer(), tmp_path / "out", format="gguf-f16", quantization="int8")
 
 

@@ -62,7 +62,7 @@ def test_a_tensor_of_another_shape_than_the_config_says_is_named_in_its_layer(pr
     save_file(tensors, file, {"format": "pt"})
     checks = check(pruned_folder)
     assert [bool(own.wrong_tensors) for own in checks] == [False, False, True]
-    assert "q_proj.weight is [16, 24], its config promises [24, 24]" in checks[2].wrong_tensors[0]
+    assert "q_proj.weight has shape [16, 24], but the config says [24, 24]" in checks[2].wrong_tensors[0]
 
 
 def test_a_layer_with_another_ratio_than_its_plan_is_marked(pruned_folder: Path) -> None:
@@ -85,7 +85,7 @@ def test_fewer_kv_heads_than_planned_in_every_layer_are_marked(
 
 def test_a_plan_of_another_number_of_layers_is_refused(pruned_folder: Path) -> None:
     keep_everything(make_model("qwen2", layers=2)).save(pruned_folder / "plan.json")
-    with pytest.raises(ValueError, match=r"plan\.json is of 2 layers, config\.json of 3"):
+    with pytest.raises(ValueError, match=r"plan\.json has 2 layers, but config\.json has 3"):
         check(pruned_folder)
 
 
@@ -96,8 +96,8 @@ def test_tensors_that_no_file_holds_are_named_in_their_layer_and_outside_of_the_
     save_file(sound, file, {"format": "pt"})
     wrong = find_wrong_tensors(pruned_folder, load_config(pruned_folder))
     assert wrong == {
-        None: ["no file holds model.embed_tokens.weight (1 in all)"],
-        1: ["no file holds model.layers.1.self_attn.q_proj.weight (12 in all)"],
+        None: ["model.embed_tokens.weight is missing (1 in all)"],
+        1: ["model.layers.1.self_attn.q_proj.weight is missing (12 in all)"],
     }
     file.unlink()
     assert set(find_wrong_tensors(pruned_folder, load_config(pruned_folder))) == {None, 0, 1, 2}
@@ -178,12 +178,12 @@ def test_risks_name_what_the_model_has_and_nothing_else() -> None:
 
     assert list_of(kv_heads=8, ratio=1) == []
     assert [risk.split(":")[0] for risk in list_of(kv_heads=4, ratio=7)] == ["few KV heads"]
-    assert "one KV head" in list_of(kv_heads=1)[0]
-    assert "made for bfloat16" in list_of("float16", kv_heads=8, ratio=1)[0]
+    assert "only one KV head" in list_of(kv_heads=1)[0]
+    assert "trained in bfloat16" in list_of("float16", kv_heads=8, ratio=1)[0]
     massive = list_of(outliers={BlockKey(1, "mlp"): {7: 2687.0, 3: 25.0}}, kv_heads=8, ratio=1)
-    assert "2 units" in massive[0] and "layer 1 mlp unit 7 2,687 times" in massive[0]
+    assert "2 units" in massive[0] and "2,687 times in layer 1 mlp unit 7" in massive[0]
     assert "share their weights, 25%" in list_of(variant="qwen2-tied", kv_heads=8, ratio=1)[0]
-    assert list_of(variant="mixtral")[0].endswith("so that steps are coarse; set pruning.granularity to query")
+    assert list_of(variant="mixtral")[0].endswith("so steps are coarse; set pruning.granularity to query")
     assert "channels" not in list_of(variant="mixtral", kv_heads=1)[0]
     assert list_of(variant="olmo2")[0].startswith("attention stays whole")
 
@@ -249,7 +249,7 @@ def main_or_exit() -> None:
 def test_inspect_prints_layers_risks_and_steps(pruned_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect(str(pruned_folder))
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.count("✅") == 6 and "against the base" in printed and "one GQA group" in printed
+    assert printed.count("✅") == 6 and "compared with the base" in printed and "one GQA group" in printed
     assert "risk: layers differ in shape" in printed
     inspect(str(pruned_folder), json=True)
     facts = json.loads(capsys.readouterr().out)

@@ -84,7 +84,7 @@ def test_numbers_are_those_of_the_functions_alone(folders: dict[str, str], capsy
     ]
     assert found["text_bytes"] == {CORPUS: 500}
     assert found["protocol"] == [
-        "perplexity: token-weighted, windows with stride 16 of 32 tokens, first 500 tokens, counted by the first "
+        "perplexity: token-weighted, windows with stride 16 of 32 tokens, first 500 tokens, counted with the first "
         "model's tokenizer"
     ]
 
@@ -96,7 +96,8 @@ def test_other_tokenizers_read_the_same_text_and_are_warned_of(
     output = capsys.readouterr()
     found = json.loads(output.out)
     assert (
-        f"warning: tokenizers differ ({folders['dense']} against {folders['other']}, {folders['gguf']})" in output.err
+        f"the tokenizer of {folders['dense']} differs from that of {folders['other']}, {folders['gguf']}: "
+        in output.err
     )
     assert found["has_several_tokenizers"]
     assert [row["has_other_tokenizer"] for row in found["models"]] == [False, True, True]
@@ -147,7 +148,7 @@ def test_speed_is_the_median_after_a_warm_up_and_peak_is_beyond_the_process_with
         for peak in (400, 0)
     ]
     assert seen == [(1, 16, 2)] * 8
-    assert found["protocol"][0].startswith("speed and peak memory: 16 tokens read, 2 written, median of 3")
+    assert found["protocol"][0].startswith("speed and peak memory: 16 tokens read, 2 generated, median of 3 turns")
 
 
 def test_measured_speed_is_positive_and_no_text_is_needed(
@@ -232,7 +233,7 @@ def test_the_table_says_which_perplexities_are_not_comparable() -> None:
     rows, below = render(make_comparison(has_other_tokenizer=True))
     assert rows["ppl embedded@test"] == ["10.00", "12.00 *"]
     assert rows["bits/byte embedded@test"][1] == "1.8000 (+20.0%)"
-    assert "* its tokenizer is not the first model's: perplexities per token are not comparable" in below
+    assert "* its tokenizer differs from the first model's: bits per byte are comparable" in below
 
 
 def test_speeds_whose_turns_overlap_are_no_difference() -> None:
@@ -241,7 +242,7 @@ def test_speeds_whose_turns_overlap_are_no_difference() -> None:
     comparison = replace(comparison, subjects=(replace(comparison.subjects[0], speed=first), comparison.subjects[1]))
     rows, below = render(comparison)
     assert rows["prefill tokens/s"] == ["100.0", "104.0 ~"] and rows["decode tokens/s"] == ["10.0", "12.0 (+20.0%)"]
-    assert "~ no difference from the first model: the ranges of both over their turns overlap" in below
+    assert "~ no clear difference from the first model: the ranges of both over their turns overlap" in below
 
 
 def test_layers_that_only_one_model_has_differ() -> None:
@@ -303,7 +304,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
         ["{dense}", "{empty}"],
         "cannot load a model from '{empty}': there is neither model.safetensors nor",
     ),
-    "no config": (["{dense}", "{root}"], "{root} is no Hugging Face checkpoint"),
+    "no config": (["{dense}", "{root}"], "{root} is not a Hugging Face checkpoint"),
     "unknown family": (["{dense}", "{gpt2}"], "model {gpt2}: models of type 'gpt2' cannot be pruned yet"),
     "tokenizer of another": (
         ["{dense}", "{wide}"],
@@ -377,7 +378,7 @@ def test_each_model_is_measured_on_windows_that_begin_as_its_family_says(
         ids = tokenize_corpus(tokenizer, parse_corpus(CORPUS, "test"), 500)
         bos = 256 if row["family"] == "gemma2" else None
         assert row["perplexity"] == measure_perplexity(model, {CORPUS: make_batches(*cut_windows(ids, 32, bos=bos))})
-    assert "of dense none with BOS, of gemma each beginning with BOS" in found["protocol"][0]
+    assert "dense: none beginning with BOS, gemma: each beginning with BOS" in found["protocol"][0]
     plain = read(capsys, [folders["dense"], str(tmp_path / "gemma")], speed=False, bos=False)
     assert "BOS" not in plain["protocol"][0]
     assert plain["models"][0]["perplexity"] == found["models"][0]["perplexity"]

@@ -42,7 +42,7 @@ def test_export_says_what_padding_costs(pruned: Path, tmp_path: Path, capsys: py
     console.quiet = False
     export(str(pruned), str(tmp_path / "out"), "padded")
     printed = capsys.readouterr().out
-    assert "padded format, 0." in printed and "channels, those it lacks as zeros: 0.01 M parameters, 100%" in printed
+    assert "padded format, 0." in printed and "channels: 0.01 M parameters, 100%" in printed
 
 
 def test_padded_checkpoint_is_exported_with_its_plan(pruned: Path, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_command_exports(pruned: Path, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--format", "stock"], "layers 0, 2 differ from 6 query heads, 3 KV heads and 20 channels; per-layer keeps"),
+        (["--format", "stock"], "layers 0, 2 differ from 6 query heads, 3 KV heads and 20 channels; use per-layer"),
         (["--format", "pickle"], "format must be one of auto, stock"),
         (["--size", "3"], "gqaprune export --help` lists the settings"),
         (["--quantization", "int3"], "quantization must be one of int8, got 'int3'"),

@@ -134,7 +134,7 @@ def test_a_few_windows_are_measured_with_and_without_bos_where_tokenizer_and_win
 def test_bos_that_changes_perplexity_by_more_than_half_is_a_risk_with_the_setting_to_change() -> None:
     helps = BosCheck(False, with_bos=21.3, without_bos=65.4)
     assert helps.matters and helps.describe() == (
-        "the tokenizer puts BOS before a text, and windows do not begin with it: perplexity is 21.3 with it and 65.4 "
+        "the tokenizer adds BOS to texts, but windows do not begin with it: perplexity is 21.3 with it and 65.4 "
         "without; set data.bos to true"
     )
     harms = BosCheck(True, with_bos=65.4, without_bos=21.3)

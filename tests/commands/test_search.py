@@ -74,7 +74,7 @@ def test_unreachable_splits_are_kept_as_such_and_walked_over() -> None:
     trials = Trials({})
     assert search_split(curve, trials, SearchSettings(patience=1)) == Trial("2.5:7.5", 2.5)
     assert trials.trials["2:8"].perplexity is None and "too few" in trials.trials["2:8"].reason
-    with pytest.raises(ValueError, match="no split meets the budget; of the last one tried, 10:0: .*too few"):
+    with pytest.raises(ValueError, match="no split meets the budget; the last one tried, 10:0, failed: .*too few"):
         search_split(Curve(lambda _: None), Trials({}), SearchSettings())
 
 
@@ -190,18 +190,18 @@ def test_splits_that_come_to_the_same_units_are_measured_once(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"rate": 0.25}, "pruning.rate 0.2 against 0.25"),
-        ({"criterion": "taylor"}, "pruning.criterion 'fisher' against 'taylor'"),
+        ({"rate": 0.25}, "pruning.rate was 0.2, is 0.25"),
+        ({"criterion": "taylor"}, "pruning.criterion was 'fisher', is 'taylor'"),
         ({"batches": BATCHES[:2]}, "calibration.batches"),
         ({"batches": BATCHES[::-1]}, "calibration.text"),
-        ({"validation": {"val/8": VALIDATION["val/8"]}}, "validation.val/9 .* against None"),
-        ({"validation": {**VALIDATION, "val/9": VALIDATION["val/8"]}}, "validation.val/9 '"),
-        ({"seed": 1}, "weights '"),
+        ({"validation": {"val/8": VALIDATION["val/8"]}}, "validation.val/9 .*, is None"),
+        ({"validation": {**VALIDATION, "val/9": VALIDATION["val/8"]}}, "validation.val/9 was '"),
+        ({"seed": 1}, "weights was '"),
     ],
 )
 def test_trials_of_another_search_are_refused(change: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     search(tmp_path)
-    with pytest.raises(ValueError, match=f"of another search .*{sentence}.*or another search.folder"):
+    with pytest.raises(ValueError, match=f"to another search: .*{sentence}.*or set search.folder"):
         search(tmp_path, **change)
     search(tmp_path, split="2:8", steps=2)  # what the search replaces or does not do makes no difference
 
@@ -224,8 +224,8 @@ def test_model_that_cannot_be_pruned_is_refused_before_any_split(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"rate": 0.0}, "search needs a rate above 0"),
-        ({"kv_rate": 0.2}, "search chooses what attention gives, and so does kv_rate 0.2"),
+        ({"rate": 0.0}, "search needs pruning.rate above 0"),
+        ({"kv_rate": 0.2}, "search chooses how much attention is removed, but pruning.kv_rate 0.2"),
         ({"validation": {}}, "search compares splits on validation text, got none"),
         ({"batches": []}, "needs at least one calibration batch"),
         ({"limits": {"attention_layers": (0, 0), "mlp_layers": (0, 0)}}, "leave no block to prune"),

@@ -85,7 +85,7 @@ def test_compare_runs_tasks_on_every_model(folder: Path, tiny_folder: Path, caps
     [
         ("unknown", "", r"no task 'unknown' in lm_eval or .*; `lm_eval ls tasks` lists"),
         ("lost", "", r"tasks lost cannot be read: .*nothing\.jsonl"),
-        ("letters", "nowhere", r"tasks_folder .*nowhere is no folder"),
+        ("letters", "nowhere", r"tasks_folder .*nowhere is not a folder"),
     ],
 )
 def test_tasks_that_cannot_be_run_are_named(folder: Path, name: str, place: str, sentence: str) -> None:

@@ -32,7 +32,9 @@ def test_a_file_that_does_not_fit_is_named_with_what_it_takes_and_what_is_free(t
     path.write_text("old")
     with allow_files_of(1000), pytest.raises(DiskError) as caught:
         write_atomically(path, bytes(3_000_000))
-    pattern = rf"cannot write {path}: File too large; it takes 3\.0 MB, [\d,.]+ MB are free in {tmp_path}; make room .*"
+    pattern = (
+        rf"cannot write {path}: File too large; it takes 3\.0 MB, [\d,.]+ MB are free in {tmp_path}; free space .*"
+    )
     assert re.fullmatch(pattern, str(caught.value)) and caught.value.errno == errno.EFBIG
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"] and path.read_text() == "old"
 

@@ -51,7 +51,7 @@ def join(rank: int, folder: Path, end: str) -> None:
 
 @pytest.mark.parametrize(
     ("end", "heard"),
-    [("killed", "2 1 it was killed, or its machine is gone"), ("disk full", "2 3 disk full"), ("done", "")],
+    [("killed", "2 1 it was killed, or its machine cannot be reached"), ("disk full", "2 3 disk full"), ("done", "")],
 )
 def test_every_rank_hears_how_one_ends_that_did_not_end_well(
     end: str, heard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -113,37 +113,37 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits_and_does_nothing_twice(
     [
         (
             {"rate": 0.2},
-            ["plan: done again, for rate was 0.3, is 0.2", "blocks: done again, for plan is another one"],
+            ["plan: done again, because rate was 0.3, is 0.2", "blocks: done again, because plan has changed"],
             set(),
         ),
         (
             {"criterion": "taylor+obs"},
-            ["scores of obs: is there already", "plan: done again, for criterion was"],
+            ["scores of obs: is already done", "plan: done again, because criterion was"],
             set(),
         ),
         (
             {"batches": BATCHES[:5]},
-            ["fisher: done again, for calibration text is another one"],
+            ["fisher: done again, because calibration text has changed"],
             {"fisher", "obs"},
         ),
         (
             {"seed": 1},
-            ["fisher: done again, for model is another one", "perplexity, dense: done again"],
+            ["fisher: done again, because model has changed", "perplexity, dense: done again"],
             {"fisher", "obs"},
         ),
         (
             {"scoring": {"obs_ridge": 0.5}},
-            ["scores of fisher: is there already", "scores of obs: done again, for obs_ridge was 0.1, is 0.5"],
+            ["scores of fisher: is already done", "scores of obs: done again, because obs_ridge was 0.1, is 0.5"],
             {"obs"},
         ),
         (
             {"limits": {"mlp_layers": (0, 2)}},
-            ["scores of fisher: done again, for blocks is another one", "perplexity, dense: is there already"],
+            ["scores of fisher: done again, because blocks has changed", "perplexity, dense: is already done"],
             {"fisher", "obs"},
         ),
         (
             {"repair": {"pull": 0.25}},
-            ["plan: is there already", "blocks: done again, for repair is another"],
+            ["plan: is already done", "blocks: done again, because repair has"],
             set(),
         ),
     ],
@@ -185,7 +185,7 @@ def test_a_flipped_bit_anywhere_in_a_stage_is_said_and_the_stage_is_done_again(
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
         with console.capture() as capture:
             again = stages.recall("work", {"rate": 0.3}, lambda: result)
-        assert capture.get() == "work: done again, for its file is damaged\n", place
+        assert capture.get() == "work: done again, because its file is damaged\n", place
         assert again is result
 
 

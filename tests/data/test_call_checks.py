@@ -31,15 +31,15 @@ def make_under_inference_mode() -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
-    "meta": (lambda: make_model().to("meta"), "have no values .* load it, by load_model"),
+    "meta": (lambda: make_model().to("meta"), "have no values .* load it with load_model"),
     "a layer on meta": (move_a_layer_to_meta, "have no values"),
-    "compiled": (lambda: torch.compile(make_model()), "the model is compiled: give .* model._orig_mod"),
-    "wrapped": (lambda: nn.DataParallel(make_model()), "wrapped in DataParallel: give the one in it, model.module"),
+    "compiled": (lambda: torch.compile(make_model()), "the model is compiled: pass .* model._orig_mod"),
+    "wrapped": (lambda: nn.DataParallel(make_model()), "wrapped in DataParallel: pass the wrapped model, model.module"),
     "adapted": (lambda: get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])), "has PEFT adapters"),
     "without a head": (lambda: make_model().model, "must be a causal LM of transformers, .* got LlamaModel"),
     "another module": (lambda: nn.Linear(2, 2), "must be a causal LM of transformers, .* got Linear"),
     "a name": (lambda: "smollm2-135m", "must be a causal LM of transformers, .* got str"),
-    "inference mode": (make_under_inference_mode, "made under torch.inference_mode, .*: load it outside"),
+    "inference mode": (make_under_inference_mode, "loaded under torch.inference_mode, .*: load it outside"),
 }
 
 
@@ -62,8 +62,8 @@ BATCHES: dict[str, tuple[Any, str]] = {
     "numbers with fractions": ([TOKENS.float()], r"must be token ids, .*, got torch.float32 \[2, 16\]"),
     "bytes": ([TOKENS.to(torch.uint8)], "must be token ids, .*, got torch.uint8"),
     "lists": ([TOKENS.tolist()], "must be token ids, .*, got list"),
-    "below zero": ([TOKENS, -TOKENS], "batch 1 of .* has the token id -2.*, the model embeds ids from 0 to 259"),
-    "beyond the rows": ([TOKENS + 100], "batch 0 of .* has the token id 3.*, the model embeds ids from 0 to 259"),
+    "below zero": ([TOKENS, -TOKENS], "batch 1 of .* has the token id -2.*, but the model embeds ids from 0 to 259"),
+    "beyond the rows": ([TOKENS + 100], "batch 0 of .* has the token id 3.*, but the model embeds ids from 0 to 259"),
     "longer than the context": ([make_tokens(1, 257)], "is 257 tokens, the model's context 256"),
 }
 
@@ -89,7 +89,7 @@ def test_text_that_a_model_cannot_read_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("corpora", "sentence"),
     [
-        ([TOKENS], "corpora must be lists of batches by their names, got list"),
+        ([TOKENS], "corpora must be a dict of name -> list of batches, got list"),
         ({"text": [TOKENS]}, "batch 0 of text must have input_ids and labels, got Tensor"),
         ({"text": [{"input_ids": TOKENS, "labels": TOKENS[:, 1:]}]}, r"has labels \[2, 15\] for input_ids \[2, 16\]"),
         ({"text": [{"input_ids": TOKENS, "labels": TOKENS + 100}]}, "batch 0 of text, labels, has the token id 3"),

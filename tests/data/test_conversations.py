@@ -177,12 +177,12 @@ def test_columns_of_other_names_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"title": "a"}, "line 1 has no `text`, `messages`, .* it has title: name its columns by data.columns"),
-        ({"text": 3}, "line 1: its column `text` holds int, not a string"),
-        ({"messages": "Hi"}, "its messages are a str: give a list of role and content"),
-        ({"messages": [{"role": "user"}]}, "a message that is no object with the strings `role` and `content`"),
-        ({"messages": CHAT[:2]}, "has no answer of an assistant"),
-        ({"prompt": "a", "completion": CHAT[2:3]}, "have to be two strings, or two lists of messages"),
+        ({"title": "a"}, "line 1 has title, but no `text`, no `messages`, .*: name its columns with data.columns"),
+        ({"text": 3}, "line 1: column `text` holds int, not a string"),
+        ({"messages": "Hi"}, "`messages` must be a list of objects with `role` and `content`, got str"),
+        ({"messages": [{"role": "user"}]}, "a message that is not an object with the strings `role` and `content`"),
+        ({"messages": CHAT[:2]}, "has no message of the assistant to learn"),
+        ({"prompt": "a", "completion": CHAT[2:3]}, "must be two strings or two lists of messages"),
     ],
 )
 def test_rows_that_hold_neither_text_nor_a_conversation_are_refused(
@@ -192,7 +192,7 @@ def test_rows_that_hold_neither_text_nor_a_conversation_are_refused(
     path.write_text(json.dumps(row))
     with pytest.raises(ValueError, match=sentence):
         list(read_corpus(parse_corpus(str(path), "train")))
-    with pytest.raises(ValueError, match="data.columns names 'body': it can name text, messages"):
+    with pytest.raises(ValueError, match="data.columns has 'body', which is not a column: use text, messages"):
         Columns((("body", "x"),))
 
 
@@ -214,7 +214,7 @@ def test_a_template_that_fails_or_does_not_end_is_said_with_the_conversation() -
     with pytest.raises(ValueError, match="begins with 'Be brief.' cannot be encoded: roles must alternate"):
         encode_conversations(tokenizer, [converse()])
     tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}" + "{{ messages | length }}"
-    with pytest.raises(ValueError, match="does not tell an assistant's tokens .* or set data.loss_on to all"):
+    with pytest.raises(ValueError, match="the assistant's tokens cannot be told .* or set data.loss_on to all"):
         encode_conversations(tokenizer, [converse()])
 
 
@@ -280,7 +280,7 @@ def test_training_and_perplexity_count_the_assistants_tokens_alone(
     data = make_data(chat_folder, calibration={"corpora": "embedded"})
     monkeypatch.setattr(gqaprune.common.console.console, "quiet", False)
     assert not data.learns_all
-    assert "⟦what is not learned⟧ in brackets: ⟦user: Hi" in " ".join(capsys.readouterr().out.split())
+    assert "⟦text that is not learned⟧ in brackets: ⟦user: Hi" in " ".join(capsys.readouterr().out.split())
     model = gqaprune.load_model(chat_folder / "model")
     (batches,) = data.evaluation_batches(("val",)).values()
     measured = measure_perplexity(model, {"chat": batches})["chat"]

@@ -68,7 +68,7 @@ def test_unknown_split_is_refused_with_those_there_are(text: str) -> None:
 
 @pytest.mark.parametrize(("text", "default"), [("c4@test", "train"), ("c4", "test")])
 def test_c4_has_no_test_split_and_says_what_to_write(text: str, default: str) -> None:
-    with pytest.raises(ValueError, match="write c4@validation"):
+    with pytest.raises(ValueError, match="use c4@validation"):
         parse_corpus(text, default)
 
 
@@ -181,7 +181,7 @@ def test_halves_of_characters_are_replaced_and_whole_ones_are_not(tmp_path: Path
 def test_files_of_other_kinds_are_not_taken_for_text(tmp_path: Path, name: str) -> None:
     path = write_text(tmp_path / name, "text,more")
     with pytest.raises(
-        ValueError, match="is no file of text: files are txt, md, rst, source code, jsonl, json or parq"
+        ValueError, match="is not a text file: use a file of type txt, md, rst, source code, jsonl, json or parq"
     ):
         read_corpus(Corpus(str(path), "all"))
 
@@ -219,7 +219,7 @@ def test_the_sign_of_splits_may_be_in_a_path(tmp_path: Path) -> None:
 def test_documents_and_conversations_are_two_corpora(tmp_path: Path) -> None:
     write_text(tmp_path / "a.jsonl", '{"text": "one"}')
     write_text(tmp_path / "b.jsonl", '{"prompt": "one", "completion": "two"}')
-    with pytest.raises(ValueError, match="holds documents and conversations: name them as two corpora"):
+    with pytest.raises(ValueError, match="mixes documents and conversations: name the files of each kind"):
         read(f"{tmp_path}/*.jsonl")
 
 
@@ -250,7 +250,7 @@ def test_file_whose_name_looks_like_a_glob_is_read_as_named(tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["gone.txt", "gone/*.jsonl", "wikitext"])
 def test_missing_file_is_refused_with_the_corpora_there_are(tmp_path: Path, name: str) -> None:
     with pytest.raises(
-        ValueError, match=r"no corpus or file '.*': named corpora are .*c4, embedded, stdlib, and hub:owner"
+        ValueError, match=r"no corpus or file '.*': use a named corpus .*c4, embedded, stdlib\), hub:owner"
     ):
         read(tmp_path / name)
 
@@ -267,7 +267,7 @@ def test_file_without_text_is_refused(tmp_path: Path, text: str, split: str) -> 
 def test_file_that_is_not_utf_8_is_refused_by_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes('{"text": "größer"}\n'.encode("latin-1"))
-    with pytest.raises(ValueError, match="is not UTF-8") as caught:
+    with pytest.raises(ValueError, match="is not valid UTF-8") as caught:
         read(path)
     assert str(path) in str(caught.value)
 
@@ -282,10 +282,10 @@ def test_line_that_is_not_json_is_refused_with_its_number(tmp_path: Path, line: 
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
-        ('{"content": "x"}', " has no `text`, .* it has content: name its columns by data.columns"),
-        ('{"text": 3}', ": its column `text` holds int, not a string"),
-        ('"text"', " is a str: give an object"),
-        ('["text"]', " is a list: give an object"),
+        ('{"content": "x"}', " has content, but no `text`, .*: name its columns with data.columns"),
+        ('{"text": 3}', ": column `text` holds int, not a string"),
+        ('"text"', " must be an object, .*, got str"),
+        ('["text"]', " must be an object, .*, got list"),
     ],
 )
 def test_line_without_a_text_field_is_refused_with_its_number(tmp_path: Path, line: str, wrong: str) -> None:
@@ -296,7 +296,7 @@ def test_line_without_a_text_field_is_refused_with_its_number(tmp_path: Path, li
 
 def test_parquet_without_a_text_column_is_refused_with_those_it_has(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", id=[1], content=["x"])
-    with pytest.raises(ValueError, match=r"a\.parquet, row 1 has no `text`, .* it has id, content"):
+    with pytest.raises(ValueError, match=r"a\.parquet, row 1 has id, content, but no `text`"):
         read(path)
 
 
@@ -308,7 +308,7 @@ def test_parquet_whose_text_column_is_no_text_is_refused_by_name(tmp_path: Path)
 
 @pytest.mark.parametrize("column", [[["a"]], [{"a": 1}], [b"a"]], ids=["lists", "structs", "bytes"])
 def test_parquet_whose_text_column_holds_something_else_is_refused_with_that(tmp_path: Path, column: list[Any]) -> None:
-    with pytest.raises(ValueError, match=r"a\.parquet, row 1: its column `text` holds .*, not a string"):
+    with pytest.raises(ValueError, match=r"a\.parquet, row 1: column `text` holds .*, not a string"):
         read(write_parquet(tmp_path / "a.parquet", text=column))
 
 
@@ -418,7 +418,7 @@ def test_any_dataset_of_the_hub_is_read_with_its_columns(
 
 
 def test_a_name_of_the_hub_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="write hub:owner/dataset@split, or hub:owner/dataset/config@split"):
+    with pytest.raises(ValueError, match="write hub:owner/dataset@split or hub:owner/dataset/config@split"):
         read("hub:chats")
 
 
@@ -433,7 +433,7 @@ def test_hub_that_cannot_be_reached_gives_a_sentence_with_a_way_out(
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
         ValueError,
-        match=f"corpus '{name}' could not be read .*local file or folder, 'embedded', or a mirror by HF_ENDPOINT",
+        match=f"corpus '{name}' could not be read .*local file or folder, use 'embedded', or set HF_ENDPOINT",
     ) as caught:
         read(name)
     assert "and much more" not in str(caught.value)

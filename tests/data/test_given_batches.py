@@ -36,7 +36,7 @@ def test_no_more_batches_are_read_than_asked_for() -> None:
         ({"pixels": torch.ones(2)}, "got a mapping with pixels"),
         (torch.ones(2, 3), "has no token ids"),
         (PADDED | {"attention_mask": torch.ones(4, 4)}, r"attention_mask \[4, 4\] for input_ids \[4, 5\]"),
-        (torch.ones(3, 1, dtype=torch.long), "hold no row of at least 2 tokens"),
+        (torch.ones(3, 1, dtype=torch.long), "have no row of at least 2 tokens"),
     ],
 )
 def test_what_holds_no_text_is_refused(batch: Any, sentence: str) -> None:

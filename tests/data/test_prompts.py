@@ -58,14 +58,14 @@ def test_halves_of_characters_are_replaced_so_that_a_tokenizer_reads_them(
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("gone.txt", None, "is no file: give one with a prompt per line"),
-        ("empty.txt", "\n \n", "holds no prompt: give at least one"),
-        ("latin.txt", b"Gr\xf6\xdfe", "is no text in UTF-8"),
+        ("gone.txt", None, "is not a file: use a file with one prompt per line"),
+        ("empty.txt", "\n \n", "has no prompt: give at least one"),
+        ("latin.txt", b"Gr\xf6\xdfe", "is not valid UTF-8"),
         ("a.jsonl", '"One"\n{"prompt"', "a.jsonl, line 2 is not JSON"),
-        ("a.jsonl", '{"text": "One"}', "line 1 is no prompt: a line is a string, an object with `prompt`"),
-        ("a.jsonl", "\n7", "line 2 is no prompt"),
-        ("a.jsonl", '[{"role": "user"}]', "each of which has a `role` and a `content`"),
-        ("a.jsonl", '[{"role": "assistant", "content": "Hi"}]', "nothing that an assistant could answer"),
+        ("a.jsonl", '{"text": "One"}', "line 1 is not a prompt: write a string, an object with `prompt`"),
+        ("a.jsonl", "\n7", "line 2 is not a prompt"),
+        ("a.jsonl", '[{"role": "user"}]', "each have a `role` and a `content`"),
+        ("a.jsonl", '[{"role": "assistant", "content": "Hi"}]', "no message that an assistant could answer"),
     ],
 )
 def test_what_is_no_prompt_is_refused_with_its_line(
@@ -97,9 +97,9 @@ def test_a_chat_template_is_used_where_there_is_one_unless_said_otherwise(
 def test_what_a_tokenizer_cannot_wrap_is_refused(
     tokenizer: PreTrainedTokenizerFast, chatty: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(ValueError, match="data.chat is true and the tokenizer has no chat template: give plain text"):
+    with pytest.raises(ValueError, match="data.chat is true, but the tokenizer has no chat template: use plain text"):
         encode_prompt(tokenizer, Prompt("Hi"), True)
-    with pytest.raises(ValueError, match="a prompt is a list of messages and the tokenizer has no chat template"):
+    with pytest.raises(ValueError, match="a prompt is a list of messages, but the tokenizer has no chat template"):
         encode_prompt(tokenizer, Prompt("Sum", tuple(CHAT)))
     with pytest.raises(ValueError, match="refuses the prompt 'Hi': no user here; set data.chat to false"):
         chatty.chat_template = "{{ raise_exception('no user here') }}"

@@ -144,7 +144,7 @@ def test_model_is_left_as_it_was() -> None:
         ({"document": 1}, "document >= 2, got 1"),
         ({"temperature": 0.0}, "temperature > 0"),
         ({"top_p": 1.5}, "top_p <= 1"),
-        ({"prompts": ["a" * 12]}, "has 12 tokens, a document of 12"),
+        ({"prompts": ["a" * 12]}, "has 12 tokens, but a document of 12"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -260,7 +260,7 @@ def test_the_protocol_says_which_windows_begin_with_bos(
     merging_tokenizer: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     said = [describe_bos(merging_tokenizer, bos) for bos in (True, False)]
-    assert said == ["each beginning with BOS", "BOS before the first alone"]
+    assert said == ["each beginning with BOS", "only the first beginning with BOS"]
     assert [describe_bos(tokenizer, bos) for bos in (True, None)] == ["each beginning with BOS", ""]
     assert describe_protocol(64, None, 128, said[0]) == (
         "perplexity: token-weighted, non-overlapping windows of 64 tokens, each beginning with BOS, first 128 tokens"

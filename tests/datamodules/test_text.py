@@ -109,7 +109,7 @@ def test_sampled_windows_are_mixed_with_those_of_the_corpora(
     ("settings", "message"),
     [
         ({"calibration": {"sampled_windows": -1}}, "sampled_windows must be at least 0, got -1"),
-        ({"calibration": {"sampled_windows": 2}}, "give the model"),
+        ({"calibration": {"sampled_windows": 2}}, "pass the model"),
         ({"calibration": {"corpora": []}}, "has neither corpora nor sampled_windows"),
     ],
 )
@@ -422,7 +422,7 @@ def test_windows_of_every_stream_begin_with_bos_as_the_family_or_the_setting_say
         assert ids.shape[1] in (1, 32, 48, 64)
         share = float((ids[:, 0] == 256).float().mean())
         assert share == 1 if begins or name == "prompts" else share < 0.7, name
-    words = "each beginning with BOS" if begins else "BOS before the first alone"
+    words = "each beginning with BOS" if begins else "only the first beginning with BOS"
     assert f"windows of 64 tokens, {words}, whole split" in data.protocol
 
 

@@ -102,7 +102,7 @@ def test_attention_that_gives_too_much_is_blamed(dense: PreTrainedModel) -> None
     layers = tuple(KeptUnits((1 - weakest[layer],), tuple(sorted(ranked[layer][1:]))) for layer in range(LAYERS))
     diagnosis = judge(dense, replace(whole, layers=layers, rate=0.3))
     assert diagnosis.verdict is not None and diagnosis.verdict.cause == "attention"
-    assert "of 2 KV heads one is 50%" in diagnosis.describe() and "pruning.split" in diagnosis.describe()
+    assert "one of 2 KV heads is 50%" in diagnosis.describe() and "pruning.split" in diagnosis.describe()
 
 
 @pytest.mark.parametrize(("is_trained", "word"), [(False, "pruning.repair"), (True, "learning rate")])
@@ -120,7 +120,7 @@ def test_where_nothing_else_explains_it_the_rate_does(dense: PreTrainedModel) ->
     removed = {layer: own[:16] for layer, own in rank_channels(dense).items() if layer > 0}
     diagnosis = judge(dense, plan_channels(dense, removed))
     assert diagnosis.verdict is not None and diagnosis.verdict.cause == "rate"
-    assert "30% asked" in diagnosis.describe() and "lower pruning.rate" in diagnosis.describe()
+    assert "rate 30% is too high" in diagnosis.describe() and "lower pruning.rate" in diagnosis.describe()
 
 
 def test_weights_that_are_not_finite_are_named(dense: PreTrainedModel) -> None:

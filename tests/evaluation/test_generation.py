@@ -66,5 +66,5 @@ def test_text_ends_where_the_context_is_full_and_a_prompt_that_fills_it_is_refus
     model = make_counting_model(1)
     model.config.max_position_embeddings = 12
     assert continue_greedily(model, make_tokens(1, 9), 60).shape == (1, 12)
-    with pytest.raises(ValueError, match="prompt has 12 tokens and the model's context 12: give a shorter prompt"):
+    with pytest.raises(ValueError, match="prompt has 12 tokens, but the model's context is 12: give a shorter prompt"):
         continue_greedily(model, make_tokens(1, 12), 60)

@@ -44,7 +44,7 @@ EGG = describe([*SENTENCE * 5], perplexity=1.5)
 @pytest.mark.parametrize(
     ("pruned", "dense", "level", "reason"),
     [
-        (GOOD, DENSE, "fine", "a token of it 1.3 times less likely than one of its own text (perplexity 4.0, 3.0)"),
+        (GOOD, DENSE, "fine", "its tokens 1.3 times less likely than those of its own text (perplexity 4.0, 3.0)"),
         (DENSE, DENSE, "fine", "the dense model's own text"),
         (GOOD, None, "fine", "repeats itself in 0% of its tokens"),
         (THE, DENSE, "broken", "repeats “the” to the end, 20 times"),
@@ -56,7 +56,7 @@ EGG = describe([*SENTENCE * 5], perplexity=1.5)
         (describe([*["its"] * 9, "your", *["not"] * 9, "end"]), EGG, "broken", "same word or two over and over in 90%"),
         (describe([*PROSE, *SENTENCE * 2], 3.0), DENSE, "degraded", "repeats itself in 32% of its tokens, the dense"),
         (describe([]), DENSE, "broken", "empty"),
-        (describe([" ", "\n"] * 2), DENSE, "broken", "nothing but white space"),
+        (describe([" ", "\n"] * 2), DENSE, "broken", "only white space"),
         (describe([]), describe([]), "fine", "the dense model's own text"),
         (describe([" "] * 12), DENSE, "broken", "white space"),
     ],

@@ -89,7 +89,7 @@ def test_llama_with_biases_whose_heads_do_not_divide_its_width_has_no_stock_conf
 def test_weights_that_do_not_fit_the_config_are_refused_by_name() -> None:
     model = make_model("llama")
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(24, 19, bias=False)
-    with pytest.raises(ValueError, match="layer 1 mlp up_proj has 19 rows, the config promises 20"):
+    with pytest.raises(ValueError, match="layer 1 mlp up_proj has 19 rows, but the config says 20"):
         find_blocks(model)
 
 

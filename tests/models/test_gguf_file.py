@@ -76,19 +76,19 @@ def replace_number(before: bytes, skipped: int, number: int) -> Callable[[bytes]
 
 HUGE = 2**62
 FORGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "nothing": (lambda _: b"", "does not begin as a GGUF file does"),
-    "other": (lambda data: b"PK" + data, "does not begin as a GGUF file does"),
-    "version": (lambda data: data[:4] + b"\1" + data[5:], "is of version 1 of the format"),
+    "nothing": (lambda _: b"", "is not a GGUF file: it does not begin with GGUF"),
+    "other": (lambda data: b"PK" + data, "is not a GGUF file: it does not begin with GGUF"),
+    "version": (lambda data: data[:4] + b"\1" + data[5:], "has version 1 of the GGUF format"),
     "header": (lambda data: data[:60], "header of model.gguf is broken or cut off"),
-    "tensors": (lambda data: data[:-40], "ends before its tensors do"),
+    "tensors": (lambda data: data[:-40], "is truncated within its tensors"),
     "count of tensors": (replace_counts(HUGE, 6), "header of model.gguf is broken or cut off"),
     "count of values": (replace_counts(1, HUGE), "header of model.gguf is broken or cut off"),
     "length of an array": (replace_number(b"numbers", 8, HUGE), "header of model.gguf is broken or cut off"),
     "length of an array of words": (replace_number(b"words", 8, HUGE), "header of model.gguf is broken or cut off"),
     "length of a word": (replace_number(b"words", 16, HUGE), "header of model.gguf is broken or cut off"),
     "type": (replace_number(b"pi", 0, 77), "a value of the unknown type 77"),
-    "rows": (replace_number(b"a\2\0\0\0", 8, HUGE), "ends before its tensors do"),
-    "offset": (replace_number(b"a\2\0\0\0", 20, HUGE), "ends before its tensors do"),
+    "rows": (replace_number(b"a\2\0\0\0", 8, HUGE), "is truncated within its tensors"),
+    "offset": (replace_number(b"a\2\0\0\0", 20, HUGE), "is truncated within its tensors"),
     "alignment of 0": (
         replace_number(b"general.alignment", 0, 4),
         "alignment of model.gguf must be a power of two",
@@ -96,10 +96,10 @@ FORGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "odd alignment": (replace_number(b"general.alignment", 0, 4 + (33 << 32)), "must be a power of two, got '33'"),
     "a setting twice": (
         lambda data: data.replace(b"general.alignment", b"llama.block_count"),
-        "setting 'llama.block_count' is there twice",
+        "setting 'llama.block_count' occurs twice",
     ),
-    "more layers": (replace_number(b"block_count", 0, 4 + (1 << 63)), "promises 2147483648 layers, it holds 0"),
-    "no number of layers": (lambda data: data.replace(b"block_count", b"block_cOunt"), "promises None layers, it hold"),
+    "more layers": (replace_number(b"block_count", 0, 4 + (1 << 63)), "says 2147483648 layers, but it has 0"),
+    "no number of layers": (lambda data: data.replace(b"block_count", b"block_cOunt"), "says None layers, but it ha"),
     "text": (lambda data: data.replace("é".encode(), b"\xff\xff"), "header of model.gguf is broken or cut off"),
 }
 
@@ -128,5 +128,5 @@ def test_tensors_that_lie_over_each_other_are_refused(tmp_path: Path) -> None:
     path.write_bytes(data)
     read_header(path)  # as large as the file in all
     path.write_bytes(data[: -VALUES.nbytes])
-    with pytest.raises(ValueError, match=r"tensors of model\.gguf lie over each other"):
+    with pytest.raises(ValueError, match=r"tensors of model\.gguf overlap"):
         read_header(path)

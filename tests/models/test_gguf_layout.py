@@ -52,5 +52,5 @@ def test_rounded_widths_are_cut_back_and_wider_ones_are_not() -> None:
 def test_factors_of_frequencies_are_of_the_file_alone_and_other_heads_are_refused() -> None:
     geometry = read_geometry(make_pruned("llama", UNEVEN).config)
     assert unpack_tensor(ROPE_FACTORS, torch.ones(4), geometry, "deci") == {}
-    with pytest.raises(ValueError, match="blk.0.attn_q.weight has 8 rows in its file, its config promises 16"):
+    with pytest.raises(ValueError, match="blk.0.attn_q.weight has 8 rows in its file, but the config says 16"):
         unpack_tensor("blk.0.attn_q.weight", torch.ones(8, 24), geometry, "deci")

@@ -80,13 +80,13 @@ def test_settings_that_name_code_are_not_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"num_hidden_layers": 900}, "its config promises 900 layers, it holds 3"),
+        ({"num_hidden_layers": 900}, "its config says 900 layers, but it has 3"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 1,024, got '1000000000'"),
         ({"model_type": "gpt2"}, "its model type must be one of llama, mistral, qwen2, qwen3, got 'gpt2'"),
-        ({"vocab_size": 261}, r"weight is \[260, 24\] in its files, its config promises \[261, 24\]"),
-        ({"vocab_size": 10**7}, "its config promises 480,0.* parameters, its files hold "),
+        ({"vocab_size": 261}, r"weight has shape \[260, 24\] in its files, but the config says \[261, 24\]"),
+        ({"vocab_size": 10**7}, "its config needs 480,0.* parameters, but its files have "),
         ({"intermediate_size": 10**12}, "intermediate_size must be a whole number"),
-        ({"num_attention_heads": 5}, "rows in its file, its config promises|validation error"),
+        ({"num_attention_heads": 5}, "rows in its file, but the config says|validation error"),
         ({"per_layer_config": {"0": {"intermediate_size": 64}}}, "in its file"),
         ({"hidden_size": "wide"}, "hidden_size"),
     ],

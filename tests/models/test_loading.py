@@ -38,7 +38,7 @@ def test_weights_of_another_shape_are_named_with_both_shapes(variant: str, group
     tensors["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(4, 24)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     sentence = (
-        rf"layers\.1\.self_attn\.k_proj\.weight is \[4, 24\] in its files, its config promises \[{8 * groups}, 24\]"
+        rf"layers\.1\.self_attn\.k_proj\.weight has shape \[4, 24\] in its files, but .* says \[{8 * groups}, 24\]"
     )
     with pytest.raises(ValueError, match=sentence):
         load_model(tmp_path)

@@ -46,7 +46,7 @@ def test_what_ends_a_command_is_not_held_up(stop: type[BaseException]) -> None:
 def test_a_guard_within_another_speaks_alone() -> None:
     with pytest.raises(ValueError) as caught, guard_loading("tokenizer", "a/b"), guard_loading("model", "a/b"):
         raise TypeError("inside")
-    assert str(caught.value) == "cannot load a model from 'a/b', which is no folder here: TypeError: inside"
+    assert str(caught.value) == "cannot load a model from 'a/b', which is not a local folder: TypeError: inside"
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -59,7 +59,7 @@ def test_pipes_and_links_to_nowhere_are_refused_before_anything_waits_for_them(n
         load(tmp_path / "model")
     file.unlink()
     file.symlink_to("nowhere")
-    with pytest.raises(ValueError, match=f"{file} is a link to nowhere, not a file"):
+    with pytest.raises(ValueError, match=f"{file} is a broken link, not a file"):
         load(tmp_path / "model")
 
 

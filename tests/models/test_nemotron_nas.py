@@ -121,11 +121,11 @@ def test_saved_model_is_read_by_layer_and_exported_again(tmp_path: Path) -> None
     [
         (
             lambda: make_pruned("llama", UNEVEN),
-            "fill the hidden size of 24, layer 0 has 2 of 8: prune MLP",
+            "fill the hidden size of 24, but layer 0 has 2 heads of 8: prune only MLP",
         ),
-        (lambda: make_model("mistral-sliding", head_dim=None), "no place for sliding windows; use per-layer or padded"),
-        (lambda: make_model("llama-biases", head_dim=None), "no place for biases of MLPs"),
-        (lambda: make_model("gemma2"), "nemotron-nas holds llama, mistral, qwen2 models, got 'gemma2'"),
+        (lambda: make_model("mistral-sliding", head_dim=None), "cannot store sliding windows; use per-layer or padded"),
+        (lambda: make_model("llama-biases", head_dim=None), "cannot store biases of MLPs"),
+        (lambda: make_model("gemma2"), "nemotron-nas supports llama, mistral, qwen2 models, got 'gemma2'"),
     ],
 )
 def test_model_that_has_no_place_is_refused(
@@ -145,7 +145,7 @@ def test_model_that_has_no_place_is_refused(
 )
 def test_setting_that_has_no_place_is_refused(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     model = rebuild(MODELS["llama"](), **settings)
-    with pytest.raises(ValueError, match=f"nemotron-nas has no place for {sentence}"):
+    with pytest.raises(ValueError, match=f"nemotron-nas cannot store {sentence}"):
         save(model, None, tmp_path / "out", format="nemotron-nas")
 
 

@@ -32,8 +32,8 @@ from tiny import make_model, make_tokenizer, make_tokens
         ("/no/such/model", "the folder does not exist"),
         ("./here", "the folder does not exist"),
         ("gone.gguf", "no GGUF file at gone.gguf"),
-        ("nobody/nothing", "from 'nobody/nothing', which is no folder here: "),
-        ("lama", "from 'lama', which is no folder here: "),
+        ("nobody/nothing", "from 'nobody/nothing', which is not a local folder: "),
+        ("lama", "from 'lama', which is not a local folder: "),
     ],
 )
 def test_missing_model_is_said_in_a_sentence(source: str, sentence: str) -> None:
@@ -43,7 +43,7 @@ def test_missing_model_is_said_in_a_sentence(source: str, sentence: str) -> None
 
 
 def test_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no Hugging Face checkpoint: it has no config.json"):
+    with pytest.raises(ValueError, match="not a Hugging Face checkpoint: it has no config.json"):
         load_model(tmp_path)
 
 
@@ -103,7 +103,7 @@ READERS: dict[str, Callable[[str], object]] = {
 @pytest.mark.parametrize("folder", ["../other/", "{parent}/other/", "..\\other\\", "sub/", "C:"])
 def test_an_index_names_files_beside_it(shards: Path, reader: str, folder: str) -> None:
     edit_index(shards, lambda name: folder.format(parent=shards.parent) + name)
-    with pytest.raises(ValueError, match="has to name safetensors files that lie beside it, got '"):
+    with pytest.raises(ValueError, match="must name safetensors files in the same folder, got '"):
         READERS[reader](str(shards))
     assert {path.name for path in shards.parent.iterdir()} == {"model", "other"}
 
@@ -111,7 +111,7 @@ def test_an_index_names_files_beside_it(shards: Path, reader: str, folder: str) 
 @pytest.mark.parametrize("name", ["", ".", "..", "pytorch_model.bin", 3, None, ["a"]])
 def test_an_index_of_no_weights_is_refused(shards: Path, name: Any) -> None:
     edit_index(shards, lambda _: name)
-    with pytest.raises(ValueError, match="has to name safetensors files|does not say which file holds"):
+    with pytest.raises(ValueError, match="must name safetensors files|does not say which file holds"):
         load_model(shards)
 
 
@@ -192,13 +192,13 @@ def test_a_module_records_the_revision(hub: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("revision", ["", "a b", "../x", "a@b", "a\nb"])
 def test_what_is_no_revision_is_refused(revision: str) -> None:
-    with pytest.raises(ValueError, match="is no revision of org/model"):
+    with pytest.raises(ValueError, match="is not a revision of org/model"):
         pin("org/model", revision)
 
 
 def test_a_model_on_this_machine_has_no_revision(shards: Path) -> None:
     for source, revision in ((str(shards), "main"), ("org/model@old", "main")):
-        with pytest.raises(ValueError, match="is on this machine or has one already: leave it out"):
+        with pytest.raises(ValueError, match="is on this machine or already has one: leave"):
             pin(source, revision)
     shards.rename(shards.with_name("a@b"))
     load_model(shards.with_name("a@b"))

@@ -72,8 +72,8 @@ FORGED: dict[str, tuple[Callable[[Weights], Weights], dict[str, Any], str]] = {
     "float64": (cast_to(torch.float64), {}, "stored as F64"),
     "powers of two": (cast_to(torch.float8_e8m0fnu), {}, "stored as F8_E8M0"),
     "packed integers": (pack, {}, r"up_proj\.qweight is stored as I32"),
-    "a scale alone": (add(f"{UP}_scale_inv"), {}, r"files hold model\.layers\.1\.mlp\.up_proj\.weight_scale_inv"),
-    "a scale of the head": (add("lm_head.weight_scale"), {}, r"its files hold lm_head\.weight_scale"),
+    "a scale alone": (add(f"{UP}_scale_inv"), {}, r"files have model\.layers\.1\.mlp\.up_proj\.weight_scale_inv"),
+    "a scale of the head": (add("lm_head.weight_scale"), {}, r"its files have lm_head\.weight_scale"),
     "plain weights called float8": (leave, {"quantization_config": FP8}, r"quantization_config \(fp8\), but its weigh"),
     "a type that nothing computes in": (leave, {"dtype": "float64"}, "dtype must be one of float32, bfloat16, float16"),
 }
@@ -121,9 +121,9 @@ def test_the_type_of_most_weights_counts_whatever_the_config_says(
     ("settings", "sentence"),
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 1,024, got '1000000000'"),
-        ({"num_hidden_layers": 1000}, "its config promises 1000 layers, its files hold 3"),
+        ({"num_hidden_layers": 1000}, "its config says 1000 layers, but its files have 3"),
         ({"hidden_size": 10**9}, "hidden_size must be a whole number from 1 to 1,048,576"),
-        ({"vocab_size": 10**7}, r"its config promises 480,0.* parameters, its files hold \d"),
+        ({"vocab_size": 10**7}, r"its config needs 480,0.* parameters, but its files have \d"),
         ({"intermediate_size": "8"}, "intermediate_size must be a whole number from 1 to .*, got '8'"),
         ({"num_attention_heads": True}, "num_attention_heads must be a whole number from 1 to"),
         ({"per_layer_config": {"0": {"intermediate_size": 2**40}}}, "intermediate_size must be a whole number"),

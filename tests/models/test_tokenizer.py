@@ -46,7 +46,7 @@ def test_missing_tokenizer_is_said_in_a_sentence(variant: str, settings: str | N
     save(make_model(variant), None, tmp_path)
     if settings is not None:
         (tmp_path / "tokenizer_config.json").write_text(settings)
-    with pytest.raises(ValueError, match="it has no tokenizer files; copy them from the model that it comes from"):
+    with pytest.raises(ValueError, match="it has no tokenizer files; copy them from the original model"):
         load_tokenizer(tmp_path)
 
 

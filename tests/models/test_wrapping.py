@@ -112,7 +112,7 @@ def test_commands_refuse_a_folder_with_an_adapter(
 
 def test_an_adapter_on_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gqaprune.models.sources.find_adapter_config_file", lambda name: f"cache/{name}")
-    with pytest.raises(ValueError, match="cannot load a model from 'owner/name'.* it holds a PEFT adapter"):
+    with pytest.raises(ValueError, match="cannot load a model from 'owner/name'.* it has a PEFT adapter"):
         load_model("owner/name")
 
 

@@ -312,12 +312,12 @@ def test_a_folder_of_the_model_without_its_head_is_read_as_in_memory(tmp_path: P
 @pytest.mark.parametrize(
     ("prefix", "message"),
     [
-        ("", r"its files lack lm_head\.weight \(1 in all\), which its config promises$"),
+        ("", r"its files lack lm_head\.weight \(1 in all\), which the config needs$"),
         (
             "base_model.model.model.",
-            r"lack lm_head\.weight \(30 in all\), .*; they hold base_model\.model\.model\.e",
+            r"lack lm_head\.weight \(30 in all\), .*; they have base_model\.model\.model\.e",
         ),
-        ("_orig_mod.model.", r"lack lm_head\.weight \(30 in all\), .*; they hold _orig_mod\.model\.embed"),
+        ("_orig_mod.model.", r"lack lm_head\.weight \(30 in all\), .*; they have _orig_mod\.model\.embed"),
     ],
 )
 def test_names_of_another_model_are_refused_as_in_memory(prefix: str, message: str, tmp_path: Path) -> None:
@@ -337,12 +337,12 @@ def test_files_that_layers_cannot_be_read_from_are_refused(what: str, tmp_path: 
     settings, tensors = json.loads(config.read_text()), load_file(file)
     weight = "model.layers.1.mlp.up_proj.weight"
     message = {
-        "experts": "experts are not stored as they are computed with",
+        "experts": "experts have other names or shapes in files",
         "gguf": "is a GGUF file: .* gqaprune export --format stock",
         "pickle": "neither model.safetensors nor model.safetensors.index.json",
         "missing": rf"lack {weight} \(1 in all\)",
-        "shape": rf"{weight} is \[3, 4\] in model.safetensors, its config promises \[20, 48\]",
-        "quantised": "quantised weights are not stored .* unquantised",
+        "shape": rf"{weight} has shape \[3, 4\] in model.safetensors, but the config says \[20, 48\]",
+        "quantised": "quantised weights have other names .* unquantised",
         "type": "dtype must be one of",
     }[what]
     if what == "gguf":

@@ -315,5 +315,5 @@ def test_what_needs_the_whole_model_is_refused_with_what_does_not(settings: dict
 
 
 def test_formats_that_need_the_whole_model_are_refused() -> None:
-    with pytest.raises(ValueError, match="format padded needs the whole model in memory, which sharded avoids"):
+    with pytest.raises(ValueError, match="format padded needs the whole model in memory, but pruning.sharded keeps"):
         check_written_by_layer("padded", None, Placement.DEVICES)

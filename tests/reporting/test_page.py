@@ -93,7 +93,7 @@ def test_the_page_begins_with_a_verdict_and_says_how_the_checkpoint_loads() -> N
     ratio = stages[-1].perplexity["val/embedded"] / stages[0].perplexity["val/embedded"]
     smaller = f"{1 - stages[-1].parameters / stages[0].parameters:.1%} fewer parameters"
     lead = f'<p class="lead">{smaller}, {ratio:.2f} times the perplexity on embedded'
-    assert lead in page and "a KV cache 33.3% smaller; it loads with code of its own.</p>" in page
+    assert lead in page and "a KV cache 33.3% smaller; loads with remote code.</p>" in page
     assert "431.9 MB" in page and "load(&#39;logs/checkpoint&#39;)" in page
     assert not set("✅❌🔶") & set(build_page(make_page(guard={})))
 

@@ -366,7 +366,7 @@ def test_bias_without_a_place_is_refused_and_the_model_untouched() -> None:
         model = make_model(variant)
         before = model.state_dict()
         with pytest.raises(
-            ValueError, match=rf"{variant} checkpoints have no place .* llama \(attention and mlp\), .*qwen3"
+            ValueError, match=rf"{variant} checkpoints cannot store .* llama \(attention and mlp\), .*qwen3"
         ):
             apply_plan_with_repair(model, plan_cut(model), BATCHES, options)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

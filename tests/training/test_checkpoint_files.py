@@ -122,7 +122,7 @@ def test_shards_outside_of_the_folder_are_refused(folder: Path, name: str) -> No
 )
 def test_what_is_no_metadata_is_refused(folder: Path, content: bytes) -> None:
     (folder / ".metadata").write_bytes(content)
-    with pytest.raises(ValueError, match="is not what torch writes beside shards"):
+    with pytest.raises(ValueError, match="is not metadata that torch writes beside shards"):
         read_checkpoint(folder)
 
 
@@ -131,7 +131,7 @@ def test_a_pickle_cannot_change_the_classes_that_it_may_name(folder: Path) -> No
     content = b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N(S'planner_data'\nI1\ndtb."
     (folder / ".metadata").write_bytes(content)
 
-    with pytest.raises(ValueError, match="is not what torch writes beside shards"):
+    with pytest.raises(ValueError, match="is not metadata that torch writes beside shards"):
         read_checkpoint(folder)
 
 
@@ -144,7 +144,7 @@ def test_a_pickle_cannot_change_the_classes_that_it_may_name(folder: Path) -> No
     ],
 )  # fmt: skip
 def test_a_checkpoint_is_on_this_machine(name: str) -> None:
-    with pytest.raises(ValueError, match="is a file or a folder on this machine, got"):
+    with pytest.raises(ValueError, match="must be a file or a folder on this machine, got"):
         check_is_local(name)
 
 

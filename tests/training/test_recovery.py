@@ -188,7 +188,11 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
         tmp_path, TaylorPruning(**PRUNING), Spoil(4, float("inf")), *([keep] if written else []),
         enable_checkpointing=written,
     )  # fmt: skip
-    sentence = r"step 5, batch 5.*go on from .*step=4.ckpt" if written else "no checkpoint with finite weights was"
+    sentence = (
+        r"step 5, batch 5.*resume with --ckpt_path .*step=4.ckpt"
+        if written
+        else "no checkpoint with finite weights was"
+    )
     with pytest.raises(ValueError, match=sentence):
         trainer.fit(module, datamodule=make_data(tiny_folder, training={"batch_size": 2}))
     assert not written or (tmp_path / "kept" / "step=5.ckpt").exists()
@@ -232,10 +236,10 @@ def test_lightning_checkpoints_load_without_further_arguments(tiny_folder: Path,
         ({"lora_rank": 0}, "lora_rank >= 1.*got 0"),
         ({"temperature": 0.0}, "temperature > 0.*got 0.0"),
         ({"distill_weight": 1.5}, "distill_weight in"),
-        ({"hidden_layers": [0, -1]}, r"hidden_layers counts decoder layers from 0, got .0, -1."),
+        ({"hidden_layers": [0, -1]}, r"hidden_layers must be decoder layers, counted from 0, got .0, -1."),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"teacher_top_k": -1}, "teacher_top_k must be at least 0, got -1"),
-        ({"teacher_top_k": 8, "hidden_weight": 1.0}, "hidden_weight 1.0 needs the teacher itself"),
+        ({"teacher_top_k": 8, "hidden_weight": 1.0}, "hidden_weight 1.0 needs the teacher in memory"),
     ],
 )
 def test_settings_out_of_bounds_are_refused(settings: dict[str, Any], sentence: str) -> None:
@@ -246,9 +250,9 @@ def test_settings_out_of_bounds_are_refused(settings: dict[str, Any], sentence: 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"vocab_size": 300}, "has vocab_size 300, .* has 260: take a teacher with the same"),
+        ({"vocab_size": 300}, "has vocab_size 300, .* has 260: use a teacher with vocab_size 260"),
         ({"hidden_size": 96}, "has hidden_size 96, .* has 24"),
-        ({"num_hidden_layers": 2}, r"hidden_layers has to be of 0 to 1, got \[2\]"),
+        ({"num_hidden_layers": 2}, r"hidden_layers must be in 0..1, got \[2\]"),
     ],
 )
 def test_a_teacher_that_cannot_be_learned_from_is_refused_before_any_work(
@@ -272,7 +276,7 @@ def test_pruned_checkpoints_learn_from_the_model_that_they_come_from(tiny_folder
     assert count_parameters(teacher) == count_parameters(load_model(tiny_folder)) > count_parameters(module.model)
 
     shutil.rmtree(tmp_path / "copy")
-    with pytest.raises(ValueError, match="no teacher .*: no model at .*copy: .* name one by model.recovery.teacher"):
+    with pytest.raises(ValueError, match="no teacher .*: no model at .*copy: .* set model.recovery.teacher"):
         make_trainer(tmp_path, TaylorPruning(rate=0.0)).fit(
             CausalLMModule(str(tmp_path / "out"), recovery=RecoveryConfig("distill")), datamodule=data
         )
@@ -280,7 +284,7 @@ def test_pruned_checkpoints_learn_from_the_model_that_they_come_from(tiny_folder
 
 def test_an_end_by_time_alone_needs_a_constant_rate(tiny_folder: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_epochs": -1, "max_time": {"seconds": 1}}
-    with pytest.raises(ValueError, match="schedule cosine .* which trainer.max_time does not tell: set trainer.max_st"):
+    with pytest.raises(ValueError, match="schedule cosine .* trainer.max_time alone does not set it: set train"):
         make_trainer(tmp_path, TaylorPruning(rate=0.0), **settings).fit(
             CausalLMModule(str(tiny_folder)), datamodule=make_data(tiny_folder)
         )
@@ -290,5 +294,5 @@ def test_an_end_by_time_alone_needs_a_constant_rate(tiny_folder: Path, tmp_path:
 
 
 def test_unknown_targets_are_refused_with_those_there_are(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lora_targets: \['k', 'qq'\] given; this model's are q_proj, k_proj"):
+    with pytest.raises(ValueError, match=r"got \['k', 'qq'\]: use q_proj, k_proj"):
         recover(tiny_folder, tmp_path, RecoveryConfig("lora", lora_targets=["qq", "k", "q_proj"]))

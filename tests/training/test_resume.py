@@ -173,7 +173,7 @@ def test_runs_that_are_asked_to_stop_say_how_they_go_on_and_leave_whole_files(
 ) -> None:
     assert run(tmp_path, at=at, number=number) == code
     assert "Traceback" not in read_output(tmp_path)
-    assert read_output(tmp_path).endswith("gqaprune: stopped; the same command goes on from here")
+    assert read_output(tmp_path).endswith("gqaprune: stopped; run the same command again to resume")
     assert list_left(tmp_path) == ([tmp_path / UNFINISHED])
     assert run(tmp_path) == 0, read_output(tmp_path)
     assert read_files(tmp_path) == whole()
@@ -186,10 +186,10 @@ def test_a_changed_rate_keeps_the_scores_and_trains_anew(
     assert run(tmp_path, "--pruning.rate", "0.2") == 0, read_output(tmp_path)
     output = read_output(tmp_path)
     for sentence in (
-        "a run that did not end had other settings: pruning.rate was 0.3, is 0.2; training begins anew",
-        "scores of fisher: is there already, from a run that did not end",
-        "plan: done again, for rate was 0.3, is 0.2",
-        "repaired blocks: done again, for plan is another one",
+        "a run that did not end had other settings: pruning.rate was 0.3, is 0.2; training starts again",
+        "scores of fisher: is already done, from a run that did not end",
+        "plan: done again, because rate was 0.3, is 0.2",
+        "repaired blocks: done again, because plan has changed",
     ):
         assert sentence in output
     assert read_files(tmp_path) == whole("--pruning.rate", "0.2")
@@ -253,8 +253,8 @@ def test_last_is_the_stopped_runs_checkpoint_whatever_the_settings(run: Run, tmp
     assert "Warning: Dump of a value" not in output
     (config,) = (yaml.safe_load(path.read_text()) for path in tmp_path.glob("lightning_logs/version_1/config.yaml"))
     assert config["model"]["warmup_steps"] == 1 and config["model"]["plan"]["layers"]
-    assert "going on with the run in lightning_logs/version_0, from lightning_logs/version_0/checkpoints" in output
-    assert "its settings were others: model.warmup_steps was null, is 1, trainer.max_epochs was 2, is 3" in output
+    assert "resuming the run in lightning_logs/version_0, from lightning_logs/version_0/checkpoints" in output
+    assert "its settings were different: model.warmup_steps was null, is 1, trainer.max_epochs was 2, is 3" in output
 
 
 def test_a_run_beside_one_that_goes_on_is_a_run_of_its_own(
@@ -264,9 +264,9 @@ def test_a_run_beside_one_that_goes_on_is_a_run_of_its_own(
     lock = lock_note(tmp_path)
     assert lock is not None
     assert run(tmp_path) == 0, read_output(tmp_path)
-    assert "going on" not in read_output(tmp_path)
+    assert "resuming the run" not in read_output(tmp_path)
     assert read_files(tmp_path) == whole()
-    assert "if this one is stopped, the same command begins anew" in read_output(tmp_path)
+    assert "if this run is stopped, the same command starts again" in read_output(tmp_path)
     assert (tmp_path / UNFINISHED / "run.json").exists()  # the other's
     remove_lock(lock)
     assert run(tmp_path) == 0, read_output(tmp_path)
@@ -299,7 +299,7 @@ def test_a_note_is_read_back_and_no_other(tmp_path: Path) -> None:
 def test_a_note_that_nobody_wrote_is_refused(tmp_path: Path, content: bytes) -> None:
     make_note(tmp_path)
     (tmp_path / UNFINISHED / "run.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"run\.json is damaged .*: remove it to begin anew"):
+    with pytest.raises(ValueError, match=r"run\.json is damaged .*: remove it to train from the start"):
         find_run(tmp_path, {}, None, is_first=True)
 
 
@@ -307,7 +307,7 @@ def test_a_changed_note_is_refused(tmp_path: Path) -> None:
     make_note(tmp_path)
     path = tmp_path / UNFINISHED / "run.json"
     path.write_text(path.read_text().replace('"me"', '"us"'))
-    with pytest.raises(ValueError, match="is not what its checksum was made from"):
+    with pytest.raises(ValueError, match="its checksum does not match"):
         find_run(tmp_path, {}, "last", is_first=True)
 
 

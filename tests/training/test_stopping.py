@@ -58,7 +58,7 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint_and_the_same_command_g
     run = make_run(tmp_path, strategy, fault=fault)
     run.wait(PATIENCE)
     assert run.codes == (128 + fault.number,) * 2 and "Traceback" not in run.output
-    assert run.output.endswith("gqaprune: stopped; the same command goes on from here")
+    assert run.output.endswith("gqaprune: stopped; run the same command again to resume")
     (written,) = tmp_path.rglob("stopped-*.ckpt")
     assert written.name.endswith(f"-step={step}.ckpt")
     again = make_run(tmp_path, strategy)
@@ -79,7 +79,7 @@ def test_a_signal_outside_of_training_ends_all_ranks(fault: Fault, tmp_path: Pat
     run = make_run(tmp_path, "ddp", fault=fault)
     run.wait(PATIENCE)
     assert run.codes[0] == 128 + signal.SIGTERM and "Traceback" not in run.output
-    assert "gqaprune: stopped; the same command goes on from here" in run.output
+    assert "gqaprune: stopped; run the same command again to resume" in run.output
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_it_reaches_the_w
     sentence = "gqaprune: error: the training loss is nan at step 5, batch 10, on rank 1: lower the learning rate"
     assert run.codes == (1, 1) and run.output.count(sentence) == 2
     (good,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*-step=4.ckpt")
-    assert run.output.count(f"go on from {good.relative_to(tmp_path)}") == 2
+    assert run.output.count(f"resume with --ckpt_path {good.relative_to(tmp_path)}") == 2
 
 
 def test_all_ranks_begin_anew_beside_a_run_that_has_not_ended(
@@ -126,6 +126,6 @@ def test_all_ranks_begin_anew_beside_a_run_that_has_not_ended(
     beside = make_run(tmp_path, "ddp")
     beside.wait(PATIENCE)
     remove_lock(lock)
-    assert beside.codes == (0, 0) and "going on" not in beside.output
+    assert beside.codes == (0, 0) and "resuming the run" not in beside.output
     weights = (tmp_path / "out").glob("*.safetensors")
     assert {path.name: path.read_bytes() for path in weights}.items() <= whole("ddp").items()
