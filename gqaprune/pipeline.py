@@ -103,10 +103,10 @@ def prune(
             ranks end with different plans or weights.
     """
     with torch.inference_mode(False), torch.enable_grad():  # which scores are made of, whatever the caller forbids
-        text = CalibrationSet.wrap(calibration)
-        tokens = sum(batch.numel() for batch in text.batches)
-        counter = StageCounter([name for name, _ in list_stages(config, Work(tokens, 0, 0))][:-1])  # nothing is written
-        pruner = Pruner(model, text, config, evaluation=evaluation, stages=stages, counter=counter)
+        pruner = Pruner(model, CalibrationSet.wrap(calibration), config, evaluation=evaluation, stages=stages)
+        tokens = sum(batch.numel() for batch in pruner.calibration.batches)
+        listed = list_stages(pruner.config, Work(tokens, 0, 0))[:-1]  # the last one writes, which is the caller's
+        pruner.counter = StageCounter([name for name, _ in listed])
         check_saves(model)  # what cannot be written is not worth the work
         pruner.measure("dense")
         pruner.spend()
