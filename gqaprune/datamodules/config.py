@@ -14,7 +14,7 @@ class CalibrationConfig:
     """The text that units are scored and repaired on.
 
     Args:
-        corpora: a corpus, or a list of corpora; an empty list uses only `sampled_windows`.
+        corpora: corpus to calibrate on, or a list of corpora; an empty list uses only `sampled_windows`.
         windows: number of windows to calibrate on, at least 1, chosen over all corpora; null uses all that are not held
             out.
         window: tokens per window, at least 2.
@@ -46,7 +46,7 @@ class TrainingConfig:
     """The text that recovery trains on.
 
     Args:
-        corpora: a corpus, or a list of corpora; an empty list uses only `sampled_windows`.
+        corpora: corpus to train on, or a list of corpora; an empty list uses only `sampled_windows`.
         window: tokens per window, at least 2.
         tokens: largest number of tokens to read from each corpus, at least 1; null reads all.
         batch_size: windows per micro-batch and device, at least 1.

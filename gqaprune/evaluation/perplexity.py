@@ -118,7 +118,7 @@ def measure_perplexity(
                     overflow = f"batch {start + rank}"
             if is_true_anywhere(bool(overflow), device):
                 raise ValueError(
-                    f"the loss on {name}, {overflow or 'text of another rank'}, is not finite: the model's activations "
+                    f"the loss on {name}, {overflow or 'text of another rank'} is not finite: the model's activations "
                     "overflow or its weights contain NaN; load it in bfloat16 or float32"
                 )
             result[name] = float(metric.compute())

@@ -123,14 +123,14 @@ def test_a_model_saved_without_its_head_is_whole_if_that_is_tied(tmp_path: Path)
 def test_broken_weights_are_said_in_a_sentence(content: bytes | None, pruned_folder: Path) -> None:
     file = pruned_folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-200] if content is None else content)
-    with pytest.raises(ValueError, match="model.safetensors is missing, broken or cut off"):
+    with pytest.raises(ValueError, match="model.safetensors is missing, broken or truncated"):
         inspect(str(pruned_folder))
 
 
 def test_a_broken_index_and_what_it_names_in_vain_are_said_in_a_sentence(tmp_path: Path) -> None:
     make_model("llama").save_pretrained(tmp_path, max_shard_size="10KB")
     next(tmp_path.glob("*.safetensors")).unlink()
-    with pytest.raises(ValueError, match=r"safetensors is missing, broken or cut off \(No such file"):
+    with pytest.raises(ValueError, match=r"safetensors is missing, broken or truncated \(No such file"):
         inspect(str(tmp_path))
     for text in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 10**5):
         (tmp_path / "model.safetensors.index.json").write_text(text)

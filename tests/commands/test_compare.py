@@ -389,5 +389,5 @@ def test_bos_that_a_tokenizer_has_not_is_refused_by_the_models_name(folders: dic
     tokenizer = make_tokenizer()
     tokenizer.bos_token = None
     gqaprune.save(make_model(), tokenizer, tmp_path / "bare")
-    with pytest.raises(ValueError, match="bare: bos is true and the tokenizer has no beginning-of-text token"):
+    with pytest.raises(ValueError, match="bare: bos is true, but the tokenizer has no beginning-of-text token"):
         compare([folders["dense"], str(tmp_path / "bare")], bos=True, **SMALL)

@@ -83,7 +83,7 @@ def test_compare_runs_tasks_on_every_model(folder: Path, tiny_folder: Path, caps
 @pytest.mark.parametrize(
     ("name", "place", "sentence"),
     [
-        ("unknown", "", r"no task 'unknown' in lm_eval or .*; `lm_eval ls tasks` lists"),
+        ("unknown", "", r"no task 'unknown' in lm_eval or .*: `lm_eval ls tasks` lists"),
         ("lost", "", r"tasks lost cannot be read: .*nothing\.jsonl"),
         ("letters", "nowhere", r"tasks_folder .*nowhere is not a folder"),
     ],

@@ -53,7 +53,7 @@ def test_what_is_not_a_whole_model_with_values_is_refused(name: str) -> None:
 
 
 BATCHES: dict[str, tuple[Any, str]] = {
-    "one token": ([make_tokens(2, 1)], "has 2 windows of 1 tokens: give at least 1 window of 2 tokens"),
+    "one token": ([make_tokens(2, 1)], "has 2 windows of 1 tokens: pass at least 1 window of 2 tokens"),
     "no window": ([make_tokens(0, 8)], "has 0 windows of 8 tokens"),
     "no batches": (iter(()), "at least one"),
     "no list": (None, "must be a list of batches, got NoneType"),

@@ -79,13 +79,13 @@ FORGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "nothing": (lambda _: b"", "is not a GGUF file: it does not begin with GGUF"),
     "other": (lambda data: b"PK" + data, "is not a GGUF file: it does not begin with GGUF"),
     "version": (lambda data: data[:4] + b"\1" + data[5:], "has version 1 of the GGUF format"),
-    "header": (lambda data: data[:60], "header of model.gguf is broken or cut off"),
+    "header": (lambda data: data[:60], "header of model.gguf is broken or truncated"),
     "tensors": (lambda data: data[:-40], "is truncated within its tensors"),
-    "count of tensors": (replace_counts(HUGE, 6), "header of model.gguf is broken or cut off"),
-    "count of values": (replace_counts(1, HUGE), "header of model.gguf is broken or cut off"),
-    "length of an array": (replace_number(b"numbers", 8, HUGE), "header of model.gguf is broken or cut off"),
-    "length of an array of words": (replace_number(b"words", 8, HUGE), "header of model.gguf is broken or cut off"),
-    "length of a word": (replace_number(b"words", 16, HUGE), "header of model.gguf is broken or cut off"),
+    "count of tensors": (replace_counts(HUGE, 6), "header of model.gguf is broken or truncated"),
+    "count of values": (replace_counts(1, HUGE), "header of model.gguf is broken or truncated"),
+    "length of an array": (replace_number(b"numbers", 8, HUGE), "header of model.gguf is broken or truncated"),
+    "length of an array of words": (replace_number(b"words", 8, HUGE), "header of model.gguf is broken or truncated"),
+    "length of a word": (replace_number(b"words", 16, HUGE), "header of model.gguf is broken or truncated"),
     "type": (replace_number(b"pi", 0, 77), "a value of the unknown type 77"),
     "rows": (replace_number(b"a\2\0\0\0", 8, HUGE), "is truncated within its tensors"),
     "offset": (replace_number(b"a\2\0\0\0", 20, HUGE), "is truncated within its tensors"),
@@ -100,7 +100,7 @@ FORGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "more layers": (replace_number(b"block_count", 0, 4 + (1 << 63)), "says 2147483648 layers, but it has 0"),
     "no number of layers": (lambda data: data.replace(b"block_count", b"block_cOunt"), "says None layers, but it ha"),
-    "text": (lambda data: data.replace("é".encode(), b"\xff\xff"), "header of model.gguf is broken or cut off"),
+    "text": (lambda data: data.replace("é".encode(), b"\xff\xff"), "header of model.gguf is broken or truncated"),
 }
 
 

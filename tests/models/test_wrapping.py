@@ -89,7 +89,7 @@ def test_a_folder_with_an_adapter_is_refused_by_every_way_in(adapter_folder: Pat
         lambda: load_tokenizer(adapter_folder),
         lambda: load_offloaded_model(adapter_folder, tmp_path / "work"),
     ):
-        with pytest.raises(ValueError, match=r"adapter holds a PEFT adapter \(adapter_config.json\).*merge_and_unload"):
+        with pytest.raises(ValueError, match=r"adapter has a PEFT adapter \(adapter_config.json\).*merge_and_unload"):
             work()
 
 
@@ -104,9 +104,9 @@ def test_commands_refuse_a_folder_with_an_adapter(
     ):
         monkeypatch.setattr("sys.argv", ["gqaprune", *command])
         assert main() == 1
-        assert "holds a PEFT adapter" in capsys.readouterr().err
+        assert "has a PEFT adapter" in capsys.readouterr().err
     assert run("prune", "--model.pretrained", str(adapter_folder)) == 1
-    assert "holds a PEFT adapter" in capsys.readouterr().err
+    assert "has a PEFT adapter" in capsys.readouterr().err
     assert not Path("out").exists()
 
 

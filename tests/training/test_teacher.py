@@ -75,7 +75,7 @@ def test_a_teacher_that_overflows_is_refused(tmp_path: Path) -> None:
     teacher = make_model("llama").eval()
     with torch.no_grad():
         teacher.model.embed_tokens.weight.fill_(torch.inf)
-    with pytest.raises(ValueError, match="the teacher's logits are not finite in training windows 0 and on"):
+    with pytest.raises(ValueError, match="the teacher's logits are not finite in training windows 0 and later"):
         cache_teacher(teacher, make_tokens(4, 12), 5, cache=tmp_path)
     assert not [file for folder in tmp_path.iterdir() for file in folder.iterdir()]
 
