@@ -13,7 +13,7 @@ from gqaprune.placement.layer_store import find_store
 from gqaprune.scoring.criteria.backward import BackwardCriterion
 from gqaprune.scoring.criteria.base import ScoringConfig, ScoringRun
 
-_PASS_TOKENS = 1024
+PASS_TOKENS = 1024
 """Tokens whose activations are held at once: samples do not touch each other."""
 
 
@@ -73,7 +73,7 @@ class GateCriterion(BackwardCriterion):
         Of a model that recomputes its activations, which spares memory at the price of time, every sample by itself.
         """
         recomputes = self.run.model.is_activation_checkpointing
-        samples = 1 if recomputes else max(1, _PASS_TOKENS // input_ids.shape[1])
+        samples = 1 if recomputes else max(1, PASS_TOKENS // input_ids.shape[1])
         passes: tuple[Tensor, ...] = input_ids.split(samples)
         return passes
 
