@@ -159,7 +159,7 @@ def make_cut(model: PreTrainedModel) -> tuple[PruningPlan, dict[BlockKey, int]]:
     return PruningPlan(whole.geometry, tuple(layers)), kept
 
 
-def list_stages(model: PreTrainedModel, windows_NT: Tensor, batch: int) -> list[Stage]:
+def prepare_stages(model: PreTrainedModel, windows_NT: Tensor, batch: int) -> list[Stage]:
     """Every stage on one model and text; the model is left as it was.
 
     Args:

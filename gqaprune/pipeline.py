@@ -24,6 +24,7 @@ from gqaprune.plan import BlockKey, PruningPlan
 from gqaprune.planning.allocation import AllocationOptions, Removed, allocate_global
 from gqaprune.planning.allocation.steps import Spending, spend_share
 from gqaprune.planning.config import PruningConfig
+from gqaprune.planning.costs.base import Text
 from gqaprune.planning.counts import (
     bind_allocation,
     list_values,
@@ -104,8 +105,7 @@ def prune(
     """
     with torch.inference_mode(False), torch.enable_grad():  # which scores are made of, whatever the caller forbids
         text = CalibrationSet.wrap(calibration)
-        tokens = sum(batch.numel() for batch in text.batches)
-        counter = StageCounter([name for name, _ in list_stages(config, Work(tokens, 0, 0))][:-1])  # nothing is written
+        counter = StageCounter(list_stages(config, Work(Text(0, 1)))[:-1])  # nothing is written
         pruner = Pruner(model, text, config, evaluation=evaluation, stages=stages, counter=counter)
         check_saves(model)  # what cannot be written is not worth the work
         pruner.measure("dense")

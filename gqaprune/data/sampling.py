@@ -32,7 +32,8 @@ from gqaprune.placement.model_hash import hash_model
 CACHE_FOLDER = find_cache_folder("samples")
 """Where sampled documents are kept, a safetensors file per batch, model and settings."""
 
-
+BATCH = 64
+"""Documents that are sampled side by side."""
 _SCHEME = 2
 """Raised where the same settings come to write other text, so that what was kept before is not read back."""
 
@@ -49,7 +50,7 @@ def sample_from_model(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = BATCH,
     cache: Path | None = CACHE_FOLDER,
     bos: bool | None = None,
 ) -> Tensor:

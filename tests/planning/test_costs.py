@@ -10,18 +10,38 @@ from transformers import LlamaConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from counting import Stage, count_flops, list_stages, make_cut
+from counting import Stage, count_flops, make_cut, prepare_stages
 from measuring import make_model, make_tokens
 
-from gqaprune.models.architecture import find_blocks
+from gqaprune import PruningConfig
+from gqaprune.models.architecture import count_layer_parameters, find_blocks
+from gqaprune.models.loading import build_without_weights
+from gqaprune.plan import BlockKey
 from gqaprune.planning.costs.base import Cost, Text, read_shape, run_model
+from gqaprune.planning.costs.device import Device
 from gqaprune.planning.costs.repair import cost_cut, cost_least_squares
 from gqaprune.planning.costs.scoring import CRITERIA, cost_gates, cost_scores
+from gqaprune.planning.costs.stages import cost_stages, spread_evenly
 from gqaprune.planning.costs.training import cost_recovery_step
+from gqaprune.planning.stages import (
+    CURVES,
+    CUT,
+    DENSE,
+    DISTILLATION,
+    END,
+    LESSONS,
+    SAMPLING,
+    TRAINING,
+    Work,
+    list_stages,
+)
 from gqaprune.scoring.scores import score_units
 from gqaprune.scoring.sensitivity import SENSITIVITIES
 from gqaprune.surgery import gram
 from gqaprune.surgery.repair_config import RepairConfig
+from gqaprune.training.recovery import RecoveryConfig
+
+import tiny
 
 CONFIG = LlamaConfig(
     hidden_size=128,
@@ -62,7 +82,7 @@ def model() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def stages(model: PreTrainedModel) -> dict[str, Stage]:
     windows = make_tokens(CONFIG, TEXT.windows, TEXT.window)
-    return {stage.name: stage for stage in list_stages(model, windows, TEXT.batch)}
+    return {stage.name: stage for stage in prepare_stages(model, windows, TEXT.batch)}
 
 
 def test_every_stage_is_counted(stages: dict[str, Stage]) -> None:
@@ -130,3 +150,37 @@ def test_each_ridge_costs_as_much_as_another() -> None:
 def test_costs_add_up_and_scale() -> None:
     assert 2 * Cost(1, 2, 3, 4, 5) + Cost(1) == Cost(3, 4, 6, 8, 10)
     assert cost_gates(read_shape(CONFIG, 4), TEXT, find_blocks(make_model(CONFIG, torch.float32, "meta"))).flops > 0
+
+
+def test_costs_of_a_run_follow_from_its_settings(any_variant: str) -> None:
+    model = build_without_weights(tiny.make_model(any_variant).config)
+    work = Work(Text(16, 32, 2), sampled=Text(4, 16, 4), trains=True, training=Text(32, 32, 2))
+    stages = cost_stages(model, PruningConfig(), work, RecoveryConfig(mode="full"), 4)
+    passes = {stage.name: stage.passes for stage in stages}
+    assert list(passes) == list_stages(PruningConfig(), work)
+    assert passes[DENSE] == passes[END] == 0
+    assert passes[LESSONS] == pytest.approx(1)
+    assert 0.5 < passes[SAMPLING] < 1.5 and 2 < passes[TRAINING] <= 3.5
+    assert passes[CUT] > 1 and passes[DISTILLATION] > 3
+    twice = cost_stages(model, PruningConfig(steps=2), work, RecoveryConfig(mode="full"), 4)
+    assert {stage.name: stage.passes for stage in twice}[CURVES] == 2 * passes[CURVES]
+
+
+def test_a_share_of_channels_is_taken_from_every_mlp_that_may_lose_some(model: PreTrainedModel) -> None:
+    config = PruningConfig(rate=0.1, limits={"mlp_layers": (1, 3)})
+    kept = spread_evenly(model, config)
+    lost = sum((CONFIG.intermediate_size - columns) * 3 * CONFIG.hidden_size for columns in kept.values())
+    assert set(kept) == {BlockKey(1, "mlp"), BlockKey(2, "mlp")} and len(set(kept.values())) == 1
+    assert lost == pytest.approx(0.1 * sum(count_layer_parameters(model)), rel=0.01)
+
+
+def test_groups_go_where_a_rate_of_kv_heads_is_asked_for(model: PreTrainedModel) -> None:
+    kept = spread_evenly(model, PruningConfig(rate=0.0, kv_rate=0.25))
+    assert set(kept.values()) == {3 * 2 * 16} and {key.kind for key in kept} == {"attention"}
+
+
+def test_the_least_time_is_that_of_what_takes_longest() -> None:
+    device = Device("one", flops=100.0, single_flops=10.0, double_flops=1.0, bandwidth=50.0, host_bandwidth=5.0)
+    assert device.find_least_seconds(Cost(flops=100, single_flops=10, double_flops=1)) == 3
+    assert device.find_least_seconds(Cost(flops=100, bytes_moved=200)) == 4
+    assert device.find_least_seconds(Cost(flops=100, host_bytes=25)) == 5
