@@ -8,10 +8,12 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
@@ -21,11 +23,13 @@ from gqaprune.data.sampling import _Batch, _write_batches
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import Block, find_blocks
 from gqaprune.plan import BlockKey, KeptUnits, PruningPlan
+from gqaprune.planning.costs import peaks
 from gqaprune.planning.costs.base import Cost, Text, read_shape
 from gqaprune.planning.costs.curves import cost_gated_damage, cost_repaired_damage
 from gqaprune.planning.costs.repair import cost_cut, cost_distillation, cost_lessons
 from gqaprune.planning.costs.scoring import CRITERIA, cost_importance, cost_outliers, cost_perplexity, cost_scores
 from gqaprune.planning.costs.training import cost_recovery_step, cost_sampling
+from gqaprune.planning.memory import read_sizes
 from gqaprune.planning.selection import keep_everything
 from gqaprune.scoring.damage import measure_damage_curves
 from gqaprune.scoring.outliers import find_outliers
@@ -42,6 +46,8 @@ from gqaprune.training.objective import Objective
 from gqaprune.training.recovery import RecoveryConfig
 
 HOLDOUT = RepairConfig().holdout
+STEPS = 2
+"""Of recovery, so that the optimizer's moments are there in one."""
 
 
 def _count_solution(matrix: torch.Size, right: torch.Size, *_: Any, left: bool = True, **__: Any) -> float:
@@ -119,6 +125,15 @@ def count_flops(work: Callable[[], object]) -> Count:
     return Count(float(sum(counts.values()) - unseen), float(unseen))
 
 
+def measure_peak(work: Callable[[], object]) -> int:
+    """Bytes that torch's CPU allocator has at most beyond what it had, while a call lasts."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate((size for _, size in changes), initial=0))
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage as it really runs, and what it should cost.
@@ -127,11 +142,15 @@ class Stage:
         name: what it is.
         run: does it.
         cost: by formula.
+        peak: bytes by formula, weights and all; None where there is none.
+        copies: whether it works on a copy of the model.
     """
 
     name: str
     run: Callable[[], object]
     cost: Cost
+    peak: float | None = None
+    copies: bool = False
 
 
 def make_levels(blocks: Sequence[Block]) -> dict[BlockKey, list[int]]:
@@ -178,16 +197,24 @@ def prepare_stages(model: PreTrainedModel, windows_NT: Tensor, batch: int) -> li
 
 def _list_scoring(model: PreTrainedModel, windows_NT: Tensor, text: Text) -> list[Stage]:
     blocks, batches = find_blocks(model), windows_NT.split(text.batch)
-    shape = read_shape(model.config, 4)
+    shape, sizes = read_shape(model.config, 4), read_sizes(model.config)
     labelled = {"text": [{"input_ids": own, "labels": own} for own in batches]}
-    stages = [Stage("perplexity", lambda: measure_perplexity(model, labelled), cost_perplexity(shape, text))]
+    stages = [
+        Stage(
+            "perplexity",
+            lambda: measure_perplexity(model, labelled),
+            cost_perplexity(shape, text),
+            peaks.peak_perplexity(sizes, 4, text),
+        )
+    ]
     for name in CRITERIA:
         for own, of in ((blocks, "all"), (blocks[3:-1], "middle")):
             cost = cost_scores(shape, text, own, name)
-            stages.append(
-                Stage(f"scores, {name}, {of} blocks", lambda n=name, b=own: score_units(model, b, batches, n), cost)  # type: ignore[misc]
-            )
-    stages.append(Stage("outliers", lambda: find_outliers(model, blocks, batches), cost_outliers(shape, text, blocks)))
+            peak = peaks.CRITERIA[name](sizes, 4, text) if of == "all" else None
+            run = lambda n=name, b=own: score_units(model, b, batches, n)  # noqa: E731
+            stages.append(Stage(f"scores, {name}, {of} blocks", run, cost, peak))
+    cost, peak = cost_outliers(shape, text, blocks), peaks.peak_outliers(sizes, 4, text)
+    stages.append(Stage("outliers", lambda: find_outliers(model, blocks, batches), cost, peak))
     for method in SENSITIVITIES:
         cost = cost_importance(shape, text, blocks, method)
         run = lambda m=method: measure_sensitivity(model, blocks, CalibrationSet(batches), m)  # noqa: E731
@@ -205,6 +232,7 @@ def _list_damage(model: PreTrainedModel, windows_NT: Tensor, text: Text) -> list
             "curves, repaired",
             lambda: measure_repaired_damage(model, blocks, scores, {}, levels, batches, held_out),
             repaired,
+            peaks.peak_curves(read_sizes(model.config), 4, text, HOLDOUT),
         ),
         Stage(
             "curves, gated",
@@ -243,12 +271,19 @@ def _list_repair(model: PreTrainedModel, windows_NT: Tensor, text: Text) -> list
         return cost_cut(shape, text, blocks, kept, config, measures_damage, ridges=1)
 
     lessons = cost_lessons(shape, text, fitted)
+    long = peaks.list_long_peaks(read_sizes(model.config), 4, text, text)
     return [
-        Stage("cut, least squares", lambda: cut(fitted, False), cost(fitted, False)),
-        Stage("cut, refinement", lambda: cut(refined, False), cost(refined, False)),
-        Stage("cut, refinement, damage of layers", lambda: cut(refined, True), cost(refined, True)),
+        Stage("cut, least squares", lambda: cut(fitted, False), cost(fitted, False), copies=True),
+        Stage("cut, refinement", lambda: cut(refined, False), cost(refined, False), long["repair"], True),
+        Stage("cut, refinement, damage of layers", lambda: cut(refined, True), cost(refined, True), copies=True),
         Stage("lessons", note, lessons),
-        Stage("lessons, distillation", learn, lessons + cost_distillation(shape.cut(kept, blocks), text, fitted)),
+        Stage(
+            "lessons, distillation",
+            learn,
+            lessons + cost_distillation(shape.cut(kept, blocks), text, fitted),
+            long["repair, distillation"],
+            True,
+        ),
     ]
 
 
@@ -264,15 +299,24 @@ def _list_training(model: PreTrainedModel, windows_NT: Tensor, text: Text) -> li
         objective = Objective(settings)
         objective.teacher = model.eval().requires_grad_(False) if settings.distills else None
         objective.learns_all = True
-        objective.measure(student, batch)[0].backward()
+        optimizer = torch.optim.AdamW([own for own in student.parameters() if own.requires_grad])
+        for _ in range(STEPS):  # as Lightning does them: gradients are there until the next ones come
+            loss, _ = objective.measure(student, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
-    stages = []
+    stages, sizes = [], read_sizes(model.config)
+    long = peaks.list_long_peaks(sizes, 4, text, text.take(text.batch))
     for mode in ("full", "lora", "distill", "lora+distill"):
         cost = cost_recovery_step(shape, text.take(text.batch), mode, config.lora_rank, teacher=shape)
-        stages.append(Stage(f"recovery step, {mode}", lambda m=mode: step(m), cost))  # type: ignore[misc]
+        peak, run = long.get(f"recovery, {mode}"), lambda m=mode: step(m)
+        # The model itself is the teacher, and is there beside its copy.
+        stages.append(Stage(f"recovery step, {mode}", run, STEPS * cost, peak, copies="distill" not in mode))
     documents = Text(4, 32, 4)
     starts = [[1]] * documents.windows
-    stages.append(Stage("sampling", lambda: _write(model, documents, starts), cost_sampling(shape, documents)))
+    cost, peak = cost_sampling(shape, documents), peaks.peak_sampling(sizes, 4, documents)
+    stages.append(Stage("sampling", lambda: _write(model, documents, starts), cost, peak))
     return stages
 
 

@@ -265,4 +265,5 @@ def go_back_through_block(shape: ModelShape, key: BlockKey, text: Text) -> Cost:
 
 def share_of_panels(size: int, rows: Sequence[slice]) -> float:
     """Share of a symmetric matrix that panels of rows up to their diagonal blocks hold."""
-    return sum((own.stop - own.start) * own.stop for own in rows) / size**2 if size else 0.0
+    held: int = sum((own.stop - own.start) * own.stop for own in rows)
+    return held / (size * size) if size else 0.0
