@@ -271,10 +271,12 @@ def _list_repair(model: PreTrainedModel, windows_NT: Tensor, text: Text) -> list
         return cost_cut(shape, text, blocks, kept, config, measures_damage, ridges=1)
 
     lessons = cost_lessons(shape, text, fitted)
-    long = peaks.list_long_peaks(read_sizes(model.config), 4, text, text)
+    sizes = read_sizes(model.config)
+    long, widest = peaks.list_long_peaks(sizes, 4, text, text), sizes.channel_range[1] - sizes.channel_range[1] // 4
+    repair = peaks.peak_repair(sizes, 4, text, HOLDOUT, widest)
     return [
         Stage("cut, least squares", lambda: cut(fitted, False), cost(fitted, False), copies=True),
-        Stage("cut, refinement", lambda: cut(refined, False), cost(refined, False), long["repair"], True),
+        Stage("cut, refinement", lambda: cut(refined, False), cost(refined, False), repair, True),
         Stage("cut, refinement, damage of layers", lambda: cut(refined, True), cost(refined, True), copies=True),
         Stage("lessons", note, lessons),
         Stage(

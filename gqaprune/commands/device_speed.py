@@ -52,4 +52,5 @@ def show_time(seconds: float) -> str:
     """Seconds, minutes or hours, in two figures."""
     units: Sequence[tuple[float, str]] = ((3600, "h"), (60, "min"), (1, "s"))
     size, unit = next(((size, unit) for size, unit in units if seconds >= size), units[-1])
-    return f"{seconds / size:.2g} {unit}"
+    count = seconds / size
+    return f"{count:,.0f} {unit}" if count >= 100 else f"{count:.2g} {unit}"

@@ -53,7 +53,7 @@ def test_stages_follow_from_the_settings() -> None:
     plain = PruningConfig(criterion="l2", allocation="global", **bare)
     names = list_stages(plain, Work(Text(8, 125), Text(1, 10)))
     assert names[0] == "the model writes text" and "distillation" not in names and "training" not in names
-    assert [show_time(seconds) for seconds in (3.21, 90, 7200)] == ["3.2 s", "1.5 min", "2 h"]
+    assert [show_time(seconds) for seconds in (3.21, 90, 7200, 4.5e6)] == ["3.2 s", "1.5 min", "2 h", "1,250 h"]
 
 
 def test_a_run_says_which_stage_of_how_many_it_is_in_and_says_those_that_its_dry_run_names(

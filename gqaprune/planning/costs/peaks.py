@@ -1,8 +1,8 @@
 """Memory that each stage has at most on its device: weights, and what lies beside them.
 
-Of backward passes, repair and recovery these are the formulas of `planning.memory`; of the other stages, sums of what
-is there at once. With `n` tokens of a call, `b` bytes of a number, `h` the hidden size, `C` the channels of the widest
-MLP: a layer's forward pass has `n · b · (2h + 3C)`, its input, what is normed, and three products of the MLP.
+Of backward passes, distillation and recovery these are the formulas of `planning.memory`; of the other stages, sums of
+what is there at once. With `n` tokens of a call, `b` bytes of a number, `h` the hidden size, `C` the channels of the
+widest MLP: a layer's forward pass has `n · b · (2h + 3C)`, its input, what is normed, and three products of the MLP.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +15,10 @@ from gqaprune.scoring.criteria.gates import PASS_TOKENS
 from gqaprune.scoring.outliers import LOOKED_AT
 from gqaprune.scoring.repaired_damage import FITTED_TOKENS, JUDGED_TOKENS
 from gqaprune.surgery.gram import chunk_rows
+from gqaprune.surgery.refinement import STEP_TOKENS, TRAINING_BYTES
+
+_STEP_NUMBERS = 8
+"""Numbers of each token and channel in a step of refinement: four that the backward pass needs, and their gradients."""
 
 
 def count_forward(sizes: ModelSizes, itemsize: int, tokens: int) -> float:
@@ -100,6 +104,30 @@ def peak_curves(sizes: ModelSizes, itemsize: int, text: Text, holdout: float) ->
     return itemsize * (sizes.parameters + tokens * sizes.hidden_size) + grams + work
 
 
+def peak_repair(sizes: ModelSizes, itemsize: int, text: Text, holdout: float, channels: int) -> float:
+    """Weights, hidden states, an MLP's inputs, targets and moments, and a refit or a step of refinement beside them.
+
+    Closer than `estimate_memory`, which bounds moments by the workspace of a CPU, and knows no step's activations.
+
+    Args:
+        sizes: of the model.
+        itemsize: bytes of a weight.
+        text: calibration text.
+        holdout: share of the batches that are held out.
+        channels: of the widest MLP that is refitted, after its cut.
+    """
+    fitted, _ = split_held_out(text, holdout)
+    matrix = sizes.hidden_size * channels
+    moments = 2 * count_gram(channels) + 2 * DOUBLE * matrix
+    rows = int(chunk_rows(sizes.hidden_size, channels)[0].stop)
+    solved = 2 * DOUBLE * min(rows, sizes.hidden_size) * channels
+    refit = count_gram(channels) + max(count_factor(channels), solved) + 3 * itemsize * matrix
+    step = fitted.tokens / max(1, fitted.tokens // STEP_TOKENS)
+    trained = TRAINING_BYTES * 3 * matrix + _STEP_NUMBERS * SINGLE * step * channels
+    states = 4 * itemsize * sizes.hidden_size * text.tokens
+    return itemsize * sizes.parameters + states + moments + max(refit, trained)
+
+
 def peak_sampling(sizes: ModelSizes, itemsize: int, documents: Text) -> float:
     """Weights, the cache of all documents of a batch, and logits."""
     batch = min(documents.batch, documents.windows)
@@ -127,7 +155,7 @@ CRITERIA: Mapping[str, Callable[[ModelSizes, int, Text], float]] = {
 
 
 def list_long_peaks(sizes: ModelSizes, itemsize: int, calibration: Text, training: Text) -> dict[str, float]:
-    """Peaks of repair, of its distillation and of each recovery on one device, as `estimate_memory` has them.
+    """Peaks of repair's distillation and of each recovery on one device, as `estimate_memory` has them.
 
     Args:
         sizes: of the model.
@@ -139,4 +167,4 @@ def list_long_peaks(sizes: ModelSizes, itemsize: int, calibration: Text, trainin
     needed = estimate_memory(sizes, itemsize, 1, step, calibration.tokens)
     window = estimate_memory(sizes, itemsize, 1, calibration.window, calibration.tokens)
     needed["repair, distillation"] = window["repair, distillation"]  # which takes one at a time
-    return {name: own["one device"] or 0.0 for name, own in needed.items() if name != "scoring"}
+    return {name: own["one device"] or 0.0 for name, own in needed.items() if name not in ("scoring", "repair")}
