@@ -31,12 +31,12 @@ from gqaprune.planning.costs.base import Cost, Text, read_shape, run_model
 from gqaprune.planning.costs.curves import cost_repaired_damage
 from gqaprune.planning.costs.device import Device
 from gqaprune.planning.costs.repair import cost_cut, cost_distillation, cost_lessons
-from gqaprune.planning.costs.scoring import cost_outliers, cost_perplexity, cost_scores
+from gqaprune.planning.costs.scoring import cost_perplexity, cost_scores
 from gqaprune.planning.costs.stages import list_levels, spread_evenly
 from gqaprune.planning.costs.training import cost_recovery_step, cost_sampling
 from gqaprune.planning.memory import GIB, read_sizes
 from gqaprune.planning.selection import select_blocks
-from gqaprune.training.recovery import RecoveryConfig
+from gqaprune.training.recovery import MODES, RecoveryConfig
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- roofline:begin -->", "<!-- roofline:end -->"
@@ -106,44 +106,34 @@ def list_rows(config: PretrainedConfig) -> list[Row]:
     shape, sizes, repair = read_shape(config, ITEMSIZE), read_sizes(config), settings.repair
     blocks, every, kept = select_blocks(model, settings), find_blocks(model), spread_evenly(model, settings)
     pruned, long = shape.cut(kept, every), peaks.list_long_peaks(sizes, ITEMSIZE, CALIBRATION, TRAINING)
-    rows = [
-        Row(
-            "perplexity",
-            EVALUATION,
-            cost_perplexity(shape, EVALUATION),
-            peaks.peak_perplexity(sizes, ITEMSIZE, EVALUATION),
-        )
-    ]
-    names = {"fisher": "fisher, taylor", "param_first": "param_first, vectorize", "param_second": "param_second"}
-    names |= {"param_mix": "param_mix", "wanda": "wanda, wifv", "obs": "obs"}
+    peak = peaks.peak_perplexity(sizes, ITEMSIZE, EVALUATION)
+    rows = [Row("perplexity", EVALUATION, cost_perplexity(shape, EVALUATION), peak)]
+    names = {
+        "fisher": "fisher, taylor",
+        "param_first": "param_first, vectorize",
+        "param_mix": "param_second, param_mix",
+    }
+    names |= {"wanda": "wanda, wifv", "obs": "obs"}
     for criterion, name in names.items():
-        cost, peak = (
-            cost_scores(shape, CALIBRATION, blocks, criterion),
-            peaks.CRITERIA[criterion](sizes, ITEMSIZE, CALIBRATION),
-        )
-        rows.append(Row(f"scores: {name}", CALIBRATION, cost, peak))
-    cost = cost_outliers(shape, CALIBRATION, blocks)
-    rows.append(Row("outliers", CALIBRATION, cost, peaks.peak_outliers(sizes, ITEMSIZE, CALIBRATION)))
+        peak = peaks.CRITERIA[criterion](sizes, ITEMSIZE, CALIBRATION)
+        rows.append(Row(f"scores: {name}", CALIBRATION, cost_scores(shape, CALIBRATION, blocks, criterion), peak))
     cost = cost_repaired_damage(shape, CALIBRATION, blocks, list_levels(model, settings), repair.holdout)
-    rows.append(Row("curves", CALIBRATION, cost, peaks.peak_curves(sizes, ITEMSIZE, CALIBRATION, repair.holdout)))
-    bare, fitted = (cost_cut(shape, CALIBRATION, every, kept, replace(repair, epochs=0), own) for own in (False, True))
+    peak = peaks.peak_curves(sizes, ITEMSIZE, CALIBRATION, repair.holdout)
+    rows.append(Row("curves", CALIBRATION, cost, peak))
+    unrefined = replace(repair, epochs=0)
+    fitted, whole = (
+        cost_cut(shape, CALIBRATION, every, kept, own, measures_damage=True) for own in (unrefined, repair)
+    )
     # Layers that lose nothing are refitted, too, and are the widest.
     peak = peaks.peak_repair(sizes, ITEMSIZE, CALIBRATION, repair.holdout, sizes.channel_range[1])
-    whole = cost_cut(shape, CALIBRATION, every, kept, repair, measures_damage=True)
+    distilled = cost_lessons(shape, CALIBRATION, repair) + cost_distillation(pruned, CALIBRATION, repair)
     rows += [
-        Row("cut, least squares", CALIBRATION, bare, peak),
-        Row("damage of each layer", CALIBRATION, fitted + -1 * bare, peak),
+        Row("cut, least squares", CALIBRATION, fitted, peak),
         Row("refinement", CALIBRATION, whole + -1 * fitted, peak),
-        Row(
-            "predictions",
-            CALIBRATION,
-            cost_lessons(shape, CALIBRATION, repair),
-            peaks.peak_perplexity(sizes, ITEMSIZE, TRAINING),
-        ),
-        Row("distillation", CALIBRATION, cost_distillation(pruned, CALIBRATION, repair), long["repair, distillation"]),
+        Row("distillation", CALIBRATION, distilled, long["repair, distillation"]),
         Row("sampling", SAMPLED, cost_sampling(shape, SAMPLED), peaks.peak_sampling(sizes, ITEMSIZE, SAMPLED)),
     ]
-    for mode in ("full", "lora", "distill"):
+    for mode in MODES[1:]:
         cost = cost_recovery_step(pruned, TRAINING, mode, RecoveryConfig.lora_rank, teacher=shape)
         rows.append(Row(f"a step: {mode}", TRAINING, cost, long[f"recovery, {mode}"]))
     return rows
@@ -262,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         _write_check(options)
         return 0
-    own = measure_device(torch.device("cpu"), torch.bfloat16)
+    own = measure_device(torch.device("cpu"), torch.bfloat16, seconds=2.0)
     devices = [*DEVICES.items(), (replace(own, name="this CPU"), float("inf"))]
     lines = [*describe_devices(devices), "", f"This CPU: {describe_machine('cpu')}.", ""]
     for name in options.models:

@@ -37,7 +37,7 @@ def test_stages_that_a_device_does_not_hold_are_marked() -> None:
 
 
 def test_tables_are_written_between_their_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "measure_device", lambda *_: SLOW)
+    monkeypatch.setattr(roofline, "measure_device", lambda *_, **__: SLOW)
     monkeypatch.setattr(roofline, "MODELS", {"tiny": GEOMETRIES["tiny"]})
     page = tmp_path / "r.md"
     for _ in range(2):

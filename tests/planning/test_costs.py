@@ -80,7 +80,6 @@ UNMEASURED = (
         "cut, least squares",
         "cut, refinement, damage of layers",
         "lessons",
-        "recovery step, lora+distill",
     ),
 )
 """Of which no peak is estimated."""

@@ -167,4 +167,6 @@ def list_long_peaks(sizes: ModelSizes, itemsize: int, calibration: Text, trainin
     needed = estimate_memory(sizes, itemsize, 1, step, calibration.tokens)
     window = estimate_memory(sizes, itemsize, 1, calibration.window, calibration.tokens)
     needed["repair, distillation"] = window["repair, distillation"]  # which takes one at a time
-    return {name: own["one device"] or 0.0 for name, own in needed.items() if name not in ("scoring", "repair")}
+    found = {name: own["one device"] or 0.0 for name, own in needed.items() if name not in ("scoring", "repair")}
+    teacher = found["recovery, distill"] - found["recovery, full"]
+    return found | {"recovery, lora+distill": found["recovery, lora"] + teacher}
