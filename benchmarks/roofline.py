@@ -199,21 +199,26 @@ def check_stage(stage: Stage, weights: int) -> list[str]:
     """
     counts = list[Count]()
     measured = measure_peak(lambda: counts.append(count_flops(stage.run))) + (0 if stage.copies else weights)
-    products = counts[0].seen + counts[0].unseen
-    cells = [f"{products / 1e9:,.2f}", f"{stage.cost.all_flops / products - 1:+.1%}"]
+    products, formula = counts[0].seen + counts[0].unseen, stage.cost.all_flops
+    if stage.name.startswith("cut"):  # of whose float64 work the data says how much runs
+        products, formula = counts[0].seen, stage.cost.flops + stage.cost.single_flops
+    cells = [f"{products / 1e9:,.2f}", f"{formula / products - 1:+.1%}"]
     if stage.peak is None:
         return [*cells, "–", "–"]
     return [*cells, f"{measured / 2**20:,.0f}", f"{stage.peak / measured - 1:+.1%}"]
 
 
-def is_checked(name: str, layers: int, every: bool) -> bool:
+def is_checked(name: str, layers: int, every: bool, named: tuple[str, ...] = ("",)) -> bool:
     """Whether a stage is checked.
 
     Args:
         name: of the stage.
         layers: of the model.
         every: check stages, too, that pass a model of many layers once for every block or layer.
+        named: how names begin of those to check.
     """
+    if not name.startswith(named):
+        return False
     alike = ("taylor", "vectorize", "param_second", "wifv", "middle", "lora+distill", "cut, least")
     slow = (
         ("importance", "curves", "cut, refinement, damage") if layers > _FEW_LAYERS else ("importance", "curves, gated")
@@ -241,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--check", action="store_true", help="count what runs instead")
     parser.add_argument("--all", action="store_true", help="check slow stages of deep models, too: minutes")
+    parser.add_argument("--stages", nargs="+", default=[""], help="check those whose names begin so")
     parser.add_argument("--windows", type=int, default=4, help="of the check, two at a time")
     parser.add_argument("--length", type=int, default=64, help="tokens of each")
     parser.add_argument(
@@ -268,7 +274,8 @@ def _write_check(options: argparse.Namespace) -> None:
     about = []
     for name in options.checked:
         model = makers[name]()
-        chosen = partial(is_checked, layers=model.config.num_hidden_layers, every=options.all)
+        layers = model.config.num_hidden_layers
+        chosen = partial(is_checked, layers=layers, every=options.all, named=tuple(options.stages))
         cells[name] = check(model, options.windows, options.length, chosen)
         about.append(f"{name} has {model.num_parameters() / 1e6:,.0f} million parameters")
     header = [f"{name}: {what}" for name in cells for what in ("GFLOP", "formula", "MiB", "formula")]
