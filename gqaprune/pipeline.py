@@ -24,6 +24,7 @@ from gqaprune.plan import BlockKey, PruningPlan
 from gqaprune.planning.allocation import AllocationOptions, Removed, allocate_global
 from gqaprune.planning.allocation.steps import Spending, spend_share
 from gqaprune.planning.config import PruningConfig
+from gqaprune.planning.costs.base import Text
 from gqaprune.planning.counts import (
     bind_allocation,
     list_values,
@@ -104,9 +105,7 @@ def prune(
     """
     with torch.inference_mode(False), torch.enable_grad():  # which scores are made of, whatever the caller forbids
         pruner = Pruner(model, CalibrationSet.wrap(calibration), config, evaluation=evaluation, stages=stages)
-        tokens = sum(batch.numel() for batch in pruner.calibration.batches)
-        listed = list_stages(pruner.config, Work(tokens, 0, 0))[:-1]  # the last one writes, which is the caller's
-        pruner.counter = StageCounter([name for name, _ in listed])
+        pruner.counter = StageCounter(list_stages(pruner.config, Work(Text(0, 1)))[:-1])  # the caller writes
         check_saves(model)  # what cannot be written is not worth the work
         pruner.measure("dense")
         pruner.spend()

@@ -1,5 +1,6 @@
 """The module and the text that callbacks work on: gqaprune's own, or those of any other LightningModule."""
 
+import math
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any, Protocol, runtime_checkable
@@ -13,10 +14,12 @@ from gqaprune.callbacks.run_state import RunState, get_run
 from gqaprune.common.distributed import take_from_rank_0
 from gqaprune.data.given_batches import read_given_batches
 from gqaprune.data.prompts import Prompt
+from gqaprune.data.sampling import BATCH
 from gqaprune.datamodules import TextDataModule
 from gqaprune.datamodules.config import CalibrationConfig, EvaluationConfig, TrainingConfig
 from gqaprune.models.tokenizer import load_tokenizer
 from gqaprune.module import CausalLMModule
+from gqaprune.planning.costs.base import Text
 from gqaprune.planning.stages import Work
 from gqaprune.training.lightning_internals import get_train_batches, reads_from_module
 
@@ -125,13 +128,19 @@ def find_causal_lm(pl_module: LightningModule, attribute: str) -> PreTrainedMode
 
 
 def read_work(trainer: Trainer, data: TextDataModule, trains: bool) -> Work:
-    """Compute from the settings how many tokens a run calibrates on, samples from the model and trains on."""
-    settings = data.calibration
-    windows = (settings.windows or 0) + settings.sampled_windows
-    sampled = settings.sampled_windows * settings.window
-    sampled += data.training.sampled_windows * data.training.window if trains else 0
-    tokens = data.training.tokens and data.training.tokens * (trainer.max_epochs or 1)
-    return Work(windows * settings.window, sampled, tokens if trains else 0)
+    """Compute from the settings what a run calibrates on, samples from the model and trains on."""
+    calibration, training = data.calibration, data.training
+    windows = (calibration.windows or 0) + calibration.sampled_windows
+    written = calibration.sampled_windows * calibration.window
+    written += training.sampled_windows * training.window if trains else 0
+    document = min(data.sampling.document, calibration.window)
+    tokens = training.tokens and training.tokens * (trainer.max_epochs or 1)
+    return Work(
+        Text(windows, calibration.window, calibration.batch_size),
+        Text(math.ceil(written / document), document, BATCH) if written else None,
+        trains,
+        Text(tokens // training.window, training.window, training.batch_size) if tokens and trains else None,
+    )
 
 
 class GivenText(TextDataModule):

@@ -218,8 +218,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         if data.tokenizer is not None:
             check_tokenizer(data.tokenizer, model)
         if module.plan is None:
-            stages = list_stages(self.config, read_work(trainer, data, trains))
-            self._counter = StageCounter([name for name, _ in stages])
+            self._counter = StageCounter(list_stages(self.config, read_work(trainer, data, trains)))
             self._counter.begin(SAMPLING)
         if data.training.sampled_windows and trains:
             dense = model if module.plan is None else module.source.load().to(trainer.strategy.root_device)

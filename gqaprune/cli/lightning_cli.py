@@ -260,6 +260,7 @@ class PruningCLI(LightningCLI):
                 self.model.source,
                 pruning,
                 read_work(self.trainer, data, trains),
+                self.model.recovery,
                 self.trainer.strategy.root_device,
                 data.training.window * data.training.batch_size,
                 self.trainer.world_size,

@@ -1,28 +1,33 @@
 """`--dry_run`: what a run would do, hold and take, from the model's config and the settings alone."""
 
-import time
-from collections.abc import Sequence
-
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
+from transformers import PreTrainedModel
 
+from gqaprune.commands.device_speed import measure_device
+from gqaprune.commands.stages_table import build_stages_table
 from gqaprune.models.architecture import read_geometry
 from gqaprune.models.dtypes import name_dtype
 from gqaprune.placement.model_source import ModelSource
 from gqaprune.planning.config import PruningConfig
+from gqaprune.planning.costs.stages import cost_stages
 from gqaprune.planning.memory import GIB, ModelSizes, estimate_memory, read_sizes
 from gqaprune.planning.preflight import check_reachable
 from gqaprune.planning.selection import read_budget, select_blocks
-from gqaprune.planning.stages import TRAINING, Work, list_stages
+from gqaprune.planning.stages import Work
 from gqaprune.planning.target import resolve_target
-
-_EFFICIENCY = 0.6
-"""Share of a matrix product's speed that a whole model reaches."""
+from gqaprune.training.recovery import RecoveryConfig
 
 
 def describe_dry_run(
-    source: ModelSource, pruning: PruningConfig, work: Work, device: torch.device, window: int, devices: int = 1
+    source: ModelSource,
+    pruning: PruningConfig,
+    work: Work,
+    recovery: RecoveryConfig,
+    device: torch.device,
+    window: int,
+    devices: int = 1,
 ) -> RenderableType:
     """What a run would do, as tables.
 
@@ -30,6 +35,7 @@ def describe_dry_run(
         source: the dense model.
         pruning: what is removed and how.
         work: what is read and trained.
+        recovery: how it is trained.
         device: that it would run on, whose speed is tried for a moment.
         window: tokens of a micro-batch.
         devices: how many there are.
@@ -63,11 +69,15 @@ def describe_dry_run(
         dense = cache * tokens / 1e6
         own = "the allocation chooses" if groups is None else f"{dense * kept:,.1f} MB"
         table.add_row(f"KV cache, {tokens:,} tokens", f"{dense:,.1f} MB", own)
-    return Group(table, _list_memory(sizes, dtype, work, window, devices), _list_work(sizes, pruning, work, device))
+    return Group(
+        table,
+        _list_memory(sizes, dtype, work, window, devices),
+        _list_work(model, pruning, work, recovery, dtype, device),
+    )
 
 
 def _list_memory(sizes: ModelSizes, dtype: torch.dtype, work: Work, window: int, devices: int) -> Table:
-    needed = estimate_memory(sizes, dtype.itemsize, devices, window, work.calibration_tokens)
+    needed = estimate_memory(sizes, dtype.itemsize, devices, window, work.calibration.tokens)
     table = Table(title="memory, on one device", title_justify="left", show_header=False)
     for name, row in needed.items():
         if (own := row["one device"]) is not None:
@@ -75,32 +85,13 @@ def _list_memory(sizes: ModelSizes, dtype: torch.dtype, work: Work, window: int,
     return table
 
 
-def _list_work(sizes: ModelSizes, pruning: PruningConfig, work: Work, device: torch.device) -> Table:
-    stages, speed = list_stages(pruning, work), measure_speed(device)
-    per_token = 2 * sizes.parameters / (_EFFICIENCY * speed)
-    total = sum(tokens for _, tokens in stages) * per_token
-    table = Table(title=f"stages, about {show_time(total)} on this machine", title_justify="left", show_header=False)
-    table.caption = "rough: the speed of a matrix product, tried now, and an estimate of passes over the text"
-    for number, (name, tokens) in enumerate(stages, start=1):
-        unknown = name == TRAINING and work.training_tokens is None
-        taken = "its text is not counted yet" if unknown else show_time(tokens * per_token) if tokens else ""
-        table.add_row(f"{number} of {len(stages)}", name, taken)
-    return table
-
-
-def measure_speed(device: torch.device, seconds: float = 0.2) -> float:
-    """Floating-point operations a second of a matrix product in float32."""
-    size = 1024
-    left, right = (torch.ones(size, size, device=device) for _ in range(2))
-    count, began = 0, time.perf_counter()
-    while count < 2 or time.perf_counter() - began < seconds:
-        float((left @ right)[0, 0])  # waits for the device
-        count += 1
-    return 2 * size**3 * count / (time.perf_counter() - began)
-
-
-def show_time(seconds: float) -> str:
-    """Seconds, minutes or hours, in two figures."""
-    units: Sequence[tuple[float, str]] = ((3600, "h"), (60, "min"), (1, "s"))
-    size, unit = next(((size, unit) for size, unit in units if seconds >= size), units[-1])
-    return f"{seconds / size:.2g} {unit}"
+def _list_work(
+    model: PreTrainedModel,
+    pruning: PruningConfig,
+    work: Work,
+    recovery: RecoveryConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Table:
+    stages = cost_stages(model, pruning, work, recovery, dtype.itemsize)
+    return build_stages_table(stages, measure_device(device, dtype), is_uncounted=work.trains and work.training is None)

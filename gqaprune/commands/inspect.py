@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 from rich.table import Table
-from rich.text import Text
+from rich.text import Text as ShownText
+from transformers import PretrainedConfig
 
 from gqaprune.commands.advice import write_advice
 from gqaprune.commands.bos_check import check_bos
@@ -19,8 +20,10 @@ from gqaprune.commands.checkup import (
     find_wrong_tensors,
     read_plan_of,
 )
+from gqaprune.commands.device_speed import measure_device
 from gqaprune.commands.reach import NAMES, Reach, measure_reach
 from gqaprune.commands.risks import list_risks
+from gqaprune.commands.stages_table import build_stages_table
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.common.console import SafeConsole
 from gqaprune.data.windows import read_windows
@@ -30,8 +33,16 @@ from gqaprune.models.hub import check_hub
 from gqaprune.models.loading import build_without_weights, load
 from gqaprune.models.loading_guard import guard_loading
 from gqaprune.models.sources import load_config, pin
+from gqaprune.planning.config import PruningConfig
+from gqaprune.planning.costs.base import Text
+from gqaprune.planning.costs.stages import StageCost, cost_stages
 from gqaprune.planning.memory import GIB, PLACES, ModelSizes, estimate_memory, read_sizes
+from gqaprune.planning.stages import Work
 from gqaprune.scoring.outliers import Outliers, find_outliers
+from gqaprune.training.recovery import RecoveryConfig
+
+_WINDOW = 512
+"""Tokens of a calibration window, as by default."""
 
 
 def inspect(
@@ -47,7 +58,10 @@ def inspect(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> None:
-    """Print what a model holds, which rates it allows, its risks, and the memory that work on it needs.
+    """Print what a model holds, which rates it allows, its risks, and the memory and time that work on it needs.
+
+    Time is that of pruning with the default settings on this machine: forward passes by arithmetic, at the speed of
+    matrix products that are tried for a moment.
 
     Of a pruned checkpoint also what each layer lost, whether it keeps its ratio, and whether its tensors are those of
     its config. Weights are loaded for `outliers`, and where the tokenizer and the windows of `data.bos` do not agree
@@ -92,7 +106,8 @@ def inspect(
         plan = read_plan_of(folder) if folder is not None else None
         wrong = find_wrong_tensors(folder, config, trust_remote_code) if folder is not None else {}
         checks = check_layers(config, plan, wrong) if folder is not None else []
-    type_name = name_dtype(kind)
+    type_name, device = name_dtype(kind), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stages = cost_default_stages(config, calibration_tokens, tokens, kind.itemsize, trust_remote_code)
     bytes_needed = estimate_memory(sizes, kind.itemsize, devices, tokens, calibration_tokens, gradient_checkpointing)
     weights = {name: sizes.parameters * of.itemsize for name, of in DTYPES.items() if isinstance(of, torch.dtype)}
     cache = geometry.kv_cache_bytes_per_token(kind.itemsize)
@@ -109,7 +124,7 @@ def inspect(
         facts |= {**asdict(sizes), "kv_cache_bytes_per_token": cache}
         facts |= {"reach": [asdict(one) for one in reach], "risks": risks, "weight_bytes": weights}
         facts |= {"layer_checks": [asdict(check) for check in checks], "wrong_outside": wrong.get(None, [])}
-        facts |= {"memory_gib": memory, "bos": bos and asdict(bos)}
+        facts |= {"memory_gib": memory, "bos": bos and asdict(bos), "stages": [asdict(stage) for stage in stages]}
         print(json_format.dumps(facts, indent=1))
         return
     console = SafeConsole()
@@ -120,16 +135,35 @@ def inspect(
     if plan is not None or not geometry.is_uniform or wrong:
         console.print(build_layers_table(checks, plan.model if plan is not None else ""))
     for sentence in wrong.get(None, ()):
-        console.print(Text("wrong:", "red"), sentence)
+        console.print(ShownText("wrong:", "red"), sentence)
     for risk in risks:
-        console.print(Text("risk:", "yellow"), risk)
+        console.print(ShownText("risk:", "yellow"), risk)
     if bos is not None and not bos.matters:
         console.print(f"BOS: {bos.describe()}")
     caption = f"{tokens:,} tokens a micro-batch, {calibration_tokens:,} of calibration, weights in {type_name}"
     caption += ", activations recomputed" if gradient_checkpointing else ""
     console.print(build_memory_table(bytes_needed, devices, caption))
+    console.print(build_stages_table(stages, measure_device(device, kind), about="with the default settings; "))
     if write_config is not None:
         console.print(f"configuration  {write_config}")
+
+
+def cost_default_stages(
+    config: PretrainedConfig, calibration_tokens: int, tokens: int, itemsize: int, trust_remote_code: bool = False
+) -> list[StageCost]:
+    """Costs of pruning with the default settings.
+
+    Args:
+        config: of the model.
+        calibration_tokens: of all calibration windows together.
+        tokens: of a micro-batch.
+        itemsize: bytes of a weight.
+        trust_remote_code: run code that comes with the model.
+    """
+    model = build_without_weights(config, trust_remote_code)
+    window = min(_WINDOW, read_context(config), tokens, calibration_tokens)
+    text = Text(calibration_tokens // window, window, max(1, tokens // window))
+    return cost_stages(model, PruningConfig(), Work(text), RecoveryConfig(), itemsize)
 
 
 def look_for_outliers(model: str, trust_remote_code: bool = False) -> Outliers:

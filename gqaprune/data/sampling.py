@@ -33,6 +33,8 @@ CACHE_FOLDER = find_cache_folder("samples")
 """Folder of sampled documents, with a safetensors file per batch, model and settings."""
 
 
+BATCH = 64
+"""Documents that are sampled side by side."""
 _SCHEME = 3
 """Version of the sampling code: increased when the same settings begin to write other text, to ignore old files."""
 
@@ -49,7 +51,7 @@ def sample_from_model(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = BATCH,
     cache: Path | None = CACHE_FOLDER,
     bos: bool | None = None,
 ) -> Tensor:

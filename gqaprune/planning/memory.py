@@ -139,12 +139,10 @@ def estimate_memory(
     b, t, h = itemsize, tokens, sizes.hidden_size
     weights, layer = b * sizes.parameters, b * sizes.layer_parameters
     outside = weights - b * sizes.decoder_parameters
-    heads = sizes.head_dim * (sizes.query_heads + sizes.kv_heads)
-    scored = t * (b * (2 * heads + 4 * sizes.channels) + sizes.layers * 8 * h)
-    trained = scored + t * sizes.layers * b * 4 * h
+    scored, trained = count_kept(sizes, itemsize, tokens)
     recomputed = [b * h * t * sizes.layers + activations / sizes.layers for activations in (scored, trained)]
     scoring_keeps, recovery_keeps = recomputed if gradient_checkpointing else (scored, trained)
-    piece = 8 * min(t * sizes.vocabulary, PIECE_LOGITS)
+    piece = count_piece(sizes, tokens)
     recovery_keeps += 2 * b * t * sizes.vocabulary + piece
     channels = sizes.channel_range[1]
     gram = min(WORKSPACE, 24 * channels**2)
@@ -198,6 +196,18 @@ def estimate_memory(
             "offload": None,
         }
     return needed
+
+
+def count_kept(sizes: ModelSizes, itemsize: int, tokens: int) -> tuple[float, float]:
+    """Bytes of activations that a backward pass keeps: of frozen projections, and of those that are trained."""
+    heads = sizes.head_dim * (sizes.query_heads + sizes.kv_heads)
+    frozen = tokens * (itemsize * (2 * heads + 4 * sizes.channels) + sizes.layers * 8 * sizes.hidden_size)
+    return frozen, frozen + tokens * sizes.layers * itemsize * 4 * sizes.hidden_size
+
+
+def count_piece(sizes: ModelSizes, tokens: int) -> int:
+    """Bytes of a piece of logits with its gradient in float32."""
+    return 8 * min(tokens * sizes.vocabulary, PIECE_LOGITS)
 
 
 def find_range(counts: tuple[int, ...]) -> tuple[int, int]:

@@ -32,7 +32,7 @@ OUTLIER_RATIO = 20.0
 
 On SmolLM2-135M and the embedded text the largest of most blocks is at 1 to 14; eight MLPs have one to four above 20, of
 2,700 at most."""
-_TOKENS = 8192
+LOOKED_AT = 8192
 """Tokens that are looked at; massive activations are at the first token of every window."""
 
 
@@ -121,6 +121,6 @@ def _take_tokens(batches: Sequence[Tensor]) -> list[Tensor]:
     for batch_BT in batches:
         taken.append(batch_BT)
         tokens += batch_BT.numel()
-        if tokens >= _TOKENS:
+        if tokens >= LOOKED_AT:
             break
     return taken

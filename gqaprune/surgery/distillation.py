@@ -36,9 +36,9 @@ TOP_K = 64
 """Likeliest tokens that are noted of every prediction."""
 RANK = 32
 """Of the change to each projection, at most."""
-_PASSES = 3
+PASSES = 3
 """Over the text at most."""
-_STEP_WINDOWS = 2
+STEP_WINDOWS = 2
 """Windows per step of AdamW, all ranks together, where there are not more ranks."""
 _WARM_UP = 0.05
 """Share of the steps."""
@@ -251,9 +251,9 @@ def _train(
     rank, world_size = get_rank_and_world_size()
     parameters = [part for adapter in adapters for part in (adapter.down_RI, adapter.up_OR)]
     adam = torch.optim.AdamW(parameters, config.distill_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    per_step = max(_STEP_WINDOWS, world_size)
+    per_step = max(STEP_WINDOWS, world_size)
     count, length = lessons.trained, lessons.windows_BT.shape[1]
-    drawn = list(_draw(count, min(_PASSES * count, max(per_step, config.distill_tokens // length)), generator))
+    drawn = list(_draw(count, min(PASSES * count, max(per_step, config.distill_tokens // length)), generator))
     steps = math.ceil(len(drawn) / per_step)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda step: min(1.0, (step + 1) / (_WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2

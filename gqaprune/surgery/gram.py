@@ -20,7 +20,7 @@ from gqaprune.common.distributed import add_across_ranks
 WORKSPACE = 2**29
 """Bytes that Gram matrices, factors and the work on them take at most on a CPU: 3/8 to stay, 5/8 to work in. A GPU with
 more free memory keeps more."""
-_COLUMNS = 512
+COLUMNS = 512
 """Columns of an inverse that are solved for together, or one unit's."""
 
 
@@ -196,7 +196,7 @@ class Panels:
         The columns of `L⁻¹` that belong to some blocks are solved for at a time.
         """
         columns = chunk_rows(self.size, self.size)[0].stop
-        step = max(1, min(_COLUMNS, columns) // width) * width
+        step = max(1, min(COLUMNS, columns) // width) * width
         return torch.cat([self._invert(start, step, width) for start in range(0, self.size, step)])
 
     def _invert(self, first: int, step: int, width: int) -> Tensor:

@@ -26,7 +26,7 @@ from gqaprune.common.distributed import sum_across_ranks
 from gqaprune.surgery.products import multiply_in, settle_products
 from gqaprune.surgery.repair_config import RepairConfig
 
-_STEP_TOKENS = 1024
+STEP_TOKENS = 1024
 """Tokens per step of Adam, all ranks together."""
 _CHUNK_TOKENS = 4096
 """Tokens per forward when measuring."""
@@ -34,7 +34,7 @@ TRAINING_BYTES = 18
 """Of a parameter in training: float32 weight, gradient and two moments, and the weight in bfloat16 for products."""
 _WARM_UP = 0.05
 """Share of the steps."""
-_SHARES = (0.25, 0.5, 0.75, 1.0)
+SHARES = (0.25, 0.5, 0.75, 1.0)
 """Shares of the way from the refitted to the trained weights that are judged."""
 _MASSIVE = 4.0
 """A token whose target's square is more than so many times the median weighs as if it were that: others count too."""
@@ -172,7 +172,7 @@ def refine_mlp(
         module.load_state_dict({name: torch.lerp(start[name].float(), end[name], share) for name in start})
 
     candidate, best, after = copy.deepcopy(mlp), 0.0, before
-    for share in _SHARES:
+    for share in SHARES:
         move(candidate, share)
         error = _measure_error(candidate, judged, limit, config.products)  # judged as it will be stored
         if error < after:
@@ -206,7 +206,7 @@ def _train(
     energy = _sum({"energy": float(weight_N @ energy_N)}, device)["energy"]
     if energy == 0:
         return
-    steps_per_epoch = max(1, tokens // _STEP_TOKENS)
+    steps_per_epoch = max(1, tokens // STEP_TOKENS)
     parameters, sizes = dict(mlp.named_parameters()), _measure_sizes(mlp)
     adam = torch.optim.Adam(
         [{"params": [parameters[name]], "lr": config.learning_rate * size} for name, size in sizes.items()],

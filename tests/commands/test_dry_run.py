@@ -8,13 +8,14 @@ import pytest
 
 import gqaprune
 from gqaprune import PruningConfig
-from gqaprune.commands.dry_run import show_time
+from gqaprune.commands.device_speed import show_time
 from gqaprune.common.console import console
+from gqaprune.planning.costs.base import Text
 from gqaprune.planning.stages import StageCounter, Work, list_stages
 
 from command import Run
 
-WORK = Work(calibration_tokens=1000, sampled_tokens=0, training_tokens=500)
+WORK = Work(Text(8, 125), trains=True)
 
 
 @pytest.mark.parametrize("command", ["fit", "prune", "search", "sweep"])
@@ -46,14 +47,13 @@ def test_a_budget_that_cannot_be_met_is_refused_in_a_dry_run_too(run: Run, capsy
 
 
 def test_stages_follow_from_the_settings() -> None:
-    default = [name for name, _ in list_stages(PruningConfig(), WORK)]
+    default = list_stages(PruningConfig(), WORK)
     assert default[2] == "scores, fisher+obs" and "distillation" in default and "training" in default
     bare: dict[str, Any] = {"repair": {"method": "none"}, "scoring": {"protect_outliers": False}}
     plain = PruningConfig(criterion="l2", allocation="global", **bare)
-    names = [name for name, _ in list_stages(plain, Work(1000, 10, 0))]
+    names = list_stages(plain, Work(Text(8, 125), Text(1, 10)))
     assert names[0] == "the model writes text" and "distillation" not in names and "training" not in names
-    assert dict(list_stages(plain, WORK))["scores, l2"] == 0
-    assert [show_time(seconds) for seconds in (3.21, 90, 7200)] == ["3.2 s", "1.5 min", "2 h"]
+    assert [show_time(seconds) for seconds in (3.21, 90, 7200, 4.5e6)] == ["3.2 s", "1.5 min", "2 h", "1,250 h"]
 
 
 def test_a_run_says_which_stage_of_how_many_it_is_in_and_says_those_that_its_dry_run_names(

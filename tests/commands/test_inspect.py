@@ -79,8 +79,10 @@ def test_command_prints_tables_and_the_same_as_json(
     assert "KV-cache bytes/token" in shown and "fsdp, 4" in shown and "recovery, distill" in shown
     found = read(tiny_folder, capsys, devices=4)
     assert "recomputed" not in shown
-    memory = found["memory_gib"]
-    assert isinstance(memory, dict)
+    memory, stages = found["memory_gib"], found["stages"]
+    assert isinstance(memory, dict) and isinstance(stages, list)
+    assert "forward passes" in shown and all(stage["name"] in " ".join(shown.split()) for stage in stages)
+    assert {stage["name"]: stage["passes"] for stage in stages}["predictions of the dense model"] == pytest.approx(1)
     sizes = estimate_memory(read_sizes(make_model(channels=32).config), 4, 4, 2048, 65536)
     assert memory["repair"]["ddp"] == pytest.approx(sizes["repair"]["ddp"] / GIB)  # type: ignore[operator]
     assert run_main(monkeypatch, str(tiny_folder), "--gradient_checkpointing", "true") == 0

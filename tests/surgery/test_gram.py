@@ -85,7 +85,7 @@ def test_factor_solves_and_inverts_as_whole_matrices_do(workspace: int, device: 
 
 
 def test_few_columns_of_the_inverse_are_solved_for_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gram, "_COLUMNS", 5)
+    monkeypatch.setattr(gram, "COLUMNS", 5)
     factor, whole_SS = make_gram(CPU)
     assert factor.factorise([factor], torch.zeros(SIZE, dtype=torch.float64))
     inverse_SS = torch.linalg.inv(whole_SS)

@@ -80,7 +80,7 @@ def test_training_that_went_too_far_is_taken_back_part_of_the_way(monkeypatch: p
     for shares in ((1.0,), (0.25, 0.5, 0.75, 1.0)):
         mlp = move(make_mlp(), 0.02)
         start = measure(mlp, held)
-        monkeypatch.setattr("gqaprune.surgery.refinement._SHARES", shares)
+        monkeypatch.setattr("gqaprune.surgery.refinement.SHARES", shares)
         refinement = refine_mlp(mlp, fit, held, options, seed=0)
         errors[shares[0]] = measure(mlp, held)
     assert refinement.is_kept and errors[0.25] < 0.95 * min(start, errors[1.0])

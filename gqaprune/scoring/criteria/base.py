@@ -36,13 +36,13 @@ NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 """Name -> what each block's scores are divided by before blocks are compared."""
 
 
-_PIECE_TOKENS = 1024
+PIECE_TOKENS = 1024
 """Tokens that are passed through the model at once: samples do not touch each other."""
 
 
 def cut_pieces(input_ids: Tensor) -> Sequence[Tensor]:
     """A micro-batch, `[batch, tokens]`, in the pieces in which all criteria pass it, so that they see the same bits."""
-    pieces: Sequence[Tensor] = input_ids.split(max(1, _PIECE_TOKENS // input_ids.shape[1]))
+    pieces: Sequence[Tensor] = input_ids.split(max(1, PIECE_TOKENS // input_ids.shape[1]))
     return pieces
 
 

@@ -55,9 +55,9 @@ def test_few_samples_are_held_at_a_time_and_score_as_together(
     criterion: str, tokens: int, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batch, seen = make_model("llama"), make_tokens(3), []
-    monkeypatch.setattr(gqaprune.scoring.criteria.base, "_PIECE_TOKENS", 3 * 16)
+    monkeypatch.setattr(gqaprune.scoring.criteria.base, "PIECE_TOKENS", 3 * 16)
     together = score_units(model, find_blocks(model), [batch], criterion)
-    monkeypatch.setattr(gqaprune.scoring.criteria.base, "_PIECE_TOKENS", tokens)
+    monkeypatch.setattr(gqaprune.scoring.criteria.base, "PIECE_TOKENS", tokens)
     model.model.layers[0].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     apart = score_units(model, find_blocks(model), [batch], criterion)
     assert seen == passes

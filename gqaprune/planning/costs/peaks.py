@@ -1,0 +1,172 @@
+"""Memory that each stage has at most on its device: weights, and what lies beside them.
+
+Of backward passes, distillation and recovery these are the formulas of `planning.memory`; of the other stages, sums of
+what is there at once. With `n` tokens of a call, `b` bytes of a number, `h` the hidden size, `C` the channels of the
+widest MLP: a layer's forward pass has `n · b · (2h + 3C)`, its input, what is normed, and three products of the MLP.
+"""
+
+from collections.abc import Callable, Mapping
+
+from gqaprune.models.losses import PIECE_LOGITS
+from gqaprune.planning.costs.base import DOUBLE, SINGLE, Text, share_of_panels
+from gqaprune.planning.costs.curves import split_held_out, take_tokens
+from gqaprune.planning.memory import ModelSizes, count_kept, count_piece, estimate_memory
+from gqaprune.scoring.criteria.base import PIECE_TOKENS
+from gqaprune.scoring.outliers import LOOKED_AT
+from gqaprune.scoring.repaired_damage import FITTED_TOKENS, JUDGED_TOKENS
+from gqaprune.surgery.gram import chunk_rows
+from gqaprune.surgery.refinement import STEP_TOKENS, TRAINING_BYTES
+
+_STEP_NUMBERS = 8
+"""Numbers of each token and channel in a step of refinement: four that the backward pass needs, and their gradients."""
+
+
+def count_forward(sizes: ModelSizes, itemsize: int, tokens: int) -> float:
+    """Bytes of a layer's forward pass."""
+    return float(tokens * itemsize * (2 * sizes.hidden_size + 3 * sizes.channel_range[1]))
+
+
+def count_gram(size: int) -> float:
+    """Bytes of a Gram matrix, of whose symmetric halves panels keep one."""
+    return float(DOUBLE * size * size * share_of_panels(size, chunk_rows(size, size)))
+
+
+def count_factor(size: int) -> float:
+    """Bytes that a Cholesky factor takes on its way beside the matrix: a panel, a copy and the result."""
+    return float(3 * DOUBLE * size * min(size, int(chunk_rows(size, size)[0].stop)))
+
+
+def peak_perplexity(sizes: ModelSizes, itemsize: int, text: Text) -> float:
+    """Weights, hidden states, and a layer's pass or a piece of the logits."""
+    tokens = min(text.batch, text.windows) * text.window
+    logits = min(PIECE_LOGITS, tokens * sizes.vocabulary // 2) * _count_loss(itemsize)
+    weights = itemsize * sizes.parameters
+    return weights + tokens * itemsize * sizes.hidden_size + max(count_forward(sizes, itemsize, tokens), logits)
+
+
+def peak_gates(sizes: ModelSizes, itemsize: int, text: Text) -> float:
+    """Weights and what a backward pass keeps of frozen ones."""
+    tokens = min(text.batch * text.window, max(text.window, PIECE_TOKENS // text.window * text.window))
+    kept, _ = count_kept(sizes, itemsize, tokens)
+    return itemsize * sizes.parameters + kept + count_piece(sizes, tokens // 2)
+
+
+def peak_weight_gradients(
+    sizes: ModelSizes, itemsize: int, text: Text, held: float = 0.0, by_sample: bool = False
+) -> float:
+    """The same of weights that have gradients, one of them at a time, and what is held of each until the last pass.
+
+    Args:
+        sizes: of the model.
+        itemsize: bytes of a weight.
+        text: calibration text.
+        held: bytes of each weight of the decoder, between the windows of a micro-batch.
+        by_sample: whether windows pass one by one.
+    """
+    tokens = text.window * (1 if by_sample else min(text.batch, text.windows))
+    _, kept = count_kept(sizes, itemsize, tokens)
+    held *= by_sample and min(text.batch, text.windows) > 1
+    return itemsize * sizes.parameters + kept + count_piece(sizes, tokens // 2) + held * sizes.decoder_parameters
+
+
+def peak_activations(sizes: ModelSizes, itemsize: int, text: Text) -> float:
+    """Weights, hidden states of all text, and a layer's pass with one block's inputs in float32."""
+    tokens = min(text.batch, text.windows) * text.window
+    hidden = text.tokens * itemsize * sizes.hidden_size
+    inputs = tokens * sizes.channel_range[1] * SINGLE
+    return itemsize * sizes.parameters + hidden + count_forward(sizes, itemsize, tokens) + inputs
+
+
+def peak_brain_surgeon(sizes: ModelSizes, itemsize: int, text: Text) -> float:
+    """Weights, hidden states, a layer's Gram matrices, and the wider one's factor or a layer's pass."""
+    hidden = text.tokens * itemsize * sizes.hidden_size
+    tokens = min(text.batch, text.windows) * text.window
+    channels = sizes.channel_range[1]
+    work = max(count_factor(channels), count_forward(sizes, itemsize, tokens) + float(SINGLE * channels * channels))
+    return itemsize * sizes.parameters + hidden + count_gram(channels) + work
+
+
+def peak_outliers(sizes: ModelSizes, itemsize: int, text: Text) -> float:
+    """As other activations, of little text."""
+    return peak_activations(sizes, itemsize, take_tokens(text, LOOKED_AT))
+
+
+def peak_curves(sizes: ModelSizes, itemsize: int, text: Text, holdout: float) -> float:
+    """Weights, hidden states, Gram matrices of a layer, a factor, and what blocks lose; copies are the host's."""
+    fitted, judged = split_held_out(text, holdout)
+    tokens = take_tokens(fitted, FITTED_TOKENS).tokens + take_tokens(judged, JUDGED_TOKENS).tokens
+    channels, query = sizes.channel_range[1], sizes.head_dim * sizes.query_head_range[1]
+    grams = count_gram(channels) + 2 * count_gram(query)
+    rows = int(chunk_rows(sizes.hidden_size, channels)[0].stop)
+    lost = 2 * itemsize * sizes.hidden_size * channels + 3 * DOUBLE * rows * channels
+    dense = float(DOUBLE * (4 * query * query + 6 * sizes.hidden_size * query))
+    work = max(count_gram(channels) + max(count_factor(channels), lost), dense)
+    return itemsize * (sizes.parameters + tokens * sizes.hidden_size) + grams + work
+
+
+def peak_repair(sizes: ModelSizes, itemsize: int, text: Text, holdout: float, channels: int) -> float:
+    """Weights, hidden states, an MLP's inputs, targets and moments, and a refit or a step of refinement beside them.
+
+    Closer than `estimate_memory`, which bounds moments by the workspace of a CPU, and knows no step's activations.
+
+    Args:
+        sizes: of the model.
+        itemsize: bytes of a weight.
+        text: calibration text.
+        holdout: share of the batches that are held out.
+        channels: of the widest MLP that is refitted, after its cut.
+    """
+    fitted, _ = split_held_out(text, holdout)
+    matrix = sizes.hidden_size * channels
+    moments = 2 * count_gram(channels) + 2 * DOUBLE * matrix
+    rows = int(chunk_rows(sizes.hidden_size, channels)[0].stop)
+    solved = 2 * DOUBLE * min(rows, sizes.hidden_size) * channels
+    refit = count_gram(channels) + max(count_factor(channels), solved) + 3 * itemsize * matrix
+    step = fitted.tokens / max(1, fitted.tokens // STEP_TOKENS)
+    trained = TRAINING_BYTES * 3 * matrix + _STEP_NUMBERS * SINGLE * step * channels
+    states = 4 * itemsize * sizes.hidden_size * text.tokens
+    return itemsize * sizes.parameters + states + moments + max(refit, trained)
+
+
+def peak_sampling(sizes: ModelSizes, itemsize: int, documents: Text) -> float:
+    """Weights, the cache of all documents of a batch, and logits."""
+    batch = min(documents.batch, documents.windows)
+    cache = 2 * itemsize * sizes.head_dim * sizes.kv_heads * batch * documents.window
+    return itemsize * sizes.parameters + cache + batch * sizes.vocabulary * _count_loss(itemsize)
+
+
+def _count_loss(itemsize: int) -> int:
+    """Bytes of a logit with its copy in float32, if it is not, and its log-probability."""
+    return itemsize + SINGLE + SINGLE * (itemsize < SINGLE)
+
+
+CRITERIA: Mapping[str, Callable[[ModelSizes, int, Text], float]] = {
+    "fisher": peak_gates,
+    "taylor": peak_gates,
+    "param_first": lambda sizes, itemsize, text: peak_weight_gradients(sizes, itemsize, text),
+    "param_second": lambda sizes, itemsize, text: peak_weight_gradients(sizes, itemsize, text, by_sample=True),
+    "param_mix": lambda sizes, itemsize, text: peak_weight_gradients(sizes, itemsize, text, 2.0 * SINGLE, True),
+    "vectorize": lambda sizes, itemsize, text: peak_weight_gradients(sizes, itemsize, text),
+    "wanda": peak_activations,
+    "wifv": peak_activations,
+    "obs": peak_brain_surgeon,
+}
+"""Name -> peak of (sizes, itemsize, text)."""
+
+
+def list_long_peaks(sizes: ModelSizes, itemsize: int, calibration: Text, training: Text) -> dict[str, float]:
+    """Peaks of repair's distillation and of each recovery on one device, as `estimate_memory` has them.
+
+    Args:
+        sizes: of the model.
+        itemsize: bytes of a weight.
+        calibration: calibration text.
+        training: a micro-batch.
+    """
+    step = training.batch * training.window
+    needed = estimate_memory(sizes, itemsize, 1, step, calibration.tokens)
+    window = estimate_memory(sizes, itemsize, 1, calibration.window, calibration.tokens)
+    needed["repair, distillation"] = window["repair, distillation"]  # which takes one at a time
+    found = {name: own["one device"] or 0.0 for name, own in needed.items() if name not in ("scoring", "repair")}
+    teacher = found["recovery, distill"] - found["recovery, full"]
+    return found | {"recovery, lora+distill": found["recovery, lora"] + teacher}

@@ -1,0 +1,146 @@
+"""Costs of a run's stages, from its settings and its model's shapes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from gqaprune.models.architecture import Block, find_blocks
+from gqaprune.plan import BlockKey
+from gqaprune.planning.allocation.optimal import thin_counts
+from gqaprune.planning.config import PruningConfig
+from gqaprune.planning.costs.base import Cost, ModelShape, Text, read_shape, run_model
+from gqaprune.planning.costs.curves import Levels, cost_gated_damage, cost_repaired_damage
+from gqaprune.planning.costs.repair import cost_cut, cost_distillation, cost_lessons
+from gqaprune.planning.costs.scoring import cost_importance, cost_outliers, cost_scores
+from gqaprune.planning.costs.training import cost_recovery_step, cost_sampling
+from gqaprune.planning.selection import budget_blocks, read_budget, select_blocks
+from gqaprune.planning.stages import (
+    CURVES,
+    CUT,
+    DISTILLATION,
+    IMPORTANCE,
+    LESSONS,
+    SAMPLING,
+    TRAINING,
+    Work,
+    list_stages,
+    name_scores,
+)
+from gqaprune.scoring.repaired_damage import choose_levels
+from gqaprune.training.recovery import RecoveryConfig
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage takes.
+
+    Args:
+        name: of the stage, as a run says it.
+        cost: zero where it depends on text that is not counted.
+        passes: its operations in forward passes over the text that it reads: the sampled, the training or the
+            calibration text.
+    """
+
+    name: str
+    cost: Cost
+    passes: float
+
+
+def cost_stages(
+    model: PreTrainedModel, config: PruningConfig, work: Work, recovery: RecoveryConfig, itemsize: int
+) -> list[StageCost]:
+    """Costs of the stages of a run, in their order.
+
+    What is removed is not known before: channels are assumed to go evenly, from every MLP that may lose some.
+
+    Args:
+        model: the dense causal LM, on the meta device.
+        config: what to remove, its target resolved.
+        work: what is read and trained.
+        recovery: how it is trained.
+        itemsize: bytes of a weight.
+    """
+    shape, text = read_shape(model.config, itemsize), work.calibration
+    costs: dict[str, tuple[Cost, Text]] = {}
+    kept: dict[BlockKey, int] = {}
+    if config.removes_something and text.windows:
+        kept = spread_evenly(model, config)
+        costs = {name: (cost, text) for name, cost in _cost_pruning(shape, model, config, text, kept).items()}
+    if work.sampled is not None:
+        costs[SAMPLING] = cost_sampling(shape, work.sampled), work.sampled
+    if work.training is not None:
+        pruned = shape.cut(kept, find_blocks(model))
+        own = work.training
+        step = cost_recovery_step(pruned, own.take(own.batch), recovery.mode, recovery.lora_rank, teacher=shape)
+        costs[TRAINING] = own.calls * step, own
+    stages = []
+    for name in list_stages(config, work):
+        cost, own = costs.get(name, (Cost(), text))
+        forward = run_model(shape, own).flops
+        stages.append(StageCost(name, cost, cost.all_flops / forward if forward else 0.0))
+    return stages
+
+
+def _cost_pruning(
+    shape: ModelShape, model: PreTrainedModel, config: PruningConfig, text: Text, kept: dict[BlockKey, int]
+) -> dict[str, Cost]:
+    """Costs of what is done on calibration text, by stage."""
+    blocks, every = select_blocks(model, config), find_blocks(model)
+    scores = cost_scores(shape, text, blocks, config.criterion)
+    if config.scoring.protect_outliers and config.needs_text and blocks:
+        scores += cost_outliers(shape, text, blocks)
+    repair, pruned = config.repair, shape.cut(kept, every)
+    return {
+        LESSONS: cost_lessons(shape, text, repair),
+        IMPORTANCE: cost_importance(shape, text, every, config.sensitivity.method),
+        name_scores(config): config.steps * scores,
+        CURVES: config.steps * _cost_curves(shape, model, config, text, blocks),
+        CUT: config.steps * cost_cut(shape, text, every, kept, repair, measures_damage=config.sees_repair),
+        DISTILLATION: cost_distillation(pruned, text, repair),
+    }
+
+
+def _cost_curves(
+    shape: ModelShape, model: PreTrainedModel, config: PruningConfig, text: Text, blocks: Sequence[Block]
+) -> Cost:
+    levels = list_levels(model, config)
+    if not config.sees_repair:
+        return cost_gated_damage(shape, text, levels)
+    return cost_repaired_damage(shape, text, blocks, levels, config.repair.holdout, config.repair.refits_weights)
+
+
+def list_levels(model: PreTrainedModel, config: PruningConfig) -> Levels:
+    """Numbers of units at which the damage of each block is measured, in the first cut of a dense model."""
+    blocks = select_blocks(model, config)
+    unknown = {block.key: torch.zeros(block.units) for block in blocks}
+    counts = {own.key: own.removable_counts() for own in budget_blocks(blocks, unknown, config)}
+    if not config.sees_repair:
+        return {key: thin_counts(own, config.damage_levels + 1)[1:] for key, own in counts.items()}
+    return {block.key: choose_levels(block.units // block.groups, counts[block.key][-1]) for block in blocks}
+
+
+def spread_evenly(model: PreTrainedModel, config: PruningConfig) -> dict[BlockKey, int]:
+    """Columns of output projections that stay, if every block of a kind that may lose units loses the same share.
+
+    Attention gives what the split or the rate of KV heads asks for, at first nothing where the allocation chooses.
+    """
+    blocks, budget = select_blocks(model, config), read_budget(model, config)
+    size = {
+        kind: sum(block.units * block.unit_parameters for block in blocks if block.key.kind == kind)
+        for kind in ("attention", "mlp")
+    }
+    removed = budget.rate * budget.base_parameters
+    given = (config.attention_share or 0.0) * removed if size["mlp"] else removed
+    shares = {"attention": given / size["attention"] if size["attention"] else 0.0}
+    if config.kv_rate:
+        shares["attention"] = config.kv_rate
+        given = config.kv_rate * size["attention"]
+    shares["mlp"] = max(0.0, removed - given) / size["mlp"] if size["mlp"] else 0.0
+    kept = {}
+    for block in blocks:
+        units = max(1, block.units - round(min(1.0, shares[block.key.kind]) * block.units))
+        if units < block.units:
+            kept[block.key] = units * block.columns_per_unit
+    return kept
