@@ -23,6 +23,7 @@ from gqaprune.data.sampling import _Batch, _write_batches
 from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import Block, find_blocks
 from gqaprune.plan import BlockKey, KeptUnits, PruningPlan
+from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.costs import peaks
 from gqaprune.planning.costs.base import Cost, Text, read_shape
 from gqaprune.planning.costs.curves import cost_gated_damage, cost_repaired_damage
@@ -30,7 +31,7 @@ from gqaprune.planning.costs.repair import cost_cut, cost_distillation, cost_les
 from gqaprune.planning.costs.scoring import CRITERIA, cost_importance, cost_outliers, cost_perplexity, cost_scores
 from gqaprune.planning.costs.training import cost_recovery_step, cost_sampling
 from gqaprune.planning.memory import read_sizes
-from gqaprune.planning.selection import keep_everything
+from gqaprune.planning.selection import keep_everything, score_blocks, select_blocks
 from gqaprune.scoring.damage import measure_damage_curves
 from gqaprune.scoring.outliers import find_outliers
 from gqaprune.scoring.repaired_damage import choose_judged, measure_repaired_damage
@@ -213,6 +214,7 @@ def _list_scoring(model: PreTrainedModel, windows_NT: Tensor, text: Text) -> lis
             peak = peaks.CRITERIA[name](sizes, 4, text) if of == "all" else None
             run = lambda n=name, b=own: score_units(model, b, batches, n)  # noqa: E731
             stages.append(Stage(f"scores, {name}, {of} blocks", run, cost, peak))
+    stages.append(_prepare_default_scores(model, batches, text))
     cost, peak = cost_outliers(shape, text, blocks), peaks.peak_outliers(sizes, 4, text)
     stages.append(Stage("outliers", lambda: find_outliers(model, blocks, batches), cost, peak))
     for method in SENSITIVITIES:
@@ -220,6 +222,17 @@ def _list_scoring(model: PreTrainedModel, windows_NT: Tensor, text: Text) -> lis
         run = lambda m=method: measure_sensitivity(model, blocks, CalibrationSet(batches), m)  # noqa: E731
         stages.append(Stage(f"importance, {method}", run, cost))
     return stages
+
+
+def _prepare_default_scores(model: PreTrainedModel, batches: Sequence[Tensor], text: Text) -> Stage:
+    """Scores as a run makes them by default: two criteria and the search for outliers in one pass, of all blocks."""
+    layers = (0, model.config.num_hidden_layers)
+    config = PruningConfig(limits={"attention_layers": layers, "mlp_layers": layers})
+    blocks = select_blocks(model, config)
+    cost = cost_scores(read_shape(model.config, 4), text, blocks, config.criterion, finds_outliers=True)
+    peak = peaks.peak_watched_gates(read_sizes(model.config), 4, text)
+    run = lambda: score_blocks(model, CalibrationSet(batches), config, StageCache())  # noqa: E731
+    return Stage(f"scores, {config.criterion}, outliers", run, cost, peak)
 
 
 def _list_damage(model: PreTrainedModel, windows_NT: Tensor, text: Text) -> list[Stage]:

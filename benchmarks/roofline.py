@@ -117,6 +117,9 @@ def list_rows(config: PretrainedConfig) -> list[Row]:
     for criterion, name in names.items():
         peak = peaks.CRITERIA[criterion](sizes, ITEMSIZE, CALIBRATION)
         rows.append(Row(f"scores: {name}", CALIBRATION, cost_scores(shape, CALIBRATION, blocks, criterion), peak))
+    cost = cost_scores(shape, CALIBRATION, blocks, settings.criterion, finds_outliers=True)
+    peak = peaks.peak_watched_gates(sizes, ITEMSIZE, CALIBRATION)
+    rows.append(Row(f"scores: {settings.criterion}, outliers", CALIBRATION, cost, peak))
     cost = cost_repaired_damage(shape, CALIBRATION, blocks, list_levels(model, settings), repair.holdout)
     peak = peaks.peak_curves(sizes, ITEMSIZE, CALIBRATION, repair.holdout)
     rows.append(Row("curves", CALIBRATION, cost, peak))

@@ -20,7 +20,7 @@ from gqaprune.plan import BlockKey
 from gqaprune.planning.costs.base import Cost, Text, read_shape, run_model
 from gqaprune.planning.costs.device import Device
 from gqaprune.planning.costs.repair import cost_cut, cost_least_squares
-from gqaprune.planning.costs.scoring import CRITERIA, cost_gates, cost_scores
+from gqaprune.planning.costs.scoring import CRITERIA, cost_gates, cost_scores, list_watched_layers
 from gqaprune.planning.costs.stages import cost_stages, spread_evenly
 from gqaprune.planning.costs.training import cost_recovery_step
 from gqaprune.planning.stages import (
@@ -35,6 +35,8 @@ from gqaprune.planning.stages import (
     Work,
     list_stages,
 )
+from gqaprune.scoring.criteria import activations
+from gqaprune.scoring.outliers import list_outliers, prepare_search
 from gqaprune.scoring.scores import score_units
 from gqaprune.scoring.sensitivity import SENSITIVITIES
 from gqaprune.surgery import gram
@@ -60,6 +62,7 @@ WHICH = ("all", "middle")
 NAMES = (
     "perplexity",
     *(f"scores, {name}, {which} blocks" for name in CRITERIA for which in WHICH),
+    "scores, fisher+obs, outliers",
     "outliers",
     *(f"importance, {method}" for method in SENSITIVITIES),
     "curves, repaired",
@@ -146,6 +149,32 @@ def test_gram_matrices_in_panels_cost_what_their_panels_do(
     cost = cost_scores(read_shape(CONFIG, 4), TEXT, blocks, "obs")
     assert cost.all_flops == pytest.approx(count.seen + count.unseen, rel=TOLERANCE)
     assert cost.double_flops == pytest.approx(count.unseen, rel=0.05)  # some of which the counter sees
+
+
+@pytest.mark.parametrize("room", [0, 1_000_000, 2_500_000])
+def test_layers_whose_gram_matrices_have_no_room_are_passed_again(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    monkeypatch.setattr(activations, "find_room", lambda *_: room)
+    batches, blocks = make_tokens(CONFIG, TEXT.windows, TEXT.window).split(TEXT.batch), find_blocks(model)
+    assert len(list_watched_layers(blocks, "obs", room)) == room // 950_272  # bytes of a layer's
+    count = count_flops(lambda: score_units(model, blocks, batches, "fisher+obs"))
+    cost = cost_scores(read_shape(CONFIG, 4), TEXT, blocks, "fisher+obs", room=room)
+    assert cost.all_flops == pytest.approx(count.seen + count.unseen, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("criterion", ["l2", "wanda", "obs+wanda", "taylor+fisher", "param_first+obs", "l1+param_mix"])
+def test_activations_and_outliers_are_watched_where_tokens_pass_once(model: PreTrainedModel, criterion: str) -> None:
+    batches, blocks = make_tokens(CONFIG, TEXT.windows, TEXT.window).split(TEXT.batch), find_blocks(model)
+
+    def score() -> None:
+        search = prepare_search(model, blocks, batches)
+        score_units(model, blocks, batches, criterion, watchers=[search])
+        list_outliers(search)
+
+    count = count_flops(score)
+    cost = cost_scores(read_shape(CONFIG, 4), TEXT, blocks, criterion, finds_outliers=True)
+    assert cost.all_flops == pytest.approx(count.seen + count.unseen, rel=TOLERANCE)
 
 
 def test_gradient_checkpointing_costs_another_pass_of_the_decoder() -> None:

@@ -65,8 +65,6 @@ def cost_repaired_damage(
         layer = run_layer(shape, index, judged)
         cost += (copies + 1) * layer + copies * move_to_host(shape, judged, 2)
         own = [block for block in measured if block.key.layer == index]
-        if any(block.key.kind == "attention" for block in own):
-            cost += layer  # once more, for Gram matrices of held-out text
         for block in own:
             count = len(levels[block.key])
             lost = multiply(judged, block.output.in_features, block.output.out_features, shape.itemsize)

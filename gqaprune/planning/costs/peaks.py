@@ -7,6 +7,8 @@ widest MLP: a layer's forward pass has `n · b · (2h + 3C)`, its input, what is
 
 from collections.abc import Callable, Mapping
 
+import torch
+
 from gqaprune.models.losses import PIECE_LOGITS
 from gqaprune.planning.costs.base import DOUBLE, SINGLE, Text, share_of_panels
 from gqaprune.planning.costs.curves import split_held_out, take_tokens
@@ -14,7 +16,7 @@ from gqaprune.planning.memory import ModelSizes, count_kept, count_piece, estima
 from gqaprune.scoring.criteria.base import PIECE_TOKENS
 from gqaprune.scoring.outliers import LOOKED_AT
 from gqaprune.scoring.repaired_damage import FITTED_TOKENS, JUDGED_TOKENS
-from gqaprune.surgery.gram import chunk_rows
+from gqaprune.surgery.gram import chunk_rows, find_room
 from gqaprune.surgery.refinement import STEP_TOKENS, TRAINING_BYTES
 
 _STEP_NUMBERS = 8
@@ -46,7 +48,7 @@ def peak_perplexity(sizes: ModelSizes, itemsize: int, text: Text) -> float:
 
 def peak_gates(sizes: ModelSizes, itemsize: int, text: Text) -> float:
     """Weights and what a backward pass keeps of frozen ones."""
-    tokens = min(text.batch * text.window, max(text.window, PIECE_TOKENS // text.window * text.window))
+    tokens = _count_passed(text)
     kept, _ = count_kept(sizes, itemsize, tokens)
     return itemsize * sizes.parameters + kept + count_piece(sizes, tokens // 2)
 
@@ -71,7 +73,7 @@ def peak_weight_gradients(
 
 def peak_activations(sizes: ModelSizes, itemsize: int, text: Text) -> float:
     """Weights, hidden states of all text, and a layer's pass with one block's inputs in float32."""
-    tokens = min(text.batch, text.windows) * text.window
+    tokens = _count_passed(text)
     hidden = text.tokens * itemsize * sizes.hidden_size
     inputs = tokens * sizes.channel_range[1] * SINGLE
     return itemsize * sizes.parameters + hidden + count_forward(sizes, itemsize, tokens) + inputs
@@ -80,10 +82,21 @@ def peak_activations(sizes: ModelSizes, itemsize: int, text: Text) -> float:
 def peak_brain_surgeon(sizes: ModelSizes, itemsize: int, text: Text) -> float:
     """Weights, hidden states, a layer's Gram matrices, and the wider one's factor or a layer's pass."""
     hidden = text.tokens * itemsize * sizes.hidden_size
-    tokens = min(text.batch, text.windows) * text.window
+    tokens = _count_passed(text)
     channels = sizes.channel_range[1]
     work = max(count_factor(channels), count_forward(sizes, itemsize, tokens) + float(SINGLE * channels * channels))
     return itemsize * sizes.parameters + hidden + count_gram(channels) + work
+
+
+def peak_watched_gates(sizes: ModelSizes, itemsize: int, text: Text) -> float:
+    """The higher one of gates and `obs`, each beside the Gram matrices that are summed in the pass of gates.
+
+    A GPU with more free memory than a CPU's room keeps more of them.
+    """
+    widest, query = count_gram(sizes.channel_range[1]), count_gram(sizes.head_dim * sizes.query_head_range[1])
+    kept = min(float(find_room(torch.device("cpu"))), sizes.layers * (widest + query))
+    rated = peak_brain_surgeon(sizes, itemsize, text) + max(0.0, kept - widest)
+    return max(peak_gates(sizes, itemsize, text) + kept, rated)
 
 
 def peak_outliers(sizes: ModelSizes, itemsize: int, text: Text) -> float:
@@ -133,6 +146,11 @@ def peak_sampling(sizes: ModelSizes, itemsize: int, documents: Text) -> float:
     batch = min(documents.batch, documents.windows)
     cache = 2 * itemsize * sizes.head_dim * sizes.kv_heads * batch * documents.window
     return itemsize * sizes.parameters + cache + batch * sizes.vocabulary * _count_loss(itemsize)
+
+
+def _count_passed(text: Text) -> int:
+    """Tokens of a piece in which criteria of gates and activations pass text."""
+    return min(text.batch, text.windows, max(1, PIECE_TOKENS // text.window)) * text.window
 
 
 def _count_loss(itemsize: int) -> int:

@@ -1,7 +1,9 @@
 """Costs of perplexity, of each criterion's scores, of the search for outliers, and of the importance of layers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+
+import torch
 
 from gqaprune.models.architecture import Block
 from gqaprune.plan import BlockKey
@@ -25,6 +27,7 @@ from gqaprune.planning.costs.base import (
 from gqaprune.planning.costs.gram import factorise, invert_diagonal, sum_gram
 from gqaprune.scoring.criteria.base import PIECE_TOKENS
 from gqaprune.scoring.outliers import LOOKED_AT
+from gqaprune.surgery.gram import count_panel_bytes, find_room
 
 
 def cost_perplexity(shape: ModelShape, text: Text) -> Cost:
@@ -34,7 +37,7 @@ def cost_perplexity(shape: ModelShape, text: Text) -> Cost:
 
 def cost_gates(shape: ModelShape, text: Text, blocks: Sequence[Block]) -> Cost:
     """Cost of `fisher` and `taylor`: forward, and backward by inputs alone to the first gate."""
-    text = replace(text, batch=min(text.batch, max(1, PIECE_TOKENS // text.window)))
+    text = _cut_pieces(text)
     first = min(block.key for block in blocks)
     head = 2 * run_head(shape, text, count_predicting(text))
     back = [go_back_through_layer(shape, index, text) for index in range(first.layer + 1, len(shape.layers))]
@@ -42,6 +45,11 @@ def cost_gates(shape: ModelShape, text: Text, blocks: Sequence[Block]) -> Cost:
     read = sum(text.tokens * block.output.in_features for block in blocks) * 2 * shape.itemsize
     into_block = go_back_through_block(shape, first, text)
     return run_decoder(shape, text) + head + add_costs(back) + into_block + Cost(bytes_moved=float(read))
+
+
+def _cut_pieces(text: Text) -> Text:
+    """Text in the pieces in which criteria of gates and activations pass it."""
+    return replace(text, batch=min(text.batch, max(1, PIECE_TOKENS // text.window)))
 
 
 def cost_weight_gradients(shape: ModelShape, text: Text, blocks: Sequence[Block]) -> Cost:
@@ -78,16 +86,25 @@ def _go_back_to_weights(shape: ModelShape, first: BlockKey, text: Text) -> Cost:
     return go_back_through_layer(shape, first.layer, text) + -1 * run_projections(shape, layer, text)
 
 
-def cost_activations(shape: ModelShape, text: Text, blocks: Sequence[Block]) -> Cost:
-    """Cost of `wanda` and `wifv`, and of the statistics of outliers: forward as far as the last block's layer."""
-    last = max(block.key.layer for block in blocks)
+def cost_activations(shape: ModelShape, text: Text, blocks: Sequence[Block], watched: Collection[int] = ()) -> Cost:
+    """Cost of `wanda` and `wifv`, and of the statistics of outliers: forward as far as the last block's layer.
+
+    Args:
+        shape: of the model.
+        text: calibration text.
+        blocks: that are scored.
+        watched: layers whose inputs were seen in the pass of another criterion. None is made for them.
+    """
+    text = _cut_pieces(text)
+    last = max((block.key.layer for block in blocks if block.key.layer not in watched), default=-1)
     read = sum(text.tokens * block.output.in_features for block in blocks) * (shape.itemsize + SINGLE)
     return run_layers(shape, range(last + 1), text) + Cost(bytes_moved=float(read))
 
 
-def cost_brain_surgeon(shape: ModelShape, text: Text, blocks: Sequence[Block]) -> Cost:
+def cost_brain_surgeon(shape: ModelShape, text: Text, blocks: Sequence[Block], watched: Collection[int] = ()) -> Cost:
     """Cost of `obs`: the same, with Gram matrices, and the diagonal blocks of their inverses."""
-    return cost_activations(shape, text, blocks) + add_costs(_rate_block(block, text) for block in blocks)
+    rated = [_rate_block(block, _cut_pieces(text)) for block in blocks]
+    return cost_activations(shape, text, blocks, watched) + add_costs(rated)
 
 
 def _rate_block(block: Block, text: Text) -> Cost:
@@ -98,10 +115,10 @@ def _rate_block(block: Block, text: Text) -> Cost:
     return sum_gram(size, text) + factorise(size) + invert_diagonal(size, width) + own
 
 
-def cost_outliers(shape: ModelShape, text: Text, blocks: Sequence[Block]) -> Cost:
-    """Cost of `find_outliers`: forward on the first batches."""
+def cost_outliers(shape: ModelShape, text: Text, blocks: Sequence[Block], watched: Collection[int] = ()) -> Cost:
+    """Cost of `find_outliers`: forward on the first batches, unless all layers were watched."""
     batches = -(-LOOKED_AT // (text.batch * text.window))
-    return cost_activations(shape, text.take(batches * text.batch), blocks)
+    return cost_activations(shape, text.take(batches * text.batch), blocks, watched)
 
 
 CRITERIA: Mapping[str, Callable[[ModelShape, Text, Sequence[Block]], Cost]] = {
@@ -118,11 +135,66 @@ CRITERIA: Mapping[str, Callable[[ModelShape, Text, Sequence[Block]], Cost]] = {
 """Name -> cost of (shape, text, blocks); those that read no text are left out, for weights alone cost no product."""
 
 
-def cost_scores(shape: ModelShape, text: Text, blocks: Sequence[Block], criterion: str) -> Cost:
-    """Cost of scores: of both criteria where two are joined."""
+_FROM_GATES = ("fisher", "taylor")
+_FROM_ACTIVATIONS = {"wanda": cost_activations, "wifv": cost_activations, "obs": cost_brain_surgeon}
+
+
+def cost_scores(
+    shape: ModelShape,
+    text: Text,
+    blocks: Sequence[Block],
+    criterion: str,
+    finds_outliers: bool = False,
+    room: int | None = None,
+) -> Cost:
+    """Cost of scores, of both criteria where two are joined, and of the search for outliers if it is made beside them.
+
+    As in `score_units`, activations are watched in the pass that another criterion makes. The model is in memory and
+    keeps its activations; else gates pass tokens twice, and nothing watches them.
+
+    Args:
+        shape: of the model.
+        text: calibration text.
+        blocks: that are scored.
+        criterion: one or two of `gqaprune.scoring.scores.CRITERIA`.
+        finds_outliers: whether outliers are looked for.
+        room: bytes for Gram matrices that are summed while another criterion passes; those of a CPU by default. A GPU
+            with more free memory has more.
+    """
     if not blocks:
         return NOTHING
-    return add_costs(CRITERIA[name](shape, text, blocks) for name in criterion.split("+") if name in CRITERIA)
+    cost, can_watch = NOTHING, False
+    for name in sorted(dict.fromkeys(criterion.split("+")), key=lambda name: name in _FROM_ACTIVATIONS):
+        if name in _FROM_ACTIVATIONS:
+            watched = list_watched_layers(blocks, name, room) if can_watch else frozenset()
+            cost += _FROM_ACTIVATIONS[name](shape, text, blocks, watched)
+        elif name in CRITERIA:
+            cost += CRITERIA[name](shape, text, blocks)
+        can_watch |= name in _FROM_GATES or name in _FROM_ACTIVATIONS
+    if finds_outliers:
+        cost += cost_outliers(shape, text, blocks, {block.key.layer for block in blocks} if can_watch else ())
+    return cost
+
+
+def list_watched_layers(blocks: Sequence[Block], criterion: str, room: int | None = None) -> frozenset[int]:
+    """Layers that a criterion of activations watches in another one's pass: the last ones whose statistics fit.
+
+    Args:
+        blocks: that are scored.
+        criterion: of activations.
+        room: bytes for Gram matrices, as in `cost_scores`.
+    """
+    layers = sorted({block.key.layer for block in blocks}, reverse=True)
+    if criterion != "obs":  # whose statistics alone are as large as matrices
+        return frozenset(layers)
+    left = find_room(torch.device("cpu")) if room is None else room
+    watched = []
+    for layer in layers:
+        left -= sum(count_panel_bytes(block.output.in_features) for block in blocks if block.key.layer == layer)
+        if left < 0:
+            break
+        watched.append(layer)
+    return frozenset(watched)
 
 
 def cost_importance(shape: ModelShape, text: Text, blocks: Sequence[Block], method: str) -> Cost:

@@ -13,7 +13,7 @@ from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.costs.base import Cost, ModelShape, Text, read_shape, run_model
 from gqaprune.planning.costs.curves import Levels, cost_gated_damage, cost_repaired_damage
 from gqaprune.planning.costs.repair import cost_cut, cost_distillation, cost_lessons
-from gqaprune.planning.costs.scoring import cost_importance, cost_outliers, cost_scores
+from gqaprune.planning.costs.scoring import cost_importance, cost_scores
 from gqaprune.planning.costs.training import cost_recovery_step, cost_sampling
 from gqaprune.planning.selection import budget_blocks, read_budget, select_blocks
 from gqaprune.planning.stages import (
@@ -88,9 +88,8 @@ def _cost_pruning(
 ) -> dict[str, Cost]:
     """Costs of what is done on calibration text, by stage."""
     blocks, every = select_blocks(model, config), find_blocks(model)
-    scores = cost_scores(shape, text, blocks, config.criterion)
-    if config.scoring.protect_outliers and config.needs_text and blocks:
-        scores += cost_outliers(shape, text, blocks)
+    finds_outliers = config.scoring.protect_outliers and config.needs_text
+    scores = cost_scores(shape, text, blocks, config.criterion, finds_outliers)
     repair, pruned = config.repair, shape.cut(kept, every)
     return {
         LESSONS: cost_lessons(shape, text, repair),
