@@ -207,13 +207,13 @@ def _repair_block(
     family, mlp = get_family(model.config), get_module(model, block.key)
     columns, memory = list_kept_columns(plan, block), Memory(block.output.weight.device)
     refines = config.refines and block.key.kind == "mlp"
-    is_before_mlp = is_mlp_left and block.key.kind == "attention"
+    is_whole_attention = block.key.kind == "attention" and len(columns) == block.output.in_features
     tokens = None
     if refines:
         tokens = reserve_pairs(streams.count_tokens(), block.inputs[0].linear.in_features, mlp)
     activations = streams.run_to(
         block,
-        kept_for_mlp=columns if is_before_mlp else None,
+        is_mlp_next=is_mlp_left and is_whole_attention,
         mlp_tokens=None if block.key.kind in family.scaled else tokens,
     )
     moments = measure_moments(

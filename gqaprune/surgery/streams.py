@@ -1,7 +1,7 @@
 """Batches on their way through the decoder while it is cut block by block and, beside it, through the dense model.
 
-What is known is not computed again: streams stop at the output of the block that is looked at, attention, whose heads
-that stay give what they gave, is not run anew for the MLP after it, and a layer is left from the MLP's input on.
+What is known is not computed again: streams stop at the output of the block that is looked at, attention that stays
+whole is not run anew for the MLP after it, and a layer is left from the MLP's input on.
 
 Axes in tensor names: B samples, T tokens, N tokens of all samples, D hidden width, C columns of an output projection.
 """
@@ -138,17 +138,13 @@ class LayerStreams:
         return counts[0], counts[1]
 
     def run_to(
-        self,
-        block: Block,
-        *,
-        kept_for_mlp: Tensor | None = None,
-        mlp_tokens: tuple[TokenPairs, TokenPairs] | None = None,
+        self, block: Block, *, is_mlp_next: bool = False, mlp_tokens: tuple[TokenPairs, TokenPairs] | None = None
     ) -> Iterator[BlockActivations]:
         """Run the streams through the layer up to a block's output; what follows that is not run.
 
         Args:
             block: the layer's attention or MLP, still whole.
-            kept_for_mlp: where the MLP is run to after this attention, the columns of its output projection that stay.
+            is_mlp_next: whether the MLP is run to after it, while all of this attention's units stay.
             mlp_tokens: where the caller puts this MLP's inputs, of streams to fit on and of held-out ones. The layer is
                 left from them on instead of from its input.
         """
@@ -156,12 +152,12 @@ class LayerStreams:
             f"streams cannot run to {block.key}: ahead of them are {self._ahead} of layer {self._attention.key.layer}"
         )
         del self._ahead[: self._ahead.index(block.key.kind) + 1]
-        return self._run_to(block, kept_for_mlp, mlp_tokens)
+        return self._run_to(block, is_mlp_next, mlp_tokens)
 
     def _run_to(
-        self, block: Block, kept_for_mlp: Tensor | None, mlp_tokens: tuple[TokenPairs, TokenPairs] | None
+        self, block: Block, is_mlp_next: bool, mlp_tokens: tuple[TokenPairs, TokenPairs] | None
     ) -> Iterator[BlockActivations]:
-        gives_no_more = self._model.config.model_type in FAMILIES  # than its output projection does
+        keeps_attended = is_mlp_next and self._model.config.model_type in FAMILIES  # whose attention gives no more
         dense_BTD = self._dense_BTD.pop(block.key.kind)
         self._mlp_tokens = mlp_tokens
         inputs_BTD: list[Tensor] = []
@@ -183,9 +179,8 @@ class LayerStreams:
                 hooks.enter_context(suppress(_BlockReachedError))
                 run_layer(self._model, block.key.layer, stream)
             input_BTD, attended_BTD, (x_BTC, output_BTD) = inputs_BTD.pop(), outputs_BTD.pop(), calls.pop()
-            if kept_for_mlp is not None and gives_no_more:
-                stays_whole = len(kept_for_mlp) == x_BTC.shape[-1]
-                self._attended_BTC.append(x_BTC if stays_whole else x_BTC[..., kept_for_mlp])
+            if keeps_attended:
+                self._attended_BTC.append(x_BTC)
             before_BTD = stream.hidden_BTD
             if block.key.kind == "mlp":
                 before_BTD = before_BTD + compute_addition(self._model, self._attention.key, attended_BTD)

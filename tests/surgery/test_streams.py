@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.models.architecture import Block, find_blocks, get_layers, get_module
-from gqaprune.planning.selection import keep_everything
-from gqaprune.surgery.cut import cut_block, list_kept_columns
 from gqaprune.surgery.refinement import TokenPairs, reserve_pairs
 from gqaprune.surgery.streams import BlockActivations, LayerStreams, Streams
 
@@ -95,16 +92,12 @@ def test_hidden_states_of_the_dense_model_go_along_from_the_layer_that_is_asked_
                 halve(mlp)
 
 
-@pytest.mark.parametrize("kept", [(0, 1), (1,)], ids=["whole", "cut"])
-def test_attention_is_not_run_again_for_the_mlp_after_it(kept: tuple[int, ...]) -> None:
+def test_whole_attention_is_not_run_again_for_the_mlp_after_it() -> None:
     model = make_model()
-    whole = keep_everything(model)
-    plan = replace(whole, layers=(replace(whole.layers[0], groups=kept), *whole.layers[1:]))
     with enter(make_streams(model), model, 0) as (layer_streams, attention, mlp):
         calls: list[None] = []
         handle = attention.inputs[0].linear.register_forward_hook(lambda *_: calls.append(None))
-        list(layer_streams.run_to(attention, kept_for_mlp=list_kept_columns(plan, attention)))
-        cut_block(model, plan, attention, find_blocks(model, "query")[0])
+        list(layer_streams.run_to(attention, is_mlp_next=True))
         halve(attention)
         activations = list(layer_streams.run_to(mlp))
         handle.remove()
