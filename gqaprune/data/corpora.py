@@ -96,7 +96,7 @@ class Corpus:
 
     @property
     def label(self) -> str:
-        """Short name for logs: the corpus's name, or the stem of its path."""
+        """Name in logs, which is the corpus's name or the stem of its path."""
         if self.name in (*_LOCAL, *HUB):
             return self.name
         return Path(self.name.removeprefix(ANY_HUB)).stem.replace("*", "all")

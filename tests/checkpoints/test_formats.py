@@ -70,7 +70,9 @@ def test_entered_format_refuses_what_its_flags_say(tmp_path: Path) -> None:
         save(make_model("qwen2"), None, tmp_path / "out", format="names")
     with pytest.raises(ValueError, match="format names cannot be combined with quantization int8"):
         save(make_model("llama"), None, tmp_path / "out", format="names", quantization="int8")
-    with pytest.raises(ValueError, match="format names needs the model .* set format to auto, stock or per-layer, "):
+    with pytest.raises(
+        ValueError, match="format names needs the whole model .* set format to auto, stock or per-layer, "
+    ):
         check_written_by_layer("names", None, Placement.DISK)
     with pytest.raises(ValueError, match="one of auto, stock, per-layer, .*, names, got 'x'"):
         choose_format(make_model("llama").config, "x")

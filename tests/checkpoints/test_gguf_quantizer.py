@@ -163,7 +163,7 @@ def test_llama_quantize_is_used_where_the_wheel_is_not(program: Path, tmp_path: 
     ("script", "reason"),
     [
         ('touch "$2"; echo "disk full" >&2; exit 1', r"llama-quantize could not write q4_k_m \(disk full\)"),
-        ("exit 139", r"could not write q4_k_m \(it said nothing\); use gguf-q8_0"),
+        ("exit 139", r"could not write q4_k_m \(no message\); use gguf-q8_0"),
         ('cp "$0.wider" "$2"', r"quantiser changed llama\.feed_forward_length in the file; use gguf-q8_0"),
         ("LC_ALL=C sed s/attn_q.weight/attn_x.weight/ $1 > $2", r"changed the shape of blk\.0\.attn_q\.weight; use"),
         ('cp "$0.other" "$2"', r"changed token_embd\.weight by more than rounding; use gguf-q8_0"),

@@ -219,7 +219,9 @@ def test_what_was_written_wrong_is_found_by_reading_it_back(
                 yield name, tensor.roll(1, 1) if fault == "values" else tensor.repeat(40, 1)
 
     monkeypatch.setattr("gqaprune.checkpoints.gguf_writer.pack_tensors", pack)
-    reason = "model.gguf lacks model.layers.1.mlp.up" if fault == "missing" else "cannot be read from model.gguf as it"
+    reason = (
+        "model.gguf lacks model.layers.1.mlp.up" if fault == "missing" else "differs from the model: export it again"
+    )
     with pytest.raises(ValueError, match=reason):
         write(CASES["llama"].make(), tmp_path / "model.gguf")
 

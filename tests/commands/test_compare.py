@@ -302,7 +302,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no folder": (["{dense}", "/no/where"], "no model at /no/where"),
     "no weights": (
         ["{dense}", "{empty}"],
-        "cannot load a model from '{empty}': there is neither model.safetensors nor",
+        "cannot load a model from '{empty}': it has no weights: there is neither model.safetensors nor",
     ),
     "no config": (["{dense}", "{root}"], "{root} is not a Hugging Face checkpoint"),
     "unknown family": (["{dense}", "{gpt2}"], "model {gpt2}: models of type 'gpt2' cannot be pruned yet"),

@@ -33,7 +33,7 @@ def test_a_file_that_does_not_fit_is_named_with_what_it_takes_and_what_is_free(t
     with allow_files_of(1000), pytest.raises(DiskError) as caught:
         write_atomically(path, bytes(3_000_000))
     pattern = (
-        rf"cannot write {path}: File too large; it takes 3\.0 MB, [\d,.]+ MB are free in {tmp_path}; free space .*"
+        rf"cannot write {path}: File too large; it needs 3\.0 MB, [\d,.]+ MB are free in {tmp_path}; free space .*"
     )
     assert re.fullmatch(pattern, str(caught.value)) and caught.value.errno == errno.EFBIG
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"] and path.read_text() == "old"
@@ -47,7 +47,7 @@ def test_whoever_writes_into_a_folder_is_understood(tmp_path: Path) -> None:
         lambda folder: (folder / "config.json").write_bytes(bytes(20_000)),
     ):
         with (
-            pytest.raises(DiskError, match="it takes 400,000 bytes, .* are free in"),
+            pytest.raises(DiskError, match="it needs 400,000 bytes, .* are free in"),
             allow_files_of(10_000),
             replace_folder(tmp_path / "out", weight.nbytes) as folder,
         ):

@@ -96,7 +96,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_its_halves_again(monkeypatch: p
 
     monkeypatch.setattr(gqaprune.models.losses, "run_decoder", run)
     bound = 2
-    with pytest.warns(UserWarning, match=r"5 windows of 16 tokens .* data\.evaluation\.batch_size 3"):
+    with pytest.warns(UserWarning, match=r"5 windows of 16 tokens .* data\.evaluation\.batch_size to 3"):
         sums, counts = measure_losses(model, tokens, labels)
     assert seen == [5, 3, 2, 1, 2]
     torch.testing.assert_close(sums, expected[0], rtol=1e-5, atol=1e-5)

@@ -82,7 +82,7 @@ def test_protected_units_go_last_and_the_others_keep_their_order() -> None:
 def test_outliers_are_found_in_a_pass_that_a_criterion_makes(
     criterion: str, passes: int, own_passes: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outliers, "_TOKENS", most)
+    monkeypatch.setattr(outliers, "LOOKED_AT", most)
     model, batches = make_massive(), [*BATCHES, make_tokens(2, 16, seed=2)]
     expected = find_outliers(model, find_blocks(model), batches)
     with count_tokens(model) as counts:

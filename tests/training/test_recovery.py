@@ -130,7 +130,7 @@ def test_recovery_reads_text_that_the_dense_model_wrote(
     expected = sample_from_model(dense, data.tokenizer, 8, 32, seed=data.seed + 1, cache=None)
     assert trainer.global_step == 1 and sorted(batch["input_ids"].tolist()) == sorted(expected.tolist())
     fresh = make_data(tiny_folder, training={"corpora": [], "sampled_windows": 8})
-    with pytest.raises(ValueError, match="training.sampled_windows is 8: sample_train_windows"):
+    with pytest.raises(ValueError, match="training.sampled_windows is 8: call sample_train_windows"):
         fresh.train_dataloader()
 
 

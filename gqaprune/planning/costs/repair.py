@@ -131,14 +131,15 @@ def cost_streams(
 ) -> Cost:
     """Passes of calibration text through one layer: the dense model's, and the pruned one's to its blocks.
 
-    The text stops at the output of each repaired block; attention that was run to is not run anew for the MLP but for
-    its output projection, and the layer is left from the MLP's input on where refinement has kept it.
+    The text stops at the output of each repaired block. Attention that stays whole is not run anew for the MLP but for
+    its output projection. Where refinement has kept the MLP's input, the layer is left from there on.
     """
     cost = _run(shape, text, layer.dense) if follows_dense else Cost()
+    is_whole = layer.dense.query == layer.pruned.query
     if "attention" in layer.repairs:
         cost += run_attention(shape, layer.dense, text)
     if "mlp" in layer.repairs:
-        run = run_output if "attention" in layer.repairs else run_attention
+        run = run_output if is_whole and "attention" in layer.repairs else run_attention
         cost += run(shape, layer.pruned, text) + run_mlp(shape, layer.dense, text)
     if is_last:
         return cost
