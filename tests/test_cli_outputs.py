@@ -14,15 +14,14 @@ from gqaprune.plan import PruningPlan
 
 from command import Run, read_scalars
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+RUN_FILES = (Path(__file__).parent.parent / "docs/run_files.md").read_text(encoding="utf-8")
 
 
 def test_fit_prunes_recovers_and_writes_everything(run: Run, tiny_folder: Path) -> None:
     assert run("fit") == 0
     folder = Path("lightning_logs/version_0")
     names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out")}
-    told = README.split("## What a run writes")[1].split("\n## ")[0]
-    listed = set(re.findall(r"^\| `([\w.]+)`", told, flags=re.MULTILINE))
+    listed = set(re.findall(r"^\| `([\w.]+)`", RUN_FILES, flags=re.MULTILINE))
     assert names == listed - {"guard.json", "predictions.json"} and {"report.html", "run.log"} < names
 
     report = json.loads((folder / "report.json").read_text())

@@ -21,7 +21,7 @@ def test_library_in_five_lines_prunes_and_saves(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code = read_code("The library in five lines")[0].replace(
+    code = read_code("Five lines")[0].replace(
         "smollm2-135m", str(copy_with_context(tiny_folder, tmp_path / "dense"))
     )
     names: dict[str, object] = {}
@@ -34,7 +34,7 @@ def test_lightning_example_prunes_recovers_and_exports(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code = read_code("The library in five lines")[1].replace(
+    code = read_code("In your own Lightning project")[0].replace(
         "smollm2-135m", str(copy_with_context(tiny_folder, tmp_path / "dense"))
     )
     code = code.replace("Trainer(", "Trainer(accelerator='cpu', limit_train_batches=4, limit_val_batches=2, ")
