@@ -21,9 +21,7 @@ def test_library_in_five_lines_prunes_and_saves(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code = read_code("Five lines")[0].replace(
-        "smollm2-135m", str(copy_with_context(tiny_folder, tmp_path / "dense"))
-    )
+    code = read_code("Five lines")[0].replace("smollm2-135m", str(copy_with_context(tiny_folder, tmp_path / "dense")))
     names: dict[str, object] = {}
     exec(code, names)
     assert names["report"].rate_reached == pytest.approx(0.2, abs=0.01)  # type: ignore[attr-defined]
