@@ -182,7 +182,7 @@ def test_strategies_that_accumulate_by_themselves_want_one_factor_which_the_trai
     module, data = CausalLMModule(str(tiny_folder)), make_data(tiny_folder)
     with pytest.raises(ValueError, match=r"is \{0: 4, 2: 8\}: set it to a single number, such as \{0: 4\}"):
         make_trainer(tmp_path, TaylorPruning(scheduling={0: 4, 2: 8})).fit(module, datamodule=data)
-    with pytest.raises(ValueError, match=r"is \{0: 4\}: set trainer.accumulate_grad_batches to 4, too"):
+    with pytest.raises(ValueError, match=r"is \{0: 4\}: set trainer.accumulate_grad_batches to 4 as well"):
         make_trainer(tmp_path, TaylorPruning(scheduling={0: 4})).fit(module, datamodule=data)
 
 
