@@ -265,9 +265,7 @@ def _list_repair(model: PreTrainedModel, windows_NT: Tensor, text: Text) -> list
 
     def cut(config: RepairConfig, measures_damage: bool) -> None:
         own = copy.deepcopy(model)
-        meter = (
-            LayerDamageMeter(own, [batches[i] for i in choose_judged(batches, held_out)]) if measures_damage else None
-        )
+        meter = LayerDamageMeter(own, choose_judged(batches, held_out)) if measures_damage else None
         apply_plan_with_repair(own, plan, batches, config, damage=meter)
         if meter is not None:
             meter.measure()

@@ -321,7 +321,7 @@ class Pruner:
         """Measure what each layer's cut does, on some of the held-out text that it was predicted on."""
         batches, (rank, world_size) = self.calibration.batches, get_rank_and_world_size()
         judged = choose_judged(batches, choose_held_out(len(batches), self.config.repair.holdout))
-        return LayerDamageMeter(self.model, [batches[index] for index in judged[rank::world_size]])
+        return LayerDamageMeter(self.model, judged[rank::world_size])
 
     def _choose(self, share: float, options: AllocationOptions, stages: StageCache) -> StageResult:
         """Return the plan that spends `share` of the budget on the model in its current state."""

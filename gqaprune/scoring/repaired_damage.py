@@ -39,6 +39,10 @@ FITTED_TOKENS = 16_384
 """Calibration tokens that least squares see here at most; repair sees all."""
 JUDGED_TOKENS = 2_048
 """Held-out tokens that damage is measured on at most: each copy of them passes all layers after its block."""
+JUDGED_SHARE = 1 / 16
+"""The same as a share of all calibration tokens, so that the curves of a short text cost no more than its scores."""
+JUDGED_PIECE = 512
+"""Tokens of a piece that one rank measures."""
 _LEVELS = (0.25, 0.5)
 """Shares of a block's units that are removed where its damage is measured."""
 _EXPONENTS = (1.0, 3.0)
@@ -148,7 +152,7 @@ def measure_repaired_damage(
         ValueError: if an activation or a divergence is not finite, with its place.
     """
     judged = choose_judged(batches, held_out)
-    fitted = _take_tokens(batches, [i for i in range(len(batches)) if i not in held_out] or judged, FITTED_TOKENS)
+    fitted = _take_tokens([batch for i, batch in enumerate(batches) if i not in held_out] or batches, FITTED_TOKENS)
     rank, world_size = get_rank_and_world_size()
     of_layer: dict[int, list[Block]] = {}
     for block in blocks:
@@ -157,9 +161,7 @@ def measure_repaired_damage(
     order: dict[BlockKey, list[int]] = {}
     copies: dict[Cut, list[Tensor]] = {}
     with freeze_parameters(model), torch.no_grad():
-        streams, dense = (
-            embed_batches(model, [batches[index] for index in own[rank::world_size]]) for own in (fitted, judged)
-        )
+        streams, dense = (embed_batches(model, text[rank::world_size]) for text in (fitted, judged))
         layers = track(range(len(get_layers(model))), "damage after repair", "layers")
         for layer in find_store(model).hold_each(layers):
             for hidden in copies.values():
@@ -182,19 +184,29 @@ def measure_repaired_damage(
     )
 
 
-def choose_judged(batches: Sequence[Tensor], held_out: set[int]) -> list[int]:
-    """Indexes of the batches that damage is measured on: the first held-out ones, of a single batch that."""
-    return _take_tokens(batches, sorted(held_out) or range(len(batches)), JUDGED_TOKENS)
+def choose_judged(batches: Sequence[Tensor], held_out: set[int]) -> list[Tensor]:
+    """Return the text that damage is measured on: the first held-out windows, or the first of all if none is held out.
+
+    Args:
+        batches: calibration token ids, each `[batch, tokens]`.
+        held_out: indexes of the batches that are held out.
+
+    Returns:
+        Token ids in small pieces that ranks can share, each `[windows, tokens]`; at least one.
+    """
+    held = [batches[index] for index in sorted(held_out)] or batches
+    pieces = [piece for batch in held for piece in batch.split(max(1, JUDGED_PIECE // batch.shape[1]))]
+    return _take_tokens(pieces, min(JUDGED_TOKENS, int(JUDGED_SHARE * sum(batch.numel() for batch in batches))))
 
 
-def _take_tokens(batches: Sequence[Tensor], indexes: Sequence[int], most: int) -> list[int]:
-    """The first of some batches that have at most so many tokens together, at least one."""
-    taken, tokens = list[int](), 0
-    for index in indexes:
-        tokens += batches[index].numel()
+def _take_tokens(batches: Sequence[Tensor], most: int) -> list[Tensor]:
+    """Return the first batches that have at most so many tokens together, at least one."""
+    taken, tokens = list[Tensor](), 0
+    for batch in batches:
+        tokens += batch.numel()
         if taken and tokens > most:
             break
-        taken.append(index)
+        taken.append(batch)
     return taken
 
 

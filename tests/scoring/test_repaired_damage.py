@@ -16,6 +16,7 @@ from gqaprune.scoring.damage import make_gates
 from gqaprune.scoring.repaired_damage import (
     Cut,
     RepairedDamage,
+    choose_judged,
     choose_levels,
     draw_curves,
     measure_repaired_damage,
@@ -30,7 +31,7 @@ from tiny import make_model, make_tokens
 
 BATCHES = [make_tokens(2, seed=seed) for seed in range(6)]
 HELD_OUT = {2, 5}
-JUDGED = torch.cat([BATCHES[2], BATCHES[5]])
+JUDGED = BATCHES[2]
 
 
 def measure(model: torch.nn.Module, granularity: str = "group", **options: bool) -> tuple[RepairedDamage, Scores]:
@@ -63,12 +64,28 @@ def test_without_refit_it_is_the_divergence_of_the_model_with_these_units_gated(
                 assert value == pytest.approx(diverge(dense, model(JUDGED).logits), rel=1e-3, abs=1e-6), str(cut)
 
 
+@pytest.mark.parametrize(("windows", "expected"), [(8, [1]), (64, [1] * 4), (224, [1] * 4)])
+def test_judged_text_is_a_sixteenth_of_the_calibration_text_and_at_most_2048_tokens(
+    windows: int, expected: list[int]
+) -> None:
+    batches = list(torch.arange(windows * 512).view(windows, 512).split(4))
+    held_out = {1, len(batches) - 1}
+    pieces = choose_judged(batches, held_out)
+    assert [len(piece) for piece in pieces] == expected
+    assert torch.equal(torch.cat(pieces), torch.cat([batches[index] for index in sorted(held_out)])[: len(pieces)])
+
+
+def test_short_windows_are_judged_several_at_a_time() -> None:
+    pieces = choose_judged(list(torch.zeros(256, 64).split(16)), {0, 1})
+    assert [len(piece) for piece in pieces] == [8, 8]
+
+
 def test_layers_are_run_once_for_each_text_each_cut_and_each_cut_before() -> None:
     model = make_model("llama", kv_heads=4)
     with count_tokens(model) as counts:
         damage, _ = measure(model)
     cuts = [sum(cut.key.layer == layer for cut in damage.points) for layer in range(3)]
-    fitted = sum(batch.numel() for batch in BATCHES) - JUDGED.numel()
+    fitted = sum(batch.numel() for index, batch in enumerate(BATCHES) if index not in HELD_OUT)
     assert cuts == [4, 4, 4]
     assert counts == [fitted + JUDGED.numel() * (1 + sum(cuts[: layer + 1])) for layer in range(3)]
 

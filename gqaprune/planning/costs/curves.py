@@ -1,6 +1,7 @@
 """Costs of damage curves: what removing units of each block costs, measured after repair or by gates alone."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from gqaprune.models.architecture import Block
 from gqaprune.plan import BlockKey
@@ -24,7 +25,7 @@ from gqaprune.planning.costs.gram import (
     solve_small,
     sum_gram,
 )
-from gqaprune.scoring.repaired_damage import FITTED_TOKENS, JUDGED_TOKENS
+from gqaprune.scoring.repaired_damage import FITTED_TOKENS, JUDGED_PIECE, JUDGED_SHARE, JUDGED_TOKENS
 from gqaprune.surgery.repair import choose_held_out
 
 Levels = Mapping[BlockKey, Sequence[int]]
@@ -42,6 +43,13 @@ def take_tokens(text: Text, most: int) -> Text:
     return text.take(max(1, most // (text.batch * text.window)) * text.batch)
 
 
+def take_judged(text: Text, share: float) -> Text:
+    """What `choose_judged` takes of calibration text, a share of which is held out."""
+    _, held = split_held_out(text, share)
+    piece = min(held.batch, max(1, JUDGED_PIECE // text.window))
+    return take_tokens(replace(held, batch=piece), min(JUDGED_TOKENS, int(JUDGED_SHARE * text.tokens)))
+
+
 def cost_repaired_damage(
     shape: ModelShape, text: Text, blocks: Sequence[Block], levels: Levels, holdout: float, refits: bool = True
 ) -> Cost:
@@ -55,8 +63,7 @@ def cost_repaired_damage(
         holdout: share of the batches that are held out.
         refits: whether least squares refit what is kept.
     """
-    fitted, judged = split_held_out(text, holdout)
-    fitted, judged = take_tokens(fitted, FITTED_TOKENS), take_tokens(judged, JUDGED_TOKENS)
+    fitted, judged = take_tokens(split_held_out(text, holdout)[0], FITTED_TOKENS), take_judged(text, holdout)
     measured = [block for block in blocks if levels[block.key]]
     last = max((block.key.layer for block in measured), default=-1)
     cost = run_layers(shape, range(last + 1), fitted)

@@ -11,11 +11,11 @@ import torch
 
 from gqaprune.models.losses import PIECE_LOGITS
 from gqaprune.planning.costs.base import DOUBLE, SINGLE, Text, share_of_panels
-from gqaprune.planning.costs.curves import split_held_out, take_tokens
+from gqaprune.planning.costs.curves import split_held_out, take_judged, take_tokens
 from gqaprune.planning.memory import ModelSizes, count_kept, count_piece, estimate_memory
 from gqaprune.scoring.criteria.base import PIECE_TOKENS
 from gqaprune.scoring.outliers import LOOKED_AT
-from gqaprune.scoring.repaired_damage import FITTED_TOKENS, JUDGED_TOKENS
+from gqaprune.scoring.repaired_damage import FITTED_TOKENS
 from gqaprune.surgery.gram import chunk_rows, find_room
 from gqaprune.surgery.refinement import STEP_TOKENS, TRAINING_BYTES
 
@@ -106,8 +106,8 @@ def peak_outliers(sizes: ModelSizes, itemsize: int, text: Text) -> float:
 
 def peak_curves(sizes: ModelSizes, itemsize: int, text: Text, holdout: float) -> float:
     """Weights, hidden states, Gram matrices of a layer, a factor, and what blocks lose; copies are the host's."""
-    fitted, judged = split_held_out(text, holdout)
-    tokens = take_tokens(fitted, FITTED_TOKENS).tokens + take_tokens(judged, JUDGED_TOKENS).tokens
+    fitted, _ = split_held_out(text, holdout)
+    tokens = take_tokens(fitted, FITTED_TOKENS).tokens + take_judged(text, holdout).tokens
     channels, query = sizes.channel_range[1], sizes.head_dim * sizes.query_head_range[1]
     grams = count_gram(channels) + 2 * count_gram(query)
     rows = int(chunk_rows(sizes.hidden_size, channels)[0].stop)

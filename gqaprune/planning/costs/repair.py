@@ -26,9 +26,8 @@ from gqaprune.planning.costs.base import (
     run_output,
     run_projections,
 )
-from gqaprune.planning.costs.curves import move_to_host, split_held_out, take_tokens
+from gqaprune.planning.costs.curves import move_to_host, split_held_out, take_judged
 from gqaprune.planning.costs.gram import factorise, multiply_symmetric, solve, sum_cross, sum_gram
-from gqaprune.scoring.repaired_damage import JUDGED_TOKENS
 from gqaprune.surgery.distillation import PASSES, RANK, STEP_WINDOWS, TOP_K
 from gqaprune.surgery.refinement import SHARES, STEP_TOKENS
 from gqaprune.surgery.repair_config import RepairConfig
@@ -108,7 +107,7 @@ def cost_cut(
     fitted, judged = split_held_out(text, config.holdout)
     cost = Cost()
     if measures_damage and repaired:
-        cost += cost_layer_damage(shape, layers, take_tokens(judged, JUDGED_TOKENS))
+        cost += cost_layer_damage(shape, layers, take_judged(text, config.holdout))
     for index, layer in enumerate(layers[: max(repaired, default=-1) + 1]):
         follows = config.follows_dense_model and index >= min(repaired)
         cost += cost_streams(shape, text, layer, config, follows, is_last=index == max(repaired))
