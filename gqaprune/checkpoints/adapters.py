@@ -24,7 +24,8 @@ def save_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor], folder: 
         folder: folder to write to.
     """
     named = {f"base_model.model.{name}": tensor for name, tensor in state_dict.items()}  # as peft names them
-    adapted.save_pretrained(str(folder), state_dict=named)
+    # Embeddings have no adapters; to find that out, peft would ask the hub for the dense model's configuration.
+    adapted.save_pretrained(str(folder), state_dict=named, save_embedding_layers=False)
 
 
 @multiply_exactly()

@@ -1,6 +1,7 @@
 """Add LoRA adapters to a model in training, and merge them into its weights before the next cut."""
 
 import os
+import warnings
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -66,7 +67,9 @@ def add_adapters(model: PreTrainedModel, config: RecoveryConfig, seed: int = 0) 
     )
     with torch.random.fork_rng(), show_whole_shapes(model):  # peft would mistake shards for tensor parallelism
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, lora)
+        with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            adapted = get_peft_model(model, lora)
     assert isinstance(adapted, PeftModel)
     return adapted
 

@@ -1,5 +1,6 @@
 """Adapters in checkpoints: merged weights are those of peft, and what is saved beside them loads in peft."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,22 @@ def test_saved_adapters_give_the_dense_model_the_same_logits(tmp_path: Path) -> 
     save_adapters(adapted, model.state_dict(), tmp_path)
     loaded, tokens = PeftModel.from_pretrained(make_model("llama"), str(tmp_path)), make_tokens()
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_neither_adding_nor_saving_adapters_warns_or_asks_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*_: object) -> bool:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", ask)
+    model = make_model("llama")
+    model.config._name_or_path = "no/such-model"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted = add_adapters(model, RecoveryConfig("lora", lora_rank=2))
+        save_adapters(adapted, model.state_dict(), tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
