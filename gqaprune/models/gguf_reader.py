@@ -3,14 +3,17 @@
 transformers cannot read layers of unequal sizes from GGUF; it reads all other files.
 """
 
+import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
 from gqaprune.common.errors import first_line
@@ -71,6 +74,17 @@ def read_config(header: GgufHeader) -> PretrainedConfig:
     config_class = CONFIG_MAPPING[family]
     taken = _list_settings(config_class)
     return config_class(**{name: value for name, value in settings.items() if name in taken})
+
+
+def read_foreign_config(file: Path) -> PretrainedConfig:
+    """Read the config in a GGUF file that another tool wrote."""
+    return copy.deepcopy(_read_foreign_config(file, file.stat().st_mtime_ns, file.stat().st_size))
+
+
+@functools.lru_cache(maxsize=4)
+def _read_foreign_config(file: Path, changed: int, size: int) -> PretrainedConfig:
+    """Parse the config of a file as it is now: this takes transformers seconds, and a run asks for it many times."""
+    return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def _list_settings(config_class: type[PretrainedConfig]) -> set[str]:

@@ -28,7 +28,7 @@ from gqaprune.common.paths import expand_path
 from gqaprune.models.config_bounds import check_bounds, check_type
 from gqaprune.models.config_facts import drop_code_map, drop_kernels
 from gqaprune.models.gguf_file import GgufHeader, read_header
-from gqaprune.models.gguf_reader import count_layers, is_own, read_config
+from gqaprune.models.gguf_reader import count_layers, is_own, read_config, read_foreign_config
 from gqaprune.models.hub import check_hub
 from gqaprune.models.loading_guard import guard_loading, make_loading_error
 from gqaprune.models.nemotron_nas import MODEL_TYPE, read_nemotron_nas
@@ -184,14 +184,15 @@ def _read_config(source: str | Path, trust_remote_code: bool) -> PretrainedConfi
     place, gguf = locate(source)
     if (header := read_gguf_header(source)) is not None and is_own(header):
         return read_config(header)
-    arguments = {**gguf, **find_revision(source)}
-    if not gguf:
-        is_here = isinstance(place, Path)
-        values = read_json(place / CONFIG_NAME) if is_here else PretrainedConfig.get_config_dict(place, **arguments)[0]
+    if gguf:
+        config = read_foreign_config(Path(place) / gguf["gguf_file"])
+    else:
+        is_here, revision = isinstance(place, Path), find_revision(source)
+        values = read_json(place / CONFIG_NAME) if is_here else PretrainedConfig.get_config_dict(place, **revision)[0]
         check_bounds(values)
         if values.get("model_type") == MODEL_TYPE:
             return read_nemotron_nas(values | {"name_or_path": str(place)})
-    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **arguments)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **revision)
     drop_code_map(config, trust_remote_code)
     drop_kernels(config)
     config.name_or_path, config.return_dict = str(place), True  # transformers' own models fail without

@@ -1,6 +1,7 @@
 """Where models are looked for, and a sentence for what is none."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 import gqaprune
 from gqaprune.commands.compare import compare
@@ -16,7 +18,7 @@ from gqaprune.commands.export import export
 from gqaprune.commands.inspect import inspect
 from gqaprune.models.fingerprint import fingerprint_weights
 from gqaprune.models.loading import build_without_weights, load_model
-from gqaprune.models.sources import fetch, find_weights, load_config, pin
+from gqaprune.models.sources import EMBEDDED_MODEL, fetch, find_weights, load_config, locate, pin
 from gqaprune.models.tokenizer import load_tokenizer
 from gqaprune.module import CausalLMModule
 from gqaprune.placement.loading_by_layer import load_offloaded_model
@@ -208,3 +210,22 @@ def test_a_command_takes_tokenizer_and_model_at_the_revision(hub: dict[str, str]
     shutil.rmtree(hub["main"])
     assert run("validate", "--model.pretrained", "org/model", "--model.revision", "old") == 0
     assert run("validate", "--model.pretrained", "org/model") == 1
+
+
+def test_the_config_of_a_gguf_file_is_parsed_once_and_again_when_the_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (embedded, named) = locate(EMBEDDED_MODEL)
+    shutil.copy(Path(embedded) / named["gguf_file"], tmp_path / "model.gguf")
+    parsed = []
+
+    def parse(*arguments: Any, **options: Any) -> PretrainedConfig:
+        parsed.append(arguments)
+        return LlamaConfig(hidden_size=576)  # what transformers finds in seconds
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", parse)
+    first = load_config(tmp_path / "model.gguf")
+    first.hidden_size = 1
+    assert load_config(tmp_path / "model.gguf").hidden_size == 576 and len(parsed) == 1
+    os.utime(tmp_path / "model.gguf", ns=(1, 1))
+    assert load_config(tmp_path / "model.gguf").hidden_size == 576 and len(parsed) == 2
