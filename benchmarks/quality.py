@@ -11,7 +11,6 @@ A new row of ours is one line in `METHODS`; a peer is an entry of `PEERS` in pee
 """
 
 import argparse
-import ast
 import dataclasses
 import hashlib
 import json
@@ -26,6 +25,7 @@ from typing import Any
 
 from peers import PEERS, read_versions
 from quality_report import draw_gaps, draw_layers, print_tables, write_markdown
+from quality_sources import DENSE, hash_code, is_same, probe_row
 
 import gqaprune
 from gqaprune.common.atomic_files import write_atomically
@@ -88,8 +88,6 @@ PROMPTS = {"smollm2-135m": ["<|endoftext|>"]}
 
 PROTOCOL = {"window": 1024, "windows": 16}
 """Perplexity: non-overlapping windows of so many tokens, token-weighted; so many windows of each text."""
-
-DENSE = "dense"
 
 Spec = dict[str, Any]
 Row = dict[str, Any]
@@ -241,6 +239,7 @@ def run_or_skip(
     if "error" in result:
         print(f"{name}: failed: {result['error']}", flush=True)
     row = {"name": name, "method": spec["method"], "rate": spec["rate"], "key": key, "code": hash_code(spec["method"])}
+    row["probe"] = probe_row(spec["method"], spec["rate"], spec["settings"])
     write_row(row | {"inputs": inputs} | result, file)
     return True
 
@@ -277,36 +276,6 @@ def hash_corpus(corpus: Corpus) -> str:
     return digest.hexdigest()[:16]
 
 
-def hash_code(method: str) -> str:
-    """Hash of our sources that a row rests on: the method's, or for others what loads and measures.
-
-    A row made with other sources is marked in the tables, not run again: most changes do not move its numbers.
-    """
-    package = HERE.parent / "gqaprune"
-    measuring = [package / f"{name}.py" for name in ("models/loading", "data/corpora", "data/windows")]
-    measuring.append(package / "evaluation/perplexity.py")
-    wings = ("data", "models", "planning", "scoring", "surgery")
-    own = [package / "pipeline.py", *measuring, *(file for wing in wings for file in (package / wing).rglob("*.py"))]
-    files = {DENSE: measuring}.get(method, [*measuring, HERE / "peers.py"] if method in PEERS else own)
-    digest = hashlib.sha256("".join(strip_words(file.read_text()) for file in sorted(set(files))).encode())
-    return digest.hexdigest()[:16]
-
-
-def strip_words(source: str) -> str:
-    """Python source without comments and docstrings, which move no numbers."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            vars(node)["body"] = [one for one in body if not is_word(one)] or [ast.Pass()]
-    return ast.unparse(tree)
-
-
-def is_word(statement: ast.stmt) -> bool:
-    """Whether a statement is a string that stands by itself."""
-    return isinstance(statement, ast.Expr) and isinstance(getattr(statement.value, "value", None), str)
-
-
 def read_row_versions(spec: Spec) -> dict[str, str]:
     """Versions of what runs a row: Python, whose texts are test texts, and packages; a peer's from its own Python."""
     own = read_versions(["torch", "transformers"])
@@ -333,11 +302,23 @@ def run_in_process(spec: Spec) -> dict[str, Any]:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """All rows there; each with `stale`: whether our sources or its settings have changed since."""
-    rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    for row in rows:
-        settings = {key: value for key, value in METHODS.get(row["method"], {}).items() if key != "calibration"}
-        row["stale"] = row["code"] != hash_code(row["method"]) or row["inputs"]["settings"] != settings
+    """All rows there; each with `stale`: whether its method has other settings now, or does something else.
+
+    Where our sources have changed, the method is tried on a tiny model. If it does what it did, the row is kept as one
+    of these sources, for most changes move no number.
+    """
+    rows = []
+    for file in sorted(folder.glob("*.json")):
+        row = json.loads(file.read_text())
+        method, settings = row["method"], row["inputs"]["settings"]
+        current = {key: value for key, value in METHODS.get(method, {}).items() if key != "calibration"}
+        is_known = settings == current
+        code = hash_code(method)
+        has_changed = is_known and row["code"] != code and "probe" in row
+        if has_changed and is_same(row["probe"], probe_row(method, row["rate"], settings)):
+            row["code"] = code
+            write_row(row, file)
+        rows.append(row | {"stale": not is_known or row["code"] != code})
     return rows
 
 

@@ -14,7 +14,9 @@ import offload
 import quality
 import quality_report
 import quality_row
+import quality_sources
 from peers import PEERS, _find_ratio, read_peak_rss
+from quality_sources import is_same, probe
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from gqaprune.models.loading import load, load_model
@@ -105,20 +107,35 @@ def test_a_failing_row_is_recorded_and_run_again_on_resume(tmp_path: Path) -> No
     assert "error" not in quality.read_rows(tmp_path)[0]
 
 
-def test_a_row_made_with_other_sources_or_settings_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_holds_until_its_settings_change_or_its_method_does_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quality.run_or_skip(make_spec(), TEXTS, tmp_path, True, lambda spec: measure())
     assert not quality.read_rows(tmp_path)[0]["stale"]
-    with monkeypatch.context() as patch:
-        patch.setattr(quality, "hash_code", lambda method: "other")
-        assert quality.read_rows(tmp_path)[0]["stale"]
+    monkeypatch.setattr(quality, "hash_code", lambda method: "other")  # sources that do the same
+    assert not quality.read_rows(tmp_path)[0]["stale"]
+    assert json.loads(next(tmp_path.iterdir()).read_text())["code"] == "other"
+    monkeypatch.setattr(quality, "hash_code", lambda method: "third")
+    monkeypatch.setattr(quality_sources, "probe", lambda settings, rate: probe(settings, rate) | {"kept": "others"})
+    assert quality.read_rows(tmp_path)[0]["stale"]
+    monkeypatch.undo()
     monkeypatch.setitem(quality.METHODS, "criterion fisher", {"criterion": "taylor"})
     assert quality.read_rows(tmp_path)[0]["stale"]
 
 
+def test_what_a_method_does_depends_on_its_settings_and_its_rate_alone() -> None:
+    uniform = {"criterion": "fisher", "allocation": "uniform", "repair": {"method": "none"}}
+    first = probe(uniform, 0.2)
+    assert is_same(first, probe(uniform, 0.2))
+    assert not is_same(first, probe(uniform, 0.25)) and not is_same(first, probe(uniform | {"criterion": "obs"}, 0.2))
+    assert not is_same(first, probe(uniform | {"repair": {"epochs": 0, "distill_tokens": 0}}, 0.2))
+    assert 100 < probe(None, 0.0)["measured"] < 1000
+
+
 def test_words_alone_make_no_row_stale() -> None:
     source = '"""A module."""\ndef f(a: int) -> int:\n    """Add."""\n    # one\n    return a + 1\n'
-    assert quality.strip_words(source) == quality.strip_words("def f(a: int) -> int:\n    return a + 1")
-    assert quality.strip_words(source) != quality.strip_words(source.replace("+ 1", "+ 2"))
+    assert quality_sources.strip_words(source) == quality_sources.strip_words("def f(a: int) -> int:\n    return a + 1")
+    assert quality_sources.strip_words(source) != quality_sources.strip_words(source.replace("+ 1", "+ 2"))
 
 
 @pytest.mark.parametrize("settings", [{"criterium": "fisher"}, {"rate": 0.1}, {"calibration": {"window_count": 3}}])
