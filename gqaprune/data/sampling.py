@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from gqaprune.common.atomic_files import write_atomically
@@ -35,7 +35,9 @@ CACHE_FOLDER = find_cache_folder("samples")
 
 BATCH = 64
 """Documents that are sampled side by side."""
-_SCHEME = 3
+_PIECE = 256
+"""Tokens of a piece of the vocabulary."""
+_SCHEME = 4
 """Version of the sampling code: increased when the same settings begin to write other text, to ignore old files."""
 
 
@@ -219,14 +221,29 @@ def _draw(logits_BV: Tensor, top_p: float, generator: torch.Generator) -> Tensor
     """Draw one token per sample from the smallest set of tokens with probability `top_p` (Holtzman et al. 2020).
 
     This takes one random number per sample and a sum over the vocabulary; `torch.multinomial` draws a number for every
-    token, which takes as long as half of a small model's forward pass.
+    token, which takes as long as half of a small model's forward pass. Running sums in float64 over the whole
+    vocabulary would take as long as a third of it, so a piece of the vocabulary is drawn first, then a token of it.
     """
     probabilities_BV = logits_BV.softmax(-1)
     if top_p < 1:
         sorted_BV, order_BV = probabilities_BV.sort(descending=True)
         sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= top_p] = 0
         probabilities_BV = torch.zeros_like(probabilities_BV).scatter_(1, order_BV, sorted_BV)
-    sums_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
-    # Below the last sum, never equal to it, so that no token of probability 0 is drawn.
-    random_B1 = torch.rand(len(sums_BV), 1, generator=generator, dtype=torch.float64) * sums_BV[:, -1:]
-    return torch.searchsorted(sums_BV, random_B1, right=True)[:, 0].clamp_(max=sums_BV.shape[1] - 1)
+    padded_BV = nn.functional.pad(probabilities_BV, (0, -probabilities_BV.shape[1] % _PIECE))
+    pieces_BPT = padded_BV.unflatten(1, (-1, _PIECE))
+    random_B = torch.rand(len(logits_BV), generator=generator, dtype=torch.float64)
+    piece_B, rest_B = _invert(pieces_BPT.sum(-1), random_B)
+    token_B, _ = _invert(pieces_BPT[torch.arange(len(piece_B)), piece_B], rest_B)
+    return piece_B * _PIECE + token_B
+
+
+def _invert(weights_BN: Tensor, random_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the entry that a random number in [0, 1) falls on, and where in it, again in [0, 1)."""
+    sums_BN = weights_BN.double().cumsum(-1)
+    # Below the last sum, never equal to it, so that no entry of weight 0 is drawn.
+    last_B = sums_BN[:, -1]
+    place_B = torch.minimum(random_B * last_B, last_B.nextafter(torch.zeros_like(last_B)))
+    entry_B = torch.searchsorted(sums_BN, place_B[:, None], right=True)[:, 0]
+    weight_B = weights_BN.double().gather(1, entry_B[:, None])[:, 0]
+    before_B = sums_BN.gather(1, entry_B[:, None])[:, 0] - weight_B
+    return entry_B, ((place_B - before_B) / weight_B).clamp_(0.0, 1.0)

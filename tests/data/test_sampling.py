@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gqaprune.data.sampling
-from gqaprune.data.sampling import sample_from_model
+from gqaprune.data.sampling import _draw, sample_from_model
 
 from tiny import make_model, make_tokenizer
 
@@ -47,6 +47,17 @@ def test_tokens_are_drawn_from_the_models_distribution() -> None:
     found = torch.bincount(windows[:, 1], minlength=260) / 2000
     assert (windows[:, 0] == 256).all()  # the beginning-of-text token
     assert (found - expected).abs().sum() < 0.35  # 0.25 ± 0.02 for 2000 draws; another distribution gives 1 or more
+
+
+@pytest.mark.parametrize("vocabulary", [5, 256, 1000])
+def test_a_draw_inverts_the_cumulated_probabilities(vocabulary: int) -> None:
+    logits_BV = 3 * torch.randn(500, vocabulary, generator=torch.Generator().manual_seed(1))
+    logits_BV[:, ::3] = -torch.inf
+    drawn_B = _draw(logits_BV, 1.0, torch.Generator().manual_seed(2))
+    random_B1 = torch.rand(500, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[:, None]
+    sums_BV = logits_BV.softmax(-1).double().cumsum(-1)
+    assert torch.equal(drawn_B, torch.searchsorted(sums_BV, random_B1 * sums_BV[:, -1:], right=True)[:, 0])
+    assert (drawn_B % 3 > 0).all()
 
 
 def test_top_p_leaves_out_the_unlikely() -> None:
