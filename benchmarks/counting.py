@@ -27,7 +27,7 @@ from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.costs import peaks
 from gqaprune.planning.costs.base import Cost, Text, read_shape
 from gqaprune.planning.costs.curves import cost_gated_damage, cost_repaired_damage
-from gqaprune.planning.costs.repair import cost_cut, cost_distillation, cost_lessons
+from gqaprune.planning.costs.repair import cost_cut, cost_distillation, cost_predictions
 from gqaprune.planning.costs.scoring import CRITERIA, cost_importance, cost_outliers, cost_perplexity, cost_scores
 from gqaprune.planning.costs.training import cost_recovery_step, cost_sampling
 from gqaprune.planning.memory import read_sizes
@@ -38,7 +38,7 @@ from gqaprune.scoring.repaired_damage import choose_judged, measure_repaired_dam
 from gqaprune.scoring.scores import score_units
 from gqaprune.scoring.sensitivity import SENSITIVITIES, measure_sensitivity
 from gqaprune.surgery.cut import apply_plan
-from gqaprune.surgery.distillation import distill, note_lessons, split_windows
+from gqaprune.surgery.distillation import distill, record_predictions, split_windows
 from gqaprune.surgery.layer_damage import LayerDamageMeter
 from gqaprune.surgery.repair import apply_plan_with_repair, choose_held_out
 from gqaprune.surgery.repair_config import RepairConfig
@@ -271,17 +271,17 @@ def _list_repair(model: PreTrainedModel, windows_NT: Tensor, text: Text) -> list
             meter.measure()
 
     def learn() -> None:
-        own, lessons = copy.deepcopy(model), note()
-        apply_plan(own, plan)
-        distill(own, lessons, fitted, 0)
+        pruned, predictions = copy.deepcopy(model), predict()
+        apply_plan(pruned, plan)
+        distill(pruned, predictions, fitted, 0)
 
-    def note() -> Any:
-        return note_lessons(model, *split_windows(batches, held_out, fitted.distill_tokens), StageCache())
+    def predict() -> Any:
+        return record_predictions(model, *split_windows(batches, held_out, fitted.distill_tokens), StageCache())
 
     def cost(config: RepairConfig, measures_damage: bool) -> Cost:
         return cost_cut(shape, text, blocks, kept, config, measures_damage, ridges=1)
 
-    lessons = cost_lessons(shape, text, fitted)
+    predicted = cost_predictions(shape, text, fitted)
     sizes = read_sizes(model.config)
     long, widest = peaks.list_long_peaks(sizes, 4, text, text), sizes.channel_range[1] - sizes.channel_range[1] // 4
     repair = peaks.peak_repair(sizes, 4, text, HOLDOUT, widest)
@@ -289,11 +289,11 @@ def _list_repair(model: PreTrainedModel, windows_NT: Tensor, text: Text) -> list
         Stage("cut, least squares", lambda: cut(fitted, False), cost(fitted, False), copies=True),
         Stage("cut, refinement", lambda: cut(refined, False), cost(refined, False), repair, True),
         Stage("cut, refinement, damage of layers", lambda: cut(refined, True), cost(refined, True), copies=True),
-        Stage("lessons", note, lessons),
+        Stage("predictions", predict, predicted),
         Stage(
-            "lessons, distillation",
+            "predictions, distillation",
             learn,
-            lessons + cost_distillation(shape.cut(kept, blocks), text, fitted),
+            predicted + cost_distillation(shape.cut(kept, blocks), text, fitted),
             long["repair, distillation"],
             True,
         ),

@@ -35,7 +35,7 @@ from gqaprune.models.architecture import find_blocks
 from gqaprune.module import CausalLMModule
 from gqaprune.planning.memory import estimate_memory, read_sizes
 from gqaprune.scoring.scores import score_units
-from gqaprune.surgery.distillation import distill, note_lessons
+from gqaprune.surgery.distillation import distill, record_predictions
 from gqaprune.surgery.repair_config import RepairConfig
 from gqaprune.training.recovery import RecoveryConfig
 
@@ -110,8 +110,8 @@ def do(work: str, place: str, folder: str, options: argparse.Namespace) -> None:
         )
     elif work == "repair, distillation":
         model = load(folder, place)
-        lessons = note_lessons(model, windows[:2], windows[2:3], StageCache())
-        distill(model, lessons, RepairConfig(products="float32", distill_tokens=2 * options.tokens), 0)
+        predictions = record_predictions(model, windows[:2], windows[2:3], StageCache())
+        distill(model, predictions, RepairConfig(products="float32", distill_tokens=2 * options.tokens), 0)
     else:
         mode: Any = work.split(", ")[1]
         strategy: Any = {"one device": "auto", "ddp": "ddp", "fsdp": ModelParallelStrategy(DEVICES, 1)}[place]

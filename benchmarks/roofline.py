@@ -30,7 +30,7 @@ from gqaprune.planning.costs import peaks
 from gqaprune.planning.costs.base import Cost, Text, read_shape, run_model
 from gqaprune.planning.costs.curves import cost_repaired_damage
 from gqaprune.planning.costs.device import Device
-from gqaprune.planning.costs.repair import cost_cut, cost_distillation, cost_lessons
+from gqaprune.planning.costs.repair import cost_cut, cost_distillation, cost_predictions
 from gqaprune.planning.costs.scoring import cost_perplexity, cost_scores
 from gqaprune.planning.costs.stages import list_levels, spread_evenly
 from gqaprune.planning.costs.training import cost_recovery_step, cost_sampling
@@ -129,7 +129,7 @@ def list_rows(config: PretrainedConfig) -> list[Row]:
     )
     # Layers that lose nothing are refitted, too, and are the widest.
     peak = peaks.peak_repair(sizes, ITEMSIZE, CALIBRATION, repair.holdout, sizes.channel_range[1])
-    distilled = cost_lessons(shape, CALIBRATION, repair) + cost_distillation(pruned, CALIBRATION, repair)
+    distilled = cost_predictions(shape, CALIBRATION, repair) + cost_distillation(pruned, CALIBRATION, repair)
     rows += [
         Row("cut, least squares", CALIBRATION, fitted, peak),
         Row("refinement", CALIBRATION, whole + -1 * fitted, peak),

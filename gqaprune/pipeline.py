@@ -46,9 +46,9 @@ from gqaprune.planning.stages import (
     CURVES,
     CUT,
     DENSE,
+    DENSE_PREDICTIONS,
     DISTILLATION,
     IMPORTANCE,
-    LESSONS,
     PRUNED,
     StageCounter,
     Work,
@@ -63,11 +63,11 @@ from gqaprune.scoring.scores import check_finite_weights
 from gqaprune.scoring.sensitivity import Importance
 from gqaprune.surgery.compatibility import check_compatibility
 from gqaprune.surgery.distillation import (
+    DensePredictions,
     Distillation,
-    Lessons,
     can_distill,
     distill,
-    note_lessons,
+    record_predictions,
     split_windows,
 )
 from gqaprune.surgery.layer_damage import LayerDamageMeter
@@ -173,7 +173,7 @@ class Pruner:
         self.share = 0.0
         self.spending: Spending | None = None
         self.scores: Scores = {}
-        self._lessons: Lessons | None = None
+        self._lessons: DensePredictions | None = None
         self._options: AllocationOptions | None = None
 
     @property
@@ -357,13 +357,13 @@ class Pruner:
         """Note what the dense model predicts, if the decoder is to be trained towards it."""
         if not can_distill(self.model, self.config.repair):
             return
-        self.counter.begin(LESSONS)
+        self.counter.begin(DENSE_PREDICTIONS)
         batches = self.calibration.batches
         repair = self.config.repair
         trained, judged = split_windows(batches, choose_held_out(len(batches), repair.holdout), repair.distill_tokens)
-        self._lessons = note_lessons(self.model, trained, judged, self._stages_of_model(batches))
+        self._lessons = record_predictions(self.model, trained, judged, self._stages_of_model(batches))
 
-    def _distill(self, lessons: Lessons) -> Distillation:
+    def _distill(self, lessons: DensePredictions) -> Distillation:
         """Train the decoder towards what was noted."""
         self.counter.begin(DISTILLATION)
         layers, repair = get_layers(self.model), self.config.repair

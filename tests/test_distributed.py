@@ -34,7 +34,7 @@ from gqaprune.scoring.repaired_damage import choose_levels, measure_repaired_dam
 from gqaprune.scoring.scores import CRITERIA, score_units
 from gqaprune.scoring.sensitivity import SENSITIVITIES
 from gqaprune.surgery.cut import apply_plan
-from gqaprune.surgery.distillation import distill, note_lessons
+from gqaprune.surgery.distillation import distill, record_predictions
 from gqaprune.surgery.repair import apply_plan_with_repair
 from gqaprune.surgery.repair_config import RepairConfig
 from gqaprune.training.objective import Objective
@@ -152,9 +152,9 @@ def damage_and_distill(rank: int, world_size: int, folder: Path) -> None:
     damage = measure_repaired_damage(model, blocks, scores, {}, levels, batches, {4, 9})
     result = {str(cut): torch.tensor(value) for cut, value in damage.points.items()}
     result |= {f"order of {key}": order for key, order in damage.scores.items()}
-    lessons = note_lessons(model, torch.cat(batches[:4]), batches[4], StageCache())
+    predictions = record_predictions(model, torch.cat(batches[:4]), batches[4], StageCache())
     apply_plan(model, gqaprune.PruningPlan.load(folder / "plan.json"))
-    done = distill(model, lessons, RepairConfig(products="float32", distill_learning_rate=0.02), 0)
+    done = distill(model, predictions, RepairConfig(products="float32", distill_learning_rate=0.02), 0)
     result |= model.state_dict() | {"divergence": torch.tensor([done.divergence_before, done.divergence_after])}
     torch.save(result, folder / f"{world_size}-{rank}.pt")
 

@@ -10,7 +10,7 @@ from gqaprune.planning.costs.base import Text
 
 SAMPLING = "the model writes text"
 DENSE = "perplexity of the dense model"
-LESSONS = "predictions of the dense model"
+DENSE_PREDICTIONS = "predictions of the dense model"
 IMPORTANCE = "importance of layers"
 CURVES = "damage of each block after repair"
 CUT = "cut and repair, layer by layer"
@@ -46,7 +46,7 @@ def list_stages(config: PruningConfig, work: Work) -> list[str]:
     """Names of a run's stages in their order; `cost_stages` says what each costs."""
     repair = config.repair
     pruning = {
-        LESSONS: repair.distills,
+        DENSE_PREDICTIONS: repair.distills,
         IMPORTANCE: config.uses_importance,
         name_scores(config): True,
         CURVES: config.uses_damage_curves,

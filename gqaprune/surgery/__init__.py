@@ -1,7 +1,8 @@
-"""Cut weights as a plan says, and repair what is left: least squares, then refinement, layer by layer.
+"""Cut a model to a plan and repair the remaining weights.
 
-May import placement and what stands below it. `cut.py` changes shapes, `repair.py` refits, `refinement.py` trains
-MLPs, `distillation.py` the whole decoder last; `removal.py` says beforehand what a refit cannot make up for.
+May import placement and the packages below it. `cut.py` changes shapes. `repair.py` refits output projections by least
+squares and `refinement.py` trains MLPs, layer by layer; `distillation.py` then trains the whole decoder. `removal.py`
+predicts the error that a refit leaves.
 """
 
 from typing import NoReturn
@@ -10,5 +11,5 @@ from gqaprune.common.renamed import refuse_moved_name
 
 
 def __getattr__(name: str) -> NoReturn:
-    """Name the place of what once was in a module of this name."""
+    """Raise an error that says where the contents of the former module `surgery` are now."""
     refuse_moved_name("surgery", name)

@@ -1,6 +1,6 @@
-"""Refit the output projection of a block that has been cut: try ridges, keep the best weights, the same on every rank.
+"""Refit the output projection of a cut block: try several ridges and keep the best weights, the same on every rank.
 
-Axes in tensor names: D outputs, R some of them, S what is fitted: the kept columns and, last, the bias.
+Axes in tensor names: D outputs, R some of them, S the fitted columns: the kept columns and, at the end, the bias.
 """
 
 from collections.abc import Sequence
@@ -24,23 +24,24 @@ def refit_block(
     fits_bias: bool,
     spares_held_out: bool,
 ) -> tuple[float | None, float, float]:
-    """Write the best weights into a block that has been cut, those of rank 0 on every rank.
+    """Refit the output projection of a cut block in place; every rank gets the weights of rank 0.
 
-    Those of the best ridge, fitted on all batches; those of the cut where no ridge beats them.
+    The ridge with the least error on the held-out batches is chosen, and the weights are fitted with it on all batches.
+    If no ridge has a smaller error than the cut weights, these stay.
 
     Args:
         block: the block, already cut.
-        moments: of what it takes and should give.
-        memory: for weights and factor.
-        ridges: to choose from; 0 alone where only a bias is fitted, which has no penalty.
+        moments: moments of its inputs and targets.
+        memory: where the weights and the Cholesky factor are kept.
+        ridges: ridges to choose from; `(0.0,)` if only a bias is fitted, which has no penalty.
         fits_weight: whether the weight is fitted.
-        fits_bias: whether the bias is.
-        spares_held_out: fit without the held-out batches, because refinement is judged on them: weights that have seen
-            them would look better there than all that training makes of them.
+        fits_bias: whether the bias is fitted.
+        spares_held_out: whether the weights are fitted without the held-out batches. Refinement is judged on these:
+            weights that have seen them would look better there than any trained ones.
 
     Returns:
-        The ridge, None where the weights are those of the cut; the errors before and after on the held-out batches,
-        relative to the target's square.
+        The ridge, or None if the cut weights stay; and the errors before and after, on the held-out batches and
+        relative to the sum of squared targets.
     """
     linear, held_out = block.output, moments.held_out
     fitted = [linear.weight] if fits_weight else []
@@ -56,7 +57,7 @@ def refit_block(
     for parameter, start_DC in zip(fitted, start_DS.split(widths, dim=1), strict=True):
         start_DC.copy_(parameter)
     penalised, factor = sum(widths) - fits_bias, Panels(sum(widths), memory)
-    # Weights of the best ridge so far, and of the one that is tried. At an infinite one they stay as they are.
+    # Weights of the best ridge so far, and of the current one. An infinite ridge keeps the cut weights.
     weights_DS = [memory.make_zeros(len(start_DS), sum(widths), start_DS.dtype) for _ in range(2)]
     before, errors = float(held_out.energy), {float("inf"): float(held_out.energy)}
 
@@ -73,7 +74,7 @@ def refit_block(
         write(slice(None), weights_DS[0])
         all_batches = [moments.fit, held_out]
         if not spares_held_out and refit(start_DS, all_batches, held_out, ridge, penalised, factor, write) >= before:
-            write(slice(None), weights_DS[0])  # what is stored of the fit on all batches is worse for them
+            write(slice(None), weights_DS[0])  # rounded to their dtype, weights fitted on all batches were worse
     for parameter in fitted:
         _copy_from_first_rank(parameter)
     scale = moments.energy or 1.0

@@ -1,4 +1,4 @@
-"""Models that follow Llama's names without being known: checked by their shapes and by what one layer computes."""
+"""Check that a model of an unknown family can be pruned like a Llama: its shapes and what its first layer computes."""
 
 import copy
 from collections.abc import Iterator
@@ -19,20 +19,21 @@ from gqaprune.placement.layer_store import find_store
 from gqaprune.surgery.cut import keep_units
 
 _TOLERANCE = 1e-3
-"""Largest relative difference of hidden states that rounding explains, in float32; ten times it in narrower types."""
+"""Relative difference of hidden states that rounding can explain in float32; in narrower types, ten times as much."""
 _TOKENS = 8
+"""Tokens to run through the first layer."""
 
 
 @multiply_exactly()
 @torch.no_grad()
 def check_compatibility(model: PreTrainedModel) -> None:
-    """Refuse a model of an unknown family that only looks like a Llama; nothing is done to one of a known family.
+    """Refuse a model of an unknown family that does not compute as a Llama does; known families are not checked.
 
-    Checked are what its layers hold and, on the first layer, that the outputs of attention and MLP are added to the
-    residual stream as they are and that a unit that is cut does what one with its gate at 0 does.
+    All layers must have Llama's parameters. The first layer must add the outputs of attention and MLP to the residual
+    stream unchanged, and removing a unit must be the same as setting its gate to 0.
 
     Raises:
-        ValueError: with what is different.
+        ValueError: naming the first difference.
     """
     if model.config.model_type in FAMILIES:
         return
@@ -51,13 +52,14 @@ def check_compatibility(model: PreTrainedModel) -> None:
         added_BTD = sum(
             compute_addition(model, block.key, output) for block, output in zip(blocks, outputs_BTD, strict=True)
         )
-        _check_equal(model, stream.hidden_BTD + added_BTD, after_BTD, "adds more to the residual stream, or less")
+        difference = "does not just add attention and MLP to the residual stream"
+        _check_equal(model, stream.hidden_BTD + added_BTD, after_BTD, difference)
         gates = {block.key: torch.ones(1, block.units, device=after_BTD.device) for block in blocks if block.units > 1}
         for gate_BU in gates.values():
             gate_BU[:, 0] = 0
         with apply_gates(blocks, gates):
             gated_BTD = run_layer(model, 0, stream)
-        with _replaced_layer(model):
+        with _replace_first_layer(model):
             attention, mlp = find_blocks(model)[:2]
             for block in (attention, mlp):
                 if block.key in gates:
@@ -68,12 +70,12 @@ def check_compatibility(model: PreTrainedModel) -> None:
             try:
                 cut_BTD = run_layer(model, 0, stream)
             except RuntimeError as error:
-                raise _make_error(model, f"its first layer does not run once it is cut ({first_line(error)})") from None
-        _check_equal(model, gated_BTD, cut_BTD, "computes something else when units are cut than when they are silent")
+                raise _make_error(model, f"its first layer does not run after a cut ({first_line(error)})") from None
+        _check_equal(model, gated_BTD, cut_BTD, "computes something else with units removed than with their gates at 0")
 
 
 def _check_parts(model: PreTrainedModel, index: int, layer: nn.Module) -> None:
-    """Refuse a layer with parameters besides Llama's projections, norms of heads and other norms, or without one."""
+    """Refuse a layer that lacks one of Llama's projections or has parameters other than these and norms."""
     family, head_dim = get_family(model.config), read_geometry(model.config).head_dim
     attention = family.attention.module
     projections = {layout.module: {*layout.inputs, layout.output} for layout in family.layouts.values()}
@@ -81,13 +83,15 @@ def _check_parts(model: PreTrainedModel, index: int, layer: nn.Module) -> None:
         block, _, rest = name.partition(".")
         module, _, kind = rest.rpartition(".")
         if block not in projections:
-            is_fine = parameter.ndim == 1
+            is_known = parameter.ndim == 1
         elif block == attention and module in ("q_norm", "k_norm"):
-            is_fine = parameter.shape == (head_dim,)
+            is_known = parameter.shape == (head_dim,)
         else:
-            is_fine = module in projections[block] and kind in ("weight", "bias")
-        if not is_fine:
-            raise _make_error(model, f"layer {index} holds {name} of shape {list(parameter.shape)}")
+            is_known = module in projections[block] and kind in ("weight", "bias")
+        if not is_known:
+            raise _make_error(
+                model, f"layer {index} has a parameter {name} of shape {list(parameter.shape)}, which Llama lacks"
+            )
     present = {name for name, _ in layer.named_parameters()}
     for block, names in projections.items():
         for name in sorted(names):
@@ -96,7 +100,7 @@ def _check_parts(model: PreTrainedModel, index: int, layer: nn.Module) -> None:
 
 
 def _check_shapes(model: PreTrainedModel, groups: int, channels: int) -> None:
-    """Refuse a first layer that is cut to other shapes than its class builds from a config that says so."""
+    """Refuse a cut first layer whose shapes differ from those that its class builds from the cut config."""
     family, geometry, layer = get_family(model.config), read_geometry(model.config), get_layers(model)[0]
     heads = {"num_attention_heads": groups * geometry.ratios[0], "num_key_value_heads": groups}
     sizes = {**heads, "head_dim": geometry.head_dim, family.width: channels}
@@ -104,11 +108,12 @@ def _check_shapes(model: PreTrainedModel, groups: int, channels: int) -> None:
         with torch.device("meta"):
             rebuilt = type(layer)(LayerConfig(model.config, sizes), 0)
     except ValueError as error:
-        raise _make_error(model, f"its first layer cannot be built once it is cut ({first_line(error)})") from None
+        raise _make_error(model, f"its first layer cannot be built after a cut ({first_line(error)})") from None
     shapes = {name: list(parameter.shape) for name, parameter in layer.named_parameters()}
     for name, parameter in rebuilt.named_parameters():
         if list(parameter.shape) != shapes.get(name):
-            raise _make_error(model, f"cut, {name} is {shapes.get(name)}, its config promises {list(parameter.shape)}")
+            expected = list(parameter.shape)
+            raise _make_error(model, f"after a cut {name} has shape {shapes.get(name)}, its config asks for {expected}")
 
 
 @contextmanager
@@ -121,8 +126,8 @@ def _record_outputs(blocks: list[Block]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _replaced_layer(model: PreTrainedModel) -> Iterator[None]:
-    """A copy in the place of the first layer while the context lasts."""
+def _replace_first_layer(model: PreTrainedModel) -> Iterator[None]:
+    """Replace the first layer by a copy within the context."""
     layers = get_layers(model)
     original = layers[0]
     layers[0] = copy.deepcopy(original)
@@ -141,5 +146,5 @@ def _check_equal(model: PreTrainedModel, expected: Tensor, actual: Tensor, diffe
 def _make_error(model: PreTrainedModel, reason: str) -> ValueError:
     return ValueError(
         f"models of type {model.config.model_type!r} cannot be pruned yet: {reason}; supported types: "
-        f"{', '.join(sorted(FAMILIES))}, and what has their shapes"
+        f"{', '.join(sorted(FAMILIES))}, and models that compute as a Llama does"
     )

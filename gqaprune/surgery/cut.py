@@ -1,4 +1,4 @@
-"""Surgery: cut the weights as the plan says."""
+"""Cut a model's weights and config to a plan."""
 
 from dataclasses import replace
 
@@ -13,22 +13,22 @@ from gqaprune.plan import PruningPlan, list_query_heads
 
 
 def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
-    """Cut a dense model to a plan, in place, weights and config.
+    """Cut the weights and the config of a dense model to `plan` in place.
 
-    Rows of the input projections and columns of the output projection go together, with biases; a GQA group goes as one
-    KV head with exactly its query heads, and query heads of groups that stay go without their KV head. A plan that
-    removes nothing changes no bit.
+    A unit's rows of the input projections, with their biases, are removed together with its columns of the output
+    projection. A GQA group is removed as one KV head with exactly its query heads; single query heads are removed
+    without their KV head. A plan that removes nothing changes no bit.
 
     Args:
         model: the model that the plan was made for.
-        plan: which units stay.
+        plan: the units to keep.
 
     Raises:
-        ValueError: if the plan was made for other shapes, or cuts what the family cannot lose; the model is untouched
-            then.
+        ValueError: if the plan was made for other shapes, or cuts blocks that the family keeps whole. The model is then
+            unchanged.
     """
     check_plan(model, plan)
-    with torch.inference_mode(False):  # what is made in that mode could never require gradients again
+    with torch.inference_mode(False):  # tensors created in inference mode can never require gradients again
         _apply_plan(model, plan)
 
 
@@ -43,13 +43,13 @@ def _apply_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
 
 
 def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
-    """Refuse a plan that cannot be applied to a model.
+    """Check that `plan` can be applied to `model`.
 
     Raises:
-        ValueError: if it is none, was made for other shapes, or cuts attention that the family cannot lose.
+        ValueError: if it is not a plan, was made for other shapes, or cuts attention that the family keeps whole.
     """
     if not isinstance(plan, PruningPlan):
-        raise ValueError(f"the plan must be a PruningPlan, such as PruningPlan.load(file), got {type(plan).__name__}")
+        raise ValueError(f"plan must be a PruningPlan, got {type(plan).__name__}; try PruningPlan.load(file)")
     plan.check_fits(read_geometry(model.config))
     whole, geometry = get_family(model.config).whole, plan.geometry
     if "attention" in whole and plan.pruned_geometry.query_heads != geometry.query_heads:
@@ -57,30 +57,32 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
 
 
 def cut_block(model: PreTrainedModel, plan: PruningPlan, block: Block, heads: Block) -> None:
-    """Cut one block of a dense model to a plan: its weights, and the heads that its attention works with.
+    """Cut the weights of one block to `plan`, and update the head counts of its attention module.
 
-    The config stays dense until `write_shapes`, so blocks have to be found before the first cut.
+    The config describes the dense model until `write_shapes`, so find all blocks before the first cut.
 
     Args:
-        model: the model.
-        plan: which units stay.
-        block: the dense block.
-        heads: the same block with query heads for units.
+        model: the model, of which other blocks may be cut already.
+        plan: the units to keep.
+        block: the block, still dense.
+        heads: the same block with query heads as units.
     """
     kept = plan.layers[block.key.layer]
     if block.key.kind == "mlp":
         keep_units(block, kept.channels)
         return
     keep_units(block, kept.groups)
-    left = list_query_heads(kept.groups, heads.units // heads.groups)
-    queries = left if kept.queries is None else kept.queries
-    keep_units(replace(heads, units=len(left)), tuple(left.index(head) for head in queries))
+    heads_of_kept_groups = list_query_heads(kept.groups, heads.units // heads.groups)
+    queries = heads_of_kept_groups if kept.queries is None else kept.queries
+    keep_units(
+        replace(heads, units=len(heads_of_kept_groups)), tuple(heads_of_kept_groups.index(head) for head in queries)
+    )
     if len(queries) < heads.units:
         write_heads(model, block.key.layer, len(queries), len(kept.groups))
 
 
 def write_shapes(model: PreTrainedModel, plan: PruningPlan) -> None:
-    """Make config and attention modules describe a model whose every block has been cut to a plan."""
+    """Write the shapes of `plan` to the config and the attention modules, after all blocks have been cut."""
     if not plan.removes_nothing:
         geometry = plan.pruned_geometry
         write_geometry(model.config, geometry)
@@ -89,7 +91,7 @@ def write_shapes(model: PreTrainedModel, plan: PruningPlan) -> None:
 
 
 def list_kept_columns(plan: PruningPlan, block: Block) -> Tensor:
-    """Ascending indexes of the columns of a dense block's output projection that stay with a plan. Shape `[kept]`."""
+    """List the columns of a dense block's output projection that `plan` keeps, as ascending indexes `[kept]`."""
     layer, device = block.key.layer, block.output.weight.device
     if block.key.kind == "mlp":
         return torch.tensor(plan.layers[layer].channels, device=device)
@@ -97,12 +99,12 @@ def list_kept_columns(plan: PruningPlan, block: Block) -> Tensor:
 
 
 def expand_units(units: Tensor, size: int) -> Tensor:
-    """Indexes of the `size` consecutive rows or columns of each unit, in order. Shape `[units * size]`."""
+    """List the indexes of the `size` consecutive rows or columns of each unit, in order, `[units * size]`."""
     return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
 
 
 def keep_units(block: Block, kept: tuple[int, ...]) -> None:
-    """Cut the units of a block down to some, by ascending index."""
+    """Remove all units of a block but `kept`, given as ascending indexes."""
     if len(kept) == block.units:
         return
     units = torch.tensor(kept, device=block.output.weight.device)

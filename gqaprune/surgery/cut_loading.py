@@ -1,4 +1,4 @@
-"""Load a model to prune or to train: whole or layer by layer, cut to a plan where there is one."""
+"""Load a model to prune or to train, cut to a plan if there is one."""
 
 from pathlib import Path
 
@@ -21,16 +21,16 @@ def load_cut_model(
 
     Args:
         source: the model that the plan was made for.
-        plan: what to keep; None keeps all.
-        offload: leave the decoder layers on disk, and keep those that change beside this folder.
-        mesh: shard the decoder layers over these devices instead.
+        plan: the units to keep; None keeps everything.
+        offload: if given, the decoder layers stay on disk, and changed layers are stored beside this folder.
+        mesh: if given, the decoder layers are sharded over these devices.
         gradient_checkpointing: recompute activations in the backward pass.
 
     Raises:
-        ValueError: if there is no such model, or the plan is for another one.
+        ValueError: if the model does not exist, or the plan was made for another one.
     """
     if isinstance(source, ModelInMemory):
-        assert offload is None and mesh is None, "callbacks refuse other placements of a model in memory"
+        assert offload is None and mesh is None, "callbacks refuse to move a model that is in memory"
         model = source.model
     elif offload is not None:
         model = source.load_offloaded(offload)

@@ -1,14 +1,15 @@
-"""The last step of repair: low-rank changes to all projections, trained towards what the dense model predicted.
+"""Distil the dense model into the repaired one, as the last step of repair, with low-rank adapters on all projections.
 
-Least squares and refinement work block by block; here the projections of all decoder layers move together, by the
-divergence from the dense model's next-token distributions on calibration text. Labels take no part. What the dense
-model predicts is noted before the first cut: its likeliest tokens, so that it need not stay. Weights change by adapters
-of low rank, which take little memory; in the end all, half or none of their change is added to the weights, whichever
-is best on held-out windows.
+Least squares and refinement work block by block. Distillation trains the projections of all decoder layers together, to
+minimise the divergence from the dense model's next-token distributions on calibration text. No labels are used. The
+dense model's most likely tokens are recorded before the first cut, so it need not stay in memory. Adapters keep the
+memory of training small. At the end all, half or none of their change is added to the weights, whichever has the least
+divergence on held-out windows.
 
 Sources: soft targets, Hinton et al. 2015 (arXiv 1503.02531); low-rank adapters, Hu et al. 2021 (arXiv 2106.09685).
 
-Axes in tensor names: B samples, T tokens, K likeliest tokens, R rank, I inputs and O outputs of a projection.
+Axes in tensor names: B samples, T tokens, K most likely tokens, V vocabulary, R rank, I inputs and O outputs of a
+projection.
 """
 
 import math
@@ -33,26 +34,26 @@ from gqaprune.surgery.products import multiply_in
 from gqaprune.surgery.repair_config import RepairConfig
 
 TOP_K = 64
-"""Likeliest tokens that are noted of every prediction."""
+"""Most likely tokens recorded for each prediction."""
 RANK = 32
-"""Of the change to each projection, at most."""
+"""Largest rank of the change to a projection."""
 PASSES = 3
-"""Over the text at most."""
+"""Largest number of passes over the text."""
 STEP_WINDOWS = 2
-"""Windows per step of AdamW, all ranks together, where there are not more ranks."""
+"""Windows per step of AdamW over all ranks; at least one per rank."""
 _WARM_UP = 0.05
-"""Share of the steps."""
+"""Share of the steps in which the learning rate warms up."""
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What the last step did.
+    """Result of distillation.
 
     Args:
-        tokens: trained on, passes counted.
-        divergence_before: KL(dense ‖ pruned) on held-out windows, nats per token, as the blocks were repaired.
-        divergence_after: the same with the whole change or half of it, whichever gives less, still beside the weights;
-            where it is no less, the weights stayed as they were.
+        tokens: tokens trained on, counted once per pass.
+        divergence_before: KL(dense ‖ pruned) before distillation, in nats per token of held-out windows.
+        divergence_after: the same with the whole change or with half of it, whichever is less, measured with the
+            change in adapters. If it is not less than before, the weights were left unchanged.
     """
 
     tokens: int
@@ -65,54 +66,56 @@ class Distillation:
         return self.divergence_after < self.divergence_before
 
     def describe(self) -> str:
-        """What it did, in a sentence."""
+        """Describe the result in one line."""
         change = f"{self.divergence_before:.4f} → {self.divergence_after:.4f} nats per token on held-out windows"
-        kept = "" if self.is_kept else "; the weights before it are kept"
+        kept = "" if self.is_kept else "; no improvement, so the weights are unchanged"
         return f"distillation: {self.tokens:,} tokens, divergence from the dense model {change}{kept}"
 
 
 def split_windows(batches: Sequence[Tensor], held_out: set[int], tokens: int) -> tuple[Tensor, Tensor]:
-    """Windows to train on, from all over the text, and windows to judge on; of a single batch both are the same.
+    """Split calibration text into windows to train on, spread over the text, and windows to judge on.
 
-    Windows of another length than the first are left out.
+    If there is a single batch, both are the same. Windows whose length differs from the first are left out.
 
     Args:
         batches: calibration token ids, each `[batch, tokens]`.
         held_out: indexes of the batches to judge on.
-        tokens: to train on at most, but for one window.
+        tokens: largest number of tokens to train on; at least one window is taken.
 
     Returns:
-        Token ids, each `[windows, tokens]`.
+        Token ids to train on and to judge on, each `[windows, tokens]`.
     """
     length = batches[0].shape[1]
-    own = {index: batch for index, batch in enumerate(batches) if batch.shape[1] == length}
-    judged = [batch for index, batch in own.items() if index in held_out] or [batches[0]]
-    trained = [batch for index, batch in own.items() if index not in held_out] or judged
+    usable = {index: batch for index, batch in enumerate(batches) if batch.shape[1] == length}
+    judged = [batch for index, batch in usable.items() if index in held_out] or [batches[0]]
+    trained = [batch for index, batch in usable.items() if index not in held_out] or judged
     windows_BT = torch.cat(trained)
     count = min(len(windows_BT), max(1, tokens // length))
     return windows_BT[[index * len(windows_BT) // count for index in range(count)]], torch.cat(judged)
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """What the dense model predicted, on the CPU.
+class DensePredictions:
+    """The dense model's predictions, on the CPU.
 
     Args:
-        windows_BT: windows to train on, then windows to judge on.
-        trained: how many are trained on.
-        taught: predictions for all: log-probabilities in float16 and tokens in int32, each `[windows, tokens - 1, K]`.
+        windows_BT: token ids of the windows to train on, followed by those to judge on.
+        trained: number of windows to train on.
+        top: most likely tokens for all windows, int32, with their log-probabilities, float16; each
+            `[windows, tokens - 1, K]`.
     """
 
     windows_BT: Tensor
     trained: int
-    taught: Predictions
+    top: Predictions
 
 
 @dataclass(frozen=True)
 class _Adapter:
-    """A change of low rank to a projection's weight: `size · up · down`, in float32, nothing to begin with.
+    """A low-rank change to a projection's weight, `size · up · down` in float32, initially zero.
 
-    The size is the weight's root mean square over the root of its inputs, so that one learning rate does for all.
+    `size` is the root mean square of the weight divided by the square root of its inputs, so that one learning rate
+    suits all projections.
     """
 
     projection: nn.Linear
@@ -121,7 +124,7 @@ class _Adapter:
     size: float
 
     @classmethod
-    def begin(cls, projection: nn.Linear, generator: torch.Generator) -> "_Adapter":
+    def create(cls, projection: nn.Linear, generator: torch.Generator) -> "_Adapter":
         outputs, inputs = projection.weight.shape
         rank, device = min(RANK, inputs, outputs), projection.weight.device
         down_RI = torch.randn(rank, inputs, generator=generator).to(device).requires_grad_()
@@ -134,31 +137,32 @@ class _Adapter:
         return output + nn.functional.linear(narrow_BTR, self.up_OR.to(narrow_BTR))
 
     @torch.no_grad()
-    def fold(self, times: float) -> None:
-        """Add the change to the weight, so many times."""
+    def merge(self, scale: float) -> None:
+        """Add `scale` times the change to the weight."""
         weight = self.projection.weight
-        weight.data = (weight.data.float() + times * self.size * self.up_OR @ self.down_RI).to(weight.dtype)
+        weight.data = (weight.data.float() + scale * self.size * self.up_OR @ self.down_RI).to(weight.dtype)
 
 
 def can_distill(model: PreTrainedModel, config: RepairConfig) -> bool:
-    """Whether the decoder is to be trained, and can be; why not is said.
+    """Return whether the config asks for distillation and the model allows it; if not, say why on the console.
 
     Args:
         model: the dense causal LM.
-        config: of repair.
+        config: settings of repair.
     """
     if not config.distills:
         return False
-    is_whole = find_store(model).is_in_memory
-    if not is_whole and get_rank_and_world_size()[0] == 0:
+    is_in_memory = find_store(model).is_in_memory
+    if not is_in_memory and get_rank_and_world_size()[0] == 0:
         console.print(
-            "repair: no distillation, for layers are not in memory; pruning.repair.distill_tokens 0 leaves it out"
+            "repair: distillation is skipped, because not all layers are in memory; "
+            "set pruning.repair.distill_tokens to 0 to hide this message"
         )
-    return is_whole
+    return is_in_memory
 
 
 def _find_projections(model: PreTrainedModel) -> list[nn.Linear]:
-    """Projections of all blocks, in the model's order."""
+    """List the projections of all blocks, in the model's order."""
     layouts = get_family(model.config).layouts.values()
     names = {name for layout in layouts for name in (*layout.inputs, layout.output)}
     named = get_layers(model).named_modules()
@@ -166,74 +170,76 @@ def _find_projections(model: PreTrainedModel) -> list[nn.Linear]:
 
 
 @multiply_exactly()
-def note_lessons(model: PreTrainedModel, trained_BT: Tensor, judged_BT: Tensor, stages: StageCache) -> Lessons:
-    """Note the dense model's likeliest next tokens.
+def record_predictions(
+    model: PreTrainedModel, trained_BT: Tensor, judged_BT: Tensor, stages: StageCache
+) -> DensePredictions:
+    """Record the dense model's most likely next tokens.
 
     Args:
         model: the dense causal LM.
-        trained_BT: windows to train on.
-        judged_BT: windows to judge on.
-        stages: of the dense model and its text.
+        trained_BT: token ids to train on.
+        judged_BT: token ids to judge on.
+        stages: stages of a run with this model and this text, which keep the predictions.
     """
     windows_BT = torch.cat([trained_BT, judged_BT])
 
-    def do() -> StageResult:
-        return StageResult(tensors=_note_predictions(model, windows_BT)._asdict())
+    def predict() -> StageResult:
+        return StageResult(tensors=_predict(model, windows_BT)._asdict())
 
-    stage = stages.recall("predictions of the dense model", {"windows": [len(trained_BT), len(judged_BT)]}, do)
-    return Lessons(windows_BT, len(trained_BT), Predictions(**stage.tensors))
+    stage = stages.recall("predictions of the dense model", {"windows": [len(trained_BT), len(judged_BT)]}, predict)
+    return DensePredictions(windows_BT, len(trained_BT), Predictions(**stage.tensors))
 
 
-def _note_predictions(model: PreTrainedModel, windows_BT: Tensor) -> Predictions:
-    """All ranks' predictions, each rank having made its own."""
+def _predict(model: PreTrainedModel, windows_BT: Tensor) -> Predictions:
+    """Predict the most likely tokens of all windows; each rank runs a share of them, and every rank gets all."""
     rank, world_size = get_rank_and_world_size()
     top_k = min(TOP_K, model.get_input_embeddings().weight.shape[0])
     shape = (len(windows_BT), windows_BT.shape[1] - 1, top_k)
-    noted = Predictions(torch.zeros(shape, dtype=torch.float16), torch.zeros(shape, dtype=torch.int32))
+    top = Predictions(torch.zeros(shape, dtype=torch.float16), torch.zeros(shape, dtype=torch.int32))
     with freeze_parameters(model):
         for index in track(range(rank, len(windows_BT), world_size), "predictions of the dense model", "windows"):
             window_1T = windows_BT[index : index + 1].to(model.device)
-            for store, value in zip(noted, predict_likeliest(model, window_1T, top_k), strict=True):
-                store[index] = value[0].to(store)
-    add_across_ranks(noted, model.device)
-    return noted
+            for recorded, predicted in zip(top, predict_likeliest(model, window_1T, top_k), strict=True):
+                recorded[index] = predicted[0].to(recorded)
+    add_across_ranks(top, model.device)
+    return top
 
 
 @multiply_exactly()
-def distill(model: PreTrainedModel, lessons: Lessons, config: RepairConfig, seed: int) -> Distillation:
-    """Train a model's projections towards noted predictions, in place; every rank ends with the same weights.
+def distill(model: PreTrainedModel, dense: DensePredictions, config: RepairConfig, seed: int) -> Distillation:
+    """Train a model's projections towards the dense model's predictions in place; every rank gets the same weights.
 
     Args:
         model: the pruned and repaired causal LM, whole on every rank.
-        lessons: what the dense model predicted.
-        config: how long, how fast and in which products.
-        seed: of the adapters and of the order of the windows.
+        dense: predictions of the dense model.
+        config: tokens, learning rate and dtype of products.
+        seed: seed of the adapters and of the order of the windows.
 
     Raises:
         ValueError: if the loss is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    adapters = [_Adapter.begin(projection, generator) for projection in _find_projections(model)]
-    judged = range(lessons.trained, len(lessons.windows_BT))
+    adapters = [_Adapter.create(projection, generator) for projection in _find_projections(model)]
+    judged = range(dense.trained, len(dense.windows_BT))
     with freeze_parameters(model):
-        before = _measure(model, lessons, judged, config)
+        before = _measure(model, dense, judged, config)
         with _adapt(adapters):
             with torch.enable_grad():
-                tokens = _train(model, adapters, lessons, config, generator)
-            whole = _measure(model, lessons, judged, config)
+                tokens = _train(model, adapters, dense, config, generator)
+            whole = _measure(model, dense, judged, config)
             for adapter in adapters:
                 adapter.up_OR.data *= 0.5
-            half = _measure(model, lessons, judged, config)
+            half = _measure(model, dense, judged, config)
     after = min(whole, half)
     if after < before:
         for adapter in adapters:
-            adapter.fold(2.0 if whole == after else 1.0)
+            adapter.merge(2.0 if whole == after else 1.0)  # adapters hold half of the change by now
     return Distillation(tokens, before, after)
 
 
 @contextmanager
 def _adapt(adapters: Sequence[_Adapter]) -> Iterator[None]:
-    """Have projections give what they would with their changes."""
+    """Add the adapters' changes to the outputs of the projections within the context."""
     with ExitStack() as stack:
         for adapter in adapters:
             stack.callback(adapter.projection.register_forward_hook(adapter).remove)
@@ -243,16 +249,20 @@ def _adapt(adapters: Sequence[_Adapter]) -> Iterator[None]:
 def _train(
     model: PreTrainedModel,
     adapters: Sequence[_Adapter],
-    lessons: Lessons,
+    dense: DensePredictions,
     config: RepairConfig,
     generator: torch.Generator,
 ) -> int:
-    """AdamW over the windows in passes; at every step each rank takes its own, and gradients are added over ranks."""
+    """Train adapters by AdamW; in each step the ranks share the windows, and gradients are summed over ranks.
+
+    Returns:
+        Tokens trained on, counted once per pass.
+    """
     rank, world_size = get_rank_and_world_size()
-    parameters = [part for adapter in adapters for part in (adapter.down_RI, adapter.up_OR)]
+    parameters = [factor for adapter in adapters for factor in (adapter.down_RI, adapter.up_OR)]
     adam = torch.optim.AdamW(parameters, config.distill_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     per_step = max(STEP_WINDOWS, world_size)
-    count, length = lessons.trained, lessons.windows_BT.shape[1]
+    count, length = dense.trained, dense.windows_BT.shape[1]
     drawn = list(_draw(count, min(PASSES * count, max(per_step, config.distill_tokens // length)), generator))
     steps = math.ceil(len(drawn) / per_step)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -261,7 +271,7 @@ def _train(
     for step in track(range(steps), "repair: distillation", f"x {per_step} windows"):
         chosen = drawn[step * per_step : (step + 1) * per_step]
         for index in chosen[rank::world_size]:
-            loss = _diverge(model, lessons, index, config) / len(chosen)
+            loss = _compute_divergence(model, dense, index, config) / len(chosen)
             if not torch.isfinite(loss):
                 raise ValueError(
                     f"the divergence from the dense model is not finite at step {step} of distillation: lower "
@@ -279,26 +289,26 @@ def _train(
 
 
 def _draw(count: int, drawn: int, generator: torch.Generator) -> Iterator[int]:
-    """Places of so many windows, each once before any is drawn again."""
+    """Draw `drawn` of `count` windows in random order, each once before any is drawn again."""
     while drawn > 0:
         order = torch.randperm(count, generator=generator).tolist()[:drawn]
         yield from order
         drawn -= len(order)
 
 
-def _diverge(model: PreTrainedModel, lessons: Lessons, index: int, config: RepairConfig) -> Tensor:
-    """Divergence from what was predicted for a window, mean over its tokens."""
+def _compute_divergence(model: PreTrainedModel, dense: DensePredictions, index: int, config: RepairConfig) -> Tensor:
+    """Compute the divergence from the dense model's predictions for one window, mean over its tokens, in nats."""
     device = model.device
     with multiply_in(config.products, device):
-        logits_1TV = model(input_ids=lessons.windows_BT[index, None].to(device), use_cache=False).logits[:, :-1]
-    log_probability, token = (part[index, None].to(device) for part in lessons.taught)
+        logits_1TV = model(input_ids=dense.windows_BT[index, None].to(device), use_cache=False).logits[:, :-1]
+    log_probability, token = (recorded[index, None].to(device) for recorded in dense.top)
     return measure_divergence_from_top(logits_1TV, Predictions(log_probability.float(), token.long()))
 
 
 @torch.no_grad()
-def _measure(model: PreTrainedModel, lessons: Lessons, windows: Sequence[int], config: RepairConfig) -> float:
-    """Mean divergence over windows, all ranks' together."""
+def _measure(model: PreTrainedModel, dense: DensePredictions, windows: Sequence[int], config: RepairConfig) -> float:
+    """Measure the mean divergence over some windows, which the ranks share, in nats per token."""
     rank, world_size = get_rank_and_world_size()
-    own = [_diverge(model, lessons, index, config).double() for index in windows[rank::world_size]]
-    total = torch.stack([*own, torch.zeros((), dtype=torch.float64, device=model.device)]).sum()
+    values = [_compute_divergence(model, dense, index, config).double() for index in windows[rank::world_size]]
+    total = torch.stack([*values, torch.zeros((), dtype=torch.float64, device=model.device)]).sum()
     return float(sum_across_ranks({"total": total})["total"]) / len(windows)

@@ -1,7 +1,7 @@
-"""What each layer's cut did: the divergence from the dense model if that layer alone is as repair left it.
+"""Measure the damage of each layer: the divergence from the dense model if only that layer is cut and repaired.
 
-Layers are repaired in order, so that those after a layer are still whole when it is done: a copy of some text passes it
-as it is now, and each later one before its cut. No dense model is kept.
+Layers are repaired in order, so all later layers are still dense when a layer is done. A copy of some text runs through
+the repaired layer and then through each later layer before its cut. No second model is needed.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,12 @@ from gqaprune.models.layerwise import embed_batches, run_copy, run_layer
 
 
 class LayerDamageMeter:
-    """Measures the damage of layers while they are cut in order; every layer of the model has to be run through.
+    """Measures the damage of layers while they are cut in order.
+
+    Call `run_whole` on every layer of the model, and `run_repaired` on those that were cut.
 
     Args:
-        model: the causal LM, still whole.
+        model: the causal LM, still dense.
         batches: this rank's token ids to measure on, each `[batch, tokens]`.
     """
 
@@ -28,7 +30,7 @@ class LayerDamageMeter:
         self._copies: dict[int, list[Tensor]] = {}
 
     def run_whole(self, layer: int) -> None:
-        """Run all copies through a layer that is still whole."""
+        """Run all copies through a layer that is still dense."""
         for hidden in self._copies.values():
             for index, stream in enumerate(self._dense):
                 hidden[index] = run_copy(self._model, layer, stream, hidden[index])
@@ -37,17 +39,17 @@ class LayerDamageMeter:
             stream.hidden_BTD = run_layer(self._model, layer, stream)
 
     def run_repaired(self, layer: int) -> None:
-        """Begin a copy with a layer as repair left it."""
+        """Start a copy with the output of a repaired layer."""
         self._copies[layer] = [
             run_copy(self._model, layer, stream, input_BTD)
             for stream, input_BTD in zip(self._dense, self._inputs_BTD, strict=True)
         ]
 
     def measure(self) -> dict[int, float]:
-        """Damage of each layer in nats per token, all ranks' together.
+        """Measure the damage of each repaired layer in nats per token, over the text of all ranks.
 
         Raises:
-            ValueError: if one is not finite, with the layer.
+            ValueError: if a divergence is not finite, naming the layer.
         """
         named = {f"layer {layer} as repaired": hidden for layer, hidden in self._copies.items()}
         values = measure_divergences(self._model, self._dense, named)

@@ -1,7 +1,6 @@
-"""Ridge least squares from second moments: solve and measure without seeing a token again.
+"""Ridge least squares from second moments: solve and measure errors without reading the tokens again.
 
-Axes in tensor names: N tokens, D outputs, R some of them, S inputs and, where there is a bias, last among them a
-constant 1 whose weight it is.
+Axes in tensor names: N tokens, D outputs, R some of them, S inputs. A bias is the weight of a last input, always 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,17 +13,17 @@ from gqaprune.surgery.gram import Gram, Memory, Panels, chunk_rows
 
 
 class Moments:
-    """Sums over tokens, float64: all that least squares need of targets y on inputs x.
+    """Second moments of inputs x and targets y, summed over tokens in float64: all that least squares need.
 
     Args:
-        inputs: how many.
-        outputs: how many.
-        memory: that keeps the sums.
+        inputs: number of inputs.
+        outputs: number of outputs.
+        memory: where the sums are kept.
 
     Attributes:
         gram: `Σ x xᵀ`.
-        rows: outputs that are worked on together.
-        cross: `Σ y xᵀ` of each of these rows, `[R, S]`.
+        rows: chunks of outputs that are processed together.
+        cross: `Σ y xᵀ` of each chunk, `[R, S]`.
         energy: `Σ ‖y‖²`, a scalar.
     """
 
@@ -35,38 +34,41 @@ class Moments:
         self.energy = torch.zeros((), dtype=torch.float64, device=memory.device)
 
     def add(self, x_NS: Tensor, y_ND: Tensor) -> None:
-        """Add tokens, float32; products are float32."""
+        """Add tokens in float32. Products are computed in float32."""
         self.gram.add(x_NS)
         for rows, cross_RS in zip(self.rows, self.cross, strict=True):
             cross_RS += (y_ND[:, rows].T @ x_NS).to(cross_RS.device)
         self.energy += y_ND.square().sum(dtype=torch.float64)
 
     def sum_across_ranks(self) -> None:
-        """Add what all ranks saw; every rank gets the same bits."""
+        """Sum over all ranks; every rank gets the same bits."""
         self.gram.sum_across_ranks()
         add_across_ranks([*self.cross, self.energy], self.gram.device)
 
     def is_finite(self) -> bool:
-        """Whether all sums are: no product is larger than both squares."""
+        """Whether all sums are finite. The squares tell: no product is larger than both of its squares."""
         return self.gram.is_finite() and bool(self.energy.isfinite())
 
     def read_cross(self, index: int) -> Tensor:
-        """`Σ y xᵀ` of some outputs, on the device: a copy where it is kept elsewhere."""
+        """Return `Σ y xᵀ` of a chunk of outputs on the device, copied if it is kept elsewhere."""
         return self.cross[index].to(self.gram.device)
 
     def measure_change(self, index: int, weight_RS: Tensor) -> Tensor:
-        """`Σ ‖w x − y‖² − ‖y‖²` of some outputs, a scalar."""
+        """Compute `Σ ‖w x − y‖² − ‖y‖²` of a chunk of outputs, a scalar."""
         change_RS = self.gram.multiply(weight_RS)
         change_RS.sub_(self.read_cross(index), alpha=2)
         return change_RS.mul_(weight_RS).sum()
 
 
 def search_downhill(ridges: Sequence[float], measure: Callable[[float], float]) -> None:
-    """Measure ridges from the middle one on until both neighbours of the best are worse: as a rule there is one valley.
+    """Measure ridges, starting at the middle one, until both neighbours of the best one are worse.
+
+    As a rule the error has a single minimum.
 
     Args:
-        ridges: to choose from, one or more.
-        measure: gives a ridge's error, infinite where it is too weak for a solution; called once for each.
+        ridges: ridges to choose from, at least one.
+        measure: returns the error of a ridge, infinite if the ridge is too weak for a solution. Called at most once for
+            each ridge.
     """
     ordered = sorted(set(ridges))
     middle = len(ordered) // 2
@@ -83,42 +85,42 @@ def search_downhill(ridges: Sequence[float], measure: Callable[[float], float]) 
 
 def refit(
     start_DS: Tensor,
-    parts: Sequence[Moments],
+    fit: Sequence[Moments],
     held_out: Moments,
     ridge: float,
     penalised: int,
     factor: Panels,
     write: Callable[[slice, Tensor], None] = lambda rows, weight_RS: None,
 ) -> float:
-    """Weights that minimise `Σ ‖w x − t‖² + λ ‖w − w₀‖²`, with λ `ridge` times the mean square of penalised inputs.
+    """Find weights that minimise `Σ ‖w x − t‖² + λ ‖w − w₀‖²`; λ is `ridge` times the mean square of penalised inputs.
 
     Args:
-        start_DS: the weights `w₀` to stay near.
-        parts: moments to fit, together; their targets are what is missing with `w₀`, `y = t − w₀ x`.
-        held_out: the same on which to judge.
+        start_DS: the weights `w₀` to stay close to.
+        fit: moments to fit, added up; their targets are the residuals of `w₀`, `y = t − w₀ x`.
+        held_out: moments of the same kind to measure the error on.
         ridge: strength of the penalty.
-        penalised: how many inputs have it, from the first on: all but the constant.
-        factor: memory for the Cholesky factor.
-        write: gets some outputs and their new weights, in the type of `w₀`.
+        penalised: number of inputs with a penalty, from the first: all but the constant.
+        factor: storage for the Cholesky factor.
+        write: called with some outputs and their new weights, in the dtype of `w₀`.
 
     Returns:
-        `Σ ‖w x − t‖²` on the held-out tokens, of the weights in that type; infinite, and nothing is written, where the
-        ridge is too weak for a solution.
+        `Σ ‖w x − t‖²` on the held-out tokens, with the weights rounded to that dtype. Infinite if the ridge is too weak
+        for a solution; nothing is written then.
     """
-    diagonal_S = torch.stack([part.gram.get_diagonal() for part in parts]).sum(0)
+    diagonal_S = torch.stack([moments.gram.get_diagonal() for moments in fit]).sum(0)
     penalty_S = torch.zeros_like(diagonal_S)
     if penalised:
         penalty_S[:penalised] = ridge * float(diagonal_S[:penalised].mean())
-    if not factor.factorise([part.gram for part in parts], penalty_S):
+    if not factor.factorise([moments.gram for moments in fit], penalty_S):
         return float("inf")
     error = held_out.energy.clone()
     for index, rows in enumerate(held_out.rows):
-        change_RS = parts[0].read_cross(index).clone()
-        for part in parts[1:]:
-            change_RS += part.read_cross(index)
+        change_RS = fit[0].read_cross(index).clone()
+        for moments in fit[1:]:
+            change_RS += moments.read_cross(index)
         factor.solve(change_RS)
         start_RS = start_DS[rows].to(change_RS)
-        new_RS = change_RS.add_(start_RS).to(start_DS.dtype)  # judged as it will be stored
+        new_RS = change_RS.add_(start_RS).to(start_DS.dtype)  # its error is measured as it will be stored
         write(rows, new_RS)
         error += held_out.measure_change(index, change_RS.copy_(new_RS).sub_(start_RS))
     return float(error.clamp_min(0))

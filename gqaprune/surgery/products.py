@@ -1,4 +1,4 @@
-"""The type that refinement multiplies in: what was asked for, or what is decided once for a whole run."""
+"""The dtype in which repair multiplies when it trains: the config's, or one chosen once for a whole run."""
 
 from dataclasses import replace
 
@@ -14,14 +14,14 @@ from gqaprune.surgery.repair_config import RepairConfig
 
 @multiply_exactly()
 def settle_products(config: RepairConfig, device: torch.device, stages: StageCache | None = None) -> RepairConfig:
-    """Replace `products: auto` with the type that is faster on rank 0's device, or what the run had decided before.
+    """Replace `products: auto` with the faster dtype on rank 0's device, or with the choice that the run made before.
 
-    Processors are tried, and may answer otherwise the next time: a resumed run has to go on in the same type.
+    On CPUs the dtypes are timed, which may end differently the next time, and a resumed run must keep its dtype.
 
     Args:
-        config: how to repair.
-        device: that refines.
-        stages: of the run, where the decision is kept.
+        config: settings of repair.
+        device: device that trains.
+        stages: stages of the run, which keep the choice.
     """
     if config.products != "auto" or not (config.refines or config.distills):
         return config
@@ -38,7 +38,7 @@ def settle_products(config: RepairConfig, device: torch.device, stages: StageCac
 
 
 def multiply_in(products: str, device: torch.device) -> torch.autocast:
-    """Context of a forward whose float32 modules multiply in a type."""
+    """Return a context in which float32 modules multiply in `products`, `float32` or `bfloat16`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=products == "bfloat16")
 
 

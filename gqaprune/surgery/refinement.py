@@ -1,10 +1,10 @@
-"""Refinement: after its refit, every MLP is trained by itself to give what repair asks of it.
+"""Refine each MLP after its refit: train all of its weights towards the targets of repair.
 
-Least squares move the output projection alone. Here all of an MLP's weights move, by Adam on the squared error of its
-output: no loss of the language model, no labels, no backward pass through another block, one MLP's gradients at a time.
-How far to go from the weights it began with to those that training ended with is chosen on held-out tokens, for the end
-may fit the text it saw; the weights it began with must not have seen them either. In a step each rank takes its
-own tokens, so that the weights differ a little between numbers of processes.
+Least squares change only the output projection. Refinement trains all weights of an MLP by Adam on the squared error of
+its output. It needs no loss of the language model, no labels, no backward pass through other blocks, and the gradients
+of one MLP at a time. Trained weights may overfit, so held-out tokens choose how far to move from the initial to the
+trained weights; the initial weights must not have been fitted to these tokens either. In a step each rank takes some of
+its tokens, so the weights differ slightly between numbers of processes.
 
 Sources: block-wise reconstruction, BRECQ (arXiv 2102.05426); of sparse language models, EBFT (arXiv 2402.12419).
 
@@ -27,34 +27,32 @@ from gqaprune.surgery.products import multiply_in, settle_products
 from gqaprune.surgery.repair_config import RepairConfig
 
 STEP_TOKENS = 1024
-"""Tokens per step of Adam, all ranks together."""
+"""Tokens per step of Adam over all ranks."""
 _CHUNK_TOKENS = 4096
-"""Tokens per forward when measuring."""
+"""Tokens per forward when errors are measured."""
 TRAINING_BYTES = 18
-"""Of a parameter in training: float32 weight, gradient and two moments, and the weight in bfloat16 for products."""
+"""Bytes per trained parameter: float32 weight, gradient and two moments, and the weight in bfloat16 for products."""
 _WARM_UP = 0.05
-"""Share of the steps."""
+"""Share of the steps in which the learning rate warms up."""
 SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Shares of the way from the refitted to the trained weights that are judged."""
-_MASSIVE = 4.0
-"""A token whose target's square is more than so many times the median weighs as if it were that: others count too."""
-_LEAST = 1e-12
-"""The same where every token counts as any other."""
-
-
-_TELLING = 1e-3
-"""Share of the largest matrix's root mean square up to which a parameter's own counts as 0."""
+"""Interpolations between refitted (0) and trained (1) weights that are tried."""
+_ENERGY_LIMIT = 4.0
+"""Multiple of the median squared target above which a token has less weight, so that massive tokens do not dominate."""
+_EQUAL_LIMIT = 1e-12
+"""The same limit if all tokens should have the same weight."""
+_ZERO_LIMIT = 1e-3
+"""A parameter counts as 0 if its root mean square is at most this share of the largest matrix's."""
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """What refinement did to one MLP.
+    """Result of refining one MLP.
 
-    Errors are squared, on held-out tokens, relative to the target's square, massive tokens weighing less.
+    Errors are squared, on held-out tokens, relative to the squared target; massive tokens have less weight.
 
     Args:
-        error_before: error as refitted.
-        error_after: the smallest one on the way to the trained weights; the same where the MLP stayed as refitted.
+        error_before: error of the refitted weights.
+        error_after: smallest error between refitted and trained weights; the same if the refitted weights stay.
     """
 
     error_before: float
@@ -68,58 +66,62 @@ class Refinement:
 
 @dataclass(frozen=True)
 class TokenPairs:
-    """Inputs of an MLP and what it should give; this rank's share, which may be empty.
+    """Inputs of an MLP and targets for its output: this rank's tokens, possibly none.
+
+    Both tensors are on the MLP's device, or both are in the host's memory.
 
     Args:
-        x_ND: inputs, in the model's type.
-        y_ND: targets, bfloat16 or float32; both on the MLP's device, or both in the host's memory.
+        x_ND: inputs, in the model's dtype.
+        y_ND: targets, bfloat16 or float32.
     """
 
     x_ND: Tensor
     y_ND: Tensor
 
     def take(self, tokens: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Inputs, and targets in float32, of some tokens, on a device."""
+        """Return inputs, and targets in float32, of some tokens on a device."""
         if isinstance(tokens, Tensor):
             tokens = tokens.to(self.x_ND.device)
         return self.x_ND[tokens].to(device), self.y_ND[tokens].to(device).float()
 
     def take_chunks(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same of all tokens, a chunk at a time."""
+        """Yield inputs and float32 targets of all tokens in chunks."""
         for start in range(0, len(self.x_ND), _CHUNK_TOKENS):
             yield self.take(slice(start, start + _CHUNK_TOKENS), device)
 
 
 def reserve_pairs(counts: tuple[int, int], width: int, mlp: nn.Module) -> tuple[TokenPairs, TokenPairs]:
-    """Room for an MLP's tokens: on its device if training has what it needs beside them, else in the host's memory.
+    """Allocate tensors for an MLP's tokens: on its device if training fits beside them, else in the host's memory.
+
+    Targets are float32, or bfloat16 if the model is.
 
     Args:
-        counts: of tokens to fit on, and of held-out ones.
-        width: of inputs and targets, which are float32, of a bfloat16 model bfloat16.
-        mlp: the module, still whole.
+        counts: numbers of tokens to fit on and of held-out tokens.
+        width: width of inputs and of targets.
+        mlp: the module, still dense.
     """
     parameters = list(mlp.parameters())
     device, dtype = parameters[0].device, parameters[0].dtype
-    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    needed = sum(counts) * width * (dtype.itemsize + wide.itemsize)
+    target_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    needed = sum(counts) * width * (dtype.itemsize + target_dtype.itemsize)
     needed += TRAINING_BYTES * sum(parameter.numel() for parameter in parameters)
     place = device if needed < count_free_bytes(device) else torch.device("cpu")
 
     def reserve(count: int) -> TokenPairs:
-        return TokenPairs(*(torch.empty(count, width, dtype=each, device=place) for each in (dtype, wide)))
+        return TokenPairs(*(torch.empty(count, width, dtype=kind, device=place) for kind in (dtype, target_dtype)))
 
     return reserve(counts[0]), reserve(counts[1])
 
 
 def count_free_bytes(device: torch.device) -> float:
-    """What this process may still take of a device's memory; infinite where the system does not say."""
+    """Count the bytes of a device's memory that this process can still allocate; infinite if that is unknown."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
         allowed = total * torch.cuda.get_per_process_memory_fraction(device) - reserved
         return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
-    found = re.search(r"^MemAvailable: *(\d+) kB$", _read_text("/proc/meminfo"), re.MULTILINE)
-    return math.inf if found is None else int(found[1]) * 1024
+    available = re.search(r"^MemAvailable: *(\d+) kB$", _read_text("/proc/meminfo"), re.MULTILINE)
+    return math.inf if available is None else int(available[1]) * 1024
 
 
 def _read_text(path: str) -> str:
@@ -137,20 +139,22 @@ def refine_mlp(
     seed: int,
     is_normed: bool = False,
 ) -> Refinement:
-    """Train an MLP towards targets, in place; every rank ends with the same weights.
+    """Train an MLP towards targets in place; every rank gets the same weights.
 
-    Works on a float32 copy, with products in the type of the config.
+    A float32 copy is trained, with products in the config's dtype. The module keeps its weights if the trained ones are
+    not better, or not finite.
 
     Args:
         mlp: the module, already cut.
         fit: tokens to train on.
-        held_out: tokens to judge on, which the module's weights have not seen; those of `fit` if no rank has any.
-        config: how long and how fast.
-        seed: of the order of the tokens.
-        is_normed: whether the output passes a norm next: all tokens' relative errors count alike then.
+        held_out: tokens to judge on, to which the module's weights have not been fitted. If no rank has any, `fit` is
+            used.
+        config: epochs, learning rate and dtype of products.
+        seed: seed of the order of the tokens.
+        is_normed: whether the model normalises the output. The relative errors of all tokens then have equal weight.
 
     Returns:
-        The errors before and after. The module keeps its weights where the new ones are no better or not finite.
+        The errors before and after.
     """
     device = next(mlp.parameters()).device
     config = settle_products(config, device)
@@ -159,7 +163,7 @@ def refine_mlp(
     )
     median = float(energy_N.median()) if len(energy_N) else 0.0
     sums = _sum({"tokens": len(energy_N), "median": median * len(energy_N), "held out": len(held_out.x_ND)}, device)
-    limit = (_LEAST if is_normed else _MASSIVE) * sums["median"] / sums["tokens"]
+    limit = (_EQUAL_LIMIT if is_normed else _ENERGY_LIMIT) * sums["median"] / sums["tokens"]
     judged = held_out if sums["held out"] > 0 else fit
 
     before = _measure_error(mlp, judged, limit, config.products)
@@ -168,17 +172,17 @@ def refine_mlp(
         _train(trained.requires_grad_(True), fit, energy_N, limit, int(sums["tokens"]), config, seed)
     start, end = mlp.state_dict(), trained.state_dict()
 
-    def move(module: nn.Module, share: float) -> None:
+    def interpolate(module: nn.Module, share: float) -> None:
         module.load_state_dict({name: torch.lerp(start[name].float(), end[name], share) for name in start})
 
     candidate, best, after = copy.deepcopy(mlp), 0.0, before
     for share in SHARES:
-        move(candidate, share)
-        error = _measure_error(candidate, judged, limit, config.products)  # judged as it will be stored
+        interpolate(candidate, share)  # rounded to the model's dtype, as it will be stored
+        error = _measure_error(candidate, judged, limit, config.products)
         if error < after:
             best, after = share, error
     if best > 0:
-        move(mlp, best)
+        interpolate(mlp, best)
     return Refinement(before, after)
 
 
@@ -191,16 +195,16 @@ def _train(
     config: RepairConfig,
     seed: int,
 ) -> None:
-    """Adam; at every step each rank takes an equal share of its tokens, and gradients are added over ranks.
+    """Train by Adam; in each step each rank takes an equal share of its tokens, and gradients are summed over ranks.
 
     Args:
         mlp: the module.
         fit: this rank's tokens.
-        energy_N: the squares of their targets.
-        limit: square from which on a token weighs less.
-        tokens: how many all ranks have.
-        config: how long and how fast.
-        seed: of the order.
+        energy_N: squared norms of their targets.
+        limit: squared norm above which a token has less weight.
+        tokens: number of tokens of all ranks.
+        config: epochs, learning rate and dtype of products.
+        seed: seed of the order of the tokens.
     """
     weight_N, device = _weigh(energy_N, limit), energy_N.device
     energy = _sum({"energy": float(weight_N @ energy_N)}, device)["energy"]
@@ -221,10 +225,10 @@ def _train(
         x_ND, y_ND = fit.take(step_N, device)
         with multiply_in(config.products, device):
             output_ND = mlp(x_ND.float())
-        # The slope of the weighted squared error, whose value is not needed.
-        slope_ND = output_ND.detach().float() - y_ND
-        slope_ND *= (2 * steps_per_epoch / energy) * weight_N[step_N.to(device), None]
-        gradients = torch.autograd.grad(output_ND, list(parameters.values()), slope_ND.to(output_ND.dtype))
+        # The gradient of the weighted squared error by the output; the error itself is not needed.
+        output_grad_ND = output_ND.detach().float() - y_ND
+        output_grad_ND *= (2 * steps_per_epoch / energy) * weight_N[step_N.to(device), None]
+        gradients = torch.autograd.grad(output_ND, list(parameters.values()), output_grad_ND.to(output_ND.dtype))
         for name, gradient in sum_across_ranks(dict(zip(parameters, gradients, strict=True))).items():
             parameters[name].grad = gradient
         adam.step()
@@ -232,14 +236,17 @@ def _train(
 
 
 def _measure_sizes(mlp: nn.Module) -> dict[str, float]:
-    """Root mean square of each parameter; of zeros, which do not say how far they may move, that of the matrices."""
+    """Measure the root mean square of each parameter, the scale of its learning rate.
+
+    Parameters of zeros have no scale of their own and get the largest matrix's.
+    """
     sizes = {name: float(parameter.detach().square().mean().sqrt()) for name, parameter in mlp.named_parameters()}
     largest = max(sizes[name] for name, parameter in mlp.named_parameters() if parameter.ndim > 1)
-    return {name: size if size > _TELLING * largest else largest for name, size in sizes.items()}
+    return {name: size if size > _ZERO_LIMIT * largest else largest for name, size in sizes.items()}
 
 
 def _draw_steps(tokens: int, steps_per_epoch: int, epochs: int, seed: int) -> Iterator[Tensor]:
-    """Token indexes of every step, each token once per epoch; the same number of steps whatever the tokens."""
+    """Draw the token indexes of each step: every token once per epoch, in the same number of steps on all ranks."""
     generator = torch.Generator().manual_seed(seed)
     orders = (torch.randperm(tokens, generator=generator) for _ in range(epochs))
     return chain.from_iterable(order.tensor_split(steps_per_epoch) for order in orders)
@@ -264,6 +271,6 @@ def _weigh(energy_N: Tensor, limit: float) -> Tensor:
 
 
 def _sum(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Add numbers over ranks, on the device that works."""
+    """Sum numbers over ranks on a device."""
     tensors = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in values.items()}
     return {name: float(value) for name, value in sum_across_ranks(tensors).items()}

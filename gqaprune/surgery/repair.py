@@ -1,8 +1,8 @@
-"""Repair while cutting: ridge least squares of every output projection, then refinement of every MLP, layer by layer.
+"""Cut and repair a model layer by layer: refit output projections by ridge least squares, then refine MLPs.
 
-The kept columns of `o_proj` and `down_proj` are refitted to what the block gave before its cut, on the inputs that the
-already pruned layers before it give; `refinement.py` goes on from there. Second moments of one block are held at a
-time, and no activations but the hidden states between two layers and one MLP's inputs and targets.
+The kept columns of `o_proj` and `down_proj` are refitted to the block's output before its cut, on inputs from the
+already pruned layers before it. `refinement.py` then trains the MLPs further. Memory holds the second moments of one
+block, the hidden states between two layers, and the inputs and targets of one MLP.
 
 Sources: least squares over the kept units, Kwon et al. 2022 (arXiv 2204.09656) and ZipLM (arXiv 2302.04089), layer by
 layer as in Týr-the-Pruner; bias compensation, FLAP (arXiv 2312.11983); targets of the dense model on inputs of the
@@ -39,16 +39,16 @@ from gqaprune.surgery.streams import LayerStreams, Streams
 
 @dataclass(frozen=True)
 class BlockRepair:
-    """What repair did to one block.
+    """Result of repairing one block.
 
-    Errors are squared, on held-out batches, relative to the target's square.
+    Errors are squared, on held-out batches, relative to the squared target.
 
     Args:
         key: the block.
-        ridge: strength chosen (0 where only a bias was fitted); None where the block is better as it was cut.
-        error_before: error of the block as it was cut.
-        error_after: error with the fit of that strength that had not seen those batches.
-        refinement: what came after; None where nothing did.
+        ridge: the chosen ridge, 0 if only a bias was fitted; None if no fit was better than the cut weights.
+        error_before: error of the cut weights.
+        error_after: error with the chosen ridge, fitted without the held-out batches.
+        refinement: result of refinement; None if the block was not refined.
     """
 
     key: BlockKey
@@ -58,12 +58,12 @@ class BlockRepair:
     refinement: Refinement | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, as reports and stages hold them."""
+        """Convert to plain types for reports and stages."""
         return asdict(self) | {"key": str(self.key)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "BlockRepair":
-        """What `to_dict` gave."""
+        """Build from the output of `to_dict`."""
         refinement = data["refinement"] and Refinement(**data["refinement"])
         return cls(**dict(data) | {"key": BlockKey.parse(data["key"]), "refinement": refinement})
 
@@ -77,28 +77,28 @@ def apply_plan_with_repair(
     stages: StageCache | None = None,
     damage: LayerDamageMeter | None = None,
 ) -> list[BlockRepair]:
-    """Cut a dense model to a plan, in place, as `apply_plan` does, and repair every block that loses units.
+    """Cut a dense model to `plan` in place, as `apply_plan` does, and repair every block that loses units.
 
-    Where what a block gives passes a norm before it is added to the residual stream, there is no pull, and every
-    token's relative error counts alike; where every token scales it by itself, there is no pull either. A plan that
+    In families that normalise a block's output before they add it to the residual stream, `pull` is 0 and the relative
+    errors of all tokens have equal weight. In families that scale the output per token, `pull` is 0 too. A plan that
     removes nothing changes no bit.
 
     Args:
         model: the model that the plan was made for.
-        plan: which units stay.
+        plan: the units to keep.
         batches: calibration token ids, each `[batch, tokens]`; in a process group the same list on every rank.
-        config: how; the defaults are those of `PruningConfig`.
-        stages: of a run with this model and these batches, where each repaired block is kept; blocks that are there are
-            not repaired again.
-        damage: runs through every layer before and after its repair, and can be asked for what it did then.
+        config: settings of repair; by default those of `PruningConfig`.
+        stages: stages of a run with this model and these batches, which keep each repaired block. Blocks that they
+            have are not repaired again.
+        damage: a meter that is run on every layer before and after its repair.
 
     Returns:
-        What was done, block by block.
+        The results, block by block.
 
     Raises:
-        ValueError: if the plan was made for other shapes, if there are no batches or the family has no place for a
-            bias, the model being untouched then; or if a block's activations are not finite, with its place, the model
-            being cut up to there.
+        ValueError: if the plan was made for other shapes, there are no batches, or the family's checkpoints cannot
+            hold a bias; the model is then unchanged. Or if a block's activations are not finite, naming the block; the
+            model is then cut up to it.
     """
     config, stages = config or RepairConfig(), stages or StageCache()
     family = get_family(model.config)
@@ -119,25 +119,24 @@ def apply_plan_with_repair(
     for pair in zip(find_blocks(model), find_blocks(model, "query"), strict=True):
         layers[pair[0].key.layer].append(pair)
     inputs = {"plan": plan.to_dict()["layers"], "repair": asdict(config)}
-    are_there = set(stages.find([f"repair of {key}" for key in sorted(repaired)], inputs, "repaired blocks"))
-    left = [key for key in repaired if f"repair of {key}" not in are_there]
-    first, last = min(repaired).layer, max((key.layer for key in left), default=-1)
+    finished = set(stages.find([f"repair of {key}" for key in sorted(repaired)], inputs, "repaired blocks"))
+    unfinished = [key for key in repaired if f"repair of {key}" not in finished]
     rank, world_size = get_rank_and_world_size()
     held_out = choose_held_out(len(batches), config.holdout)
-    if config.refits_weights and left and not held_out and rank == 0:
+    if config.refits_weights and unfinished and not held_out and rank == 0:
         console.print(
-            "repair: a single calibration batch leaves none to choose ridges and the length of training on; they are "
-            "chosen on what is fitted: take smaller batches (data.calibration.batch_size) or more windows"
+            "repair: nothing can be held out of a single calibration batch, so ridges and the length of training are "
+            "chosen on the fitted text; lower data.calibration.batch_size or use more windows"
         )
-    streamed = range(rank, len(batches), world_size) if left else range(0)
+    streamed = range(rank, len(batches), world_size) if unfinished else range(0)
     repairs = []
     with freeze_parameters(model), torch.no_grad():
         streams = Streams(
             model,
             [batches[index] for index in streamed],
             [index in held_out for index in streamed],
-            dense_from=first if config.follows_dense_model else None,
-            last=last,
+            dense_from=min(repaired).layer if config.follows_dense_model else None,
+            last_layer=max((key.layer for key in unfinished), default=-1),
         )
         changed = {key.layer for key in repaired}
         cut = {block.key.layer for pairs in layers for block, _ in pairs if _loses(plan, block)}
@@ -149,14 +148,14 @@ def apply_plan_with_repair(
                     damage.run_whole(layer)
                 for block, heads in layers[layer]:
                     name = f"repair of {block.key}"
-                    if name in are_there:
+                    if name in finished:
                         cut_block(model, plan, block, heads)
                         stage = stages.read(name)
                         get_module(model, block.key).load_state_dict(dict(stage.tensors))
                         repairs.append(BlockRepair.from_dict(stage.facts))
                     elif block.key in repaired:
-                        is_mlp_left = BlockKey(layer, "mlp") in left
-                        repair = _repair_block(model, plan, block, heads, layer_streams, config, is_mlp_left)
+                        repairs_mlp = BlockKey(layer, "mlp") in unfinished
+                        repair = _repair_block(model, plan, block, heads, layer_streams, config, repairs_mlp)
                         repairs.append(repair)
                         stages.write(
                             name, inputs, StageResult(repair.to_dict(), get_module(model, block.key).state_dict())
@@ -168,7 +167,15 @@ def apply_plan_with_repair(
 
 
 def choose_held_out(batches: int, share: float) -> set[int]:
-    """Indexes of the batches that ridges are chosen on, evenly spread: at least one, and one left, of two or more."""
+    """Choose the batches to hold out, evenly spread: at least one and not all, but none of a single batch.
+
+    Args:
+        batches: number of calibration batches.
+        share: share of them to hold out.
+
+    Returns:
+        Indexes of the held-out batches.
+    """
     count = min(max(1, round(batches * share)), batches - 1)
     return {(number + 1) * batches // count - 1 for number in range(count)}
 
@@ -191,18 +198,18 @@ def _repair_block(
     heads: Block,
     streams: LayerStreams,
     config: RepairConfig,
-    is_mlp_left: bool,
+    repairs_mlp: bool,
 ) -> BlockRepair:
-    """Measure a block while it is whole, cut and repair it.
+    """Measure a dense block, cut it and repair it.
 
     Args:
         model: the model, cut up to the block.
-        plan: which units stay.
+        plan: the units to keep.
         block: the block.
-        heads: the same with query heads as its units.
-        streams: at the block's layer.
-        config: how.
-        is_mlp_left: whether the layer's MLP is to be repaired, too, or this is it.
+        heads: the same block with query heads as units.
+        streams: streams at the block's layer.
+        config: settings of repair.
+        repairs_mlp: whether the layer's MLP is repaired as well, or is this block.
     """
     family, mlp = get_family(model.config), get_module(model, block.key)
     columns, memory = list_kept_columns(plan, block), Memory(block.output.weight.device)
@@ -213,7 +220,7 @@ def _repair_block(
         tokens = reserve_pairs(streams.count_tokens(), block.inputs[0].linear.in_features, mlp)
     activations = streams.run_to(
         block,
-        is_mlp_next=is_mlp_left and is_whole_attention,
+        is_mlp_next=repairs_mlp and is_whole_attention,
         mlp_tokens=None if block.key.kind in family.scaled else tokens,
     )
     moments = measure_moments(

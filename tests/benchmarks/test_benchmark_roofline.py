@@ -49,7 +49,7 @@ def test_tables_are_written_between_their_marks(tmp_path: Path, monkeypatch: pyt
 
 def test_counts_stand_beside_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "make_wide", lambda: make_model(GEOMETRIES["tiny"], torch.float32, "cpu"))
-    monkeypatch.setattr(roofline, "is_checked", lambda name, **_: name in ("perplexity", "lessons"))
+    monkeypatch.setattr(roofline, "is_checked", lambda name, **_: name in ("perplexity", "predictions"))
     page = tmp_path / "r.md"
     assert roofline.main(["--check", "--checked", "random Llama", "--length", "32", "--results", str(page)]) == 0
     text = page.read_text()

@@ -144,7 +144,7 @@ def test_settings_and_plans_of_other_types_are_refused() -> None:
         ValueError, match=r"config must be a PruningConfig, such as PruningConfig\(rate=0.2\), got dict"
     ):
         prune(make_model(), [TOKENS], {"rate": 0.2})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="the plan must be a PruningPlan, .* got str"):
+    with pytest.raises(ValueError, match="plan must be a PruningPlan, got str; try"):
         apply_plan(make_model(), "plan.json")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must be a list of batches, got int"):
         CalibrationSet(3)  # type: ignore[arg-type]

@@ -27,9 +27,9 @@ from gqaprune.planning.stages import (
     CURVES,
     CUT,
     DENSE,
+    DENSE_PREDICTIONS,
     DISTILLATION,
     END,
-    LESSONS,
     SAMPLING,
     TRAINING,
     Work,
@@ -70,8 +70,8 @@ NAMES = (
     "cut, least squares",
     "cut, refinement",
     "cut, refinement, damage of layers",
-    "lessons",
-    "lessons, distillation",
+    "predictions",
+    "predictions, distillation",
     *(f"recovery step, {mode}" for mode in ("full", "lora", "distill", "lora+distill")),
     "sampling",
 )
@@ -82,7 +82,7 @@ UNMEASURED = (
         "curves, gated",
         "cut, least squares",
         "cut, refinement, damage of layers",
-        "lessons",
+        "predictions",
     ),
 )
 """Of which no peak is estimated."""
@@ -223,7 +223,7 @@ def test_costs_of_a_run_follow_from_its_settings(any_variant: str) -> None:
     passes = {stage.name: stage.passes for stage in stages}
     assert list(passes) == list_stages(PruningConfig(), work)
     assert passes[DENSE] == passes[END] == 0
-    assert passes[LESSONS] == pytest.approx(1)
+    assert passes[DENSE_PREDICTIONS] == pytest.approx(1)
     assert 0.5 < passes[SAMPLING] < 1.5 and 2 < passes[TRAINING] <= 3.5
     assert passes[CUT] > 1 and passes[DISTILLATION] > 3
     twice = cost_stages(model, PruningConfig(steps=2), work, RecoveryConfig(mode="full"), 4)

@@ -64,7 +64,7 @@ def test_weights_that_are_no_better_are_not_kept() -> None:
     model, report = run(distill_learning_rate=1.0)
     assert report.distillation is not None and not report.distillation.is_kept and none.distillation is None
     assert hash_model(model) == hash_model(repaired)
-    assert "the weights before it are kept" in report.distillation.describe()
+    assert "no improvement, so the weights are unchanged" in report.distillation.describe()
 
 
 def test_projections_change_by_low_rank_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,8 @@ def _no_gradients() -> Iterator[None]:
         yield
 
 
-def make_streams(model: PreTrainedModel, dense_from: int | None = None, last: int = 2) -> Streams:
-    return Streams(model, BATCHES, ARE_HELD_OUT, dense_from, last)
+def make_streams(model: PreTrainedModel, dense_from: int | None = None, last_layer: int = 2) -> Streams:
+    return Streams(model, BATCHES, ARE_HELD_OUT, dense_from, last_layer)
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def test_blocks_can_be_run_to_in_their_layers_order_alone() -> None:
 
 def test_layers_after_the_last_one_are_passed_with_no_streams() -> None:
     model = make_model()
-    streams = make_streams(model, dense_from=0, last=0)
+    streams = make_streams(model, dense_from=0, last_layer=0)
     calls: list[None] = []
     with enter(streams, model, 0) as (layer_streams, _, mlp):
         list(layer_streams.run_to(mlp))

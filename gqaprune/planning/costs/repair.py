@@ -193,15 +193,15 @@ def cost_layer_damage(shape: ModelShape, layers: Sequence[CutLayer], judged: Tex
     return cost + (copies + 1) * run_head(shape, judged) + copies * move_to_host(shape, judged, 1)
 
 
-def split_lessons(text: Text, config: RepairConfig) -> tuple[Text, Text]:
+def split_predicted(text: Text, config: RepairConfig) -> tuple[Text, Text]:
     """Windows that distillation trains on, and those it is judged on, one at a time."""
     fitted, judged = (replace(own, batch=1) for own in split_held_out(text, config.holdout))
     return fitted.take(max(1, config.distill_tokens // text.window)), judged
 
 
-def cost_lessons(shape: ModelShape, text: Text, config: RepairConfig) -> Cost:
-    """Cost of `note_lessons`: one forward pass of the dense model; its likeliest tokens go to the host."""
-    trained, judged = split_lessons(text, config)
+def cost_predictions(shape: ModelShape, text: Text, config: RepairConfig) -> Cost:
+    """Cost of `record_predictions`: one forward pass of the dense model; its likeliest tokens go to the host."""
+    trained, judged = split_predicted(text, config)
     tokens = trained.tokens + judged.tokens
     return run_model(shape, trained) + run_model(shape, judged) + Cost(host_bytes=12.0 * TOP_K * tokens)
 
@@ -214,7 +214,7 @@ def cost_distillation(shape: ModelShape, text: Text, config: RepairConfig) -> Co
         text: calibration text.
         config: of repair.
     """
-    trained, judged = split_lessons(text, config)
+    trained, judged = split_predicted(text, config)
     drawn = min(PASSES * trained.windows, max(STEP_WINDOWS, config.distill_tokens // text.window))
     read = Text(drawn, text.window, 1)
     cost = cost_adapted_step(shape, read, RANK)

@@ -12,16 +12,16 @@ from gqaprune.planning.allocation.optimal import thin_counts
 from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.costs.base import Cost, ModelShape, Text, read_shape, run_model
 from gqaprune.planning.costs.curves import Levels, cost_gated_damage, cost_repaired_damage
-from gqaprune.planning.costs.repair import cost_cut, cost_distillation, cost_lessons
+from gqaprune.planning.costs.repair import cost_cut, cost_distillation, cost_predictions
 from gqaprune.planning.costs.scoring import cost_importance, cost_scores
 from gqaprune.planning.costs.training import cost_recovery_step, cost_sampling
 from gqaprune.planning.selection import budget_blocks, read_budget, select_blocks
 from gqaprune.planning.stages import (
     CURVES,
     CUT,
+    DENSE_PREDICTIONS,
     DISTILLATION,
     IMPORTANCE,
-    LESSONS,
     SAMPLING,
     TRAINING,
     Work,
@@ -92,7 +92,7 @@ def _cost_pruning(
     scores = cost_scores(shape, text, blocks, config.criterion, finds_outliers)
     repair, pruned = config.repair, shape.cut(kept, every)
     return {
-        LESSONS: cost_lessons(shape, text, repair),
+        DENSE_PREDICTIONS: cost_predictions(shape, text, repair),
         IMPORTANCE: cost_importance(shape, text, every, config.sensitivity.method),
         name_scores(config): config.steps * scores,
         CURVES: config.steps * _cost_curves(shape, model, config, text, blocks),
