@@ -20,9 +20,9 @@ from gqaprune.models.gates import Gates, apply_gates
 from gqaprune.models.layerwise import embed_batches, record_layer_inputs, resume_at, run_layer
 from gqaprune.models.losses import measure_losses
 from gqaprune.plan import BlockKey, PruningPlan
+from gqaprune.scoring.averages import average_over_batches
 from gqaprune.scoring.damage import make_gates
 from gqaprune.scoring.scores import Scores
-from gqaprune.scoring.sensitivity import average_over_batches
 from gqaprune.surgery.cut import cut_block
 
 MAPPING_TOLERANCE = 1e-3

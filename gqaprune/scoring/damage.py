@@ -17,8 +17,8 @@ from gqaprune.models.architecture import Block
 from gqaprune.models.gates import Gates, apply_gates
 from gqaprune.models.layerwise import record_layer_inputs, resume_at
 from gqaprune.plan import BlockKey
+from gqaprune.scoring.averages import average_over_batches
 from gqaprune.scoring.scores import Scores
-from gqaprune.scoring.sensitivity import average_over_batches
 
 
 class _Point(NamedTuple):

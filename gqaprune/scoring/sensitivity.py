@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +18,18 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from gqaprune.common.atomic_files import check_can_be_folder, write_atomically
-from gqaprune.common.console import track
-from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
+from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere
 from gqaprune.common.json_files import read_json
 from gqaprune.common.precision import multiply_exactly
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block, compute_addition, find_adder, read_geometry
-from gqaprune.models.gates import freeze_parameters
 from gqaprune.models.layerwise import record_layer_inputs, resume_at
 from gqaprune.models.losses import measure_losses
 from gqaprune.placement.model_hash import hash_model, hash_tensors
 from gqaprune.plan import BlockKey, Geometry
+from gqaprune.scoring.averages import average_over_batches
 
 FORMAT = "gqaprune-sensitivity/1"
-
-K = TypeVar("K")
 
 Importance = dict[BlockKey, float]
 """Importance of every block."""
@@ -269,59 +266,6 @@ def _record_outputs(adders: Mapping[BlockKey, nn.Module]) -> Iterator[dict[Block
             handle = module.register_forward_hook(lambda _, __, output, key=key: record(key, output))
             hooks.callback(handle.remove)
         yield outputs_BTD
-
-
-@torch.no_grad()
-def average_over_batches(
-    model: PreTrainedModel,
-    batches: Sequence[Tensor],
-    names: Sequence[K],
-    measure: Callable[[Tensor], Mapping[K, float]],
-    description: str,
-) -> dict[K, float]:
-    """Mean of what is measured on each batch, weighted by tokens.
-
-    In a process group each rank takes every `world_size`-th batch, and every rank gets the same bits.
-
-    Args:
-        model: the model, in eval mode while this lasts.
-        batches: token ids, each `[batch, tokens]`, the same list on every rank.
-        names: what is measured.
-        measure: of one batch on the model's device, name -> mean over its tokens; may raise FloatingPointError with the
-            name of what is not finite.
-        description: what the progress bar says; empty for none.
-
-    Raises:
-        ValueError: if there is no batch, or a value is NaN or infinite, with name and batch.
-    """
-    if not batches:
-        raise ValueError("measuring needs at least one calibration batch, got none")
-    device = next(model.parameters()).device
-    rank, world_size = get_rank_and_world_size()
-    own_batches = range(rank, len(batches), world_size)
-    sums, overflow = torch.zeros(len(names), dtype=torch.float64), ""
-    with freeze_parameters(model):
-        for index in track(own_batches, description, "batches") if description else own_batches:
-            try:
-                values = measure(batches[index].to(device))
-                _check_finite(values)
-            except FloatingPointError as error:
-                overflow = f"{error} on calibration batch {index}"
-                break
-            sums += torch.tensor([values[name] for name in names], dtype=torch.float64) * batches[index].numel()
-    if is_true_anywhere(bool(overflow), device):
-        raise ValueError(
-            f"{overflow or 'a value on another rank'} is not finite: the model's activations overflow (it computes "
-            f"in {model.dtype}); load it with dtype bfloat16 or float32"
-        )
-    sums = sum_across_ranks({"sums": sums.to(device)})["sums"] / sum(batch.numel() for batch in batches)
-    return dict(zip(names, sums.tolist(), strict=True))
-
-
-def _check_finite(values: Mapping[Any, float]) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the value of {name}")
 
 
 def _measure_loss(model: PreTrainedModel, layer: int, hidden_BTD: Tensor, batch_BT: Tensor) -> float:
