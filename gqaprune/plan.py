@@ -9,24 +9,24 @@ import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.common.json_files import read_json
+from gqaprune.geometry import Geometry
+from gqaprune.plan_fields import (
+    check_indexes,
+    check_same_number,
+    read_list,
+    read_seed,
+    read_share,
+    read_text,
+    read_whole_numbers,
+)
 
 PLAN_FILE = "plan.json"
 FORMAT = "gqaprune-plan/1"
-
-_LARGEST_SIZE = 2**24
-"""Of any width or count of a layer; the largest models have a hundredth."""
-_MOST_HEADS = 2**20
-"""Query heads of all layers together, which plans of a few bytes can ask for and code here lists; likewise."""
-_LONGEST_NAME = 4096
-"""Characters of a model's name or path."""
-_SEEDS = range(-(2**63), 2**64)
-"""What torch takes for a seed."""
 
 BlockKind = Literal["attention", "mlp"]
 
@@ -45,111 +45,6 @@ class BlockKey(NamedTuple):
         """What `str` made."""
         _, layer, kind = text.split()
         return cls(int(layer), cast(BlockKind, kind))
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The shapes of a decoder-only model that pruning changes or depends on.
-
-    Args:
-        family: Hugging Face `model_type`.
-        hidden_size: width of the residual stream.
-        head_dim: features per attention head.
-        query_heads: query heads of each layer.
-        kv_heads: KV heads of each layer (one per GQA group).
-        channels: MLP channels of each layer.
-    """
-
-    family: str
-    hidden_size: int
-    head_dim: int
-    query_heads: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    channels: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        lengths = {len(self.query_heads), len(self.kv_heads), len(self.channels)}
-        if len(lengths) != 1 or lengths == {0}:
-            raise ValueError(
-                f"a geometry needs one count per layer of each kind, got lists of {sorted(lengths)} layers"
-            )
-        largest = max(self.hidden_size, self.head_dim, *self.query_heads, *self.kv_heads, *self.channels)
-        if largest > _LARGEST_SIZE or sum(self.query_heads) > _MOST_HEADS:
-            raise ValueError(
-                f"no model has such a geometry: sizes up to {largest:,} and {sum(self.query_heads):,} query heads, at "
-                f"most {_LARGEST_SIZE:,} and {_MOST_HEADS:,} are read"
-            )
-        for layer, (query, kv) in enumerate(zip(self.query_heads, self.kv_heads, strict=True)):
-            if kv < 1 or query < kv or query % kv:
-                raise ValueError(f"layer {layer} has {query} query heads on {kv} KV heads: not a whole ratio")
-        has_mlps = any(self.channels)  # a mixture of experts may have none that is always there
-        if min(self.channels) < has_mlps or self.head_dim < 1 or self.hidden_size < 1:
-            raise ValueError("MLP channels, head_dim and hidden_size of a geometry must be at least 1")
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return len(self.kv_heads)
-
-    @property
-    def ratios(self) -> tuple[int, ...]:
-        """Query heads per KV head, layer by layer."""
-        return tuple(query // kv for query, kv in zip(self.query_heads, self.kv_heads, strict=True))
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether every layer has the same shapes, so that a stock config describes the model."""
-        return len(set(zip(self.query_heads, self.kv_heads, self.channels, strict=True))) == 1
-
-    @property
-    def projection_weights(self) -> int:
-        """Weights of all blocks' projections, biases left out."""
-        heads = sum(self.query_heads) + sum(self.kv_heads)
-        return self.hidden_size * (2 * self.head_dim * heads + 3 * sum(self.channels))
-
-    def kv_cache_bytes_per_token(self, bytes_per_value: int) -> int:
-        """Bytes of keys and values that one token adds to the cache, over all layers."""
-        return 2 * sum(self.kv_heads) * self.head_dim * bytes_per_value
-
-    def is_padding_of(self, other: "Geometry") -> bool:
-        """Whether all layers are alike and no smaller than the other's, as zeros make them; families aside."""
-        fixed = ("hidden_size", "head_dim", "num_layers")
-        is_alike = all(getattr(self, name) == getattr(other, name) for name in fixed)
-        return (
-            is_alike
-            and self.is_uniform
-            and all(
-                own >= kept
-                for name in ("query_heads", "kv_heads", "channels")
-                for own, kept in zip(getattr(self, name), getattr(other, name), strict=True)
-            )
-        )
-
-    def difference(self, other: "Geometry") -> str | None:
-        """Say in words where two geometries differ first; None where they are equal."""
-        for name in ("family", "hidden_size", "head_dim", "num_layers"):
-            if getattr(self, name) != getattr(other, name):
-                return f"{name} {getattr(self, name)} against {getattr(other, name)}"
-        for name in ("query_heads", "kv_heads", "channels"):
-            for layer, (mine, theirs) in enumerate(zip(getattr(self, name), getattr(other, name), strict=True)):
-                if mine != theirs:
-                    return f"layer {layer} {name} {mine} against {theirs}"
-        return None
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Geometry":
-        """Build a geometry from `asdict`'s output as JSON gives it back."""
-        try:
-            return cls(
-                family=_text(data["family"], "family"),
-                hidden_size=_whole_numbers([data["hidden_size"]])[0],
-                head_dim=_whole_numbers([data["head_dim"]])[0],
-                query_heads=_whole_numbers(data["query_heads"]),
-                kv_heads=_whole_numbers(data["kv_heads"]),
-                channels=_whole_numbers(data["channels"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the plan's geometry is incomplete or of the wrong type ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -204,12 +99,12 @@ class PruningPlan:
         if len(self.layers) != self.geometry.num_layers:
             raise ValueError(f"the plan has {len(self.layers)} layers, its geometry {self.geometry.num_layers}")
         for layer, kept in enumerate(self.layers):
-            _check_indexes(kept.groups, self.geometry.kv_heads[layer], f"layer {layer} GQA groups")
+            check_indexes(kept.groups, self.geometry.kv_heads[layer], f"layer {layer} GQA groups")
             if kept.channels or self.geometry.channels[layer]:  # none beside experts alone
-                _check_indexes(kept.channels, self.geometry.channels[layer], f"layer {layer} MLP channels")
+                check_indexes(kept.channels, self.geometry.channels[layer], f"layer {layer} MLP channels")
             if kept.queries is not None:
-                _check_indexes(kept.queries, self.geometry.query_heads[layer], f"layer {layer} query heads")
-                _check_same_number(kept.queries, kept.groups, self.geometry.ratios[layer], f"layer {layer} query heads")
+                check_indexes(kept.queries, self.geometry.query_heads[layer], f"layer {layer} query heads")
+                check_same_number(kept.queries, kept.groups, self.geometry.ratios[layer], f"layer {layer} query heads")
 
     def list_queries(self, layer: int) -> tuple[int, ...]:
         """The query heads that stay in a layer, as ascending indexes into the dense layer."""
@@ -344,24 +239,24 @@ class PruningPlan:
         try:
             layers = tuple(
                 KeptUnits(
-                    groups=_whole_numbers(kept["groups"]),
-                    channels=_whole_numbers(kept["channels"]),
-                    queries=_whole_numbers(kept["queries"]) if "queries" in kept else None,
+                    groups=read_whole_numbers(kept["groups"]),
+                    channels=read_whole_numbers(kept["channels"]),
+                    queries=read_whole_numbers(kept["queries"]) if "queries" in kept else None,
                 )
-                for kept in _list(data["layers"], "layers")
+                for kept in read_list(data["layers"], "layers")
             )
             return cls(
                 geometry=Geometry.from_dict(data["geometry"]),
                 layers=layers,
-                model=_text(data["model"], "model"),
-                criterion=_text(data["criterion"], "criterion"),
-                allocation=_text(data["allocation"], "allocation"),
-                rate=_share(data["rate"], "rate"),
-                rate_base=_text(data["rate_base"], "rate_base"),
-                kv_rate=_share(data.get("kv_rate", 0.0), "kv_rate"),  # old plans have neither it nor a fingerprint
-                seed=_seed(data["seed"]),
-                corpora=tuple(_text(name, "corpora") for name in _list(data["corpora"], "corpora")),
-                fingerprint=_text(data.get("fingerprint", ""), "fingerprint"),
+                model=read_text(data["model"], "model"),
+                criterion=read_text(data["criterion"], "criterion"),
+                allocation=read_text(data["allocation"], "allocation"),
+                rate=read_share(data["rate"], "rate"),
+                rate_base=read_text(data["rate_base"], "rate_base"),
+                kv_rate=read_share(data.get("kv_rate", 0.0), "kv_rate"),  # old plans have neither it nor a fingerprint
+                seed=read_seed(data["seed"]),
+                corpora=tuple(read_text(name, "corpora") for name in read_list(data["corpora"], "corpora")),
+                fingerprint=read_text(data.get("fingerprint", ""), "fingerprint"),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"the pruning plan is incomplete or of the wrong type ({error})") from None
@@ -399,63 +294,6 @@ def find_plan(source: str | Path, geometry: Geometry) -> PruningPlan | None:
 def list_query_heads(groups: Sequence[int], ratio: int) -> tuple[int, ...]:
     """All query heads of KV heads, in order: KV head k is read by the consecutive heads `k * ratio … + ratio - 1`."""
     return tuple(group * ratio + head for group in groups for head in range(ratio))
-
-
-def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...]:
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"units and shapes must be whole numbers, got {reprlib.repr(value)}")
-    return tuple(values)
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    if isinstance(value, list):
-        return value
-    _refuse(value, name, "a list")
-
-
-def _text(value: Any, name: str) -> str:
-    if isinstance(value, str) and len(value) <= _LONGEST_NAME:
-        return value
-    _refuse(value, name, f"text of at most {_LONGEST_NAME:,} characters")
-
-
-def _share(value: Any, name: str) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
-        return float(value)
-    _refuse(value, name, "a number from 0 to 1")
-
-
-def _seed(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value in _SEEDS:
-        return value
-    _refuse(value, "seed", "a whole number of at most 64 bits")
-
-
-def _refuse(value: Any, name: str, expected: str) -> NoReturn:
-    raise ValueError(f"the plan's {name} must be {expected}, got {reprlib.repr(value)}")
-
-
-def _check_indexes(kept: tuple[int, ...], count: int, what: str) -> None:
-    if not kept:
-        raise ValueError(f"{what}: at least 1 of {count} must stay, got none")
-    if any(a >= b for a, b in pairwise(kept)):
-        raise ValueError(f"{what}: kept indexes must ascend without repeats")
-    if kept[0] < 0 or kept[-1] >= count:
-        outside = kept[0] if kept[0] < 0 else kept[-1]
-        raise ValueError(f"{what}: index {outside} is outside 0 … {count - 1}")
-
-
-def _check_same_number(queries: tuple[int, ...], groups: tuple[int, ...], ratio: int, what: str) -> None:
-    heads = Counter(query // ratio for query in queries)
-    if strangers := sorted(set(heads) - set(groups)):
-        raise ValueError(f"{what}: some are of GQA group {strangers[0]}, which does not stay")
-    if len({heads[group] for group in groups}) != 1:
-        few, many = (choose(groups, key=heads.__getitem__) for choose in (min, max))
-        raise ValueError(
-            f"{what}: every GQA group has to keep the same number, got {heads[few]} of group {few} and {heads[many]} "
-            f"of group {many}"
-        )
 
 
 def _pick(units: tuple[int, ...], positions: tuple[int, ...]) -> tuple[int, ...]:

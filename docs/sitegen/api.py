@@ -30,7 +30,7 @@ CONFIGS = (
 )
 """Groups of settings that the settings of others hold."""
 TYPES = (
-    "gqaprune.plan.Geometry",
+    "gqaprune.geometry.Geometry",
     "gqaprune.plan.KeptUnits",
     "gqaprune.plan.BlockKey",
     "gqaprune.reporting.report.Report",

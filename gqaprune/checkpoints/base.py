@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gqaprune.geometry import Geometry
 from gqaprune.models.architecture import read_geometry
-from gqaprune.plan import Geometry
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from markupsafe import Markup
 from gqaprune.checkpoints.formats import FORMATS
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.common.safe_text import for_markdown, for_python, for_shell
-from gqaprune.plan import Geometry, PruningPlan
+from gqaprune.geometry import Geometry
+from gqaprune.plan import PruningPlan
 from gqaprune.reporting.report import Report, Stage
 
 CARD_FILE = "README.md"

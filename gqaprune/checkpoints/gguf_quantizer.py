@@ -28,8 +28,8 @@ from transformers import PretrainedConfig
 from gqaprune.checkpoints.base import Content
 from gqaprune.checkpoints.gguf_writer import choose_architecture, find_gguf_shapes, write_gguf_checkpoint
 from gqaprune.common.console import track
+from gqaprune.geometry import Geometry
 from gqaprune.models.gguf_file import read_header, read_tensor
-from gqaprune.plan import Geometry
 
 MIXTURES = {
     "q4_k_m": (Type.Q4_K, gguf.LlamaFileType.MOSTLY_Q4_K_M),

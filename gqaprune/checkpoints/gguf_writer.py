@@ -24,11 +24,11 @@ from gqaprune.checkpoints.base import Content
 from gqaprune.checkpoints.gguf_vocabulary import check_written_tokenizer, read_vocabulary, write_vocabulary
 from gqaprune.checkpoints.padding import find_padded_shapes, pad_checkpoint, pad_state_dict
 from gqaprune.common.console import track
+from gqaprune.geometry import Geometry
 from gqaprune.models.architecture import read_geometry
 from gqaprune.models.gguf_file import read_header
 from gqaprune.models.gguf_layout import CONFIG_KEY, EMBEDDING, FAMILIES, HEAD, ROPE_FACTORS, UNEQUAL, pack_tensors
 from gqaprune.models.gguf_reader import describe_config, read_config, read_weights
-from gqaprune.plan import Geometry
 
 TYPES = {
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from gqaprune.geometry import Geometry
 from gqaprune.models.architecture import make_stock_config, read_geometry, write_geometry
 from gqaprune.models.families import get_family
-from gqaprune.plan import Geometry
 
 _MOST_HEADS = 4
 """Head counts are searched up to this many times the largest one."""

@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME
 
 from gqaprune.checkpoints.base import Content
 from gqaprune.checkpoints.padding import pad_checkpoint, pad_state_dict
+from gqaprune.geometry import Geometry
 from gqaprune.models.architecture import make_stock_config, read_geometry
 from gqaprune.models.config_facts import has_own_code
 from gqaprune.models.loading import load_model
@@ -36,7 +37,6 @@ from gqaprune.models.per_layer import MODELING_FILE, point_to_modeling_file, wri
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.verification import check_checkpoint
 from gqaprune.placement.writing_by_layer import write_weights
-from gqaprune.plan import Geometry
 
 
 def write_stock(content: Content, folder: Path) -> None:

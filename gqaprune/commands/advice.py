@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from gqaprune.commands.reach import Reach
 from gqaprune.commands.risks import FEW_KV_HEADS
+from gqaprune.geometry import Geometry
 from gqaprune.models.dtypes import DTYPES
-from gqaprune.plan import Geometry
 from gqaprune.planning.selection import choose_middle_layers
 
 LARGE = 1_000_000_000

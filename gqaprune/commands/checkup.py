@@ -10,11 +10,12 @@ from safetensors import safe_open
 from transformers import PretrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from gqaprune.geometry import Geometry
 from gqaprune.models.architecture import find_layer, read_geometry
 from gqaprune.models.families import get_family
 from gqaprune.models.loading import build_without_weights, check_stored, find_other_storage
 from gqaprune.models.sources import complete_name, find_tensors, find_weights, match_tensors
-from gqaprune.plan import PLAN_FILE, Geometry, PruningPlan
+from gqaprune.plan import PLAN_FILE, PruningPlan
 
 
 @dataclass(frozen=True)

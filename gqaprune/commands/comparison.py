@@ -12,7 +12,7 @@ from rich.table import Table
 
 from gqaprune.commands.inspect import show_range
 from gqaprune.commands.tasks import Score
-from gqaprune.plan import Geometry
+from gqaprune.geometry import Geometry
 from gqaprune.planning.memory import find_range
 from gqaprune.reporting.report import Stage, show_change
 

@@ -3,9 +3,9 @@
 import torch
 from transformers import PretrainedConfig
 
+from gqaprune.geometry import Geometry
 from gqaprune.models.dtypes import name_dtype, read_dtype
 from gqaprune.models.families import get_family
-from gqaprune.plan import Geometry
 from gqaprune.scoring.outliers import OUTLIER_RATIO, Outliers
 
 FEW_KV_HEADS = 4

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import MistralConfig, PretrainedConfig, PreTrainedModel
 
+from gqaprune.geometry import Geometry
 from gqaprune.models.config_facts import has_own_code
 from gqaprune.models.families import FAMILIES, BlockLayout, get_family
 from gqaprune.models.per_layer import LayerConfig
 from gqaprune.models.wrapping import check_no_adapters
-from gqaprune.plan import BlockKey, BlockKind, Geometry
+from gqaprune.plan import BlockKey, BlockKind
 
 GRANULARITIES = ("group", "query")
 """Possible units of an attention block: GQA groups, or query heads."""

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from gqaprune.geometry import Geometry
 from gqaprune.models.architecture import find_layer
-from gqaprune.plan import Geometry
 
 CONFIG_KEY = "gqaprune.config"
 """Key of the metadata with the config, as JSON, in files that gqaprune wrote."""

@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig
 
+from gqaprune.geometry import Geometry
 from gqaprune.models.architecture import find_oddity, read_geometry, write_geometry
-from gqaprune.plan import Geometry
 
 MODEL_TYPE = "nemotron-nas"
 CONFIGURATION_FILE = "configuration_decilm.py"

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from gqaprune.common.stage_cache import StageCache
 from gqaprune.data.calibration import CalibrationSet
+from gqaprune.geometry import Geometry
 from gqaprune.models.architecture import (
     Block,
     count_layer_parameters,
@@ -20,7 +21,7 @@ from gqaprune.models.architecture import (
     write_geometry,
 )
 from gqaprune.models.families import get_family
-from gqaprune.plan import Geometry, KeptUnits, PruningPlan
+from gqaprune.plan import KeptUnits, PruningPlan
 from gqaprune.planning.allocation import ALLOCATIONS, BlockBudget, Budget, Removed
 from gqaprune.planning.allocation.budget import find_spared_kind
 from gqaprune.planning.config import PruningConfig

@@ -22,11 +22,12 @@ from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywher
 from gqaprune.common.json_files import read_json
 from gqaprune.common.precision import multiply_exactly
 from gqaprune.data.calibration import CalibrationSet
+from gqaprune.geometry import Geometry
 from gqaprune.models.architecture import Block, compute_addition, find_adder, read_geometry
 from gqaprune.models.layerwise import record_layer_inputs, resume_at
 from gqaprune.models.losses import measure_losses
 from gqaprune.placement.model_hash import hash_model, hash_tensors
-from gqaprune.plan import BlockKey, Geometry
+from gqaprune.plan import BlockKey
 from gqaprune.scoring.averages import average_over_batches
 
 FORMAT = "gqaprune-sensitivity/1"

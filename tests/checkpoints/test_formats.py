@@ -12,11 +12,11 @@ from gqaprune.checkpoints.padding import find_padded_shapes
 from gqaprune.checkpoints.save import measure_weights
 from gqaprune.cli import main
 from gqaprune.common.console import console
+from gqaprune.geometry import Geometry
 from gqaprune.models.architecture import read_geometry
 from gqaprune.models.gguf_file import read_header
 from gqaprune.models.loading import load_model
 from gqaprune.placement.layer_store import Placement
-from gqaprune.plan import Geometry
 from gqaprune.planning.selection import keep_everything
 
 from command import Run

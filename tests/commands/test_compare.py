@@ -26,9 +26,9 @@ from gqaprune.commands.tasks import Score
 from gqaprune.data.corpora import parse_corpus
 from gqaprune.data.windows import cut_windows, make_batches, tokenize_corpus
 from gqaprune.evaluation.perplexity import measure_perplexity
+from gqaprune.geometry import Geometry
 from gqaprune.models.loading import load_model
 from gqaprune.models.tokenizer import load_tokenizer
-from gqaprune.plan import Geometry
 from gqaprune.reporting.report import Stage, describe_model
 
 from cuts import UNEVEN, make_plan, make_pruned

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from gqaprune.geometry import Geometry
 from gqaprune.models.architecture import (
     count_layer_parameters,
     count_parameters,
@@ -18,7 +19,6 @@ from gqaprune.models.architecture import (
     read_geometry,
     write_geometry,
 )
-from gqaprune.plan import Geometry
 from gqaprune.surgery.cut import apply_plan, expand_units
 
 from tiny import make_model

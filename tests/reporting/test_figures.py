@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from test_report import make_report
 
-from gqaprune.plan import BlockKey, Geometry, KeptUnits, PruningPlan
+from gqaprune.geometry import Geometry
+from gqaprune.plan import BlockKey, KeptUnits, PruningPlan
 from gqaprune.reporting.figures import draw_importance, draw_perplexities, draw_plan, encode_figure
 from gqaprune.reporting.report import Report, Stage
 
