@@ -1,7 +1,7 @@
-"""Damage: the KL divergence of a model with gated units from the dense one, what `optimal` and swaps can work on.
+"""Measure damage: the KL divergence from the dense model when units are gated. `optimal` and swaps use it.
 
-Units are gated, not cut, so that nothing of the model changes. Axes in tensor names: B samples, T tokens, D hidden
-width, V vocabulary, U units.
+Units are gated, not cut, so the model does not change. Axes in tensor names: B samples, T tokens, D hidden width,
+V vocabulary, G groups, U units.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ from gqaprune.scoring.averages import average_over_batches
 from gqaprune.scoring.scores import Scores
 
 
-class _Point(NamedTuple):
-    """A block and how many of its units are gated."""
+class _GatedBlock(NamedTuple):
+    """A block and the number of its units that are gated, in each of its groups."""
 
     key: BlockKey
     removed: int
@@ -39,39 +39,40 @@ def measure_damage_curves(
     levels: Mapping[BlockKey, Sequence[int]],
     batches: Sequence[Tensor],
 ) -> dict[BlockKey, list[tuple[int, float]]]:
-    """What it costs to remove the weakest units of one block at a time.
+    """Measure the damage of removing the weakest units of one block at a time.
 
-    The decoder runs once per level, from the block's layer on; the log-probabilities of one batch are held at a time.
+    The decoder runs once per level, from the block's layer on. Memory holds the log-probabilities of one batch.
 
     Args:
         model: the dense causal LM.
         blocks: blocks to measure.
         scores: score of every unit.
-        levels: numbers of units to remove from each block, from each of its groups if it has several.
+        levels: numbers of units to remove from each block, or from each of its groups if it has several.
         batches: token ids, each `[batch, tokens]`, the same list on every rank.
 
     Returns:
-        Points (units removed, KL(dense ‖ gated) in nats per token) of each block.
+        For each block, pairs of units removed and KL(dense ‖ gated) in nats per token.
 
     Raises:
-        ValueError: if a divergence is not finite, with its place.
+        ValueError: if a divergence is not finite, naming the block and the batch.
     """
-    points = [_Point(block.key, removed) for block in blocks for removed in levels[block.key]]
+    points = [_GatedBlock(block.key, removed) for block in blocks for removed in levels[block.key]]
 
-    def measure(batch_BT: Tensor) -> dict[_Point, float]:
+    def measure(batch_BT: Tensor) -> dict[_GatedBlock, float]:
         inputs_BTD = record_layer_inputs(model, batch_BT)
         dense_BTV = _predict(model, batch_BT)
-        found = {}
+        damages = {}
         for point in points:
             layer = point.key.layer
             gates_BU = make_gates(blocks, scores, {point.key: point.removed}, batch_BT.device)
             with resume_at(model, layer, inputs_BTD[layer]), apply_gates(blocks, gates_BU):
-                found[point] = _divergence(dense_BTV, _predict(model, batch_BT))
-        return found
+                damages[point] = _compute_divergence(dense_BTV, _predict(model, batch_BT))
+        return damages
 
-    damages = average_over_batches(model, batches, points, measure, "damage curves")
+    means = average_over_batches(model, batches, points, measure, "damage curves")
     return {
-        block.key: [(removed, damages[_Point(block.key, removed)]) for removed in levels[block.key]] for block in blocks
+        block.key: [(removed, means[_GatedBlock(block.key, removed)]) for removed in levels[block.key]]
+        for block in blocks
     }
 
 
@@ -83,35 +84,40 @@ def measure_damage(
     removed: Mapping[BlockKey, int],
     batches: Sequence[Tensor],
 ) -> float:
-    """KL(dense ‖ gated), in nats per token, with the weakest units of all blocks at once gated.
+    """Measure KL(dense ‖ gated), in nats per token, with the weakest units of all blocks gated at once.
 
     Args:
         model: the dense causal LM.
         blocks: blocks that `removed` names.
         scores: score of every unit.
-        removed: number of units to remove from each block, from each of its groups if it has several.
+        removed: number of units to remove from each block, or from each of its groups if it has several.
         batches: token ids, each `[batch, tokens]`, the same list on every rank.
 
     Raises:
-        ValueError: if the divergence is not finite, with its place.
+        ValueError: if the divergence is not finite, naming the batch.
     """
 
     def measure(batch_BT: Tensor) -> dict[str, float]:
         dense_BTV = _predict(model, batch_BT)
         with apply_gates(blocks, make_gates(blocks, scores, removed, batch_BT.device)):
-            return {"the gated model": _divergence(dense_BTV, _predict(model, batch_BT))}
+            return {"the gated model": _compute_divergence(dense_BTV, _predict(model, batch_BT))}
 
     return average_over_batches(model, batches, ["the gated model"], measure, "")["the gated model"]
 
 
 def make_gates(blocks: Sequence[Block], scores: Scores, removed: Mapping[BlockKey, int], device: torch.device) -> Gates:
-    """Gates of 0 for the weakest units of blocks and 1 for the others, `[1, units]`; of equals the last is weaker.
+    """Make gates that are 0 for the weakest units of each block and 1 for the others.
+
+    Of units with equal scores, the later one is weaker.
 
     Args:
         blocks: blocks that `removed` names.
         scores: score of every unit.
         removed: number of units to remove from each of a block's groups.
-        device: where the gates go.
+        device: device of the gates.
+
+    Returns:
+        Gates of the blocks that `removed` names, each `[1, units]`.
     """
     gates_BU = {}
     for block in blocks:
@@ -125,10 +131,10 @@ def make_gates(blocks: Sequence[Block], scores: Scores, removed: Mapping[BlockKe
 
 
 def _predict(model: PreTrainedModel, batch_BT: Tensor) -> Tensor:
-    """Log-probabilities of the next token, float32 `[batch, tokens, vocabulary]`."""
+    """Compute log-probabilities of the next token, float32 `[batch, tokens, vocabulary]`."""
     return functional.log_softmax(model(input_ids=batch_BT, use_cache=False).logits.float(), dim=-1)
 
 
-def _divergence(dense_BTV: Tensor, gated_BTV: Tensor) -> float:
-    """KL(dense ‖ gated) of log-probabilities, mean over tokens, in nats."""
+def _compute_divergence(dense_BTV: Tensor, gated_BTV: Tensor) -> float:
+    """Compute KL(dense ‖ gated) of log-probabilities in nats, mean over tokens."""
     return float(functional.kl_div(gated_BTV, dense_BTV, log_target=True, reduction="none").sum(-1).double().mean())

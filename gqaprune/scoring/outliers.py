@@ -1,9 +1,9 @@
-"""Outliers: units that carry massive activations, without which models break, found during calibration.
+"""Find outliers during calibration: units that produce massive activations, without which models break.
 
-A few channels of a few MLPs write values thousands of times larger than all others onto single tokens, mostly the
-first, and later layers read or take back just these (Sun et al. 2024, "Massive activations in large language models",
-arXiv 2402.17762; Yu et al. 2024, "The super weight", arXiv 2411.07191). They are at few tokens, so that a criterion
-that averages over all may miss them.
+A few channels of a few MLPs write values thousands of times larger than all others to single tokens, mostly the first,
+and later layers depend on them (Sun et al. 2024, "Massive activations in large language models", arXiv 2402.17762; Yu
+et al. 2024, "The super weight", arXiv 2411.07191). They occur at few tokens, so a criterion that averages over all
+tokens may miss them.
 
 Axes in tensor names: N tokens, C input columns of the output projection, U units, R ranks.
 """
@@ -28,38 +28,38 @@ Outliers = Mapping[BlockKey, Mapping[int, float]]
 """Block -> unit -> its largest output relative to the median unit's; blocks without outliers are left out."""
 
 OUTLIER_RATIO = 20.0
-"""A unit's largest output relative to the median unit's, from which on it is an outlier.
+"""A unit is an outlier if its largest output is at least this many times that of the block's median unit.
 
-On SmolLM2-135M and the embedded text the largest of most blocks is at 1 to 14; eight MLPs have one to four above 20, of
-2,700 at most."""
+On SmolLM2-135M and the embedded text, the largest ratio of most blocks is between 1 and 14. Eight MLPs have one to four
+units above 20; the largest ratio is 2,700."""
 LOOKED_AT = 8192
-"""Tokens that are looked at; massive activations are at the first token of every window."""
+"""Tokens that are searched. Massive activations occur at the first token of every window."""
 
 
 class LargestOutput(ActivationCriterion[Tensor]):
     """A unit's largest output on any token, relative to that of its block's median unit.
 
-    A column's output is its input times the norm of its weights; a unit's is the largest of its columns'. The
-    statistics are the largest absolute inputs, `[R, C]` with each rank's own in its row.
+    The output of a column is its input times the norm of its weights; that of a unit is the largest of its columns'.
+    The statistics are the largest absolute inputs, `[R, C]`; each rank fills its row.
     """
 
     def start(self, block: Block, memory: Memory) -> Tensor:
-        """Zeros."""
+        """Return zeros."""
         _, world_size = get_rank_and_world_size()
         return torch.zeros(world_size, block.output.in_features, device=memory.device)
 
     def add(self, statistics: Tensor, x_NC: Tensor) -> None:
-        """The larger of both."""
-        own_C = statistics[get_rank_and_world_size()[0]]
-        torch.maximum(own_C, x_NC.abs().amax(0), out=own_C)
+        """Update this rank's maxima."""
+        largest_C = statistics[get_rank_and_world_size()[0]]
+        torch.maximum(largest_C, x_NC.abs().amax(0), out=largest_C)
 
     def add_ranks(self, statistics: Tensor) -> bool:
-        """Every rank's row to every rank."""
+        """Share the rows of all ranks."""
         statistics.copy_(sum_across_ranks({"largest": statistics})["largest"])
         return bool(statistics.isfinite().all())
 
     def rate(self, block: Block, statistics: Tensor) -> Tensor:
-        """Largest outputs over their median; zeros where that is 0."""
+        """Divide largest outputs by their median; return zeros if that is 0."""
         output_C = statistics.amax(0).double() * block.output.weight.double().norm(dim=0)
         output_U = output_C.view(block.units, -1).amax(1)
         median = output_U.median()
@@ -69,18 +69,18 @@ class LargestOutput(ActivationCriterion[Tensor]):
 def find_outliers(
     model: PreTrainedModel, blocks: Sequence[Block], calibration: CalibrationSet | Sequence[Tensor]
 ) -> Outliers:
-    """Find the units whose largest output on any token is `OUTLIER_RATIO` times that of their block's median unit.
+    """Find units whose largest output on any token is at least `OUTLIER_RATIO` times that of their block's median unit.
 
     Args:
-        model: the causal LM; it is left as it was.
-        blocks: blocks to look at.
-        calibration: the text, or its batches alone, the same on every rank; the first ones are read.
+        model: the causal LM, which is not changed.
+        blocks: blocks to search.
+        calibration: the text or only its batches, the same on every rank; the first `LOOKED_AT` tokens are read.
 
     Returns:
-        The same on every rank.
+        Block -> unit -> ratio, the same on every rank.
 
     Raises:
-        ValueError: if an activation is not finite, with its place.
+        ValueError: if an activation is not finite, naming the block.
     """
     return list_outliers(prepare_search(model, blocks, calibration))
 
@@ -88,7 +88,7 @@ def find_outliers(
 def prepare_search(
     model: PreTrainedModel, blocks: Sequence[Block], calibration: CalibrationSet | Sequence[Tensor]
 ) -> LargestOutput:
-    """What `list_outliers` lists them from; it may watch the pass of another criterion before."""
+    """Prepare a search for `list_outliers`. Before that, it can watch the forward pass of another criterion."""
     calibration = CalibrationSet.wrap(calibration)
     text = replace(calibration, batches=_take_tokens(calibration.batches))
     return LargestOutput(ScoringRun(model, blocks, text, name="outliers"), ScoringConfig())
@@ -96,17 +96,16 @@ def prepare_search(
 
 @multiply_exactly()
 def list_outliers(largest: LargestOutput) -> Outliers:
-    """The outliers among the units that were looked at; makes a pass if none was watched."""
-    ratios = largest.score()
-    found = {
+    """List the outliers of a search; runs a forward pass unless the search has watched one."""
+    outliers = {
         key: {unit: ratio for unit, ratio in enumerate(ratio_U.tolist()) if ratio >= OUTLIER_RATIO}
-        for key, ratio_U in ratios.items()
+        for key, ratio_U in largest.score().items()
     }
-    return {key: units for key, units in found.items() if units}
+    return {key: units for key, units in outliers.items() if units}
 
 
 def protect_units(scores: Scores, outliers: Outliers) -> Scores:
-    """Scores in which an outlier counts for more than all other units of all blocks together, so that it goes last."""
+    """Return scores in which each outlier counts more than all other units together, so that it is removed last."""
     total = sum(float(score_U.sum()) for score_U in scores.values()) or 1.0
     protected = {}
     for key, score_U in scores.items():
@@ -116,7 +115,7 @@ def protect_units(scores: Scores, outliers: Outliers) -> Scores:
 
 
 def _take_tokens(batches: Sequence[Tensor]) -> list[Tensor]:
-    """The first batches that have so many tokens together."""
+    """Take the first batches, until they have `LOOKED_AT` tokens together."""
     taken, tokens = [], 0
     for batch_BT in batches:
         taken.append(batch_BT)

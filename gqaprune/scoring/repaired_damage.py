@@ -1,12 +1,12 @@
-"""Damage after repair: what removing units of one block costs once least squares have made up for what they can.
+"""Measure damage after repair: the divergence that removing units of one block causes after a least-squares refit.
 
-`KL(dense ‖ the block without these units, the others refitted)`, in nats per token of held-out text, with nothing
-else changed. It is one currency for attention and MLP, and it sees what repair can and cannot make up for; units of
-attention go in the order in which the error of the refitted block grows least. Measured at two numbers of removed
-units, and a power of the number between and beyond.
+It is `KL(dense ‖ the block without these units, its other units refitted)`, in nats per token of held-out text, with
+the rest of the model unchanged. So attention and MLPs have the same unit, and damage that repair can undo does not
+count. Units of attention are removed in the order in which the error of the refitted block grows least. Damage is
+measured at two numbers of removed units; for other numbers it is a power law through them.
 
-The decoder is passed once, one layer in memory at a time, by calibration text and, for every block and number, by a
-copy of some held-out text, which waits in the host's memory. No model is cut and none is rebuilt.
+Calibration text runs through the decoder once, with one layer in memory at a time. So does a copy of some held-out text
+for each block and number; copies are kept in the host's memory. The model is not changed.
 
 Axes in tensor names: B samples, T tokens, N tokens of all samples, D hidden width, C columns of an output projection,
 U units.
@@ -36,7 +36,7 @@ from gqaprune.surgery.gram import Gram, Memory
 from gqaprune.surgery.removal import remove_one_by_one, remove_weakest
 
 FITTED_TOKENS = 16_384
-"""Calibration tokens that least squares see here at most; repair sees all."""
+"""Largest number of calibration tokens for least squares here; repair uses all."""
 JUDGED_TOKENS = 2_048
 """Held-out tokens that damage is measured on at most: each copy of them passes all layers after its block."""
 JUDGED_SHARE = 1 / 16
@@ -44,15 +44,15 @@ JUDGED_SHARE = 1 / 16
 JUDGED_PIECE = 512
 """Tokens of a piece that one rank measures."""
 _LEVELS = (0.25, 0.5)
-"""Shares of a block's units that are removed where its damage is measured."""
+"""Shares of a block's units at whose removal damage is measured."""
 _EXPONENTS = (1.0, 3.0)
-"""Powers of the number of removed units that damage may grow with."""
-_LEAST = 1e-6
-"""Nats per token; what is measured below it is noise."""
+"""Smallest and largest exponent of the power law."""
+_NOISE = 1e-6
+"""Damage below this, in nats per token, is noise."""
 
 
 class Cut(NamedTuple):
-    """A block and how many units it loses from each of its groups."""
+    """A block and the number of units that it loses from each of its groups."""
 
     key: BlockKey
     removed: int
@@ -63,11 +63,11 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class RepairedDamage:
-    """Damage of every block, and in which order attention loses its units.
+    """Damage of each block, and the order in which attention loses its units.
 
     Args:
-        points: damage of each cut that was measured, in nats per token.
-        scores: of attention blocks, units that go earlier having lower ones, float64 `[units]`.
+        points: damage of each measured cut, in nats per token.
+        scores: scores of attention blocks, float64 `[units]`; units that are removed earlier have lower scores.
     """
 
     points: dict[Cut, float]
@@ -75,52 +75,56 @@ class RepairedDamage:
 
 
 def choose_levels(units: int, most: int) -> list[int]:
-    """Numbers of removed units at which a block is measured.
+    """Choose the numbers of removed units at which a block is measured.
 
     Args:
-        units: it has, in each of its groups.
-        most: may go.
+        units: units in each of the block's groups.
+        most: largest number of units that may be removed from each group.
     """
     return sorted({max(1, min(most, round(share * units))) for share in _LEVELS}) if most else []
 
 
 Points = list[tuple[int, float]]
-"""Units removed and damage of one or two cuts of a block, ascending."""
+"""Pairs of units removed and damage for one or two cuts of a block, ascending; empty if none was measured."""
 
 
 def predict_damage(points: Points, removed: float) -> float:
-    """Damage of removing a number of units, as a power of it through what was measured."""
+    """Predict the damage of removing a number of units, in nats per token, by a power law through `points`."""
     if not points or not removed:
         return 0.0
-    (first, low), (last, high) = points[0], points[-1]
-    low, high = max(low, _LEAST), max(high, _LEAST)
-    power = math.log(high / low) / math.log(last / first) if last > first else sum(_EXPONENTS) / 2
-    # Through the larger cut, which more is at stake in, where the power is not that of both.
-    return float(high * (removed / last) ** min(max(power, _EXPONENTS[0]), _EXPONENTS[1]))
+    (few, low), (many, high) = points[0], points[-1]
+    low, high = max(low, _NOISE), max(high, _NOISE)
+    power = math.log(high / low) / math.log(many / few) if many > few else sum(_EXPONENTS) / 2
+    # If the exponent is clamped, the law is exact at the larger cut, where errors matter more.
+    return float(high * (removed / many) ** min(max(power, _EXPONENTS[0]), _EXPONENTS[1]))
 
 
 def draw_curves(points: Mapping[BlockKey, Points], most: Mapping[BlockKey, int]) -> dict[BlockKey, list[float]]:
-    """Damage of removing 0, 1, … units of each block, as allocations compare it.
+    """Compute the damage of removing 0, 1, … units of each block, for allocations to compare.
 
-    Units of attention go from few layers: their damage is what is predicted. Channels go from every layer, and what
-    goes together costs more than each by itself: MLPs are told apart half as much as they were measured to differ, on
-    a logarithmic scale, and their damage grows with the square of the number, which spreads it.
+    Attention loses units in few layers, so the predicted damage is used. Channels are removed from every layer, and
+    removing them together does more damage than the sum of their parts. To spread them, each MLP's damage is moved
+    halfway, on a logarithmic scale, to the mean of all MLPs, and grows with the square of the number of channels.
 
     Args:
-        points: of each block.
-        most: units that may go.
+        points: measured points of each block.
+        most: largest number of units that may be removed from each block.
+
+    Returns:
+        For each block, damage in nats per token at 0 to `most` removed units.
     """
-    logs = [math.log(max(own[-1][1], _LEAST)) for key, own in points.items() if own and key.kind == "mlp"]
+    largest = [measured[-1][1] for key, measured in points.items() if measured and key.kind == "mlp"]
+    logs = [math.log(max(damage, _NOISE)) for damage in largest]
     mean = sum(logs) / max(1, len(logs))
     curves = {}
-    for key, own in points.items():
+    for key, measured in points.items():
         numbers = range(most[key] + 1)
-        if key.kind == "mlp" and own:
-            last, high = own[-1]
-            shared = math.exp((math.log(max(high, _LEAST)) + mean) / 2)
-            curves[key] = [shared * (removed / last) ** 2 for removed in numbers]
+        if key.kind == "mlp" and measured:
+            many, high = measured[-1]
+            damage = math.exp((math.log(max(high, _NOISE)) + mean) / 2)
+            curves[key] = [damage * (removed / many) ** 2 for removed in numbers]
         else:
-            curves[key] = [predict_damage(own, removed) for removed in numbers]
+            curves[key] = [predict_damage(measured, removed) for removed in numbers]
     return curves
 
 
@@ -136,28 +140,29 @@ def measure_repaired_damage(
     *,
     refits: bool = True,
 ) -> RepairedDamage:
-    """Measure what removing units of one block at a time costs after repair.
+    """Measure the damage after repair of removing units of one block at a time.
 
     Args:
-        model: the causal LM; it is left as it was.
+        model: the causal LM, which is not changed.
         blocks: blocks to measure.
-        scores: score of every unit; channels go from the lowest on.
-        protected: units that go last, by block.
+        scores: score of every unit; channels with the lowest scores are removed first.
+        protected: units to remove last, by block.
         levels: numbers of units to remove from each of a block's groups, ascending.
-        batches: calibration token ids, each `[batch, tokens]`, the same list on every rank.
-        held_out: indexes of the batches to judge on; the first batches on both sides are read.
-        refits: whether least squares refit what is kept; else the damage is that of the cut.
+        batches: calibration token ids, each `[batch, tokens]`, the same list on every rank. Of those to fit on and of
+            the held-out ones, only the first are read.
+        held_out: indexes of the batches to judge on.
+        refits: whether the kept columns are refitted by least squares. If not, damage is that of the cut alone.
 
     Raises:
-        ValueError: if an activation or a divergence is not finite, with its place.
+        ValueError: if an activation or a divergence is not finite, naming the block.
     """
     judged = choose_judged(batches, held_out)
     fitted = _take_tokens([batch for i, batch in enumerate(batches) if i not in held_out] or batches, FITTED_TOKENS)
     rank, world_size = get_rank_and_world_size()
-    of_layer: dict[int, list[Block]] = {}
+    measured: dict[int, list[Block]] = {}
     for block in blocks:
         if levels[block.key]:
-            of_layer.setdefault(block.key.layer, []).append(block)
+            measured.setdefault(block.key.layer, []).append(block)
     order: dict[BlockKey, list[int]] = {}
     copies: dict[Cut, list[Tensor]] = {}
     with freeze_parameters(model), torch.no_grad():
@@ -167,17 +172,17 @@ def measure_repaired_damage(
             for hidden in copies.values():
                 for index, stream in enumerate(dense):
                     hidden[index] = run_copy(model, layer, stream, hidden[index])
-            own = of_layer.get(layer, [])
-            fit_streams = streams if layer <= max(of_layer, default=-1) else ()
-            grams, outputs_BTD = _measure_grams(model, layer, own, scores, fit_streams)
-            _move(fit_streams, outputs_BTD)
-            attention = [block for block in own if block.key.kind == "attention"]
+            layer_blocks = measured.get(layer, [])
+            fit_streams = streams if layer <= max(measured, default=-1) else ()
+            grams, outputs_BTD = _measure_grams(model, layer, layer_blocks, scores, fit_streams)
+            _advance(fit_streams, outputs_BTD)
+            attention = [block for block in layer_blocks if block.key.kind == "attention"]
             judged_grams, outputs_BTD = _measure_grams(model, layer, attention, scores, dense)
-            for block in own:
-                lost = _find_lost(block, grams, judged_grams, scores, protected, levels, order, refits)
-                for removed, loss_DC in zip(levels[block.key], lost, strict=True):
-                    copies[Cut(block.key, removed)] = _run_without(model, block, loss_DC, dense)
-            _move(dense, outputs_BTD)
+            for block in layer_blocks:
+                errors_DC = _predict_errors(block, grams, judged_grams, scores, protected, levels, order, refits)
+                for removed, error_DC in zip(levels[block.key], errors_DC, strict=True):
+                    copies[Cut(block.key, removed)] = _run_with_error(model, block, error_DC, dense)
+            _advance(dense, outputs_BTD)
         points = measure_divergences(model, dense, copies)
     return RepairedDamage(
         points, {block.key: _score_order(block, order[block.key]) for block in blocks if block.key in order}
@@ -211,7 +216,7 @@ def _take_tokens(batches: Sequence[Tensor], most: int) -> list[Tensor]:
 
 
 def _order_channels(block: Block, score_U: Tensor) -> Tensor:
-    """The most important channel first; of equals the first."""
+    """Order channels from most to least important; of equal ones, the first comes first."""
     return torch.argsort(score_U, descending=True, stable=True).to(block.output.weight.device)
 
 
@@ -222,19 +227,22 @@ def _measure_grams(
     scores: Scores,
     streams: Sequence[Stream],
 ) -> tuple[dict[BlockKey, Gram], list[Tensor]]:
-    """Gram matrices of blocks' inputs on streams, all ranks', and what the layer makes of this rank's, `[B, T, D]`.
+    """Run streams through a layer and measure Gram matrices of the inputs of its blocks' output projections.
 
-    Channels are in the order of their importance. Where a norm follows, every token counts by its relative error.
+    Channels are ordered by importance. If the model normalises a block's output, tokens count by relative error.
 
     Args:
         model: the causal LM.
-        layer: the blocks'.
-        blocks: some of the layer.
-        scores: of all units.
-        streams: this rank's.
+        layer: the layer to run.
+        blocks: blocks of this layer to measure.
+        scores: scores of all units.
+        streams: this rank's streams, at the layer's input.
+
+    Returns:
+        The Gram matrices, summed over all ranks, and the layer's output for each stream, `[B, T, D]`.
 
     Raises:
-        ValueError: if one is not finite, with the block.
+        ValueError: if a Gram matrix is not finite, naming the block.
     """
     memory, norms = Memory(next(model.parameters()).device), get_family(model.config).output_norms
     grams = {block.key: Gram(block.output.in_features, memory) for block in blocks}
@@ -260,12 +268,12 @@ def _measure_grams(
     return grams, outputs_BTD
 
 
-def _move(streams: Sequence[Stream], outputs_BTD: Sequence[Tensor]) -> None:
+def _advance(streams: Sequence[Stream], outputs_BTD: Sequence[Tensor]) -> None:
     for stream, output_BTD in zip(streams, outputs_BTD, strict=True):
         stream.hidden_BTD = output_BTD
 
 
-def _find_lost(
+def _predict_errors(
     block: Block,
     grams: Mapping[BlockKey, Gram],
     judged: Mapping[BlockKey, Gram],
@@ -275,24 +283,25 @@ def _find_lost(
     order: dict[BlockKey, list[int]],
     refits: bool,
 ) -> list[Tensor]:
-    """What a block loses at each level, the same on every rank; of attention, note the order of its units."""
+    """Compute the error matrix E of each level, `[D, C]`; for attention, also add the order of its units to `order`."""
     key = block.key
     if key.kind == "mlp":
         return remove_weakest(block, grams[key], _order_channels(block, scores[key]), levels[key], refits=refits)
-    lost, own = remove_one_by_one(block, grams[key], judged[key], protected.get(key, set()), levels[key], refits=refits)
+    outliers = protected.get(key, set())
+    errors_DC, removal_order = remove_one_by_one(block, grams[key], judged[key], outliers, levels[key], refits=refits)
     rank, _ = get_rank_and_world_size()
-    first = torch.tensor(own, dtype=torch.float64, device=block.output.weight.device) * (rank == 0)
-    order[key] = [int(unit) for unit in sum_across_ranks({key: first})[key].tolist()]
-    return lost
+    order_U = torch.tensor(removal_order, dtype=torch.float64, device=block.output.weight.device) * (rank == 0)
+    order[key] = [int(unit) for unit in sum_across_ranks({key: order_U})[key].tolist()]  # rank 0's on every rank
+    return errors_DC
 
 
-def _run_without(model: PreTrainedModel, block: Block, loss_DC: Tensor, streams: Sequence[Stream]) -> list[Tensor]:
-    """Output of the block's layer for each stream, in the host's memory, if the block loses something."""
+def _run_with_error(model: PreTrainedModel, block: Block, error_DC: Tensor, streams: Sequence[Stream]) -> list[Tensor]:
+    """Run the block's layer on streams with `W − E` as the block's output projection; return outputs on the CPU."""
 
-    def lose(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output - nn.functional.linear(inputs[0], loss_DC)
+    def subtract_error(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output - nn.functional.linear(inputs[0], error_DC)
 
-    handle = block.output.register_forward_hook(lose)
+    handle = block.output.register_forward_hook(subtract_error)
     try:
         return [run_layer(model, block.key.layer, stream).cpu() for stream in streams]
     finally:
@@ -300,7 +309,7 @@ def _run_without(model: PreTrainedModel, block: Block, loss_DC: Tensor, streams:
 
 
 def _score_order(block: Block, order: Sequence[int]) -> Tensor:
-    """Scores by which a block's units go in an order, those of several groups together."""
+    """Make scores that remove a block's units in `order`, one unit of every group at a time."""
     score_U = torch.zeros(block.units, dtype=torch.float64)
     for number, unit in enumerate(order):
         score_U[unit] = number // block.groups + 1

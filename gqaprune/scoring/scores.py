@@ -1,7 +1,7 @@
-"""Score units: one number per unit, from the criterion of the caller's choice.
+"""Score units: one number per unit, by the criterion of the caller's choice.
 
-`CRITERIA` names every criterion; each is a class in `criteria/`. Scores are non-negative, higher is more
-important. Blocks compare as they are or relative to their own mean, and any two criteria may be combined.
+`CRITERIA` names all criteria; each is a class in `criteria/`. Scores are non-negative; higher means more important.
+They can be normalised by block, and any two criteria can be combined.
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,24 +65,28 @@ def score_units(
 ) -> Scores:
     """Score the units of blocks on calibration batches.
 
-    A criterion of activations watches the pass that another one makes, and makes one itself only for what it could not
-    see there.
+    Criteria that read only activations record them in another criterion's pass if there is one, and run a forward pass
+    only for the layers that they could not watch.
 
-    In a process group each rank takes whole accumulations and the sums are reduced once, so that the scores are
-    those of one process on the same batches.
+    In a process group each rank takes whole accumulations and the sums are reduced once, so the scores are those of one
+    process on the same batches.
 
     Args:
-        model: the dense causal LM; it is left as it was.
+        model: the dense causal LM, which is not changed.
         blocks: blocks to score.
-        calibration: the text, or its batches alone; criteria that read no text ignore it.
-        criterion: a name in `CRITERIA`, or two joined by `+`: the geometric mean of both, each normalised first.
-        scoring: what shapes the scores; the defaults leave the criterion as it is.
-        stages: of a run with this model and this text, where each criterion's scores are kept.
-        watchers: further criteria for the same blocks, on text that begins this one, that are to watch, too.
+        calibration: the text or only its batches; ignored by criteria that read no text.
+        criterion: a name in `CRITERIA`, or two joined by `+` for their geometric mean, each normalised first.
+        scoring: further settings of the scores; the defaults do not modify the criterion.
+        stages: stages of a run with this model and this text, which keep the scores of each criterion.
+        watchers: further criteria that watch the same pass. They need the same blocks, and text that this text begins
+            with.
+
+    Returns:
+        Scores of all units by block, float64 `[units]` on the CPU.
 
     Raises:
-        ValueError: if a criterion is unknown or has no text to read; if a loss, an activation or a score is NaN or
-            infinite, with its place.
+        ValueError: if a criterion is unknown or needs text and has none; or if a loss, an activation or a score is NaN
+            or infinite, naming the batch or the block.
     """
     calibration = CalibrationSet.wrap(calibration)
     scoring, stages = scoring or ScoringConfig(), stages or StageCache()
@@ -90,17 +94,18 @@ def score_units(
     _check_text(names, calibration)
     inputs = {name: _list_inputs(name, blocks, calibration, scoring) for name in names}
     titles = {name: f"scores of {name}" for name in names}
-    are_there = [name for name in titles if stages.find([titles[name]], inputs[name], titles[name])]
-    results = {name: stages.read(titles[name]) for name in are_there}
-    left = {
+    finished = [name for name in titles if stages.find([titles[name]], inputs[name], titles[name])]
+    results = {name: stages.read(titles[name]) for name in finished}
+    pending = {
         name: CRITERIA[name](ScoringRun(model, blocks, calibration, f"calibration: {name}"), scoring)
-        for name in sorted(inputs, key=lambda name: issubclass(CRITERIA[name], ActivationCriterion))  # who watch, last
+        # Criteria that can watch come last.
+        for name in sorted(inputs, key=lambda name: issubclass(CRITERIA[name], ActivationCriterion))
         if name not in results
     }
-    for name in list(left):
-        member = left.pop(name)
-        others = [other for other in left.values() if isinstance(other, ActivationCriterion)]
-        results[name] = _score(member, [*others, *watchers])
+    for name in list(pending):
+        current = pending.pop(name)
+        later = [member for member in pending.values() if isinstance(member, ActivationCriterion)]
+        results[name] = _score(current, [*later, *watchers])
         stages.write(titles[name], inputs[name], results[name])
     scored = [
         normalize_scores({block.key: results[name].tensors[str(block.key)] for block in blocks}, scoring.normalization)
@@ -112,14 +117,17 @@ def score_units(
 def _check_text(names: Sequence[str], calibration: CalibrationSet) -> None:
     for name in names:
         if CRITERIA[name].needs_data and not calibration.batches:
-            free = ", ".join(other for other, member in CRITERIA.items() if not member.needs_data)
-            raise ValueError(f"criterion {name} needs at least one calibration batch, got none; {free} need no text")
+            without_text = ", ".join(other for other, member in CRITERIA.items() if not member.needs_data)
+            raise ValueError(
+                f"criterion {name} needs at least one calibration batch, got none; "
+                f"criteria that need no text: {without_text}"
+            )
 
 
 def _list_inputs(
     name: str, blocks: Sequence[Block], calibration: CalibrationSet, scoring: ScoringConfig
 ) -> dict[str, Any]:
-    """What the scores of a criterion depend on, besides model and text."""
+    """List what the scores of a criterion depend on, besides model and text."""
     inputs = {"blocks": [[*block.key, block.units] for block in blocks], "accumulation": calibration.accumulation}
     inputs |= {setting: getattr(scoring, setting) for setting in CRITERIA[name].uses}
     return inputs | ({"seed": calibration.seed} if CRITERIA[name].uses_seed else {})
@@ -135,51 +143,51 @@ def _score(criterion: Criterion, watchers: Sequence[ActivationCriterion[Any]]) -
 
 
 def parse_criterion(text: str) -> list[str]:
-    """The criteria that a setting names: `fisher` is one, `fisher+obs` is two.
+    """Split a setting into names of criteria: one, as in `fisher`, or two, as in `fisher+obs`.
 
     Raises:
-        ValueError: if one is unknown, or there are more than two.
+        ValueError: if a name is unknown, or there are more than two.
     """
     names = text.split("+")
     if len(names) > 2 or not all(name in CRITERIA for name in names):
-        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, or two of them joined by +, got {text!r}")
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)} or two of them joined by +, got {text!r}")
     return names
 
 
 def needs_data(criterion: str) -> bool:
-    """Whether a scoring reads calibration batches."""
+    """Whether a criterion, or one of two joined by `+`, reads calibration batches."""
     return any(CRITERIA[name].needs_data for name in parse_criterion(criterion))
 
 
 def normalize_scores(scores: Scores, normalization: str) -> Scores:
-    """Divide each block's scores by their own mean, sum or max, so that blocks compare by shares; all zeros stay so."""
+    """Divide each block's scores by their mean, sum or maximum, so that blocks can be compared; zeros stay zeros."""
     smallest = torch.finfo(torch.float64).tiny
     divisor = NORMALIZATIONS[normalization]
     return {key: score_U / divisor(score_U).clamp_min(smallest) for key, score_U in scores.items()}
 
 
 def combine_scores(first: Scores, second: Scores) -> Scores:
-    """Geometric mean of two criteria, unit by unit: important is what both say is."""
+    """Combine two criteria by their geometric mean: units are important if both say so."""
     return {key: first[key].sqrt() * second[key].sqrt() for key in first}
 
 
 def check_finite_scores(scores: Scores) -> None:
-    """Refuse scores that would make the choice of units arbitrary.
+    """Refuse scores that are not finite, with which the choice of units would be arbitrary.
 
     Raises:
         ValueError: naming the first block with a NaN or infinite score.
     """
     for key, score_U in scores.items():
-        bad = (~torch.isfinite(score_U)).nonzero().flatten().tolist()
-        if bad:
+        invalid = (~torch.isfinite(score_U)).nonzero().flatten().tolist()
+        if invalid:
             raise ValueError(
-                f"{key}: {len(bad)} of {len(score_U)} scores are NaN or infinite (first: unit {bad[0]}); "
+                f"{key}: {len(invalid)} of {len(score_U)} scores are NaN or infinite (first: unit {invalid[0]}); "
                 "load the model with dtype bfloat16 or float32"
             )
 
 
 def check_finite_weights(model: PreTrainedModel) -> None:
-    """Refuse a model whose weights hold NaN or inf.
+    """Refuse a model whose weights contain NaN or infinite values.
 
     Raises:
         ValueError: naming the first such parameter and its layer.
@@ -187,6 +195,6 @@ def check_finite_weights(model: PreTrainedModel) -> None:
     for name, parameter in find_store(model).named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise ValueError(
-                f"weights of {name_parameter_place(name)} hold NaN or inf: the checkpoint is broken or was saved in "
-                "a type too narrow for it; load it again in bfloat16 or float32"
+                f"weights of {name_parameter_place(name)} contain NaN or infinite values: the checkpoint is damaged, "
+                "or was saved in a dtype that overflows; use a checkpoint in bfloat16 or float32"
             )

@@ -1,7 +1,7 @@
-"""Sensitivity: how much the model suffers without a layer or block, measured once, saved, and used again.
+"""Sensitivity: the importance of each layer or block to the model. It is measured once and can be saved and reused.
 
-Every measure is a member of `SENSITIVITIES` and gives one importance per block, higher is more important; measures of
-whole layers give both blocks of a layer the same. Axes in tensor names: B samples, T tokens, D hidden width.
+Each measure in `SENSITIVITIES` returns one importance per block; higher means more important. Measures of whole layers
+give both blocks of a layer the same. Axes in tensor names: B samples, T tokens, D hidden width.
 """
 
 import json
@@ -38,16 +38,16 @@ Importance = dict[BlockKey, float]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a sensitivity comes from: two of one origin are equal.
+    """What a sensitivity was measured on. Sensitivities of equal origin are equal.
 
     Args:
         method: a name in `SENSITIVITIES`.
         model: name or folder of the model.
-        geometry: its shapes.
+        geometry: shapes of the model.
         corpora: calibration corpora.
-        windows: calibration windows.
-        window: tokens of each.
-        seed: seed that chose them.
+        windows: number of calibration windows.
+        window: tokens per window.
+        seed: seed by which windows were chosen.
         weights: hash of the model's weights.
         text: hash of the calibration tokens.
     """
@@ -63,12 +63,12 @@ class Origin:
     text: str
 
     def difference(self, other: "Origin") -> str | None:
-        """Say in words where two origins differ first, whatever their model's name; None where they do not."""
+        """Describe the first difference between two origins, ignoring the model's name; None if there is none."""
         if self.method == other.method and (difference := self.geometry.difference(other.geometry)):
             return difference
         for field in fields(self):
             if field.name == "model":
-                continue  # its weights are compared
+                continue  # the weights are compared instead
             value, other_value = getattr(self, field.name), getattr(other, field.name)
             if value != other_value:
                 return f"{field.name} {value!r} against {other_value!r}"
@@ -77,27 +77,27 @@ class Origin:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The importance of blocks, and where it comes from."""
+    """The importance of blocks, and what it was measured on."""
 
     origin: Origin
     importance: Importance
 
     def check_fits(self, origin: Origin, blocks: Sequence[Block]) -> None:
-        """Refuse a sensitivity that is not of this run's model, method and calibration, or lacks a block.
+        """Refuse a sensitivity of another model, method or calibration than this run's, or one that lacks a block.
 
         Raises:
             ValueError: naming the first difference.
         """
         if difference := self.origin.difference(origin):
             raise ValueError(
-                f"the saved sensitivity is of another run (saved against this one): {difference}; set what it was "
-                "measured with, or another path to measure again"
+                f"the saved sensitivity is of another run: {difference} (saved against this run); use the settings "
+                "that it was measured with, or set another sensitivity.path to measure again"
             )
         if missing := [str(block.key) for block in blocks if block.key not in self.importance]:
-            raise ValueError(f"the saved sensitivity lacks {missing[0]}: set another path to measure again")
+            raise ValueError(f"the saved sensitivity lacks {missing[0]}; set another sensitivity.path to measure again")
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON, whole or not at all."""
+        """Write as JSON, atomically."""
         importance = [{"layer": key.layer, "kind": key.kind, "value": value} for key, value in self.importance.items()]
         data = {"format": FORMAT, **asdict(self.origin), "importance": importance}
         path = Path(path)
@@ -109,7 +109,7 @@ class Sensitivity:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: if the file is missing or is no sensitivity.
+            ValueError: if the file is missing or is not a sensitivity.
         """
         data = read_json(path, "sensitivity")
         try:
@@ -134,7 +134,7 @@ class Sensitivity:
         )
         entries = data["importance"]
         if any(entry["kind"] not in ("attention", "mlp") for entry in entries):
-            raise ValueError("a block is attention or mlp")
+            raise ValueError("kind must be attention or mlp")
         return cls(origin, {BlockKey(int(entry["layer"]), entry["kind"]): float(entry["value"]) for entry in entries})
 
 
@@ -146,20 +146,20 @@ def measure_sensitivity(
     method: str,
     path: str | Path | None = None,
 ) -> Sensitivity:
-    """Read the sensitivity at a path if there is one, else measure it and save it there.
+    """Load the sensitivity at `path` if it exists; otherwise measure it and save it there.
 
-    In a process group rank 0 writes, and where the file is missing on any rank all of them measure.
+    In a process group rank 0 writes. If the file is missing on any rank, all ranks measure.
 
     Args:
         model: the dense causal LM.
         blocks: blocks to measure.
         calibration: the text, and where it comes from.
         method: a name in `SENSITIVITIES`.
-        path: the JSON file; null measures without saving.
+        path: the JSON file; None measures without saving.
 
     Raises:
-        ValueError: if the saved sensitivity is of another run, the path cannot be written, or a measure is not finite,
-            with its place.
+        ValueError: if the saved sensitivity is of another run, `path` cannot be written, or a value is not finite,
+            naming the block and the batch.
     """
     batches = calibration.batches
     windows, window = sum(len(batch) for batch in batches), max(batch.shape[1] for batch in batches)
@@ -180,9 +180,9 @@ def measure_sensitivity(
 
 
 def measure_removal(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Importance:
-    """Rise of the mean loss, in nats per token, when a whole decoder layer is skipped.
+    """Measure how much the mean loss rises, in nats per token, when a whole decoder layer is skipped.
 
-    Layers before the skipped one are not computed again; the inputs of all layers are held for one batch at a time.
+    Layers before the skipped one are not computed again. Memory holds the inputs of all layers for one batch.
     """
 
     def measure(batch_BT: Tensor) -> Importance:
@@ -196,7 +196,7 @@ def measure_removal(model: PreTrainedModel, blocks: Sequence[Block], batches: Se
 
 
 def measure_block_removal(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Importance:
-    """Rise of the mean loss, in nats per token, when a block adds nothing to the residual stream."""
+    """Measure how much the mean loss rises, in nats per token, when a block adds nothing to the residual stream."""
 
     def measure(batch_BT: Tensor) -> Importance:
         inputs_BTD = record_layer_inputs(model, batch_BT)
@@ -215,7 +215,7 @@ def measure_block_removal(model: PreTrainedModel, blocks: Sequence[Block], batch
 
 
 def measure_activation(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Importance:
-    """Mean over tokens of `‖what a block adds‖ / ‖the residual stream it adds to‖`; an MLP with experts beside it."""
+    """Measure `‖block output‖ / ‖residual stream before it‖`, mean over tokens; an MLP includes experts beside it."""
 
     def measure(batch_BT: Tensor) -> Importance:
         with _record_outputs({block.key: find_adder(model, block) for block in blocks}) as outputs_BTD:
@@ -223,7 +223,7 @@ def measure_activation(model: PreTrainedModel, blocks: Sequence[Block], batches:
         ratios = {}
         for key, output_BTD in outputs_BTD.items():
             output_BTD = compute_addition(model, key, output_BTD)
-            # What the MLP adds to is the layer's output without it.
+            # The residual stream before the MLP is the layer's output minus the MLP's.
             stream_BTD = inputs_BTD[key.layer] if key.kind == "attention" else inputs_BTD[key.layer + 1] - output_BTD
             ratios[key] = float((output_BTD.double().norm(dim=-1) / stream_BTD.double().norm(dim=-1)).mean())
         return ratios
@@ -232,7 +232,7 @@ def measure_activation(model: PreTrainedModel, blocks: Sequence[Block], batches:
 
 
 def measure_block_influence(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Importance:
-    """Mean over tokens of `1 - cos(layer input, layer output)`. Source: ShortGPT, arXiv 2403.03853, eq. 1."""
+    """Measure `1 - cos(layer input, layer output)`, mean over tokens. Source: ShortGPT, arXiv 2403.03853, eq. 1."""
 
     def measure(batch_BT: Tensor) -> Importance:
         inputs_BTD = record_layer_inputs(model, batch_BT)
@@ -251,12 +251,12 @@ SENSITIVITIES: Mapping[str, Callable[[PreTrainedModel, Sequence[Block], Sequence
     "activation": measure_activation,
     "block_influence": measure_block_influence,
 }
-"""Name -> measure of (model, blocks, batches): importance of every block. ValueError if one is not finite."""
+"""Name -> function of (model, blocks, batches) to the importance of each block; ValueError if one is not finite."""
 
 
 @contextmanager
 def _record_outputs(adders: Mapping[BlockKey, nn.Module]) -> Iterator[dict[BlockKey, Tensor]]:
-    """What each module gives in the context's last forward, `[batch, tokens, width]`."""
+    """Record each module's output in the last forward within the context, `[batch, tokens, width]`."""
     outputs_BTD: dict[BlockKey, Tensor] = {}
 
     def record(key: BlockKey, output_BTD: Tensor) -> None:
@@ -270,7 +270,7 @@ def _record_outputs(adders: Mapping[BlockKey, nn.Module]) -> Iterator[dict[Block
 
 
 def _measure_loss(model: PreTrainedModel, layer: int, hidden_BTD: Tensor, batch_BT: Tensor) -> float:
-    """Mean loss in nats per token of a forward that enters decoder layer `layer` with hidden states."""
+    """Measure the mean loss in nats per token of a forward that starts at decoder layer `layer` with hidden states."""
     with resume_at(model, layer, hidden_BTD):
         losses_B, tokens_B = measure_losses(model, batch_BT, batch_BT)
     return float(losses_B.double().sum() / tokens_B.sum())

@@ -100,6 +100,8 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e6
     save(model, make_tokenizer(), tmp_path / "model")
-    with pytest.raises(ValueError, match=r"weights of layer 1 \(model.layers.1.mlp.up_proj.weight\) hold NaN or inf"):
+    with pytest.raises(
+        ValueError, match=r"weights of layer 1 \(model.layers.1.mlp.up_proj.weight\) contain NaN or infinite"
+    ):
         export(str(tmp_path / "model"), str(tmp_path / "out"), dtype="float16")
     assert not (tmp_path / "out").exists()

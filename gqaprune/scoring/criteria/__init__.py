@@ -1,1 +1,1 @@
-"""Criteria by what they look at: gates, weight gradients, activations, weights alone."""
+"""Criteria, by what they read: gates, weight gradients, activations, or only weights."""

@@ -1,6 +1,6 @@
-"""Criteria from the inputs of a block's output projection: forward passes only, one layer at a time.
+"""Criteria that read the inputs of a block's output projection: forward passes only, one layer at a time.
 
-Where another criterion passes the same text through the same model, they watch its pass instead (`watch`).
+If another criterion runs the same text through the same model, they can record these inputs there instead (`watch`).
 
 Axes in tensor names: N tokens, C input columns of the output projection, U units, c columns of one unit, O rows.
 """
@@ -29,7 +29,7 @@ Sums = dict[str, Tensor]
 
 
 class ActivationCriterion(Criterion, Generic[T]):
-    """Adds up statistics `T` of a block's units over the tokens, and scores the units from them."""
+    """Sums statistics `T` of a block's units over all tokens, and scores the units from them."""
 
     goes_by_layer = True
 
@@ -42,38 +42,38 @@ class ActivationCriterion(Criterion, Generic[T]):
 
     @abstractmethod
     def start(self, block: Block, memory: Memory) -> T:
-        """Statistics of no tokens; `memory` keeps what is as large as a matrix."""
+        """Create statistics of no tokens; allocate matrices in `memory`."""
 
     @abstractmethod
     def add(self, statistics: T, x_NC: Tensor) -> None:
-        """Add float32 inputs to them."""
+        """Add float32 inputs to the statistics."""
 
     @abstractmethod
     def add_ranks(self, statistics: T) -> bool:
-        """Add what all ranks saw to them; whether all of them are finite."""
+        """Sum the statistics over all ranks; return whether they are finite."""
 
     @abstractmethod
     def rate(self, block: Block, statistics: T) -> Tensor:
-        """Scores of a block's units from the statistics of all tokens, which it may overwrite, float64 `[units]`."""
+        """Score a block's units from the statistics of all tokens, float64 `[units]`; may overwrite the statistics."""
 
     def count_bytes(self, block: Block) -> int:
-        """Bytes of a block's statistics that count beside activations."""
+        """Count the bytes of a block's statistics, if they are not negligible beside activations."""
         return 0
 
     @property
     def passes_tokens_once(self) -> bool:
-        """Yes, unless it has watched another pass, and so leaves layers out."""
+        """Whether no other pass was watched, because layers are then left out."""
         return not self._watched
 
     @contextmanager
     def watch(self, criterion: Criterion) -> Iterator[None]:
-        """Add up statistics in the pass of another criterion, where that has one, of the last layers there is room for.
+        """Sum statistics during the pass of another criterion, if it has one, for as many last layers as fit in memory.
 
-        `score` then makes no pass for these, and goes through the others alone. Where the statistics are large, this is
-        a matter of memory: they are kept of all these layers at once.
+        `score` then runs only the other layers. The statistics of all watched layers are in memory at once.
 
         Args:
-            criterion: of the same blocks, on text that begins with this one's; its `score` runs within the context.
+            criterion: criterion of the same blocks, on text that begins with this one's. Its `score` must run within
+                the context.
         """
         if self._watched or not criterion.passes_tokens_once:
             yield
@@ -81,12 +81,12 @@ class ActivationCriterion(Criterion, Generic[T]):
         memory, calibration = Memory(self.run.device), self.run.calibration
         blocks = self._choose_blocks_to_watch(find_room(self.run.device, criterion.count_kept_bytes()))
         totals = {block.key: self.start(block, memory) for block in blocks}
-        left = dict.fromkeys(totals, sum(calibration.batches[index].numel() for index in calibration.own_batches))
+        remaining = dict.fromkeys(totals, sum(calibration.batches[index].numel() for index in calibration.own_batches))
 
         @torch.no_grad()
         def add(key: BlockKey, x_NC: Tensor) -> None:
-            x_NC = x_NC[: left[key]]
-            left[key] -= len(x_NC)
+            x_NC = x_NC[: remaining[key]]
+            remaining[key] -= len(x_NC)
             if len(x_NC):
                 self.add(totals[key], x_NC.float())
 
@@ -95,7 +95,7 @@ class ActivationCriterion(Criterion, Generic[T]):
         self._watched = totals
 
     def _choose_blocks_to_watch(self, room: int) -> list[Block]:
-        """Blocks of the last layers whose statistics fit into some bytes, the same on every rank."""
+        """Choose the blocks of the last layers whose statistics fit in `room` bytes, the same on every rank."""
         room = -reduce_to_largest(torch.tensor([-room], device=self.run.device))[0]
         chosen = []
         for _, blocks in sorted(self._blocks.items(), reverse=True):
@@ -107,7 +107,7 @@ class ActivationCriterion(Criterion, Generic[T]):
 
     @torch.no_grad()
     def score(self) -> Scores:
-        """Go through the dense model, each rank with its own batches, as far as nothing was watched."""
+        """Run each rank's batches through the layers that were not watched, and score all units."""
         run, calibration = self.run, self.run.calibration
         scores: Scores = {}
         watched = sorted({key.layer for key in self._watched})
@@ -115,7 +115,7 @@ class ActivationCriterion(Criterion, Generic[T]):
         pieces = [piece_BT for index in calibration.own_batches for piece_BT in cut_pieces(calibration.batches[index])]
         with freeze_parameters(run.model):
             streams = embed_batches(run.model, pieces if passed else [])
-            layers = track([*watched, *passed], run.name, "layers")  # what is kept is done with first
+            layers = track([*watched, *passed], run.name, "layers")  # watched layers first, to free their statistics
             for layer in find_store(run.model).hold_each(layers):
                 blocks = self._blocks.get(layer, [])
                 statistics = self._measure_layer(layer, blocks, streams) if layer in passed else self._watched
@@ -127,13 +127,13 @@ class ActivationCriterion(Criterion, Generic[T]):
                             "activations overflow; load the model with dtype bfloat16 or float32"
                         )
                     scores[block.key] = self.rate(block, total)
-        # All ranks rate the same sums; the first one's scores count, so that not a bit differs.
+        # All ranks rate the same sums. Rank 0's scores are used everywhere, so that every bit is the same.
         rank, _ = get_rank_and_world_size()
         scores = sum_across_ranks({key: score * (rank == 0) for key, score in scores.items()})
         return {block.key: scores[block.key].cpu() for block in run.blocks}
 
     def _measure_layer(self, layer: int, blocks: list[Block], streams: list[Stream]) -> dict[BlockKey, T]:
-        """Statistics of a layer's blocks on this rank's streams, which move on to the next layer."""
+        """Sum statistics of a layer's blocks while this rank's streams run through it."""
         memory = Memory(self.run.device)
         totals = {block.key: self.start(block, memory) for block in blocks}
 
@@ -147,23 +147,23 @@ class ActivationCriterion(Criterion, Generic[T]):
 
 
 class SumsCriterion(ActivationCriterion[Sums]):
-    """Statistics that are a few numbers for each column."""
+    """A criterion whose statistics are a few numbers per column."""
 
     @abstractmethod
     def measure(self, x_NC: Tensor) -> Sums:
-        """Sums over some inputs; those of no tokens are zeros of the right shapes."""
+        """Compute sums over some inputs; for no tokens, zeros of the right shapes."""
 
     def start(self, block: Block, memory: Memory) -> Sums:
-        """Zeros."""
+        """Return zeros."""
         return self.measure(torch.zeros(0, block.output.in_features, device=memory.device))
 
     def add(self, statistics: Sums, x_NC: Tensor) -> None:
-        """Each to its own."""
+        """Add each sum."""
         for name, value in self.measure(x_NC).items():
             statistics[name] += value
 
     def add_ranks(self, statistics: Sums) -> bool:
-        """All of them in one reduction."""
+        """Sum all statistics in one reduction."""
         statistics.update(sum_across_ranks(statistics))
         return all(bool(value.isfinite().all()) for value in statistics.values())
 
@@ -176,23 +176,23 @@ class Wanda(SumsCriterion):
     """
 
     def measure(self, x_NC: Tensor) -> Sums:
-        """Sum of squares."""
+        """Sum the squares."""
         return {"squares_C": x_NC.square().sum(0, dtype=torch.float64)}
 
     def rate(self, block: Block, statistics: Sums) -> Tensor:
-        """Norms times column sums."""
+        """Multiply norms by column sums."""
         weights_C = block.output.weight.float().abs().sum(0, dtype=torch.float64)
         return _sum_units(block, statistics["squares_C"].sqrt() * weights_C)
 
 
 class WeightedVariance(SumsCriterion):
-    """`Σ_{c∈u} Var(x_c) · ‖W_:c‖²`: FLAP's fluctuation (WIFV), what a constant cannot stand in for.
+    """`Σ_{c∈u} Var(x_c) · ‖W_:c‖²`: FLAP's fluctuation (WIFV), the part of the output that no bias can replace.
 
     The sample variance over all tokens. Unit: of the block's output, squared. Source: An et al. 2023, arXiv 2312.11983.
     """
 
     def measure(self, x_NC: Tensor) -> Sums:
-        """Number, sum and sum of squares."""
+        """Count tokens, and sum inputs and their squares."""
         return {
             "tokens": x_NC.new_tensor(len(x_NC), dtype=torch.float64),
             "sum_C": x_NC.sum(0, dtype=torch.float64),
@@ -200,7 +200,7 @@ class WeightedVariance(SumsCriterion):
         }
 
     def rate(self, block: Block, statistics: Sums) -> Tensor:
-        """Variances times squared column norms."""
+        """Multiply variances by squared column norms."""
         tokens, sum_C = statistics["tokens"], statistics["sum_C"]
         variance_C = (statistics["squares_C"] - sum_C.square() / tokens).clamp_min(0) / (tokens - 1).clamp_min(1)
         weights_C = block.output.weight.float().square().sum(0, dtype=torch.float64)
@@ -208,48 +208,48 @@ class WeightedVariance(SumsCriterion):
 
 
 class BrainSurgeon(ActivationCriterion[Gram]):
-    """`½ tr(W_u [(H⁻¹)_uu]⁻¹ W_uᵀ)`: half the squared error that is left when unit u goes and the others are refitted.
+    """`½ tr(W_u [(H⁻¹)_uu]⁻¹ W_uᵀ)`: half the squared error that remains when unit u is removed and the rest refitted.
 
-    `H = Σ x xᵀ / tokens + λI` with `λ = obs_ridge · mean(diag)`; u stands for the unit's columns of the output
-    projection W. Unit: of the block's output, squared, per token. Source: Hassibi and Stork 1992, "Second order
+    `H = Σ x xᵀ / tokens + λI` with `λ = obs_ridge · mean(diag)`; u denotes the unit's columns of the output projection
+    W. Unit: of the block's output, squared, per token. Source: Hassibi and Stork 1992, "Second order
     derivatives for network pruning: optimal brain surgeon"; for structures of language models, ZipLM, arXiv 2302.04089.
     """
 
     uses = ("obs_ridge",)
 
     def count_bytes(self, block: Block) -> int:
-        """Those of the Gram matrix."""
+        """Count the bytes of the Gram matrix."""
         return count_panel_bytes(block.output.in_features)
 
     def start(self, block: Block, memory: Memory) -> Gram:
-        """Gram matrix."""
+        """Return an empty Gram matrix."""
         return Gram(block.output.in_features, memory)
 
     def add(self, statistics: Gram, x_NC: Tensor) -> None:
-        """Products in float32, sums of batches in float64."""
+        """Add the inputs to the Gram matrix."""
         statistics.add(x_NC)
 
     def add_ranks(self, statistics: Gram) -> bool:
-        """A part of the matrix at a time."""
+        """Sum the Gram matrix panel by panel."""
         statistics.sum_across_ranks()
         return statistics.is_finite()
 
     def rate(self, block: Block, statistics: Gram) -> Tensor:
-        """Errors from the diagonal blocks of the inverse."""
+        """Compute errors from the diagonal blocks of the inverse."""
         units, size = block.units, block.columns_per_unit
         diagonal_C = statistics.get_diagonal()
-        if not diagonal_C.any():  # no input ever: nothing is lost with any unit
+        if not diagonal_C.any():  # all inputs are 0, so removing any unit changes nothing
             return diagonal_C.new_zeros(units)
-        # Of Σ x xᵀ, in its own memory; that of H is so many times larger as there are tokens.
+        # Factorise Σ x xᵀ + tokens · λI in place, which is tokens times H.
         penalty_C = torch.full_like(diagonal_C, self.scoring.obs_ridge * float(diagonal_C.mean()))
         if not statistics.factorise([statistics], penalty_C):
             raise ValueError(
-                f"{block.key}: the least squares of obs have no solution with obs_ridge {self.scoring.obs_ridge}; "
-                "set scoring.obs_ridge to 0.1 or calibrate on more text"
+                f"{block.key}: the least squares of obs have no solution with scoring.obs_ridge "
+                f"{self.scoring.obs_ridge}; set it to 0.1 or calibrate on more text"
             )
         factor_Ucc = torch.linalg.cholesky(statistics.invert_diagonal(size))
         score_U = torch.zeros_like(factor_Ucc[:, 0, 0])
-        for chosen in chunk_rows(units, 2 * size * block.output.out_features):  # a solution is copied on its way
+        for chosen in chunk_rows(units, 2 * size * block.output.out_features):  # the solver copies its input
             columns = slice(chosen.start * size, chosen.stop * size)
             weight_UcO = block.output.weight[:, columns].double().T.reshape(-1, size, block.output.out_features)
             score_U[chosen] = (weight_UcO * torch.cholesky_solve(weight_UcO, factor_Ucc[chosen])).sum((1, 2))

@@ -1,4 +1,4 @@
-"""The loop that criteria with a backward pass share: accumulated micro-batches, losses checked, sums over ranks."""
+"""The loop that all criteria with a backward pass share: accumulate micro-batches, check losses, sum over ranks."""
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
@@ -15,21 +15,21 @@ from gqaprune.scoring.criteria.base import Criterion, Scores
 
 
 class BackwardCriterion(Criterion):
-    """Adds up float64 `sums` over accumulations, the micro-batches that an optimizer step would see together."""
+    """Adds to float64 `sums` over accumulations: the micro-batches that one optimizer step would use together."""
 
     sums: dict[BlockKey, Tensor]
 
     @abstractmethod
     def prepare(self) -> AbstractContextManager[object]:
-        """What has to last while batches are added; parameters are frozen when it begins."""
+        """Return a context in which batches are added; parameters are frozen when it is entered."""
 
     @abstractmethod
     def add(self, input_ids: Tensor, ends_accumulation: bool) -> Tensor:
-        """Take one micro-batch.
+        """Run one micro-batch forward and backward.
 
         Args:
-            input_ids: tokens `[batch, tokens]`.
-            ends_accumulation: whether it is the last of its accumulation.
+            input_ids: token ids, `[batch, tokens]`.
+            ends_accumulation: whether it is the last micro-batch of its accumulation.
 
         Returns:
             Mean loss of each sample in nats per token, `[batch]`.
@@ -40,7 +40,7 @@ class BackwardCriterion(Criterion):
         return {key: total.cpu() for key, total in sums.items()}
 
     def score(self) -> Scores:
-        """Add this rank's batches, then the ranks."""
+        """Add this rank's batches, then sum over ranks."""
         run, calibration, overflow = self.run, self.run.calibration, ""
         with freeze_parameters(run.model), self.prepare():
             for index in track(calibration.own_batches, run.name, "batches"):
@@ -48,7 +48,7 @@ class BackwardCriterion(Criterion):
                 losses_B = self.add(input_ids, calibration.ends_accumulation(index))
                 if not torch.isfinite(losses_B).all():
                     overflow = overflow or f"batch {index}"
-                    if find_store(run.model).is_in_memory:  # else other ranks wait for this one's shards
+                    if find_store(run.model).is_in_memory:  # with shards, other ranks would wait for this one
                         break
         if is_true_anywhere(bool(overflow), run.device):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a criterion is: scores of units from a calibration set, and the settings that shape them."""
+"""The interface of a criterion, which scores units on a calibration set, and the settings of scoring."""
 
 import math
 from abc import ABC, abstractmethod
@@ -24,8 +24,8 @@ REDUCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "max": lambda members_MU: members_MU.amax(0),
     "prod": lambda members_MU: members_MU.prod(0),
 }
-"""Name -> how the contributions of a unit's members (its rows of each input projection, its output columns) become one
-score: `[members, units]` -> `[units]`. LLM-Pruner's `grouping_strategy`."""
+"""Name -> reduction of a unit's members (its rows of each input projection, its output columns) to one score,
+`[members, units]` -> `[units]`. LLM-Pruner's `grouping_strategy`."""
 
 NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "none": torch.ones_like,
@@ -33,34 +33,33 @@ NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda score_U: score_U.sum(),
     "max": lambda score_U: score_U.max(),
 }
-"""Name -> what each block's scores are divided by before blocks are compared."""
-
+"""Name -> divisor of each block's scores, applied before blocks are compared."""
 
 PIECE_TOKENS = 1024
-"""Tokens that are passed through the model at once: samples do not touch each other."""
+"""Tokens per forward: samples are independent, so a micro-batch can be cut into pieces of whole samples."""
 
 
 def cut_pieces(input_ids: Tensor) -> Sequence[Tensor]:
-    """A micro-batch, `[batch, tokens]`, in the pieces in which all criteria pass it, so that they see the same bits."""
+    """Cut a micro-batch, `[batch, tokens]`, into pieces that all criteria run, so that they see the same bits."""
     pieces: Sequence[Tensor] = input_ids.split(max(1, PIECE_TOKENS // input_ids.shape[1]))
     return pieces
 
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """What shapes scores besides the criterion.
+    """Settings of scoring besides the criterion.
 
     Args:
-        reduction: how the members of a unit (rows and columns of its weights) make one score: `sum`, `mean`, `max`,
-            `prod`. Ignored by criteria that look at gates or activations.
-        normalization: what the scores of each block are divided by before blocks are compared: `none`, or their own
-            `mean`, `sum` or `max`. Alone it changes nothing where the allocation does not compare blocks (`uniform`).
+        reduction: how the members of a unit (rows and columns of its weights) are reduced to one score: `sum`, `mean`,
+            `max` or `prod`. Ignored by criteria that read gates or activations.
+        normalization: divisor of each block's scores before blocks are compared: `none`, or the scores' `mean`, `sum`
+            or `max`. With a single criterion it has no effect if the allocation does not compare blocks (`uniform`).
         obs_ridge: ridge of the criterion `obs`, as a multiple of the mean squared input; above 0. Ignored by others.
-        protect_outliers: units that carry massive activations (an output 20 times that of their block's median unit, on
-            the calibration text) go last, whatever their scores; nothing is protected where no text is read.
+        protect_outliers: remove units with massive activations last, whatever their scores: units whose largest output
+            on the calibration text is 20 times that of their block's median unit. Without text nothing is protected.
 
     Raises:
-        ValueError: if a setting is out of its bounds.
+        ValueError: if a setting is out of bounds.
     """
 
     reduction: str = "sum"
@@ -74,18 +73,18 @@ class ScoringConfig:
             if getattr(self, name) not in members:
                 raise ValueError(f"{name} must be one of {', '.join(members)}, got {getattr(self, name)!r}")
         if not 0 < self.obs_ridge < math.inf:
-            raise ValueError(f"obs_ridge must be above 0 and finite, got {self.obs_ridge}; 0.1 works")
+            raise ValueError(f"obs_ridge must be above 0 and finite, got {self.obs_ridge}; try 0.1")
 
 
 @dataclass(frozen=True)
 class ScoringRun:
-    """What a criterion works on.
+    """The model, blocks and text that a criterion scores.
 
     Args:
         model: the dense causal LM.
         blocks: blocks to score.
         calibration: the text, and how its micro-batches accumulate.
-        name: what the progress bar says.
+        name: text of the progress bar.
     """
 
     model: PreTrainedModel
@@ -95,30 +94,30 @@ class ScoringRun:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
 
 class Criterion(ABC):
-    """Scores the units of a run's blocks; made anew for every scoring.
+    """Scores the units of a run's blocks. Create a new instance for each scoring.
 
-    Scores are non-negative, higher is more important. In a process group each rank takes whole accumulations, and every
-    rank gets the same bits.
+    Scores are non-negative; higher means more important. In a process group each rank takes whole accumulations, and
+    every rank gets the same bits.
 
     Args:
         run: model, blocks and calibration text.
-        scoring: what shapes the scores.
+        scoring: further settings of the scores.
     """
 
     needs_data: ClassVar[bool] = True
     """Whether it reads calibration batches."""
     goes_by_layer: ClassVar[bool] = False
-    """Whether it needs one decoder layer in memory at a time, not the whole model."""
+    """Whether it needs only one decoder layer in memory at a time."""
     runs_held: ClassVar[bool] = False
-    """Whether it runs the whole model so that each layer is held only while it runs, and again in the backward pass."""
+    """Whether it runs the whole model, but needs each layer in memory only while it runs forward and backward."""
     uses: ClassVar[tuple[str, ...]] = ()
-    """Names of the settings of `ScoringConfig` that shape it."""
+    """Names of the settings of `ScoringConfig` that it depends on."""
     uses_seed: ClassVar[bool] = False
     """Whether its scores depend on the calibration set's seed."""
 
@@ -128,20 +127,20 @@ class Criterion(ABC):
 
     @property
     def passes_tokens_once(self) -> bool:
-        """Whether `score` runs each of this rank's tokens, in their order, once through the blocks' output projections.
+        """Whether `score` runs each of this rank's tokens, in order, once through the blocks' output projections.
 
-        Criteria that need no more than the inputs of these may then watch instead of making a pass of their own.
+        Criteria that only need the inputs of these projections can then watch instead of running a pass themselves.
         """
         return False
 
     def count_kept_bytes(self) -> int:
-        """Bytes of activations that this pass keeps on the device at a time, which those who watch leave to it."""
+        """Count the bytes of activations that the pass keeps on the device, which watching criteria must leave free."""
         return 0
 
     @abstractmethod
     def score(self) -> Scores:
-        """Score every unit; the model is left as it was.
+        """Score every unit without changing the model.
 
         Raises:
-            ValueError: if a loss or an activation is NaN or infinite, with its place.
+            ValueError: if a loss or an activation is NaN or infinite, naming the batch or the block.
         """

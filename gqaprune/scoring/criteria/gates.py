@@ -1,4 +1,7 @@
-"""Criteria from unit gates: one backward pass, no weight gradient. Axes in tensor names: B samples, U units."""
+"""Criteria from gradients of unit gates: one backward pass and no weight gradients.
+
+Axes in tensor names: B samples, T tokens, U units.
+"""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -16,7 +19,7 @@ from gqaprune.scoring.criteria.base import ScoringConfig, ScoringRun, cut_pieces
 
 
 class GateCriterion(BackwardCriterion):
-    """Adds up gate gradients."""
+    """Sums gate gradients."""
 
     runs_held = True
 
@@ -28,11 +31,11 @@ class GateCriterion(BackwardCriterion):
 
     @property
     def passes_tokens_once(self) -> bool:
-        """Yes, unless activations are recomputed: then every token passes again before its backward pass."""
+        """Whether activations are not recomputed. If they are, every token runs again before its backward pass."""
         return find_store(self.run.model).is_in_memory and not self.run.model.is_activation_checkpointing
 
     def count_kept_bytes(self) -> int:
-        """Inputs and outputs of all projections, of the tokens that are passed through the model at once."""
+        """Count the bytes of the inputs and outputs of all projections, for the tokens of one forward."""
         model = self.run.model
         tokens = max(self._cut_passes(batch_BT)[0].numel() for batch_BT in self.run.calibration.batches)
         linears = [module for module in get_layers(model).modules() if isinstance(module, nn.Linear)]
@@ -41,34 +44,34 @@ class GateCriterion(BackwardCriterion):
 
     @abstractmethod
     def add_gradients(self, gradients_BU: Gates) -> None:
-        """Take the gate gradients of some samples of one micro-batch."""
+        """Add the gate gradients of some samples of one micro-batch, each `[B, U]`."""
 
     def end_accumulation(self) -> None:
-        """Close an accumulation."""
+        """Finish an accumulation."""
 
     @contextmanager
     def prepare(self) -> Iterator[None]:
-        """Hold each layer while it runs; gates come and go with each batch."""
+        """Load each layer only while it runs. Gates are added for each batch, not here."""
         store = find_store(self.run.model)
         with store.hold_running_layers():
             yield
             if not store.is_in_memory:
-                self._keep_pace()
+                self._match_passes()
 
-    def _keep_pace(self) -> None:
-        """Make the passes that others make more of: where layers are sharded, all ranks hold them together."""
-        run, (own, world_size) = self.run, get_rank_and_world_size()
+    def _match_passes(self) -> None:
+        """Run as many passes as the rank with the most: all ranks have to gather sharded layers together."""
+        run, (this_rank, world_size) = self.run, get_rank_and_world_size()
         batches = run.calibration.batches
         counts = [
             sum(len(self._cut_passes(batches[index])) for index in run.calibration.list_batches(rank, world_size))
             for rank in range(world_size)
         ]
         any_BT = batches[0][:1].to(run.device)
-        for _ in range(max(counts) - counts[own]):
+        for _ in range(max(counts) - counts[this_rank]):
             compute_gate_gradients(run.model, run.blocks, any_BT)
 
     def add(self, input_ids: Tensor, ends_accumulation: bool) -> Tensor:
-        """Take the gate gradients of one micro-batch, a few of its samples at a time."""
+        """Add the gate gradients of one micro-batch, a few samples at a time."""
         losses = []
         for pass_BT in self._cut_passes(input_ids):
             gradients_BU, losses_B = compute_gate_gradients(self.run.model, self.run.blocks, pass_BT)
@@ -79,9 +82,9 @@ class GateCriterion(BackwardCriterion):
         return torch.cat(losses)
 
     def _cut_passes(self, input_ids: Tensor) -> Sequence[Tensor]:
-        """A micro-batch, `[batch, tokens]`, in pieces that are passed through the model one by one.
+        """Cut a micro-batch, `[batch, tokens]`, into pieces, each for one forward.
 
-        Of a model that recomputes its activations, which spares memory at the price of time, every sample by itself.
+        A model that recomputes activations trades time for memory, so it gets one sample at a time.
         """
         return input_ids.split(1) if self.run.model.is_activation_checkpointing else cut_pieces(input_ids)
 
@@ -94,7 +97,7 @@ class GateFisher(GateCriterion):
     """
 
     def add_gradients(self, gradients_BU: Gates) -> None:
-        """Add every sample's squared gradient."""
+        """Add each sample's squared gradient."""
         for key, gradient_BU in gradients_BU.items():
             self.sums[key] += gradient_BU.double().square().sum(0)
 
@@ -102,8 +105,8 @@ class GateFisher(GateCriterion):
 class GateTaylor(GateCriterion):
     """`Σ_a |Σ_{n∈a} g_n|` over accumulations a of samples n: the first-order Taylor term.
 
-    Unit: nats per token, summed over samples. The absolute value is taken per accumulation, so a longer one lets
-    samples cancel, as they do in a training step. Source: Molchanov et al. 2019, arXiv 1906.10771; for LLMs,
+    Unit: nats per token, summed over samples. The absolute value is taken per accumulation, within which samples of
+    opposite sign cancel, as in a training step. Source: Molchanov et al. 2019, arXiv 1906.10771; for LLMs,
     LLM-Pruner's "vectorized" Taylor, arXiv 2305.11627.
     """
 
@@ -117,7 +120,7 @@ class GateTaylor(GateCriterion):
             self.accumulated_U[key] += gradient_BU.double().sum(0)
 
     def end_accumulation(self) -> None:
-        """Add the accumulation's absolute gradient and start a new one."""
+        """Add the accumulation's absolute gradient, and start a new accumulation."""
         for key, accumulated_U in self.accumulated_U.items():
             self.sums[key] += accumulated_U.abs()
             accumulated_U.zero_()

@@ -1,13 +1,13 @@
 """LLM-Pruner's Taylor criteria over weights and their gradients (arXiv 2305.11627).
 
-With samples n of an accumulation a, `g_n` the gradient of a sample's mean loss, `g = Σ_{n∈a} g_n` and
-`h = Σ_{n∈a} g_n²` (the diagonal Hessian), each member of a unit (its rows of one input projection, its output columns)
-contributes what the criterion says, summed over accumulations; `reduction` combines the members. Where this has the sum
-over samples LLM-Pruner has their mean: a constant factor. Here a KV head goes with the query heads that read it.
+Notation: samples n of an accumulation a, `g_n` the gradient of a sample's mean loss, `g = Σ_{n∈a} g_n`, and
+`h = Σ_{n∈a} g_n²`, the diagonal Hessian. Each member of a unit (its rows of one input projection, its output columns)
+contributes the criterion's formula, summed over accumulations, and `reduction` combines the members. LLM-Pruner takes
+the mean over samples instead of the sum, a constant factor. Here a KV head is scored with the query heads that read it.
 
-A weight's gradient is folded in and dropped as soon as the backward pass has made it. What an accumulation has to
-remember is held until its last pass: per weight for `param_first` and `param_mix`, whose absolute values come after the
-sum, else per unit; nothing at all where it is one pass.
+Each weight's gradient is used and freed as soon as the backward pass has computed it. An accumulation of several passes
+keeps partial sums until its last pass: per weight for `param_first` and `param_mix`, which take absolute values of the
+sum, and per unit otherwise.
 
 Axes in tensor names: B samples, U units, E elements of one unit, M members.
 """
@@ -30,11 +30,11 @@ from gqaprune.scoring.criteria.weights import Member, find_members
 
 
 class GradientCriterion(BackwardCriterion):
-    """Adds up what weights and their gradients say about each member of a unit."""
+    """Sums a formula of weights and their gradients for each member of a unit."""
 
     uses = ("reduction",)
     by_sample: ClassVar[bool] = False
-    """Whether the formula needs every sample's own gradient, and so one backward pass per sample."""
+    """Whether the formula needs the gradient of each sample, and so one backward pass per sample."""
 
     def __init__(self, run: ScoringRun, scoring: ScoringConfig) -> None:
         super().__init__(run, scoring)
@@ -45,20 +45,20 @@ class GradientCriterion(BackwardCriterion):
             )
             for block in run.blocks
         }
-        self.held: dict[tuple[BlockKey, int], Tensor] = {}
-        self.folds = False
+        self.partial_sums: dict[tuple[BlockKey, int], Tensor] = {}
+        self.is_last_pass = False
 
     @abstractmethod
     def measure(self, weight_UE: Tensor, gradient_UE: Tensor) -> Tensor:
-        """What one backward pass adds to the accumulation."""
+        """Compute what one backward pass adds to the accumulation."""
 
     @abstractmethod
     def close(self, weight_UE: Tensor, total: Tensor) -> Tensor:
-        """The member's contribution from the accumulation's sum of `measure`, float64 `[units]`."""
+        """Compute a member's contribution from the accumulation's sum of `measure`, float64 `[units]`."""
 
     @contextmanager
     def prepare(self) -> Iterator[None]:
-        """Let the blocks' weights have gradients, each handed to `fold`; then all is as it was."""
+        """Compute gradients of the blocks' weights within the context, and pass each to `add_gradient`."""
         with ExitStack() as restored:
             for key, members in self.members.items():
                 for linear in {member.linear for member in members}:
@@ -66,8 +66,8 @@ class GradientCriterion(BackwardCriterion):
                     restored.callback(setattr, weight, "grad", weight.grad)
                     weight.grad = None
                     weight.requires_grad_(True)
-                    own = {index: member for index, member in enumerate(members) if member.linear is linear}
-                    handle = weight.register_post_accumulate_grad_hook(partial(self.fold, key, own))
+                    of_weight = {index: member for index, member in enumerate(members) if member.linear is linear}
+                    handle = weight.register_post_accumulate_grad_hook(partial(self.add_gradient, key, of_weight))
                     restored.callback(handle.remove)
             yield
 
@@ -76,26 +76,26 @@ class GradientCriterion(BackwardCriterion):
         passes = input_ids.split(1) if self.by_sample else (input_ids,)
         losses = []
         for index, pass_BT in enumerate(passes):
-            self.folds = ends_accumulation and index == len(passes) - 1
+            self.is_last_pass = ends_accumulation and index == len(passes) - 1
             hidden_BTD = run_decoder(self.run.model, pass_BT)
             losses_B, gradient_BTD = differentiate_losses(self.run.model, hidden_BTD, pass_BT)
             hidden_BTD.backward(gradient_BTD)
             losses.append(losses_B)
         return torch.cat(losses)
 
-    def fold(self, key: BlockKey, members: dict[int, Member], weight: Tensor) -> None:
-        """Take a weight's gradient as soon as it is there, and drop it."""
+    def add_gradient(self, key: BlockKey, members: dict[int, Member], weight: Tensor) -> None:
+        """Use a weight's gradient as soon as it is computed, and free it."""
         assert weight.grad is not None
         gradient, weight.grad = weight.grad, None
         for index, member in members.items():
             weight_UE = member.split(weight.detach()).float()
             total = self.measure(weight_UE, member.split(gradient).float())
-            if (key, index) in self.held:
-                total += self.held.pop((key, index))
-            if self.folds:
+            if (key, index) in self.partial_sums:
+                total += self.partial_sums.pop((key, index))
+            if self.is_last_pass:
                 self.sums[key][index] += self.close(weight_UE, total)
             else:
-                self.held[key, index] = total
+                self.partial_sums[key, index] = total
 
     def finish(self, sums: dict[BlockKey, Tensor]) -> Scores:
         """Combine the members."""
@@ -110,28 +110,29 @@ class ParamFirst(GradientCriterion):
     """
 
     def measure(self, weight_UE: Tensor, gradient_UE: Tensor) -> Tensor:
-        """The gradient."""
+        """Return the gradient."""
         return gradient_UE
 
     def close(self, weight_UE: Tensor, total: Tensor) -> Tensor:
-        """Sum of absolute products."""
+        """Sum absolute products."""
         return (weight_UE * total).abs().sum(1, dtype=torch.float64)
 
 
 class ParamSecond(GradientCriterion):
     """`Σ |w·h·w|` over elements: second order, with the samples' squared gradients as the Hessian's diagonal.
 
-    Unit: (nats per token)², summed over samples. Accumulations play no part. Source: LLM-Pruner's `param_second`.
+    Unit: (nats per token)², summed over samples; it does not depend on accumulations. Source: LLM-Pruner's
+    `param_second`.
     """
 
     by_sample = True
 
     def measure(self, weight_UE: Tensor, gradient_UE: Tensor) -> Tensor:
-        """The sample's whole contribution."""
+        """Compute the sample's contribution."""
         return (weight_UE * gradient_UE).square().sum(1, dtype=torch.float64)
 
     def close(self, weight_UE: Tensor, total: Tensor) -> Tensor:
-        """Already done."""
+        """Return the sum."""
         return total
 
 
@@ -144,11 +145,11 @@ class ParamMix(GradientCriterion):
     by_sample = True
 
     def measure(self, weight_UE: Tensor, gradient_UE: Tensor) -> Tensor:
-        """Gradient and its square, `[2, units, elements]`."""
+        """Stack the gradient and its square, `[2, units, elements]`."""
         return torch.stack((gradient_UE, gradient_UE.square()))
 
     def close(self, weight_UE: Tensor, total: Tensor) -> Tensor:
-        """Sum of absolute differences."""
+        """Sum absolute differences."""
         first, second = weight_UE * total
         mix_UE: Tensor = first - 0.5 * weight_UE * second
         return mix_UE.abs().sum(1, dtype=torch.float64)
@@ -162,9 +163,9 @@ class Vectorize(GradientCriterion):
     """
 
     def measure(self, weight_UE: Tensor, gradient_UE: Tensor) -> Tensor:
-        """Sum of signed products."""
+        """Sum signed products."""
         return (weight_UE * gradient_UE).sum(1, dtype=torch.float64)
 
     def close(self, weight_UE: Tensor, total: Tensor) -> Tensor:
-        """Absolute value of the accumulation's sum."""
+        """Return the absolute value of the accumulation's sum."""
         return total.abs()

@@ -1,4 +1,4 @@
-"""A unit's weights, and the criteria that need no text: their magnitude, or chance.
+"""The members of a unit's weights, and the criteria that need no text: magnitude and chance.
 
 Axes in tensor names: U units, E elements of one unit, S columns of one, M members, O and I rows and columns of a
 weight.
@@ -17,15 +17,15 @@ from gqaprune.scoring.criteria.base import REDUCTIONS, Criterion, Scores
 
 @dataclass(frozen=True)
 class Member:
-    """What units own of one weight: consecutive rows of an input projection, or columns of the output projection.
+    """The units' part of one weight: consecutive rows of an input projection, or columns of the output projection.
 
-    Biases are left out: they are a few numbers beside thousands of weights.
+    Biases are left out: they are few compared with the weights.
 
     Args:
         linear: the projection.
-        units: units of the block.
+        units: number of units of the block.
         size: rows or columns of one unit.
-        first_row: where the units' rows begin; None for columns.
+        first_row: first row of the units; None for columns.
     """
 
     linear: nn.Linear
@@ -34,7 +34,7 @@ class Member:
     first_row: int | None
 
     def split(self, values_OI: Tensor) -> Tensor:
-        """Sort values, one for each element of the weight, by unit, `[units, elements]`."""
+        """Split values, one for each element of the weight, by unit, `[units, elements]`."""
         if self.first_row is None:
             columns_OUS: Tensor = values_OI.unflatten(1, (self.units, self.size))
             return columns_OUS.transpose(0, 1).flatten(1)
@@ -42,7 +42,7 @@ class Member:
 
 
 def find_members(block: Block) -> list[Member]:
-    """The members of a block's units: every part of every input projection, then the output projection."""
+    """List the members of a block's units: those of each input projection, then the output projection."""
     members = []
     for projection in block.inputs:
         first_row = 0
@@ -53,7 +53,7 @@ def find_members(block: Block) -> list[Member]:
 
 
 class Magnitude(Criterion):
-    """Sizes up each member of a unit and combines them by `reduction`."""
+    """Measures the magnitude of each member of a unit, and combines members by `reduction`."""
 
     needs_data = False
     goes_by_layer = True
@@ -61,17 +61,17 @@ class Magnitude(Criterion):
 
     @abstractmethod
     def measure(self, weight_UE: Tensor) -> Tensor:
-        """Size of each unit's elements, `[units]`."""
+        """Measure the magnitude of each unit's elements, `[units]`."""
 
     @torch.no_grad()
     def score(self) -> Scores:
-        """Measure every member."""
+        """Measure and combine all members."""
         reduce, store = REDUCTIONS[self.scoring.reduction], find_store(self.run.model)
         scores = {}
         for block in self.run.blocks:
             with store.hold(block.key.layer):
-                parts = [self.measure(member.split(member.linear.weight).float()) for member in find_members(block)]
-                scores[block.key] = reduce(torch.stack(parts)).cpu()
+                sizes = [self.measure(member.split(member.linear.weight).float()) for member in find_members(block)]
+                scores[block.key] = reduce(torch.stack(sizes)).cpu()
         return scores
 
 
@@ -79,30 +79,30 @@ class MagnitudeL1(Magnitude):
     """`Σ |w|` over the elements of a member. Source: Li et al. 2017, arXiv 1608.08710."""
 
     def measure(self, weight_UE: Tensor) -> Tensor:
-        """Sum of absolute values."""
+        """Sum absolute values."""
         return weight_UE.abs().sum(1, dtype=torch.float64)
 
 
 class MagnitudeL2(Magnitude):
-    """`Σ w²` over the elements of a member, without the root, so that the sum over members is the unit's own.
+    """`Σ w²` over the elements of a member, without the root, so that members add up to the unit's `Σ w²`.
 
     Source: LLM-Pruner's `l2` (arXiv 2305.11627).
     """
 
     def measure(self, weight_UE: Tensor) -> Tensor:
-        """Sum of squares."""
+        """Sum squares."""
         return weight_UE.square().sum(1, dtype=torch.float64)
 
 
 class Random(Criterion):
-    """Uniform in [0, 1) from `seed`: what any criterion has to beat."""
+    """Uniform scores in [0, 1) from `seed`: the baseline that any criterion has to beat."""
 
     needs_data = False
     goes_by_layer = True
     uses_seed = True
 
     def score(self) -> Scores:
-        """Draw block by block."""
+        """Draw scores block by block."""
         generator = torch.Generator().manual_seed(self.run.calibration.seed)
         return {
             block.key: torch.rand(block.units, generator=generator, dtype=torch.float64) for block in self.run.blocks

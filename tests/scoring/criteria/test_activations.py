@@ -132,6 +132,8 @@ def test_unsolvable_least_squares_name_block_and_ridge(workspace: int, monkeypat
     monkeypatch.setattr(gram, "WORKSPACE", workspace)
     model = make_model("llama")
     batches = [make_tokens(1, 5)]  # 5 tokens for 48 columns
-    with pytest.raises(ValueError, match="layer 0 attention: .*no solution with obs_ridge 1e-30; set scoring.obs_"):
+    with pytest.raises(
+        ValueError, match="layer 0 attention: .*no solution with scoring.obs_ridge 1e-30; set it to 0.1"
+    ):
         score_units(model, find_blocks(model), batches, "obs", scoring=ScoringConfig(obs_ridge=1e-30))
     score_units(model, find_blocks(model), batches, "obs")
