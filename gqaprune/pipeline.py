@@ -1,7 +1,6 @@
 """START HERE: the whole path from a dense model to a pruned one, without Lightning, in the order of the method."""
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -21,29 +20,16 @@ from gqaprune.models.saving import check_saves
 from gqaprune.placement.layer_store import find_store
 from gqaprune.placement.model_hash import hash_model, hash_tensors
 from gqaprune.plan import BlockKey, PruningPlan
-from gqaprune.planning.allocation import AllocationOptions, Removed, allocate_global
-from gqaprune.planning.allocation.steps import Spending, spend_share
+from gqaprune.planning.allocation import AllocationOptions, Removed
+from gqaprune.planning.allocation.steps import Spending
+from gqaprune.planning.choice import CutChooser
 from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.costs.base import Text
-from gqaprune.planning.counts import (
-    bind_allocation,
-    list_values,
-    measure_curves,
-    measure_options,
-    refine_counts,
-)
+from gqaprune.planning.counts import measure_options
 from gqaprune.planning.preflight import check_config, check_goes_by_layer, check_reachable, check_repair, check_text
 from gqaprune.planning.rounding import describe_rounding
-from gqaprune.planning.selection import (
-    budget_blocks,
-    keep_everything,
-    make_plan,
-    read_budget,
-    score_blocks,
-    select_blocks,
-)
+from gqaprune.planning.selection import keep_everything, read_budget, select_blocks
 from gqaprune.planning.stages import (
-    CURVES,
     CUT,
     DENSE,
     DENSE_PREDICTIONS,
@@ -53,12 +39,11 @@ from gqaprune.planning.stages import (
     StageCounter,
     Work,
     list_stages,
-    name_scores,
 )
 from gqaprune.planning.target import resolve_target
 from gqaprune.reporting.report import LayerDamage, Outlier, Report, describe_model
 from gqaprune.scoring.criteria.base import Scores
-from gqaprune.scoring.repaired_damage import choose_judged, predict_damage
+from gqaprune.scoring.repaired_damage import choose_judged
 from gqaprune.scoring.scores import check_finite_weights
 from gqaprune.scoring.sensitivity import Importance
 from gqaprune.surgery.compatibility import check_compatibility
@@ -275,45 +260,29 @@ class Pruner:
         """Choose, cut and repair until `share` of the budget is spent."""
         options = self._measure_options()
         stages = self._stages_of_model(self.calibration.batches, "" if share == 1 else f"{share:.4g} of the budget,")
-        choice = {name: value for name, value in asdict(self.config).items() if name != "repair"}
-        inputs = {
-            **choice,
-            "accumulation": self.calibration.accumulation,
-            "seed": self.calibration.seed,
-            "importance": None if options.importance is None else list_values(options.importance),
-            "spent before": self.spending and self.spending.to_dict(),
-            "repair that damage is measured after": (
-                [self.config.repair.holdout, self.config.repair.refits_weights] if self.config.sees_repair else None
-            ),
-        }
-        chosen = stages.recall("plan", inputs, lambda: self._choose(share, options, stages))
-        facts = chosen.facts
-        # Before the cut: ranks that cut differently would wait for one another in repair.
-        check_same_on_all_ranks("the pruning plans", json.dumps(facts), self.model.device)
-        plan, spending = PruningPlan.from_dict(facts["plan"]), Spending.from_dict(facts["spending"])
+        chooser = CutChooser(self.dense_blocks, self.budget, self.calibration, self.config, self.counter)
+        choice = chooser.choose(self.model, share, self.spending, options, stages)
         if self.spending is None:  # later cuts number the units that are left
             self.report.outliers = [
-                Outlier(BlockKey(*key), *unit) for *key, units in facts["outliers"] for unit in units
+                Outlier(key, unit, ratio) for key, units in choice.outliers.items() for unit, ratio in units
             ]
-        self.spending = spending
+        self.spending, self.scores = choice.spending, choice.scores
         if share == 1:
-            self._note_rounding(spending.so_far)
-        self.scores = {BlockKey.parse(name): score_U for name, score_U in chosen.tensors.items()}
-        self.plan = self.plan.then(plan)
+            self._note_rounding(choice.spending.so_far)
+        self.plan = self.plan.then(choice.plan)
         self.counter.begin(CUT)
         batches = self.calibration.batches
-        damage = self._watch_damage() if facts["damages"] else None
-        repairs = apply_plan_with_repair(self.model, plan, batches, self.config.repair, stages, damage)
+        damage = self._watch_damage() if choice.damages else None
+        repairs = apply_plan_with_repair(self.model, choice.plan, batches, self.config.repair, stages, damage)
         measured = {} if damage is None or not repairs else damage.measure()
-        predicted = {BlockKey(layer, kind): value for layer, kind, value in facts["damages"]}
         self.report.damages = [
             LayerDamage(
                 layer,
-                predicted.get(BlockKey(layer, "attention"), 0.0),
-                predicted.get(BlockKey(layer, "mlp"), 0.0),
+                choice.damages.get(BlockKey(layer, "attention"), 0.0),
+                choice.damages.get(BlockKey(layer, "mlp"), 0.0),
                 measured.get(layer),
             )
-            for layer in sorted({key.layer for key in predicted})
+            for layer in sorted({key.layer for key in choice.damages})
         ]
         return repairs
 
@@ -322,36 +291,6 @@ class Pruner:
         batches, (rank, world_size) = self.calibration.batches, get_rank_and_world_size()
         judged = choose_judged(batches, choose_held_out(len(batches), self.config.repair.holdout))
         return LayerDamageMeter(self.model, judged[rank::world_size])
-
-    def _choose(self, share: float, options: AllocationOptions, stages: StageCache) -> StageResult:
-        """Return the plan that spends `share` of the budget on the model in its current state."""
-        model, dense_blocks, config, batches = self.model, self.dense_blocks, self.config, self.calibration.batches
-        self.counter.begin(name_scores(config))
-        scores, outliers = score_blocks(model, self.calibration, config, stages)
-        self.counter.begin(CURVES)
-        scores, options, points = measure_curves(
-            model, dense_blocks, scores, outliers, batches, config, options, stages
-        )
-        allocate, budgets = bind_allocation(config, options), budget_blocks(dense_blocks, scores, config)
-        allocate_part = allocate if config.uses_damage_curves else allocate_global  # scores do not compare blocks there
-        spending = spend_share(budgets, self.budget, allocate, share, self.spending, allocate_part)
-        removed = refine_counts(
-            model, dense_blocks, scores, batches, config, options, self.budget, spending.so_far, self.calibration.seed
-        )
-        plan = make_plan(model, dense_blocks, scores, removed, config)
-        gone = self.spending.so_far if self.spending else dict.fromkeys(removed, 0)
-        facts = {
-            "plan": plan.to_dict(),
-            "spending": spending.to_dict(),
-            "outliers": list_values({key: list(units.items()) for key, units in outliers.items()}),
-            "damages": [
-                [*key, predict_damage(own, removed[key] - gone[key])]
-                for key, own in points.items()
-                if removed[key] > gone[key]
-            ],
-        }
-        ordinary = {str(key): _leave_out(score_U, outliers.get(key, ())) for key, score_U in scores.items()}
-        return StageResult(facts, ordinary)
 
     def _note_lessons(self) -> None:
         """Note what the dense model predicts, if the decoder is to be trained towards it."""
@@ -388,10 +327,6 @@ class Pruner:
             "device": self.model.device.type,
         }
         return self.stages.of(part, inputs)
-
-
-def _leave_out(score_U: Tensor, outliers: Collection[int]) -> Tensor:
-    return score_U[[unit for unit in range(len(score_U)) if unit not in outliers]]
 
 
 def _hash_batches(batches: Sequence[Mapping[str, Tensor]]) -> str:

@@ -185,13 +185,13 @@ def prune_and_save(rank: int, world_size: int, folder: Path) -> None:
 
     for case, name, differ in (
         ("alike", "", None),
-        ("plan", "make_plan", choose_others),
-        ("weights", "apply_plan_with_repair", repair_otherwise),
+        ("plan", "planning.choice.make_plan", choose_others),
+        ("weights", "pipeline.apply_plan_with_repair", repair_otherwise),
     ):
         model = make_model("qwen2")
         with pytest.MonkeyPatch.context() as patch:
             if differ is not None and rank == world_size - 1:
-                patch.setattr(f"gqaprune.pipeline.{name}", differ)
+                patch.setattr(f"gqaprune.{name}", differ)
             try:
                 plan, _ = gqaprune.prune(model, batches, config)
             except ValueError as error:

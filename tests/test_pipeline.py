@@ -359,7 +359,7 @@ def test_scores_of_the_last_cut_stay_with_the_pruner_and_are_read_back_with_its_
     (block,) = (block for block in first.dense_blocks if str(block.key) == "layer 1 mlp")
     outliers = [outlier for outlier in first.report.outliers if outlier.key == block.key]
     assert len(first.scores[block.key]) == block.units - len(outliers)
-    monkeypatch.setattr("gqaprune.pipeline.score_blocks", None)  # nothing is scored again
+    monkeypatch.setattr("gqaprune.planning.choice.score_blocks", None)  # nothing is scored again
     again = cut()
     assert again.scores.keys() == first.scores.keys()
     assert all(torch.equal(again.scores[key], score_U) for key, score_U in first.scores.items())
