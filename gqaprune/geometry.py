@@ -6,9 +6,9 @@ from typing import Any
 from gqaprune.plan_fields import read_text, read_whole_numbers
 
 _LARGEST_SIZE = 2**24
-"""Of any width or count of a layer; the largest models have a hundredth."""
+"""Largest width or count of a layer that is read, about a hundred times that of the largest models."""
 _MOST_HEADS = 2**20
-"""Query heads of all layers together, which plans of a few bytes can ask for and code here lists; likewise."""
+"""Largest number of query heads of all layers. Without a limit, a plan of a few bytes could fill memory with lists."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Geometry:
         lengths = {len(self.query_heads), len(self.kv_heads), len(self.channels)}
         if len(lengths) != 1 or lengths == {0}:
             raise ValueError(
-                f"a geometry needs one count per layer of each kind, got lists of {sorted(lengths)} layers"
+                f"a geometry needs one count per layer of each kind, got lists for {sorted(lengths)} layers"
             )
         largest = max(self.hidden_size, self.head_dim, *self.query_heads, *self.kv_heads, *self.channels)
         if largest > _LARGEST_SIZE or sum(self.query_heads) > _MOST_HEADS:
             raise ValueError(
-                f"no model has such a geometry: sizes up to {largest:,} and {sum(self.query_heads):,} query heads, at "
-                f"most {_LARGEST_SIZE:,} and {_MOST_HEADS:,} are read"
+                f"no model has such a geometry: sizes must be at most {_LARGEST_SIZE:,} with at most {_MOST_HEADS:,} "
+                f"query heads in total, got {largest:,} and {sum(self.query_heads):,}"
             )
         for layer, (query, kv) in enumerate(zip(self.query_heads, self.kv_heads, strict=True)):
             if kv < 1 or query < kv or query % kv:
-                raise ValueError(f"layer {layer} has {query} query heads on {kv} KV heads: not a whole ratio")
-        has_mlps = any(self.channels)  # a mixture of experts may have none that is always there
+                raise ValueError(f"layer {layer} has {query} query heads on {kv} KV heads, which is not a whole ratio")
+        has_mlps = any(self.channels)  # a mixture of experts may have no shared MLP
         if min(self.channels) < has_mlps or self.head_dim < 1 or self.hidden_size < 1:
             raise ValueError("MLP channels, head_dim and hidden_size of a geometry must be at least 1")
 
@@ -62,35 +62,35 @@ class Geometry:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether every layer has the same shapes, so that a stock config describes the model."""
+        """Whether all layers have the same shapes, so that a stock config can describe the model."""
         return len(set(zip(self.query_heads, self.kv_heads, self.channels, strict=True))) == 1
 
     @property
     def projection_weights(self) -> int:
-        """Weights of all blocks' projections, biases left out."""
+        """Number of weights of all blocks' projections, without biases."""
         heads = sum(self.query_heads) + sum(self.kv_heads)
         return self.hidden_size * (2 * self.head_dim * heads + 3 * sum(self.channels))
 
     def kv_cache_bytes_per_token(self, bytes_per_value: int) -> int:
-        """Bytes of keys and values that one token adds to the cache, over all layers."""
+        """Count the bytes of keys and values that one token adds to the cache, over all layers."""
         return 2 * sum(self.kv_heads) * self.head_dim * bytes_per_value
 
     def is_padding_of(self, other: "Geometry") -> bool:
-        """Whether all layers are alike and no smaller than the other's, as zeros make them; families aside."""
+        """Whether all layers are equal and at least as large as the other's, as after padding; ignores the family."""
         fixed = ("hidden_size", "head_dim", "num_layers")
         is_alike = all(getattr(self, name) == getattr(other, name) for name in fixed)
         return (
             is_alike
             and self.is_uniform
             and all(
-                own >= kept
+                padded >= count
                 for name in ("query_heads", "kv_heads", "channels")
-                for own, kept in zip(getattr(self, name), getattr(other, name), strict=True)
+                for padded, count in zip(getattr(self, name), getattr(other, name), strict=True)
             )
         )
 
     def difference(self, other: "Geometry") -> str | None:
-        """Say in words where two geometries differ first; None where they are equal."""
+        """Describe the first difference between two geometries; None if they are equal."""
         for name in ("family", "hidden_size", "head_dim", "num_layers"):
             if getattr(self, name) != getattr(other, name):
                 return f"{name} {getattr(self, name)} against {getattr(other, name)}"
@@ -102,7 +102,11 @@ class Geometry:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Geometry":
-        """Build a geometry from `asdict`'s output as JSON gives it back."""
+        """Build a geometry from the output of `asdict` after a round trip through JSON.
+
+        Raises:
+            ValueError: if a field is missing, of the wrong type or out of bounds.
+        """
         try:
             return cls(
                 family=read_text(data["family"], "family"),

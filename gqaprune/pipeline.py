@@ -1,4 +1,4 @@
-"""START HERE: the whole path from a dense model to a pruned one, without Lightning, in the order of the method."""
+"""START HERE: prune a dense model, without Lightning. The code follows the order of the method."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -71,53 +71,54 @@ def prune(
     evaluation: Evaluation | None = None,
     stages: StageCache | None = None,
 ) -> tuple[PruningPlan, Report]:
-    """Prune a dense model in place, in one step or several: score, allocate, plan, cut, repair; measure it.
+    """Prune a dense model in place: score, allocate, plan, cut and repair, in one step or several, and measure it.
 
     Args:
         model: the dense causal LM, on the device to work on.
-        calibration: the calibration text, or its batches of token ids alone, each `[batch, tokens]`.
-        config: what to remove.
-        evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on, never calibration text.
-        stages: where finished stages are kept, so that a killed call can be resumed.
+        calibration: the calibration text, or only its batches of token ids, each `[batch, tokens]`.
+        config: what to remove and how to choose it.
+        evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on. It must not be
+            calibration text.
+        stages: where finished stages are kept, so that an interrupted call can be resumed.
 
     Returns:
-        The plan from the dense to the pruned model, and the report of both.
+        The plan from the dense to the pruned model, and a report on both.
 
     Raises:
-        ValueError: if the model, the batches or the budget do not allow it, the model being untouched then; or if the
-            scores after an earlier step, the activations under repair or the pruned perplexity are not finite, or
-            ranks end with different plans or weights.
+        ValueError: if the model, the batches or the budget are not suitable; the model is then unchanged. Or if scores
+            in a later step, activations in repair or the pruned perplexity are not finite, or if ranks end with
+            different plans or weights.
     """
-    with torch.inference_mode(False), torch.enable_grad():  # which scores are made of, whatever the caller forbids
+    with torch.inference_mode(False), torch.enable_grad():  # scores need gradients, whatever the caller has set
         pruner = Pruner(model, CalibrationSet.wrap(calibration), config, evaluation=evaluation, stages=stages)
-        pruner.counter = StageCounter(list_stages(pruner.config, Work(Text(0, 1)))[:-1])  # the caller writes
-        check_saves(model)  # what cannot be written is not worth the work
+        pruner.counter = StageCounter(list_stages(pruner.config, Work(Text(0, 1)))[:-1])  # the caller saves
+        check_saves(model)  # refuse a model that cannot be saved before the work begins
         pruner.measure("dense")
         pruner.spend()
     return pruner.plan, pruner.report
 
 
 class Pruner:
-    """Spends a budget on a dense model, in place, at once or a share at a time; training may go on in between.
+    """Prunes a dense model in place, at once or a share of the budget at a time. It may be trained in between.
 
     Args:
         model: the dense causal LM, on the device to work on.
         calibration: the calibration text.
-        config: what to remove.
+        config: what to remove and how to choose it.
         evaluation: corpus name -> batches of `input_ids` and `labels` to measure perplexity on.
-        held_out: likewise, calibration text that is not calibrated on, for each stage's own judgement.
-        stages: where finished stages are kept, so that a killed run can be resumed.
-        counter: says which stage begins.
+        held_out: batches of the same kind, from calibration corpora but not calibrated on, measured at each stage.
+        stages: where finished stages are kept, so that an interrupted run can be resumed.
+        counter: announces stages.
 
     Attributes:
-        plan: from the dense model to what it is now.
-        report: stages as measured, and what the last repair did.
-        share: of the budget that is spent.
+        plan: plan from the dense model to the model in its current state.
+        report: measurements of each stage, and results of the last repair.
+        share: share of the budget that is spent.
         spending: units that each block has lost.
-        scores: of the units that the last cut chose among, outliers left out; empty before it.
+        scores: scores of the units that the last cut chose among, without outliers; empty before the first cut.
 
     Raises:
-        ValueError: if the model, the batches or the budget do not allow it.
+        ValueError: if the model, the batches or the budget are not suitable.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Pruner:
         check_goes_by_layer(config, find_store(model).placement)
         check_compatibility(model)
         self.dense_blocks, self.budget = select_blocks(model, config), read_budget(model, config)
-        check_finite_weights(model)  # not before the blocks, which refuse quantised weights
+        check_finite_weights(model)  # after selecting blocks, which refuses quantised weights
         self.model, self.calibration, self.config = model, calibration, config
         self.evaluation = list_corpora(evaluation or {})
         self.held_out = {_HELD_OUT: held_out} if held_out else {}
@@ -158,16 +159,16 @@ class Pruner:
         self.share = 0.0
         self.spending: Spending | None = None
         self.scores: Scores = {}
-        self._lessons: DensePredictions | None = None
+        self._dense_predictions: DensePredictions | None = None
         self._options: AllocationOptions | None = None
 
     @property
     def importance(self) -> Importance:
-        """Importance of the dense model's blocks; empty where the allocation does not look at it."""
+        """Importance of the dense model's blocks; empty if the allocation does not depend on it."""
         return dict((self._options and self._options.importance) or {})
 
     def measure(self, stage: str) -> None:
-        """Measure the model as it is now, as a stage of the report."""
+        """Measure the model in its current state, and add the stage to the report."""
         self.counter.begin(PRUNED if self.share else DENSE)
         texts = {**self.evaluation, **self.held_out}
         measured = self._stages_of_model().recall(
@@ -180,28 +181,28 @@ class Pruner:
         self.report.stages.append(describe_model(stage, self.model, perplexity, held_out=held_out))
 
     def spend(self, share: float = 1.0, stage: str = "pruned") -> None:
-        """Score what is left, allocate, cut and repair until a share of the budget is spent, in the config's steps.
+        """Score, allocate, cut and repair until a share of the budget is spent, in the config's steps, and measure.
 
         Args:
-            share: of the whole budget, above what is spent already, to 1.
-            stage: name of what this leaves, which is measured.
+            share: share of the whole budget, larger than what is spent already and at most 1.
+            stage: name of the result in the report.
 
         Raises:
-            ValueError: if the budget cannot be met, the model being untouched then; or if scores, activations or the
+            ValueError: if the budget cannot be met; the model is then unchanged. Or if scores, activations or the
                 perplexity are not finite, or ranks end with different plans or weights.
         """
-        assert self.share < share <= 1, f"{self.share} of the budget is spent already, got {share}"
+        assert self.share < share <= 1, f"share must be above {self.share}, which is spent already, got {share}"
         config, steps, start = self.config, self.config.steps, self.share
         self.share = share
         if not config.removes_something:
             self.report.stages.append(replace(self.report.stages[-1], name=stage))
             return
         if start == 0:
-            self._note_lessons()
+            self._record_predictions()
         for step in range(1, steps + 1):
             self.report.repairs = self._cut(start + (share - start) * step / steps if step < steps else share)
-        if self._lessons is not None:
-            self.report.distillation = self._distill(self._lessons)
+        if self._dense_predictions is not None:
+            self.report.distillation = self._distill(self._dense_predictions)
         if get_rank_and_world_size()[1] > 1:
             check_same_on_all_ranks("the pruned weights", hash_model(self.model), self.model.device)
         self.plan = replace(
@@ -217,25 +218,25 @@ class Pruner:
         self.measure(stage)
 
     def resume(self, model: PreTrainedModel, plan: PruningPlan, share: float, spending: Spending) -> None:
-        """Resume with a model that was cut before, and release the dense one that its plan was made for.
+        """Resume with a model that was cut before, and free the dense model.
 
         Args:
-            model: as cut and trained since.
-            plan: from the dense model to it.
-            share: of the budget that this spent.
-            spending: as `spending` was then.
+            model: the model, cut and possibly trained since.
+            plan: plan from the dense model to this model.
+            share: share of the budget that was spent.
+            spending: units that each block had lost.
 
         Raises:
             ValueError: if the plan was made for another model.
         """
         plan.check_fits(self.plan.geometry)
         self._measure_options()
-        self._note_lessons()
+        self._record_predictions()
         self.model.to("meta")
         self.model, self.plan, self.share, self.spending = model, plan, share, spending
 
     def _measure_options(self) -> AllocationOptions:
-        """Measure what the allocation looks at besides scores, once, on the dense model."""
+        """Measure what the allocation depends on besides scores, once, on the dense model."""
         if self._options is None:
             self.counter.begin(IMPORTANCE)
             options = measure_options(
@@ -250,19 +251,19 @@ class Pruner:
         return self._options
 
     def _note_rounding(self, removed: Removed) -> None:
-        """Say and report what whole units make of the budget."""
+        """Print and report how rounding to whole units changes the budget."""
         rounding = describe_rounding(self.dense_blocks, self.budget, removed, self.config)
         if rounding and rounding != self.report.rounding and get_rank_and_world_size()[0] == 0:
             console.print(rounding)
         self.report.rounding = rounding
 
     def _cut(self, share: float) -> list[BlockRepair]:
-        """Choose, cut and repair until `share` of the budget is spent."""
+        """Choose units, cut and repair until `share` of the budget is spent."""
         options = self._measure_options()
         stages = self._stages_of_model(self.calibration.batches, "" if share == 1 else f"{share:.4g} of the budget,")
         chooser = CutChooser(self.dense_blocks, self.budget, self.calibration, self.config, self.counter)
         choice = chooser.choose(self.model, share, self.spending, options, stages)
-        if self.spending is None:  # later cuts number the units that are left
+        if self.spending is None:  # in later cuts, unit indexes are not those of the dense model
             self.report.outliers = [
                 Outlier(key, unit, ratio) for key, units in choice.outliers.items() for unit, ratio in units
             ]
@@ -287,37 +288,37 @@ class Pruner:
         return repairs
 
     def _watch_damage(self) -> LayerDamageMeter:
-        """Measure what each layer's cut does, on some of the held-out text that it was predicted on."""
+        """Make a meter of each layer's damage, on the same held-out text that damage was predicted on."""
         batches, (rank, world_size) = self.calibration.batches, get_rank_and_world_size()
         judged = choose_judged(batches, choose_held_out(len(batches), self.config.repair.holdout))
         return LayerDamageMeter(self.model, judged[rank::world_size])
 
-    def _note_lessons(self) -> None:
-        """Note what the dense model predicts, if the decoder is to be trained towards it."""
+    def _record_predictions(self) -> None:
+        """Record the dense model's predictions if distillation needs them."""
         if not can_distill(self.model, self.config.repair):
             return
         self.counter.begin(DENSE_PREDICTIONS)
         batches = self.calibration.batches
         repair = self.config.repair
         trained, judged = split_windows(batches, choose_held_out(len(batches), repair.holdout), repair.distill_tokens)
-        self._lessons = record_predictions(self.model, trained, judged, self._stages_of_model(batches))
+        self._dense_predictions = record_predictions(self.model, trained, judged, self._stages_of_model(batches))
 
-    def _distill(self, lessons: DensePredictions) -> Distillation:
-        """Train the decoder towards what was noted."""
+    def _distill(self, dense: DensePredictions) -> Distillation:
+        """Distil the dense model's predictions into the decoder."""
         self.counter.begin(DISTILLATION)
         layers, repair = get_layers(self.model), self.config.repair
 
-        def do() -> StageResult:
-            done = distill(self.model, lessons, repair, self.calibration.seed)
-            return StageResult(asdict(done), layers.state_dict())
+        def train() -> StageResult:
+            distillation = distill(self.model, dense, repair, self.calibration.seed)
+            return StageResult(asdict(distillation), layers.state_dict())
 
         stages = self._stages_of_model(self.calibration.batches)
-        stage = stages.recall("distillation", {"repair": asdict(repair)}, do)
+        stage = stages.recall("distillation", {"repair": asdict(repair)}, train)
         layers.load_state_dict(dict(stage.tensors))
         return Distillation(**stage.facts)
 
     def _stages_of_model(self, batches: Sequence[Tensor] = (), part: str = "") -> StageCache:
-        """Open the stages that depend on the model as it is now, and on calibration batches."""
+        """Open the stages that depend on the model in its current state and on calibration batches."""
         if not self.stages.are_kept:
             return self.stages
         inputs = {

@@ -1,7 +1,7 @@
-"""The pruning plan: which units of which layer stay, as plain data.
+"""The pruning plan: the units that each layer keeps, as plain data.
 
-Everything after a plan is mechanical: surgery cuts what it says, a checkpoint carries it, a second run re-applies it.
-This file imports no sibling but those that read and write files, so that a plan can be checked without a model.
+Everything after a plan is mechanical: surgery cuts what it says, a checkpoint carries it, and a second run can apply it
+again. This file does not import models, so that a plan can be checked without one.
 """
 
 import json
@@ -42,19 +42,19 @@ class BlockKey(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "BlockKey":
-        """What `str` made."""
+        """Build a key from the output of `str`."""
         _, layer, kind = text.split()
         return cls(int(layer), cast(BlockKind, kind))
 
 
 @dataclass(frozen=True)
 class KeptUnits:
-    """The units that stay in one layer, as ascending indexes into the dense layer.
+    """The units that one layer keeps, as ascending indexes into the dense layer.
 
     Args:
         groups: kept GQA groups (KV heads).
         channels: kept MLP channels.
-        queries: kept query heads, the same number in every kept group; None means all that the kept groups have.
+        queries: kept query heads, the same number in every kept group; None keeps all of the kept groups.
     """
 
     groups: tuple[int, ...]
@@ -64,18 +64,18 @@ class KeptUnits:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which units of every layer stay, and where that choice came from.
+    """The units that each layer keeps, and how they were chosen.
 
     Args:
         geometry: shapes of the model that the plan was made for.
         layers: kept units of each layer.
         model: absolute path or name of that model.
-        fingerprint: of that model's weights, by which another one under the name is told; empty where it is not known.
+        fingerprint: fingerprint of that model's weights, to detect other weights under the same name; empty if unknown.
         criterion: criterion that scored the units.
         allocation: allocation that chose the counts.
-        rate: share of parameters asked to be removed, 0 to 1.
-        rate_base: what the rate is a share of, `decoder` (parameters of all decoder layers) or `all`.
-        kv_rate: share of the KV heads asked to be removed, 0 to 1; 0 where it was not asked.
+        rate: requested share of parameters to remove, 0 to 1.
+        rate_base: what `rate` is a share of, `decoder` (parameters of all decoder layers) or `all`.
+        kv_rate: requested share of KV heads to remove, 0 to 1; 0 if none was requested.
         seed: seed of the calibration windows.
         corpora: calibration corpora.
 
@@ -97,23 +97,23 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         if len(self.layers) != self.geometry.num_layers:
-            raise ValueError(f"the plan has {len(self.layers)} layers, its geometry {self.geometry.num_layers}")
+            raise ValueError(f"the plan has {len(self.layers)} layers, but its geometry has {self.geometry.num_layers}")
         for layer, kept in enumerate(self.layers):
             check_indexes(kept.groups, self.geometry.kv_heads[layer], f"layer {layer} GQA groups")
-            if kept.channels or self.geometry.channels[layer]:  # none beside experts alone
+            if kept.channels or self.geometry.channels[layer]:  # a layer of experts alone has none
                 check_indexes(kept.channels, self.geometry.channels[layer], f"layer {layer} MLP channels")
             if kept.queries is not None:
                 check_indexes(kept.queries, self.geometry.query_heads[layer], f"layer {layer} query heads")
                 check_same_number(kept.queries, kept.groups, self.geometry.ratios[layer], f"layer {layer} query heads")
 
     def list_queries(self, layer: int) -> tuple[int, ...]:
-        """The query heads that stay in a layer, as ascending indexes into the dense layer."""
+        """List the query heads that a layer keeps, as ascending indexes into the dense layer."""
         kept = self.layers[layer]
         return list_query_heads(kept.groups, self.geometry.ratios[layer]) if kept.queries is None else kept.queries
 
     @property
     def pruned_geometry(self) -> Geometry:
-        """Shapes of the model after surgery; every kept KV head keeps its own query heads, or as many as the others."""
+        """Shapes of the model after the cut. Each kept KV head keeps its query heads, or as many as every other one."""
         dense = self.geometry
         return Geometry(
             family=dense.family,
@@ -126,38 +126,38 @@ class PruningPlan:
 
     @property
     def removes_nothing(self) -> bool:
-        """Whether every unit stays."""
+        """Whether the plan keeps every unit."""
         return self.pruned_geometry == self.geometry
 
     def leaves(self, geometry: Geometry) -> bool:
-        """Whether files of these shapes can hold what the plan leaves, as it is or padded; families aside.
+        """Whether a checkpoint of these shapes can hold the pruned model, padded or not.
 
-        A checkpoint is stored as the family whose stock class has its shapes.
+        The family is ignored, because a checkpoint is stored as any family whose stock class has its shapes.
         """
         pruned = replace(self.pruned_geometry, family=geometry.family)
         return geometry == pruned or geometry.is_padding_of(pruned)
 
     def check_fits(self, geometry: Geometry) -> None:
-        """Refuse a model other than the one the plan was made for.
+        """Check that the plan was made for a model of these shapes.
 
         Raises:
-            ValueError: naming the first difference.
+            ValueError: if not, naming the first difference.
         """
         if difference := self.geometry.difference(geometry):
             raise ValueError(
-                f"the plan was made for another model ({self.model or 'unnamed'}): plan against this model: "
-                f"{difference}; apply it to the dense model it names, or calibrate a new plan"
+                f"the plan was made for another model ({self.model or 'unnamed'}): {difference} (plan against this "
+                "model); apply it to the dense model that it was made for, or make a new plan"
             )
 
     def check_weights(self, model: str, fingerprint: str) -> None:
-        """Refuse weights other than those of the model that the plan was made for, if the plan knows them.
+        """Check that weights are those that the plan was made for, if it has their fingerprint.
 
         Args:
-            model: name of the weights' model.
-            fingerprint: of the weights.
+            model: name of the model.
+            fingerprint: fingerprint of its weights.
 
         Raises:
-            ValueError: with both fingerprints.
+            ValueError: if they are not, with both fingerprints.
         """
         if self.fingerprint and fingerprint != self.fingerprint:
             raise ValueError(
@@ -166,25 +166,25 @@ class PruningPlan:
             )
 
     def then(self, later: "PruningPlan") -> "PruningPlan":
-        """The plan that does to the dense model what this plan and then a later one do.
+        """Compose two plans into one that does the same to the dense model as this plan followed by a later one.
 
-        Where the choice came from (criterion, allocation, seed, corpora) is as in the later plan; rates compound, for
-        each is a share of what its plan found.
+        Criterion, allocation, seed and corpora are those of the later plan. Rates compound, because each is a share of
+        the model that its plan was made for.
 
         Args:
-            later: a plan made for the model that this plan leaves.
+            later: a plan made for the model that this plan results in.
 
         Raises:
             ValueError: if the later plan was made for another model.
         """
         later.check_fits(self.pruned_geometry)
         layers = []
-        for layer, (first, second) in enumerate(zip(self.layers, later.layers, strict=True)):
+        for layer, (kept, kept_later) in enumerate(zip(self.layers, later.layers, strict=True)):
             queries = None
-            if first.queries is not None or second.queries is not None:
+            if kept.queries is not None or kept_later.queries is not None:
                 queries = _pick(self.list_queries(layer), later.list_queries(layer))
             layers.append(
-                KeptUnits(_pick(first.groups, second.groups), _pick(first.channels, second.channels), queries)
+                KeptUnits(_pick(kept.groups, kept_later.groups), _pick(kept.channels, kept_later.channels), queries)
             )
         return replace(
             later,
@@ -197,7 +197,7 @@ class PruningPlan:
         )
 
     def describe_layer(self, layer: int) -> str:
-        """One layer in words: `layer 12  9Q:3KV → 6Q:2KV  MLP 1536 → 1024`."""
+        """Describe one layer in a line, such as `layer 12  9Q:3KV → 6Q:2KV  MLP 1536 → 1024`."""
         before, after = self.geometry, self.pruned_geometry
         width = len(str(before.num_layers - 1))
         attention = f"{before.query_heads[layer]}Q:{before.kv_heads[layer]}KV"
@@ -206,7 +206,7 @@ class PruningPlan:
         return f"layer {layer:>{width}}  {attention}{mlp}"
 
     def describe_ratio(self) -> str:
-        """What became of the ratio of query heads to KV heads, in words; it is a whole number in every layer."""
+        """Describe how the ratio of query heads to KV heads changed; it is a whole number in every layer."""
         before, after = self.geometry.ratios, self.pruned_geometry.ratios
         if before == after:
             ratios = " and ".join(f"{ratio}:1" for ratio in sorted(set(before), reverse=True))
@@ -215,11 +215,11 @@ class PruningPlan:
         words = {(a, b): f"{a}:1 → {b}:1" if a != b else f"{a}:1 kept" for a, b in changes}
         if len(changes) == 1:
             return f"GQA ratio: ✅ {next(iter(words.values()))} in every layer"
-        parts = (f"{words[change]} in {changes[change]} of {len(before)} layers" for change in sorted(changes))
-        return f"GQA ratio: ✅ {', '.join(parts)}"
+        counts = (f"{words[change]} in {changes[change]} of {len(before)} layers" for change in sorted(changes))
+        return f"GQA ratio: ✅ {', '.join(counts)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, as `plan.json` holds them: `queries` where a layer lost query heads of its own."""
+        """Convert to plain types for `plan.json`; layers that lost single query heads have an entry `queries`."""
         data: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **asdict(self)}))
         for kept in data["layers"]:
             if kept["queries"] is None:
@@ -228,14 +228,14 @@ class PruningPlan:
 
     @classmethod
     def from_dict(cls, data: Any) -> "PruningPlan":
-        """Read what `to_dict` wrote.
+        """Build a plan from the output of `to_dict`.
 
         Raises:
-            ValueError: if it is not a plan, or not one that this version reads.
+            ValueError: if it is not a plan, or of a format that this version does not read.
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"not a pruning plan of format {FORMAT!r}: found {reprlib.repr(found)}")
+            actual = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"not a pruning plan of format {FORMAT!r}, got {reprlib.repr(actual)}")
         try:
             layers = tuple(
                 KeptUnits(
@@ -253,7 +253,7 @@ class PruningPlan:
                 allocation=read_text(data["allocation"], "allocation"),
                 rate=read_share(data["rate"], "rate"),
                 rate_base=read_text(data["rate_base"], "rate_base"),
-                kv_rate=read_share(data.get("kv_rate", 0.0), "kv_rate"),  # old plans have neither it nor a fingerprint
+                kv_rate=read_share(data.get("kv_rate", 0.0), "kv_rate"),  # old plans have no kv_rate and no fingerprint
                 seed=read_seed(data["seed"]),
                 corpora=tuple(read_text(name, "corpora") for name in read_list(data["corpora"], "corpora")),
                 fingerprint=read_text(data.get("fingerprint", ""), "fingerprint"),
@@ -262,7 +262,7 @@ class PruningPlan:
             raise ValueError(f"the pruning plan is incomplete or of the wrong type ({error})") from None
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all."""
+        """Write the plan as JSON, atomically."""
         write_atomically(Path(path), (json.dumps(self.to_dict(), separators=(",", ":")) + "\n").encode())
 
     @classmethod
@@ -270,7 +270,7 @@ class PruningPlan:
         """Read a plan that `save` wrote.
 
         Raises:
-            ValueError: if the file is missing, is not JSON that can be trusted, or is not a plan.
+            ValueError: if the file is missing, is not safe JSON, or is not a plan.
         """
         data = read_json(path, "pruning plan")
         try:
@@ -280,11 +280,11 @@ class PruningPlan:
 
 
 def find_plan(source: str | Path, geometry: Geometry) -> PruningPlan | None:
-    """The plan beside a model in a folder, if it is the one that made it.
+    """Load the plan in a model's folder, if there is one that results in this model; otherwise return None.
 
     Args:
         source: name or folder of the model.
-        geometry: its shapes.
+        geometry: shapes of the model.
     """
     file = Path(source) / PLAN_FILE
     plan = PruningPlan.load(file) if file.is_file() else None
@@ -292,7 +292,7 @@ def find_plan(source: str | Path, geometry: Geometry) -> PruningPlan | None:
 
 
 def list_query_heads(groups: Sequence[int], ratio: int) -> tuple[int, ...]:
-    """All query heads of KV heads, in order: KV head k is read by the consecutive heads `k * ratio … + ratio - 1`."""
+    """List all query heads of some KV heads, in order: KV head k has the heads `k * ratio … k * ratio + ratio - 1`."""
     return tuple(group * ratio + head for group in groups for head in range(ratio))
 
 

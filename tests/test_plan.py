@@ -104,9 +104,9 @@ def test_save_to_a_place_that_cannot_be_replaced_leaves_nothing_beside_it(tmp_pa
         (b"\xff\xfe{}", "not JSON"),
         (b"[" * 100_000, "nested more than 64 deep"),
         (b'{"seed": 1e999}', "number 1e999 is not finite"),
-        (b"[1, 2]", "found 'list'"),
-        (b"{}", "found None"),
-        (b'{"format": "other/2"}', "found 'other/2'"),
+        (b"[1, 2]", "got 'list'"),
+        (b"{}", "got None"),
+        (b'{"format": "other/2"}', "got 'other/2'"),
     ],
     ids=["text", "empty", "not UTF-8", "deep", "infinite", "a list", "no format", "wrong format"],
 )
@@ -257,7 +257,7 @@ def test_sizes_of_no_model_are_refused_before_anything_is_listed(sizes: dict[str
 
 
 def test_wrong_number_of_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="the plan has 1 layers, its geometry 2"):
+    with pytest.raises(ValueError, match="the plan has 1 layers, but its geometry has 2"):
         make_plan(layers=(KeptUnits((0,), (0,)),))
 
 
