@@ -1,5 +1,5 @@
-"""Decide how many units each block keeps and which: settings, budgets, allocations, checks, the plan.
+"""Decide how many units each block keeps, and which ones: settings, budgets, allocations, checks and the plan.
 
-May import scoring and what stands below it. To add an allocation, write a pure function on numbers in a file of
-`allocation/` and enter it in `ALLOCATIONS`: all else asks its entry. A setting is a field of `config.py`.
+May import scoring and the packages below it. To add an allocation, write a pure function on numbers in `allocation/`
+and add it to `ALLOCATIONS`; all other code reads its entry there. Settings are fields in `config.py`.
 """

@@ -1,4 +1,4 @@
-"""What to remove and how to choose it: the settings of the whole path, checked when they are made."""
+"""The settings of pruning, checked when they are created."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -13,15 +13,15 @@ from gqaprune.scoring.scores import ScoringConfig, needs_data, parse_criterion
 from gqaprune.surgery.repair_config import RepairConfig
 
 FREE = "free"
-"""The split that the allocation chooses."""
+"""The value of `split` that leaves it to the allocation."""
 DAMAGES = ("repaired", "gated", "scores")
-"""What `optimal` may count as damage."""
+"""Definitions of damage that `optimal` can minimise."""
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "quick": {"criterion": "obs", "allocation": "uniform", "repair": {"epochs": 0, "distill_tokens": 0}},
     "default": {},
     "best": {"repair": {"distill_tokens": 1_048_576}},
 }
-"""What each effort sets, in place of a default."""
+"""Settings that each effort uses instead of the defaults."""
 
 
 @dataclass(frozen=True)
@@ -29,46 +29,47 @@ class PruningConfig(RenamedAttributes):
     """What to remove and how to choose it.
 
     Args:
-        rate: share of parameters to remove, 0 to below 1. 0 leaves the model as it is; with a `kv_rate` only groups go.
-        rate_base: what `rate` is a share of: `decoder` (parameters of all decoder layers) or `all` (embeddings too).
-        target_parameters: parameters to leave, such as 6e9, to the nearest step, in place of `rate`.
-        target_size: bytes of weights to leave, in the type that they are loaded in, such as `5GB` or `4.7GiB`, in place
-            of `rate`.
-        effort: how much time pruning may take: `quick` (scores by `obs`, the same counts in every layer, least squares
-            alone), `default`, or `best` (four times as long a distillation). It replaces defaults: a setting that has
-            another value than its default keeps it.
-        kv_rate: share of the KV heads, and so of the KV cache, to remove, to the nearest group (with
-            `uniform` one of every layer); 0 lets the allocation choose.
-        split: attention : MLP shares of what is removed, such as `2:8` (in YAML in quotes), within one GQA group
-            (with `uniform` one of every layer); `free` lets the allocation choose. Null means `free` where the
-            allocation sees what units cost after repair, as by default, or `kv_rate` or `granularity: query` ask
-            attention to give; elsewhere channels alone.
-        granularity: what attention loses: `group` (whole GQA groups: KV heads with their query heads) or `query` (the
-            same number of query heads from every group of a layer, at most all but one; every KV head stays, and so
-            does the KV cache), for models with too few KV heads to remove.
-        criterion: what scores units. On gates: `fisher` (per sample), `taylor` (per accumulation). On weight gradients:
-            `param_first`, `param_second`, `param_mix`, `vectorize`. On activations: `wanda`, `wifv`, `obs`. Without
-            text: `l1`, `l2`, `random`. Two joined by `+` make their geometric mean.
-        scoring: what shapes the scores besides the criterion.
+        rate: share of parameters to remove, at least 0 and below 1. 0 removes nothing, or only GQA groups if `kv_rate`
+            is set.
+        rate_base: what `rate` is a share of: `decoder` (parameters of all decoder layers) or `all` (with embeddings).
+        target_parameters: parameters to keep, such as 6e9, to the nearest step; replaces `rate`.
+        target_size: bytes of weights to keep, in the dtype that they are loaded in, such as `5GB` or `4.7GiB`; replaces
+            `rate`.
+        effort: how much time pruning may take: `quick` (criterion `obs`, the same counts in every layer, least squares
+            alone), `default`, or `best` (distillation on four times as much text). It only changes settings that have
+            their default values.
+        kv_rate: share of the KV heads, and so of the KV cache, to remove, to the nearest group (with `uniform`, one
+            group of every layer); 0 leaves it to the allocation.
+        split: attention : MLP shares of the removed parameters, such as `2:8` (quoted in YAML), to within one GQA group
+            (with `uniform`, one of every layer); `free` leaves it to the allocation. Null means `free` if damage is
+            measured after repair, as by default, or with `kv_rate` or `granularity: query`; otherwise only channels
+            are removed.
+        granularity: units of attention: `group` (whole GQA groups: KV heads with their query heads) or `query` (the
+            same number of query heads from every group of a layer, leaving at least one). `query` keeps all KV heads
+            and the whole KV cache, and is meant for models with few KV heads.
+        criterion: how units are scored. From gates: `fisher` (per sample), `taylor` (per accumulation). From weight
+            gradients: `param_first`, `param_second`, `param_mix`, `vectorize`. From activations: `wanda`, `wifv`,
+            `obs`. Without text: `l1`, `l2`, `random`. Two joined by `+` are combined by their geometric mean.
+        scoring: further settings of the scores.
         allocation: how the budget is spread: `optimal` (least total damage under all limits at once), `uniform` (equal
-            counts in every layer of a range, so that the checkpoint needs no remote code when the ranges cover the
+            counts in every layer of a range, so that the checkpoint needs no remote code if the ranges cover the
             model), `global` (lowest score per parameter anywhere), `inverse` (important layers lose less) or
             `proportional` (important layers lose more).
-        damage: what `optimal` counts as the damage of removing units from a block: `repaired` (the divergence from the
-            dense model without them, the block's other units refitted by least squares), `gated` (the same with nothing
-            refitted) or `scores` (the sum of their scores). Ignored by other allocations.
-        limits: what has to stay, and which layers may lose units.
-        sensitivity: how the importance of layers is measured, and what follows from it.
-        damage_levels: removals of each block, evenly spread up to the most that may go, at which `gated` measures, at
-            least 2.
+        damage: how `optimal` measures the damage of removing units from a block: `repaired` (divergence from the dense
+            model after the block's other units are refitted by least squares), `gated` (the same without a refit) or
+            `scores` (sum of the removed scores). Ignored by other allocations.
+        limits: what must be kept, and which layers may lose units.
+        sensitivity: how the importance of layers is measured and used.
+        damage_levels: number of removals, evenly spread, at which `gated` measures each block; at least 2.
         swaps: a search that moves removals between blocks after the allocation.
-        steps: cuts in which the budget is spent, at least 1, in equal parts; what is left is scored anew before each.
-        repair: what makes up for the cut, on the calibration text.
+        steps: number of equal cuts in which the budget is spent, at least 1. The remaining units are scored again
+            before each.
+        repair: how the remaining weights are repaired after the cut, on calibration text.
 
     Groups of settings may be given as dictionaries, such as `limits={"min_groups": 2}`.
 
     Raises:
-        ValueError: if a setting is out of its bounds, or two of them exclude each other.
+        ValueError: if a setting is out of bounds, or two settings exclude each other.
     """
 
     rate: float = 0.2
@@ -100,7 +101,7 @@ class PruningConfig(RenamedAttributes):
 
     @property
     def removes_something(self) -> bool:
-        """Whether there is anything to remove."""
+        """Whether anything is to be removed."""
         has_target = self.target_parameters is not None or self.target_size is not None
         return self.rate > 0 or self.kv_rate > 0 or has_target
 
@@ -111,12 +112,12 @@ class PruningConfig(RenamedAttributes):
 
     @property
     def uses_damage_curves(self) -> bool:
-        """Whether the choice depends on measured damage of each block."""
+        """Whether the choice depends on the measured damage of each block."""
         return ALLOCATIONS[self.allocation].uses_damage_curves and self.damage != "scores"
 
     @property
     def sees_repair(self) -> bool:
-        """Whether the choice depends on what repair can make up for."""
+        """Whether the choice depends on damage after repair."""
         return self.uses_damage_curves and self.damage == "repaired"
 
     @property
@@ -128,7 +129,7 @@ class PruningConfig(RenamedAttributes):
 
     @property
     def attention_share(self) -> float | None:
-        """Share of the removed parameters that attention gives; None where the allocation chooses."""
+        """Attention's share of the removed parameters; None if the allocation chooses it."""
         if self.split is None:
             return None if self.kv_rate or self.granularity == "query" or self.sees_repair else 0.0
         return None if self.split == FREE else parse_split(self.split)
@@ -140,13 +141,13 @@ class PruningConfig(RenamedAttributes):
                 object.__setattr__(self, field.name, value)
 
     def _apply_effort(self) -> None:
-        """Set what the effort does, where a setting is at its default."""
+        """Apply the effort's settings to those that have their default values."""
         defaults = {field.name: field.default for field in fields(self)}
         for name, value in EFFORTS[self.effort].items():
             current, default = getattr(self, name), defaults[name]
             if isinstance(value, Mapping):
-                kept = {key: one for key, one in value.items() if getattr(current, key) == getattr(default, key)}
-                object.__setattr__(self, name, replace(current, **kept))
+                changes = {key: new for key, new in value.items() if getattr(current, key) == getattr(default, key)}
+                object.__setattr__(self, name, replace(current, **changes))
             elif current == default:
                 object.__setattr__(self, name, value)
 
@@ -164,16 +165,16 @@ class PruningConfig(RenamedAttributes):
 
     def _check_bounds(self) -> None:
         if self.target_parameters is not None and self.target_size is not None:
-            raise ValueError("target_parameters and target_size are two sizes to reach: leave one of them")
+            raise ValueError("target_parameters and target_size cannot both be set: remove one of them")
         if not 0 <= self.rate < 1:
-            raise ValueError(f"rate must be in [0, 1), a share of the parameters, got {self.rate}; 0.2 removes 20 %")
+            raise ValueError(f"rate must be in [0, 1), a share of the parameters, got {self.rate}; try 0.2 for 20 %")
         if not 0 <= self.kv_rate < 1:
-            raise ValueError(f"kv_rate must be in [0, 1), a share of the KV heads, got {self.kv_rate}")
+            raise ValueError(f"kv_rate must be in [0, 1), a share of the KV heads, got {self.kv_rate}; try 0.25")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.damage_levels < 2:
             raise ValueError(
-                f"damage_levels must be at least 2, got {self.damage_levels}; try 8, or damage: scores, which has none"
+                f"damage_levels must be at least 2, got {self.damage_levels}; try 8, or damage: scores, which uses none"
             )
         if self.split not in (None, FREE):
             parse_split(self.split)
@@ -181,14 +182,14 @@ class PruningConfig(RenamedAttributes):
     def _check_combinations(self) -> None:
         if self.kv_rate and self.split not in (None, FREE):
             raise ValueError(
-                f"kv_rate {self.kv_rate} and split {self.split} both say how much attention gives: set one of them"
+                f"kv_rate {self.kv_rate} and split {self.split} both set how much attention loses: remove one of them"
             )
         if self.kv_rate and self.granularity == "query":
-            raise ValueError(f"kv_rate {self.kv_rate} needs granularity group: with query every KV head stays")
+            raise ValueError(f"kv_rate {self.kv_rate} needs granularity: group, because query keeps every KV head")
         is_gated = self.uses_damage_curves and not self.sees_repair
         if self.steps > 1 and (is_gated or self.swaps.generations):
             name = "damage: gated" if is_gated else "swaps.generations"
-            raise ValueError(f"{name} measures cuts of the whole model, which several steps have not: set steps to 1")
+            raise ValueError(f"{name} works with a single cut, got steps {self.steps}: set steps to 1")
 
 
 _GROUPS = (ScoringConfig, LimitsConfig, SensitivityConfig, SwapsConfig, RepairConfig)

@@ -1,4 +1,4 @@
-"""How many units each block loses: measures what the config's allocation looks at, and runs it."""
+"""Choose how many units each block loses: measure what the config's allocation depends on, and run it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,17 +25,18 @@ from gqaprune.scoring.sensitivity import Importance, measure_sensitivity
 from gqaprune.surgery.repair import choose_held_out
 
 _ATTENTION_WEIGHT = 4 / 3
-"""How much more a nat of attention's damage after repair counts than an MLP's. What follows least squares mends MLPs
-better than attention, and text unlike the calibration text loses more by attention: on validation text six groups that
-looked as cheap as the channels in their place left a gap 0.015 larger (benchmarks/results/trials.md)."""
+"""Weight of attention's damage after repair relative to an MLP's. Refinement and distillation repair MLPs better than
+attention, and removing attention does more damage on text unlike the calibration text. On validation text, six groups
+with the same measured damage as the channels that they replaced left a gap larger by 0.015
+(benchmarks/results/trials.md)."""
 Curves = dict[BlockKey, list[tuple[int, float]]]
-"""Points (units removed, damage) of each block."""
+"""Pairs of units removed and damage, for each block."""
 BoundAllocation = Callable[[Sequence[BlockBudget], Budget], Removed]
-"""An allocation that has its options."""
+"""An allocation with its options applied."""
 
 
 def bind_allocation(config: PruningConfig, options: AllocationOptions) -> BoundAllocation:
-    """The config's allocation, as a function of blocks and budget alone."""
+    """Return the config's allocation as a function of only blocks and budget."""
     return lambda blocks, budget: ALLOCATIONS[config.allocation](blocks, budget, options)
 
 
@@ -45,9 +46,9 @@ def measure_options(
     config: PruningConfig,
     stages: StageCache,
 ) -> AllocationOptions:
-    """What the allocation looks at besides scores: importance, where something depends on it.
+    """Measure what the allocation depends on besides scores: importance, if it is used.
 
-    Importance is of all blocks of the dense model, so that a saved one fits whatever layers a later run prunes.
+    Importance is measured for all blocks of the dense model, so a saved one also fits runs that prune other layers.
 
     Raises:
         ValueError: if a saved sensitivity does not fit.
@@ -60,7 +61,7 @@ def measure_options(
         sensitivity = measure_sensitivity(model, blocks, calibration, config.sensitivity.method, path)
         return StageResult(list_values(sensitivity.importance))
 
-    # A path is a place of the user's own to keep it in, and to read it from.
+    # With a path, the user's file keeps the sensitivity, and no stage does.
     stage = measure() if path else stages.recall("sensitivity", {"sensitivity": config.sensitivity.method}, measure)
     importance = {BlockKey(layer, kind): value for layer, kind, value in stage.facts}
     return make_options(config, importance)
@@ -76,16 +77,17 @@ def measure_curves(
     options: AllocationOptions,
     stages: StageCache,
 ) -> tuple[Scores, AllocationOptions, dict[BlockKey, Points]]:
-    """Add measured damage of each block to the options, where the config asks for it.
+    """Measure the damage of each block, if the config uses it, and add it to the options.
 
     Returns:
-        Scores of all units, in which those of attention follow from the damage after repair if that was measured; the
-        options; and of each block, likewise, what was measured, by the number of units that are removed of those left.
+        Scores of all units; those of attention are replaced if damage after repair was measured. The options with
+        damage curves. And for damage after repair, the measured points of each block, in which units are counted from
+        the current model.
     """
     if not config.uses_damage_curves:
         return scores, options, {}
     budgets = budget_blocks(dense_blocks, scores, config)
-    # Removing none, which is the first count, costs nothing and is not measured.
+    # The first count is 0 units, which does no damage and is not measured.
     levels = {block.key: thin_counts(block.removable_counts(), config.damage_levels + 1)[1:] for block in budgets}
     inputs: dict[str, Any] = {"scores": hash_tensors(list(scores.values())), "levels": list_values(levels)}
     if not config.sees_repair:
@@ -96,9 +98,12 @@ def measure_curves(
         )
         return scores, replace(options, curves=_read_curves(stage.facts)), {}
     blocks = select_blocks(model, config)
-    gone = {block.key: block.units - own.units // own.groups for block, own in zip(budgets, blocks, strict=True)}
-    most = {block.key: max(0, block.removable_counts()[-1] - gone[block.key]) for block in budgets}
-    levels = {block.key: choose_levels(block.units - gone[block.key], most[block.key]) for block in budgets}
+    # Budgets count the dense model's units, and curves those of the current model.
+    removed_before = {
+        budget.key: budget.units - block.units // block.groups for budget, block in zip(budgets, blocks, strict=True)
+    }
+    most = {block.key: max(0, block.removable_counts()[-1] - removed_before[block.key]) for block in budgets}
+    levels = {block.key: choose_levels(block.units - removed_before[block.key], most[block.key]) for block in budgets}
 
     def measure() -> StageResult:
         damage = measure_repaired_damage(
@@ -120,7 +125,7 @@ def measure_curves(
     for layer, kind, removed, value in stage.facts:
         points[BlockKey(layer, kind)].append((removed, value))
     curves = {
-        key: [(0, 0.0), *((gone[key] + count, damage * _weigh(key)) for count, damage in enumerate(curve))]
+        key: [(0, 0.0), *((removed_before[key] + count, damage * _weigh(key)) for count, damage in enumerate(curve))]
         for key, curve in draw_curves(points, most).items()
     }
     attention = {BlockKey.parse(name): score_U for name, score_U in stage.tensors.items()}
@@ -146,7 +151,7 @@ def refine_counts(
     removed: Removed,
     seed: int,
 ) -> Removed:
-    """Move removals between blocks while the divergence from the dense model falls, where the config asks for it."""
+    """Move removals between blocks to lower the divergence from the dense model, if the config asks for swaps."""
     if not config.swaps.generations:
         return removed
     return refine_by_swaps(
@@ -161,10 +166,10 @@ def refine_counts(
 
 
 def list_values(values: Mapping[BlockKey, Any]) -> list[list[Any]]:
-    """What blocks have, in plain types: layer, kind and value of each."""
+    """Convert values of blocks to plain types: layer, kind and value of each."""
     return [[*key, value] for key, value in values.items()]
 
 
 def make_options(config: PruningConfig, importance: Importance | None) -> AllocationOptions:
-    """What the config and importance, where there is any, let the allocation look at; damage curves come later."""
+    """Make allocation options from the config and from importance, if there is any; damage curves are added later."""
     return AllocationOptions(importance, config.sensitivity.alpha, config.sensitivity.log, config.limits.frozen_layers)

@@ -1,4 +1,4 @@
-"""Groups of pruning settings: limits, sensitivity, swaps. `gqaprune.scoring` and `gqaprune.surgery` have their own."""
+"""Groups of pruning settings: limits, sensitivity and swaps. Those of scoring and repair are in their packages."""
 
 from dataclasses import dataclass
 from numbers import Integral
@@ -12,24 +12,25 @@ LayerRange = tuple[int, int]
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """What has to stay, and which layers may lose units.
+    """What must be kept, and which layers may lose units.
 
     Args:
-        attention_layers: decoder layers whose attention may lose units, first and one past the last; equal ends mean
-            none, null all but the first seventh and the last fourteenth (4 and 2 of 30), which cost most, or all where
-            the damage after repair is measured of each.
-        mlp_layers: decoder layers whose MLP may lose channels, likewise; null all but those at the ends.
-        frozen_layers: this many of the most important layers stay whole, whatever the allocation; at least 0.
-        min_groups: GQA groups that stay in every layer, at least 1; with `granularity: query` all of them stay.
-        min_channels: MLP channels that stay in every layer, at least 1.
-        min_rate: least share of its parameters that each layer loses that has a removable unit, 0 to 1.
-        max_rate: largest share of its parameters that any layer loses, 0 to 1.
-        channel_multiple: kept MLP widths are multiples of it (64 or 128 runs fast on GPUs); null means 32, which 8-bit
-            formats ask for, or 1 of MLPs narrower than 1,024 and with `uniform`, to whose rate a step in every layer
-            matters.
+        attention_layers: decoder layers whose attention may lose units, the first and one past the last; equal ends
+            mean none. Null means all layers if damage is measured after repair; otherwise all but the first seventh and
+            the last fourteenth (4 and 2 of 30), which cost the most.
+        mlp_layers: decoder layers whose MLP may lose channels, in the same form. Null means all but the first seventh
+            and the last fourteenth.
+        frozen_layers: number of the most important layers that lose nothing with any allocation; at least 0.
+        min_groups: GQA groups to keep in every layer, at least 1; `granularity: query` keeps all of them.
+        min_channels: MLP channels to keep in every layer, at least 1.
+        min_rate: smallest share of its parameters, 0 to 1, that each layer with a removable unit loses.
+        max_rate: largest share of its parameters, 0 to 1, that any layer loses.
+        channel_multiple: kept MLP widths are multiples of this number (64 or 128 are fast on GPUs). Null means 32,
+            which 8-bit formats need; or 1 for MLPs narrower than 1,024, and with `uniform`, where a larger step in
+            every layer would change the rate.
 
     Raises:
-        ValueError: if a setting is out of its bounds.
+        ValueError: if a setting is out of bounds.
     """
 
     attention_layers: LayerRange | None = None
@@ -55,7 +56,8 @@ class LimitsConfig:
             ends = getattr(self, name)
             if ends is not None and not _is_range(ends):
                 raise ValueError(
-                    f"{name} must be two layers, the first and the end, such as (4, 28), got {str(ends)[:40]!r}"
+                    f"{name} must be two layers, the first and one past the last, such as (4, 28), "
+                    f"got {str(ends)[:40]!r}"
                 )
         AllocationOptions(frozen_layers=self.frozen_layers)
 
@@ -67,21 +69,19 @@ def _is_range(ends: object) -> bool:
 
 @dataclass(frozen=True)
 class SensitivityConfig:
-    """How the importance of layers is measured, and what follows from it.
+    """How the importance of layers is measured and used, by `inverse`, `proportional` and `limits.frozen_layers`.
 
     Args:
-        method: what makes a layer important: `removal` (rise of the loss without the layer), `block_removal` (the
-            same for attention and MLP apart), `activation` (size of what a block adds) or `block_influence` (change of
-            direction). Measured once on the dense model, for allocations `inverse` and `proportional` and for
-            `limits.frozen_layers` only.
-        path: JSON file of the importance, read if it is there and written if not; null measures it anew.
-        alpha: strength of the difference that importance makes, 0 to 50, for `inverse` and `proportional` only; 0
-            makes none.
-        log: take the logarithm of importance first, so that one outstanding layer does not make all others alike; for
-            `inverse` and `proportional` only.
+        method: how importance is measured, once on the dense model: `removal` (rise of the loss without the layer),
+            `block_removal` (the same for attention and MLP separately), `activation` (norm of a block's output relative
+            to the residual stream) or `block_influence` (how much the layer turns the residual stream).
+        path: JSON file of the importance, read if it exists and written otherwise; null always measures.
+        alpha: how strongly importance matters to `inverse` and `proportional`, 0 (not at all) to 50.
+        log: use the logarithm of importance in `inverse` and `proportional`, so that one outstanding layer does not
+            make all others equal.
 
     Raises:
-        ValueError: if a setting is out of its bounds.
+        ValueError: if a setting is out of bounds.
     """
 
     method: str = "removal"
@@ -101,12 +101,12 @@ class SwapsConfig:
     """An evolutionary search that moves removals between blocks after the allocation.
 
     Args:
-        generations: generations of the search, which goes on while the measured divergence from the dense model falls;
-            after any allocation (a `uniform` one is not uniform then); 0 does without.
+        generations: number of generations; 0 turns the search off. An allocation is replaced if the measured
+            divergence from the dense model is smaller. After `uniform`, layers no longer have equal counts.
         offspring: allocations measured in each generation, at least 1.
 
     Raises:
-        ValueError: if a setting is out of its bounds.
+        ValueError: if a setting is out of bounds.
     """
 
     generations: int = 0

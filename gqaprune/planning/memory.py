@@ -1,4 +1,4 @@
-"""Memory that work on a model needs, on one device or over several, by formulas: nothing is loaded or run."""
+"""Estimate by formulas the memory that work on a model needs, on one device or several. Nothing is loaded or run."""
 
 from dataclasses import dataclass
 
@@ -17,32 +17,32 @@ from gqaprune.training.recovery import RecoveryConfig
 
 GIB = 2**30
 PLACES = ("one device", "ddp", "fsdp", "sharded", "offload")
-"""Where work is done: all on one device; whole on each; recovery split over all; pruning too; only what is in use on
-the device."""
+"""Where the model is: on one device; whole on each (DDP); sharded in recovery (FSDP); sharded in pruning as well;
+or on disk, with only the layers in use on the device."""
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What a model holds.
+    """Sizes of a model, on which its memory depends.
 
     Args:
         family: Hugging Face `model_type`.
-        parameters: all of them, tied ones once.
-        decoder_parameters: of the decoder layers.
-        layers: decoder layers.
+        parameters: all parameters, tied ones counted once.
+        decoder_parameters: parameters of the decoder layers.
+        layers: number of decoder layers.
         hidden_size: width of the residual stream.
         vocabulary: rows of the embedding.
         head_dim: features per attention head.
-        query_heads: query heads, of all layers.
-        kv_heads: KV heads, of all layers.
-        channels: MLP channels, of all layers.
+        query_heads: query heads of all layers.
+        kv_heads: KV heads of all layers.
+        channels: MLP channels of all layers.
         query_head_range: fewest and most query heads of a layer.
         kv_head_range: fewest and most KV heads of a layer.
         channel_range: fewest and most channels of a layer.
-        ratio_range: fewest and most query heads on one KV head.
-        layer_parameters: of the largest layer.
-        mlp_parameters: projections of the largest MLP.
-        adapter_parameters: of LoRA adapters of the default rank on all projections.
+        ratio_range: fewest and most query heads per KV head.
+        layer_parameters: parameters of the largest layer.
+        mlp_parameters: parameters of the projections of the largest MLP.
+        adapter_parameters: parameters of LoRA adapters of the default rank on all projections.
     """
 
     family: str
@@ -65,7 +65,7 @@ class ModelSizes:
 
 
 def read_sizes(config: PretrainedConfig, trust_remote_code: bool = False) -> ModelSizes:
-    """Count what a model of a config holds, on a model without weights.
+    """Read a model's sizes from its config, by building it without weights.
 
     Raises:
         ValueError: if the family is not supported.
@@ -104,37 +104,49 @@ def estimate_memory(
     calibration_tokens: int,
     gradient_checkpointing: bool = False,
 ) -> dict[str, dict[str, float | None]]:
-    """Bytes per device that each work needs in each place of `PLACES`; None where it is not done.
+    """Estimate the bytes per device that each kind of work needs in each place of `PLACES`.
 
-    With `P` parameters of `b` bytes, `D` those of the largest layer, `E` those outside the decoder, `M` and `C` the
-    projections and channels of the largest MLP, `A` those of the adapters, `H` the hidden size, `V` the vocabulary, `t`
-    tokens of a micro-batch, `c` of calibration, over `N` devices:
+    Symbols: `P` parameters of `b` bytes, `D` parameters of the largest layer, `E` parameters outside the decoder, `M`
+    and `C` parameters and channels of the largest MLP, `A` parameters of adapters, `H` hidden size, `V` vocabulary, `Q`
+    width of all query heads of a layer, `t` tokens of a micro-batch, `c` calibration tokens, `N` devices, and `n` equal
+    to `N`, or 1 on one device.
 
-    - activations `a = t · Σ over layers of (b · (4H + 2·query + 2·KV width + 4·channels) + 8H)`: what one backward pass
-      keeps; of recovery's logits `l = 2b · V · t + 8V · min(t, 2²⁴ / V)`, with their gradient, and a piece in float32
-    - scoring `b·P + max(s + 8V · min(t, 2²⁴ / V) + g, b · H · c/n + s / layers + min(W, 24 · C²))`. Backward passes
-      keep `s`, which is `a` without the inputs of projections, whose weights have no gradient, `b · 4H` a layer and
-      token: of 1,024 tokens or one window at most, less where a micro-batch is several windows. Forward passes keep the
-      hidden states of all windows; `n` is `N`, or 1 on one device; `W` bytes, `WORKSPACE`, are the most that Gram
-      matrices and the work on them take on the device; `g = min(3/8 · W, 8 · layers · C²)` those that are summed in the
-      pass of backward passes. A GPU with more free memory keeps more
-    - repair `b · (P + D) + 4 · b · H · c/n + max(18 · M, b · Q · c/n) + min(W, 40 · C · (C + H))`: two streams of
-      hidden states, inputs and targets of one MLP, its float32 copies and optimizer or, before, what attention gave,
-      `Q` wide, and second moments with their factor. Inputs and targets, half of the second term, lie in the host's
-      memory where a GPU has less room
-    - repair's distillation `b·P + 16·A·32/rank + a + l`, adapters of rank 32 with float32 gradients and moments, at
-      most, for it takes a window at a time
-    - recovery: full `4b·P + a + l` (weights, gradients, two moments of AdamW), LoRA `b·P + 16·A + a + l`,
-      distillation full, `b·P` of the teacher and `t · V · b` of its logits
-    - DDP adds a copy of the gradients, `b·P` or `4·A`
-    - FSDP divides all but activations and logits by `N` and gathers `b · (3D + 2E)` at a time, twice with a teacher;
-      scoring and repair come before it and need what they need under DDP
-    - gradient checkpointing keeps the hidden states between layers and one layer's activations, `b · H · t · layers +
-      a / layers`, instead of `a`, and alike for `s`; `g` is 0
-    - sharded pruning keeps `b · ((P − E)/N + 2D + E)` instead of `b·P`, and what gradient checkpointing keeps; recovery
-      is FSDP's
-    - offload keeps two layers and what lies outside the decoder, `b · (2D + E)`, instead of `b·P`, and makes no
-      backward passes; no recovery
+    - Activations that one backward pass keeps: `a = t · Σ over layers of (b · (4H + 2·query + 2·KV width + 4·channels)
+      + 8H)`. Logits of recovery: `l = 2b · V · t + 8V · min(t, 2²⁴ / V)`, with their gradient and a piece in float32.
+    - Scoring: `b·P + max(s + 8V · min(t, 2²⁴ / V) + g, b · H · c/n + s / layers + min(W, 24 · C²))`. Backward passes
+      keep `s`, which is `a` without the inputs of projections (`b · 4H` per layer and token), whose weights have no
+      gradient; at most 1,024 tokens or one window run at once, less than a micro-batch of several windows. Forward
+      passes keep the hidden states of all windows. `W` is `WORKSPACE`, the bytes that Gram matrices and factors take at
+      most, and `g = min(3/8 · W, 8 · layers · C²)` the Gram matrices that are summed during backward passes. A GPU with
+      more free memory keeps more.
+    - Repair: `b · (P + D) + 4 · b · H · c/n + max(18 · M, b · Q · c/n) + min(W, 40 · C · (C + H))`: two streams of
+      hidden states and the inputs and targets of one MLP; the MLP's float32 copies and optimizer or, before that, the
+      output of attention heads; and second moments with their factor. Inputs and targets, half of the second term, are
+      in the host's memory if a GPU has less space.
+    - Distillation in repair: at most `b·P + 16·A·32/rank + a + l`, for adapters of rank 32 with float32 gradients and
+      moments; it runs one window at a time.
+    - Recovery: full `4b·P + a + l` (weights, gradients, two moments of AdamW); LoRA `b·P + 16·A + a + l`; distillation
+      as full, plus `b·P` for the teacher and `t · V · b` for its logits.
+    - DDP adds a copy of the gradients, `b·P` or `4·A`.
+    - FSDP divides everything but activations and logits by `N`, and gathers `b · (3D + 2E)` at a time, twice with a
+      teacher. Scoring and repair run before it and need as much as under DDP.
+    - Gradient checkpointing keeps the hidden states between layers and one layer's activations, `b · H · t · layers +
+      a / layers`, instead of `a`; the same holds for `s`, and `g` is 0.
+    - Sharded pruning keeps `b · ((P − E)/N + 2D + E)` instead of `b·P`, and activations as with gradient checkpointing.
+      Recovery is as with FSDP.
+    - Offloading keeps two layers and the parameters outside the decoder, `b · (2D + E)`, instead of `b·P`. It runs no
+      backward passes and no recovery.
+
+    Args:
+        sizes: sizes of the model.
+        itemsize: bytes of a weight.
+        devices: number of devices.
+        tokens: tokens of a micro-batch.
+        calibration_tokens: tokens of the calibration text.
+        gradient_checkpointing: whether activations are recomputed in backward passes.
+
+    Returns:
+        Work -> place -> bytes; None if the work is not possible there.
     """
     b, t, h = itemsize, tokens, sizes.hidden_size
     weights, layer = b * sizes.parameters, b * sizes.layer_parameters
@@ -149,10 +161,10 @@ def estimate_memory(
     watched = 0 if gradient_checkpointing else min(WORKSPACE * 3 // 8, 8 * sizes.layers * channels**2)
 
     def repair(share: float) -> float:
-        own = calibration_tokens * share
+        rank_tokens = calibration_tokens * share
         moments = min(WORKSPACE, 40 * channels * (channels + h))
-        attended = own * b * sizes.head_dim * max(sizes.query_head_range)
-        return layer + 4 * own * b * h + max(TRAINING_BYTES * sizes.mlp_parameters, attended) + moments
+        attended = rank_tokens * b * sizes.head_dim * max(sizes.query_head_range)
+        return layer + 4 * rank_tokens * b * h + max(TRAINING_BYTES * sizes.mlp_parameters, attended) + moments
 
     def score(share: float, kept: float | None = scoring_keeps + watched) -> float:
         forward = b * h * calibration_tokens * share + scored / sizes.layers + gram
@@ -180,17 +192,17 @@ def estimate_memory(
     distilled = weights + adapters + trained + 2 * b * t * sizes.vocabulary + piece
     needed["repair, distillation"] = {"one device": distilled, "ddp": distilled, "fsdp": distilled}
     needed["repair, distillation"] |= {"sharded": None, "offload": None}
-    # State that stays, gradients that DDP copies, how many models are gathered, what else a micro-batch needs.
+    # Bytes of state, of gradients that DDP copies, number of gathered models, bytes of a teacher's logits.
     recoveries = {
         "full": (4 * weights, weights, 1, 0),
         "lora": (weights + 16 * sizes.adapter_parameters, 4 * sizes.adapter_parameters, 1, 0),
         "distill": (5 * weights, weights, 2, t * sizes.vocabulary * b),
     }
-    for mode, (state, copied, models, taught) in recoveries.items():
-        fsdp = state / devices + models * (3 * layer + 2 * outside) + recovery_keeps + taught
+    for mode, (state, copied, models, teacher_logits) in recoveries.items():
+        fsdp = state / devices + models * (3 * layer + 2 * outside) + recovery_keeps + teacher_logits
         needed[f"recovery, {mode}"] = {
-            "one device": state + recovery_keeps + taught,
-            "ddp": state + copied + recovery_keeps + taught,
+            "one device": state + recovery_keeps + teacher_logits,
+            "ddp": state + copied + recovery_keeps + teacher_logits,
             "fsdp": fsdp,
             "sharded": fsdp,
             "offload": None,
@@ -199,17 +211,17 @@ def estimate_memory(
 
 
 def count_kept(sizes: ModelSizes, itemsize: int, tokens: int) -> tuple[float, float]:
-    """Bytes of activations that a backward pass keeps: of frozen projections, and of those that are trained."""
+    """Count the bytes of activations that a backward pass keeps, with frozen projections and with trained ones."""
     heads = sizes.head_dim * (sizes.query_heads + sizes.kv_heads)
     frozen = tokens * (itemsize * (2 * heads + 4 * sizes.channels) + sizes.layers * 8 * sizes.hidden_size)
     return frozen, frozen + tokens * sizes.layers * itemsize * 4 * sizes.hidden_size
 
 
 def count_piece(sizes: ModelSizes, tokens: int) -> int:
-    """Bytes of a piece of logits with its gradient in float32."""
+    """Count the bytes of a piece of logits with its gradient in float32."""
     return 8 * min(tokens * sizes.vocabulary, PIECE_LOGITS)
 
 
 def find_range(counts: tuple[int, ...]) -> tuple[int, int]:
-    """Smallest and largest."""
+    """Return the smallest and the largest count."""
     return min(counts), max(counts)

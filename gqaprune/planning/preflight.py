@@ -1,4 +1,4 @@
-"""Checks before the work: settings that a model, its text or its budget does not allow are refused at once."""
+"""Checks before the work begins: refuse settings that the model, its text or the budget does not allow."""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -19,46 +19,45 @@ from gqaprune.scoring.scores import CRITERIA, parse_criterion
 
 
 def check_config(config: object) -> None:
-    """Refuse settings that are not a `PruningConfig`, whose own checks have not seen them.
+    """Refuse settings that are not a `PruningConfig`, which checks them when it is created.
 
     Raises:
-        ValueError: with how to make one.
+        ValueError: with an example.
     """
     if not isinstance(config, PruningConfig):
-        raise ValueError(
-            f"config must be a PruningConfig, such as PruningConfig(rate=0.2), got {type(config).__name__}"
-        )
+        raise ValueError(f"config must be a PruningConfig, got {type(config).__name__}; try PruningConfig(rate=0.2)")
 
 
 def check_text(model: PreTrainedModel, batches: Sequence[Tensor], config: PruningConfig) -> None:
-    """Refuse to measure on no text, or on text that the model cannot read.
+    """Refuse a config that needs calibration text if there is none, and text that the model cannot read.
 
     Raises:
-        ValueError: if the config needs calibration text and there is none, or as `check_windows`.
+        ValueError: in these cases, or as `check_windows`.
     """
     check_windows(model, batches, "the calibration text")
     if config.needs_text and not batches:
-        free = ", ".join(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
+        without_text = ", ".join(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
         raise ValueError(
             f"criterion {config.criterion} with allocation {config.allocation} and repair.method "
-            f"{config.repair.method} needs at least one calibration batch, got none; only {free} need no text, with "
-            "allocation uniform and repair.method none, and where nothing else is measured either"
+            f"{config.repair.method} needs at least one calibration batch, got none; to prune without text, set "
+            f"criterion to one of {without_text}, allocation to uniform and repair.method to none, without "
+            "swaps.generations and limits.frozen_layers"
         )
 
 
 def check_goes_by_layer(config: PruningConfig, placement: Placement) -> None:
-    """Refuse settings that need the whole model in memory, where its decoder layers are not.
+    """Refuse settings that need the whole model in memory if its decoder layers are elsewhere.
 
     Args:
-        config: what to remove.
+        config: settings of pruning.
         placement: where the decoder layers are.
 
     Raises:
-        ValueError: with what goes layer by layer instead.
+        ValueError: with a setting that works layer by layer.
     """
     if not config.removes_something or placement is Placement.MEMORY:
         return
-    # Gates need every layer twice for each micro-batch: devices gather it fast enough, disks do not read it so.
+    # Gates need each layer twice per micro-batch. Gathering it from devices is fast enough, reading from disk is not.
     names = [
         name
         for name, criterion in CRITERIA.items()
@@ -88,20 +87,20 @@ def check_goes_by_layer(config: PruningConfig, placement: Placement) -> None:
 def check_reachable(
     dense_blocks: Sequence[Block], budget: Budget, config: PruningConfig, options: AllocationOptions | None = None
 ) -> Removed | None:
-    """Refuse a budget that no scores can meet, before the long work.
+    """Refuse a budget that cannot be met with any scores, before the long work begins.
 
-    With `limits.frozen_layers` the blocks that may shrink follow from importance: until it is known, nothing more is
-    refused.
+    With `limits.frozen_layers`, importance decides which blocks may lose units, so little can be checked before it is
+    known.
 
     Args:
         dense_blocks: blocks that may lose units.
-        budget: what has to go.
+        budget: parameters or KV heads to remove.
         config: limits and allocation.
-        options: what the allocation looks at; None before importance is measured.
+        options: what the allocation depends on besides scores; None before importance is measured.
 
     Returns:
-        Counts that meet it, of which scores and importance may change how they spread over layers; None where they do
-        not follow yet.
+        Numbers of removed units that meet the budget, though real scores may spread them differently; None if they
+        depend on importance that is not known.
 
     Raises:
         ValueError: with the nearest reachable rate.
@@ -116,10 +115,10 @@ def check_reachable(
 
 
 def check_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -> None:
-    """Refuse settings that leave layers of unequal shapes, which a stock checkpoint cannot hold.
+    """Refuse settings that lead to unequal layers, which a stock checkpoint cannot hold.
 
     Raises:
-        ValueError: with what would give equal ones.
+        ValueError: with settings that lead to equal layers.
     """
     if config.removes_something and not keeps_equal_counts(model_config, config):
         layers = read_geometry(model_config).num_layers
@@ -129,15 +128,15 @@ def check_equal_counts(model_config: PretrainedConfig, config: PruningConfig) ->
         equal = join_choices([name for name, allocation in ALLOCATIONS.items() if allocation.gives_equal_counts])
         raise ValueError(
             f"a stock checkpoint needs equal counts in every layer: set allocation: {equal}, limits.frozen_layers: 0, "
-            f"swaps.generations: 0, {ranges}; or take the format per-layer, which keeps unequal ones, or padded"
+            f"swaps.generations: 0, {ranges}; or use the format per-layer, which keeps layers unequal, or padded"
         )
 
 
 def check_repair(model_config: PretrainedConfig, dense_blocks: Sequence[Block], config: PruningConfig) -> None:
-    """Refuse to fit biases that the family's checkpoints have no place for.
+    """Refuse to fit biases if the family's checkpoints cannot hold them.
 
     Raises:
-        ValueError: with the families that have.
+        ValueError: with families whose checkpoints can.
     """
     if config.repair.fits_biases:
         kinds = {block.key.kind for block in dense_blocks}

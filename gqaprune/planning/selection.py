@@ -1,4 +1,4 @@
-"""From scores to a plan: the blocks that may shrink, what allocations know of them, and the units that stay."""
+"""From scores to a plan: select the blocks that may lose units, describe them to allocations, and choose kept units."""
 
 import copy
 from collections.abc import Sequence
@@ -29,21 +29,22 @@ from gqaprune.scoring.outliers import Outliers, list_outliers, prepare_search, p
 from gqaprune.scoring.scores import Scores, score_units
 
 _WIDE = 1024
-"""Channels of an MLP that is wide enough to lose them 32 at a time."""
+"""Width from which an MLP loses channels 32 at a time by default."""
 _MULTIPLE = 32
-"""Of kept channels: the block of llama.cpp's q8_0."""
+"""Default multiple of kept channels: the block size of llama.cpp's q8_0."""
 
 
 def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
-    """The blocks that the config's layer ranges and its split allow to shrink.
+    """Select the blocks that may lose units, by the config's layer ranges and split.
 
     Raises:
-        ValueError: if a range leaves the model, or attention has to give where the family's cannot.
+        ValueError: if a range exceeds the model's layers, or the config needs attention or MLPs to lose units that the
+            family keeps whole.
     """
     whole = get_family(model.config).whole
     if "mlp" in whole and config.attention_share == 0:
         raise ValueError(
-            f"MLPs of {model.config.model_type} models stay whole: {whole['mlp']}; set split: free, or kv_rate, to "
+            f"MLPs of {model.config.model_type} models stay whole: {whole['mlp']}; set split: free or kv_rate to "
             "remove GQA groups"
         )
     if "attention" in whole and (config.attention_share or config.kv_rate or config.granularity == "query"):
@@ -55,30 +56,30 @@ def select_blocks(model: PreTrainedModel, config: PruningConfig) -> list[Block]:
     heads = [block.units // block.groups for block in blocks if block.key.kind == "attention"]
     if config.granularity == "query" and config.attention_share != 0 and max(heads, default=2) == 1:
         raise ValueError(
-            "granularity query leaves one query head to every KV head, and this model has no more: set granularity: "
-            "group, or split: 0:10 to remove MLP channels alone"
+            "granularity: query keeps one query head for every KV head, and this model has only one each; set "
+            "granularity: group, or split: 0:10 to remove only MLP channels"
         )
     allowed = list_allowed_layers(model.config, config)
     return [block for block in blocks if block.key.layer in allowed.get(block.key.kind, ())]
 
 
 def keeps_equal_counts(model_config: PretrainedConfig, config: PruningConfig) -> bool:
-    """Whether all layers of a model lose the same units, whatever the scores."""
+    """Whether all layers of a model will have equal shapes, whatever the scores."""
     dense = read_geometry(model_config)
-    whole = all(len(own) in (0, dense.num_layers) for own in list_allowed_layers(model_config, config).values())
-    alike = (
+    are_all = all(len(layers) in (0, dense.num_layers) for layers in list_allowed_layers(model_config, config).values())
+    are_equal = (
         ALLOCATIONS[config.allocation].gives_equal_counts
         and not config.limits.frozen_layers
         and not config.swaps.generations
     )
-    return dense.is_uniform and whole and alike
+    return dense.is_uniform and are_all and are_equal
 
 
 def list_allowed_layers(model_config: PretrainedConfig, config: PruningConfig) -> dict[str, range]:
-    """Kind of block -> layers in which it may lose units; kinds that give nothing are left out.
+    """Map each kind of block to the layers in which it may lose units; kinds that lose nothing are left out.
 
     Raises:
-        ValueError: if a range leaves the model.
+        ValueError: if a range exceeds the model's layers.
     """
     whole, layers = get_family(model_config).whole, read_geometry(model_config).num_layers
     ranges = {"attention": config.limits.attention_layers, "mlp": config.limits.mlp_layers}
@@ -92,16 +93,16 @@ def list_allowed_layers(model_config: PretrainedConfig, config: PruningConfig) -
     usual["mlp"] = choose_middle_layers(layers)
     allowed = {kind: range(*bounds) if bounds else usual[kind] for kind, bounds in ranges.items()}
     spared = find_spared_kind(config.attention_share)
-    return {kind: own for kind, own in allowed.items() if kind not in (spared, *whole)}
+    return {kind: layers_of_kind for kind, layers_of_kind in allowed.items() if kind not in (spared, *whole)}
 
 
 def choose_middle_layers(layers: int) -> range:
-    """Which of so many layers may lose units by default: the ends cost most, 4 and 2 layers of 28 to 34."""
+    """Choose the layers that may lose units by default: not those at the ends, which cost the most (4 and 2 of 30)."""
     return range(layers // 7, layers - layers // 14)
 
 
 def read_budget(model: PreTrainedModel, config: PruningConfig) -> Budget:
-    """What has to go from a dense model, and the limits of its layers."""
+    """Compute what must be removed from a dense model, and the limits of its layers."""
     layer_parameters = count_layer_parameters(model)
     return Budget(
         rate=config.rate,
@@ -122,18 +123,21 @@ def score_blocks(
     config: PruningConfig,
     stages: StageCache,
 ) -> tuple[Scores, Outliers]:
-    """Score the units that may go, and find the outliers among them, which are scored to go last if the config says so.
+    """Score the units that may be removed and, if the config protects outliers, find them and raise their scores.
 
-    Outliers are looked for in a pass over the text that a criterion makes.
+    Outliers are searched in the forward pass of a criterion.
 
     Args:
-        model: the causal LM as it is now.
+        model: the causal LM in its current state.
         calibration: the text, and how it accumulates.
-        config: criterion and protection.
-        stages: of a run with this model and this text.
+        config: criterion and protection of outliers.
+        stages: stages of a run with this model and this text.
+
+    Returns:
+        The scores, and the outliers, which are empty if they are not protected.
 
     Raises:
-        ValueError: if a loss, an activation or a score is not finite, with its place.
+        ValueError: if a loss, an activation or a score is not finite, naming the batch or the block.
     """
     blocks = select_blocks(model, config)
     if not (config.scoring.protect_outliers and config.needs_text):
@@ -145,11 +149,11 @@ def score_blocks(
 
 
 def budget_blocks(dense_blocks: Sequence[Block], scores: Scores, config: PruningConfig) -> list[BlockBudget]:
-    """What allocation knows of each block; what goes at once from all its groups is one unit there.
+    """Describe blocks to allocations. If a block has several groups, one unit of each is a single unit there.
 
     Args:
         dense_blocks: blocks as they were in the dense model.
-        scores: scores of the units that are left; units that are gone count as 0.
+        scores: scores of the remaining units; removed units have the score 0.
         config: limits.
     """
     min_groups = 1 if config.granularity == "query" else config.limits.min_groups
@@ -169,14 +173,14 @@ def budget_blocks(dense_blocks: Sequence[Block], scores: Scores, config: Pruning
 def make_plan(
     model: PreTrainedModel, dense_blocks: Sequence[Block], scores: Scores, removed: Removed, config: PruningConfig
 ) -> PruningPlan:
-    """Keep the units with the highest scores, so many that each block has lost as many as were counted.
+    """Make the plan that keeps the units with the highest scores.
 
     Args:
-        model: the model that was scored, which the plan is for.
+        model: the model that was scored and that the plan is for.
         dense_blocks: blocks as they were in the dense model.
-        scores: scores of the units that are left.
-        removed: units that each dense block has lost then, from each of its groups.
-        config: what the units of attention are.
+        scores: scores of the remaining units.
+        removed: number of units that each dense block will have lost, from each of its groups.
+        config: granularity of attention.
     """
     names = {"attention": {"group": "groups", "query": "queries"}[config.granularity], "mlp": "channels"}
     whole = keep_everything(model)
@@ -189,18 +193,18 @@ def make_plan(
 
 
 def keep_everything(model: PreTrainedModel) -> PruningPlan:
-    """The plan that removes nothing."""
+    """Make the plan that removes nothing."""
     geometry = read_geometry(model.config)
     counts = zip(geometry.kv_heads, geometry.channels, strict=True)
     return PruningPlan(geometry, tuple(KeptUnits(tuple(range(kv)), tuple(range(width))) for kv, width in counts))
 
 
 def _list_counts_without_stock_class(model: PreTrainedModel, config: PruningConfig) -> frozenset[int]:
-    """Numbers of an attention block's kept units that no stock class can hold, where all layers will keep equal counts.
+    """List numbers of kept attention units that no stock class supports; empty unless all layers keep equal counts.
 
     Args:
         model: the dense model.
-        config: what is to go from it.
+        config: what to remove.
     """
     if not keeps_equal_counts(model.config, config):
         return frozenset()
@@ -209,7 +213,7 @@ def _list_counts_without_stock_class(model: PreTrainedModel, config: PruningConf
     of_queries = config.granularity == "query"
     counts = range(1, ratio if of_queries else groups)
     heads = {count: (groups * count, groups) if of_queries else (count * ratio, count) for count in counts}
-    return frozenset(count for count, own in heads.items() if not _is_stock(model.config, dense, *own))
+    return frozenset(count for count, pair in heads.items() if not _is_stock(model.config, dense, *pair))
 
 
 def _is_stock(model_config: PretrainedConfig, dense: Geometry, query_heads: int, kv_heads: int) -> bool:
@@ -227,13 +231,13 @@ def _choose_multiple(block: Block, config: PruningConfig) -> int:
 
 
 def _sum_scores(block: Block, score_U: Tensor) -> list[float]:
-    # Each group's weakest go together, then each group's next: ascending sums.
+    # The weakest units of all groups are removed together, then the next ones: ascending sums.
     sums = score_U.reshape(block.groups, -1).sort().values.sum(0).tolist()
     return [0.0] * (block.units // block.groups - len(sums)) + sums
 
 
 def _keep_highest(score_U: Tensor, count: int, groups: int) -> tuple[int, ...]:
-    # A stable sort makes ties go to the lower index on every machine.
+    # A stable sort keeps the lower index among equal scores on every machine.
     order_GU = torch.argsort(score_U.reshape(groups, -1), dim=1, descending=True, stable=True)
-    first_G1 = torch.arange(groups)[:, None] * order_GU.shape[1]
-    return tuple(sorted((first_G1 + order_GU[:, :count]).flatten().tolist()))
+    offset_G1 = torch.arange(groups)[:, None] * order_GU.shape[1]
+    return tuple(sorted((offset_G1 + order_GU[:, :count]).flatten().tolist()))

@@ -1,4 +1,4 @@
-"""The stages of a run in their order, and which one it is in."""
+"""The stages of a run, in order, and messages when they begin."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +22,14 @@ END = "perplexity, checkpoint, report"
 
 @dataclass(frozen=True)
 class Work:
-    """What a run reads and trains.
+    """The text that a run reads and trains on.
 
     Args:
-        calibration: text of corpora and the model's own, by micro-batches.
-        sampled: documents that the model writes itself, for calibration and for training, by those side by side.
+        calibration: calibration text, in micro-batches; from corpora and written by the model.
+        sampled: documents that the model writes for calibration and training, in batches that are written together;
+            None if there are none.
         trains: whether training follows.
-        training: text of all epochs together, by micro-batches; None where it has not been counted.
+        training: training text of all epochs, in micro-batches; None if it has not been counted.
     """
 
     calibration: Text
@@ -38,12 +39,12 @@ class Work:
 
 
 def name_scores(config: PruningConfig) -> str:
-    """The stage that scores units."""
+    """Name the stage that scores units."""
     return f"scores, {config.criterion}"
 
 
 def list_stages(config: PruningConfig, work: Work) -> list[str]:
-    """Names of a run's stages in their order; `cost_stages` says what each costs."""
+    """List the names of a run's stages in order. `cost_stages` computes their costs."""
     repair = config.repair
     pruning = {
         DENSE_PREDICTIONS: repair.distills,
@@ -61,10 +62,10 @@ def list_stages(config: PruningConfig, work: Work) -> list[str]:
 
 
 class StageCounter:
-    """Says on the console which stage of how many begins.
+    """Announces stages on the console with their number.
 
     Args:
-        stages: names of those to come, in their order; a stage of another name is not said.
+        stages: names of the stages of the run, in order; others are not announced.
     """
 
     def __init__(self, stages: Sequence[str] = ()) -> None:
@@ -72,7 +73,7 @@ class StageCounter:
         self._begun = ""
 
     def begin(self, name: str) -> None:
-        """Say that a stage begins, on rank 0, unless it has begun."""
+        """Announce that a stage begins, on rank 0, unless it has begun already."""
         if name == self._begun or name not in self._stages:
             return
         self._begun = name

@@ -1,4 +1,4 @@
-"""A size to reach instead of a rate: parameters or bytes of weights."""
+"""Turn a target size, in parameters or bytes of weights, into a rate."""
 
 import re
 from dataclasses import replace
@@ -13,13 +13,13 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> float:
-    """Bytes, of a text such as `5GB`, `4.7 GiB` or `5e9`.
+    """Parse a size such as `5GB`, `4.7 GiB` or `5e9` into bytes.
 
     Raises:
-        ValueError: if it is no size.
+        ValueError: if the text is not a size.
     """
-    if found := _SIZE.fullmatch(text):
-        return float(found[1]) * _UNITS[(found[2] or "").lower()]
+    if match := _SIZE.fullmatch(text):
+        return float(match[1]) * _UNITS[(match[2] or "").lower()]
     try:
         return float(text)
     except ValueError:
@@ -27,11 +27,11 @@ def parse_size(text: str) -> float:
 
 
 def resolve_target(model: PreTrainedModel, config: PruningConfig) -> PruningConfig:
-    """Turn a size that is to be reached into the rate that does so, of all parameters; a config without one is kept.
+    """Replace a target size by the rate, of all parameters, that reaches it; return other configs unchanged.
 
     Args:
         model: the dense causal LM; its parameters need no values.
-        config: with `target_parameters` or `target_size`.
+        config: settings, possibly with `target_parameters` or `target_size`.
 
     Raises:
         ValueError: if the model is no larger than the target.
@@ -39,18 +39,16 @@ def resolve_target(model: PreTrainedModel, config: PruningConfig) -> PruningConf
     parameters = count_parameters(model)
     if config.target_size is not None:
         size = parse_size(config.target_size)
-        weights = {id(own): own for own in model.parameters()}.values()  # tied ones once
-        total = sum(own.nbytes for own in weights)
-        target, found = (
-            parameters * size / total,
-            f"target_size {config.target_size}, the model has {total / 1e9:.2f} GB",
-        )
+        weights = {id(weight): weight for weight in model.parameters()}.values()  # count tied weights once
+        total = sum(weight.nbytes for weight in weights)
+        target = parameters * size / total
+        setting, actual = f"target_size {config.target_size}", f"{total / 1e9:.2f} GB"
     elif config.target_parameters is not None:
         target = config.target_parameters
-        found = f"target_parameters {target:.4g}, the model has {parameters:.4g}"
+        setting, actual = f"target_parameters {target:.4g}", f"{parameters:.4g}"
     else:
         return config
     if not 0 < target < parameters:
-        raise ValueError(f"pruning.{found}: give less than that, and more than 0")
+        raise ValueError(f"pruning.{setting} must be above 0 and below the {actual} that the model has")
     rate = 1 - target / parameters
     return replace(config, rate=rate, rate_base="all", target_size=None, target_parameters=None)

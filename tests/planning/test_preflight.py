@@ -20,7 +20,7 @@ def test_text_is_asked_for_only_where_something_is_measured() -> None:
     check_text(model, [make_tokens()], make_plain())
     with pytest.raises(
         ValueError,
-        match="only l1, l2, random need no text, with allocation uniform and repair.method none, and where nothing",
+        match="set criterion to one of l1, l2, random, allocation to uniform and repair.method to none",
     ):
         check_text(model, [], make_plain())
 

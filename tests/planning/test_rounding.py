@@ -45,8 +45,10 @@ def count_attention(removed: Removed) -> int:
 def test_split_that_rounds_to_nothing_is_said_with_one_that_does_not(shape: str, split: str) -> None:
     said, removed = allocate(shape, split=split)
     assert count_attention(removed) == 0
-    assert said.startswith(f"split {split} came to 0:100 of attention and MLP: one GQA group of every layer is ")
-    reaching = re.search(r"; split (\d+:\d+) takes one; allocation: global takes single ones$", said)
+    assert said.startswith(
+        f"split {split} was rounded to 0:100 of attention and MLP, because one GQA group of every layer is "
+    )
+    reaching = re.search(r"; split (\d+:\d+) removes one; allocation: global can remove single ones$", said)
     assert reaching is not None
     assert count_attention(allocate(shape, split=reaching[1])[1]) > 0
     assert count_attention(allocate(shape, split=split, allocation="global")[1]) > 0
@@ -56,19 +58,20 @@ def test_query_heads_that_round_to_nothing_are_said() -> None:
     said, removed = allocate("two", granularity="query", split="1:9")
     assert count_attention(removed) == 0
     assert (
-        "came to 0:100 of attention and MLP: one query head of every group of every layer is 43% of what goes" in said
+        "was rounded to 0:100 of attention and MLP, because one query head of every group of every layer is 43% of the "
+        "removed parameters" in said
     )
     assert count_attention(allocate("two", granularity="query", split="44:56")[1]) > 0
 
 
 def test_free_split_that_leaves_attention_whole_is_said() -> None:
-    assert "split free came to 0:100" in allocate("two", split="free")[0]
+    assert "split free was rounded to 0:100" in allocate("two", split="free")[0]
     assert "keeps its last GQA groups: set granularity: query" in allocate("MQA", split="free")[0]
 
 
 def test_step_larger_than_the_rate_names_a_rate() -> None:
     said, removed = allocate("two", rate=0.05, split="1:9")
-    found = re.search(r"rate (\d\.\d+) with split 10:0 takes one", said)
+    found = re.search(r"rate (\d\.\d+) with split 10:0 removes one", said)
     assert count_attention(removed) == 0 and found is not None
     assert count_attention(allocate("two", rate=float(found[1]), split="10:0")[1]) > 0
 
@@ -76,16 +79,18 @@ def test_step_larger_than_the_rate_names_a_rate() -> None:
 def test_kv_rate_names_what_it_came_to_and_what_comes_nearer() -> None:
     said, removed = allocate("MHA", rate=0.0, kv_rate=0.3)
     assert count_attention(removed) == 7
-    assert said.startswith("kv_rate 0.3 came to 0.2188, 7 of 32 KV heads: the nearest with equal counts in every layer")
+    assert said.startswith(
+        "kv_rate 0.3 was rounded to 0.2188, 7 of 32 KV heads, the nearest with equal counts in every layer"
+    )
     assert said.endswith("allocation: global removes 10")
     assert count_attention(allocate("MHA", rate=0.0, kv_rate=0.3, allocation="global")[1]) == 10
     assert allocate("MHA", rate=0.0, kv_rate=0.2188)[1] == removed
-    assert allocate("two", rate=0.0, kv_rate=0.5)[0] == "kv_rate 0.5 came to 0.4375, 7 of 16 KV heads"
+    assert allocate("two", rate=0.0, kv_rate=0.5)[0] == "kv_rate 0.5 was rounded to 0.4375, 7 of 16 KV heads"
 
 
 def test_rate_below_one_step_is_said() -> None:
     said, removed = allocate("two", rate=0.001)
-    assert not any(removed.values()) and "rate 0.001 rounds to nothing: the least step is 0.0082" in said
+    assert not any(removed.values()) and "rate 0.001 rounds to nothing: the smallest step is 0.0082" in said
     assert any(allocate("two", rate=0.0082)[1].values())
 
 
@@ -97,12 +102,12 @@ def test_nothing_is_said_of_what_is_met(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_nothing_is_said_of_attention_that_was_not_asked_to_give(shape: str) -> None:
     assert allocate(shape, allocation="optimal", rate=0.01)[0] == ""
-    assert allocate("MQA", allocation="optimal", split="free")[0].startswith("split free takes nothing")
+    assert allocate("MQA", allocation="optimal", split="free")[0].startswith("split free removes nothing")
 
 
 def test_query_heads_of_multi_head_attention_are_refused() -> None:
     for split in (None, "free", "2:8"):
-        with pytest.raises(ValueError, match="granularity query leaves one query head .* set granularity: group"):
+        with pytest.raises(ValueError, match="granularity: query keeps one query head .* set granularity: group"):
             allocate("MHA", granularity="query", split=split)
     assert allocate("MHA", granularity="query", split="0:10")[0] == ""
 
@@ -113,10 +118,10 @@ def test_it_is_said_at_once_and_stands_in_the_report_and_its_table(
     monkeypatch.setattr(console, "quiet", False)
     model = make_model(channels=64, layers=8, **SHAPES["two"])
     pruner = Pruner(model, CalibrationSet([]), PruningConfig(split="1:9", **PLAIN))
-    assert "split 1:9 came to 0:100" in capsys.readouterr().out
+    assert "split 1:9 was rounded to 0:100" in capsys.readouterr().out
     pruner.measure("dense")
     pruner.spend()
     assert "split 1:9" not in capsys.readouterr().out
-    assert pruner.report.rounding.startswith("split 1:9 came to 0:100")
+    assert pruner.report.rounding.startswith("split 1:9 was rounded to 0:100")
     assert pruner.report.rounding in str(build_table(pruner.report).caption)
     assert Report.from_dict(pruner.report.to_dict()).rounding == pruner.report.rounding

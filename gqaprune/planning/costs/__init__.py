@@ -1,5 +1,5 @@
-"""Costs of each stage by arithmetic: floating-point operations and bytes moved, from shapes alone.
+"""Compute the cost of each stage from shapes alone: floating-point operations and bytes moved.
 
-`base` has what all of them are sums of: products of matrices, and a model's forward and backward passes. Each stage is
-a function of its own in `scoring`, `curves`, `repair` or `training`; `stages` puts those of a run in their order.
+`base` has the terms that all costs are sums of: matrix products, and forward and backward passes of a model. Each stage
+has a function in `scoring`, `curves`, `repair` or `training`; `stages` lists those of a run in order.
 """

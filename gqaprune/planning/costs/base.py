@@ -1,8 +1,9 @@
-"""What costs are sums of: products of matrices, Gram matrices, forward and backward passes of layers and head.
+"""The terms of all costs: matrix products, and forward and backward passes of layers and head.
 
-Only products count: norms, softmax, rotary embeddings and activations are a few operations per number, which kernels do
-on the way. Attention counts all pairs of tokens, as torch's counter does; a kernel that skips what causality hides does
-half. Bytes are what each product reads and writes once, weights anew in every call.
+Only products count: norms, softmax, rotary embeddings and activation functions are a few operations per number, fused
+into other kernels. Attention counts all pairs of tokens, as torch's counter does; a kernel that skips masked pairs
+computes half of them. Bytes are the operands and results of each product, each read or written once; weights are read
+in every call.
 """
 
 import math
@@ -17,19 +18,19 @@ from gqaprune.plan import BlockKey
 SINGLE, DOUBLE = 4, 8
 """Bytes of a number in float32 and in float64."""
 ATTENTION_BACKWARD = 2.5
-"""Products of attention in a backward pass, five of which one computes scores anew, over the two of a forward pass."""
+"""Attention's cost in a backward pass relative to a forward pass: five products (one recomputes scores) over two."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What work takes.
+    """The cost of some work.
 
     Args:
-        flops: floating-point operations of products in the model's type.
-        single_flops: of products that are float32 whatever the model's type.
-        double_flops: of products, factors and solutions in float64.
-        bytes_moved: read from and written to the device's memory.
-        host_bytes: moved between the device and the host.
+        flops: floating-point operations of products in the model's dtype.
+        single_flops: operations of products that are always in float32.
+        double_flops: operations of products, factorisations and solutions in float64.
+        bytes_moved: bytes read from and written to the device's memory.
+        host_bytes: bytes moved between the device and the host.
     """
 
     flops: float = 0.0
@@ -40,7 +41,7 @@ class Cost:
 
     @property
     def all_flops(self) -> float:
-        """Operations in any type."""
+        """Operations in all dtypes."""
         return self.flops + self.single_flops + self.double_flops
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -62,12 +63,12 @@ def add_costs(costs: Iterable[Cost]) -> Cost:
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of tokens, and how they are grouped.
+    """Windows of tokens, in batches.
 
     Args:
-        windows: how many.
-        window: tokens of each.
-        batch: windows that pass the model together.
+        windows: number of windows.
+        window: tokens per window.
+        batch: windows per call of the model.
     """
 
     windows: int
@@ -81,11 +82,11 @@ class Text:
 
     @property
     def calls(self) -> int:
-        """Calls of the model that read them."""
+        """Calls of the model that read all windows."""
         return math.ceil(self.windows / self.batch)
 
     def take(self, windows: int) -> "Text":
-        """So many windows of it, or all."""
+        """Return a text of this many windows, or of all if there are fewer."""
         return replace(self, windows=min(self.windows, windows))
 
 
@@ -94,10 +95,10 @@ class LayerShape:
     """Widths of a decoder layer.
 
     Args:
-        query: of all query heads.
-        kv: of all KV heads.
-        channels: of the MLP that can be pruned.
-        expert_channels: of all experts that a token is sent to.
+        query: width of all query heads.
+        kv: width of all KV heads.
+        channels: channels of the MLP that can be pruned.
+        expert_channels: channels of all experts that a token is routed to.
         experts: channels of all experts.
     """
 
@@ -110,12 +111,12 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What costs depend on of a model.
+    """The shapes of a model on which costs depend.
 
     Args:
         hidden: width of the residual stream.
         vocabulary: rows of the head.
-        layers: decoder layers.
+        layers: widths of each decoder layer.
         itemsize: bytes of a weight.
     """
 
@@ -125,7 +126,7 @@ class ModelShape:
     itemsize: int
 
     def count_weights(self, layer: LayerShape) -> int:
-        """Weights of a layer's projections."""
+        """Count the weights of a layer's projections."""
         return self.hidden * (2 * layer.query + 2 * layer.kv + 3 * (layer.channels + layer.experts))
 
     @property
@@ -134,11 +135,11 @@ class ModelShape:
         return sum(map(self.count_weights, self.layers)) + self.hidden * self.vocabulary
 
     def cut(self, kept: dict[BlockKey, int], blocks: Sequence[Block]) -> "ModelShape":
-        """The same model with fewer columns of its output projections.
+        """Return the shape after a cut.
 
         Args:
-            kept: columns that stay of blocks that lose some.
-            blocks: the model's, whose units of attention say whether KV heads go too.
+            kept: columns of the output projection that each cut block keeps.
+            blocks: blocks of the model. Their groups tell whether attention loses KV heads or only query heads.
         """
         layers = list(self.layers)
         for block in blocks:
@@ -171,14 +172,14 @@ def read_shape(config: PretrainedConfig, itemsize: int) -> ModelShape:
 
 
 def multiply(text: Text, inputs: int, outputs: int, itemsize: int, tokens: float | None = None) -> Cost:
-    """A linear layer on a text's tokens: its output, its gradient by the input, or that by the weight.
+    """Cost of a linear layer on a text: of its output, of its gradient by the input, or of that by the weight.
 
     Args:
-        text: what passes, call by call.
+        text: text that runs through the layer, call by call.
         inputs: columns of the weight.
-        outputs: rows of it.
+        outputs: rows of the weight.
         itemsize: bytes of a number.
-        tokens: that are multiplied, where it is not all of them.
+        tokens: number of tokens to multiply, if not all.
     """
     tokens = text.tokens if tokens is None else tokens
     moved = itemsize * (tokens * (inputs + outputs) + text.calls * inputs * outputs)
@@ -186,69 +187,69 @@ def multiply(text: Text, inputs: int, outputs: int, itemsize: int, tokens: float
 
 
 def run_projections(shape: ModelShape, layer: LayerShape, text: Text) -> Cost:
-    """Queries, keys and values of a layer; forward, or their gradient by the input."""
+    """Cost of a layer's queries, keys and values, forward or backward by the input."""
     widths = (layer.query, layer.kv, layer.kv)
     return add_costs(multiply(text, shape.hidden, width, shape.itemsize) for width in widths)
 
 
 def run_heads(shape: ModelShape, layer: LayerShape, text: Text) -> Cost:
-    """Scores and values of a layer's attention."""
+    """Cost of a layer's attention scores and weighted values, forward."""
     flops = 4.0 * text.tokens * text.window * layer.query
     return Cost(flops=flops, bytes_moved=2.0 * shape.itemsize * text.tokens * (layer.query + layer.kv))
 
 
 def run_output(shape: ModelShape, layer: LayerShape, text: Text) -> Cost:
-    """The output projection of a layer's attention; forward or backward by the input."""
+    """Cost of the output projection of a layer's attention, forward or backward by the input."""
     return multiply(text, layer.query, shape.hidden, shape.itemsize)
 
 
 def run_attention(shape: ModelShape, layer: LayerShape, text: Text) -> Cost:
-    """A layer's attention, forward."""
+    """Cost of a layer's attention, forward."""
     return run_projections(shape, layer, text) + run_heads(shape, layer, text) + run_output(shape, layer, text)
 
 
 def run_mlp(shape: ModelShape, layer: LayerShape, text: Text) -> Cost:
-    """A layer's MLP and the experts beside it, forward, or backward by the input."""
-    own = 3 * multiply(text, shape.hidden, layer.channels, shape.itemsize)
+    """Cost of a layer's MLP and the experts beside it, forward or backward by the input."""
+    mlp = 3 * multiply(text, shape.hidden, layer.channels, shape.itemsize)
     if not layer.expert_channels:
-        return own
-    # Every expert's weights are read, and a token multiplied by those of few.
+        return mlp
+    # The weights of all experts are read, but a token is multiplied only by those of a few.
     read = 3.0 * shape.itemsize * text.calls * shape.hidden * (layer.experts - layer.expert_channels)
-    return own + 3 * multiply(text, shape.hidden, layer.expert_channels, shape.itemsize) + Cost(bytes_moved=read)
+    return mlp + 3 * multiply(text, shape.hidden, layer.expert_channels, shape.itemsize) + Cost(bytes_moved=read)
 
 
 def run_layer(shape: ModelShape, index: int, text: Text) -> Cost:
-    """A decoder layer, forward."""
+    """Cost of a decoder layer, forward."""
     return run_attention(shape, shape.layers[index], text) + run_mlp(shape, shape.layers[index], text)
 
 
 def run_layers(shape: ModelShape, layers: range, text: Text) -> Cost:
-    """Some decoder layers, forward."""
+    """Cost of some decoder layers, forward."""
     return add_costs(run_layer(shape, index, text) for index in layers)
 
 
 def run_decoder(shape: ModelShape, text: Text) -> Cost:
-    """All decoder layers, forward."""
+    """Cost of all decoder layers, forward."""
     return run_layers(shape, range(len(shape.layers)), text)
 
 
 def run_head(shape: ModelShape, text: Text, tokens: float | None = None) -> Cost:
-    """Logits of a text; forward, or backward by the input."""
+    """Cost of a text's logits, forward or backward by the input."""
     return multiply(text, shape.hidden, shape.vocabulary, shape.itemsize, tokens)
 
 
 def run_model(shape: ModelShape, text: Text) -> Cost:
-    """One forward pass, the unit that stages are counted in."""
+    """Cost of one forward pass, the unit in which the costs of stages are given."""
     return run_decoder(shape, text) + run_head(shape, text)
 
 
 def count_predicting(text: Text) -> int:
-    """Tokens that predict another one: all but the last of each window."""
+    """Count the tokens whose next token is predicted: all but the last of each window."""
     return text.windows * (text.window - 1)
 
 
 def go_back_through_layer(shape: ModelShape, index: int, text: Text) -> Cost:
-    """Backward through a decoder layer by its inputs alone, no weight's gradient being computed."""
+    """Cost of a backward pass through a decoder layer by its inputs, without gradients of weights."""
     layer = shape.layers[index]
     heads = run_heads(shape, layer, text)
     back = replace(heads, flops=ATTENTION_BACKWARD * heads.flops, bytes_moved=2 * heads.bytes_moved)
@@ -256,7 +257,7 @@ def go_back_through_layer(shape: ModelShape, index: int, text: Text) -> Cost:
 
 
 def go_back_through_block(shape: ModelShape, key: BlockKey, text: Text) -> Cost:
-    """The same through a layer from its end to the input of one block's output projection."""
+    """Cost of a backward pass from the end of a layer to the input of one block's output projection."""
     layer = shape.layers[key.layer]
     if key.kind == "mlp":
         return multiply(text, layer.channels, shape.hidden, shape.itemsize)
@@ -264,6 +265,6 @@ def go_back_through_block(shape: ModelShape, key: BlockKey, text: Text) -> Cost:
 
 
 def share_of_panels(size: int, rows: Sequence[slice]) -> float:
-    """Share of a symmetric matrix that panels of rows up to their diagonal blocks hold."""
-    held: int = sum((own.stop - own.start) * own.stop for own in rows)
+    """Compute the share of a symmetric matrix that panels hold: rows up to the end of their diagonal blocks."""
+    held: int = sum((panel.stop - panel.start) * panel.stop for panel in rows)
     return held / (size * size) if size else 0.0

@@ -1,4 +1,4 @@
-"""Costs of damage curves: what removing units of each block costs, measured after repair or by gates alone."""
+"""Costs of measuring damage curves, after repair or with gates alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,22 +29,22 @@ from gqaprune.scoring.repaired_damage import FITTED_TOKENS, JUDGED_PIECE, JUDGED
 from gqaprune.surgery.repair import choose_held_out
 
 Levels = Mapping[BlockKey, Sequence[int]]
-"""Numbers of units that each of a block's groups loses where its damage is measured."""
+"""For each block, the numbers of units removed from each group at which its damage is measured."""
 
 
 def split_held_out(text: Text, share: float) -> tuple[Text, Text]:
-    """Calibration text to fit on, and what is held out of it; both are the same where there is a single batch."""
+    """Split calibration text into text to fit on and held-out text; for a single batch both are the same."""
     held = len(choose_held_out(text.calls, share)) * text.batch
     return (text.take(text.windows - held), text.take(held)) if held else (text, text)
 
 
 def take_tokens(text: Text, most: int) -> Text:
-    """As many batches as have at most so many tokens, at least one."""
+    """Take as many batches as have at most `most` tokens together, at least one."""
     return text.take(max(1, most // (text.batch * text.window)) * text.batch)
 
 
 def take_judged(text: Text, share: float) -> Text:
-    """What `choose_judged` takes of calibration text, a share of which is held out."""
+    """Take what `choose_judged` takes from calibration text of which a share is held out."""
     _, held = split_held_out(text, share)
     piece = min(held.batch, max(1, JUDGED_PIECE // text.window))
     return take_tokens(replace(held, batch=piece), min(JUDGED_TOKENS, int(JUDGED_SHARE * text.tokens)))
@@ -56,12 +56,12 @@ def cost_repaired_damage(
     """Cost of `measure_repaired_damage`.
 
     Args:
-        shape: of the model.
-        text: calibration text, of which some is read.
-        blocks: that are measured.
-        levels: of each.
+        shape: shape of the model.
+        text: calibration text, of which only a part is read.
+        blocks: blocks to measure.
+        levels: numbers of removed units of each block.
         holdout: share of the batches that are held out.
-        refits: whether least squares refit what is kept.
+        refits: whether the kept columns are refitted by least squares.
     """
     fitted, judged = take_tokens(split_held_out(text, holdout)[0], FITTED_TOKENS), take_judged(text, holdout)
     measured = [block for block in blocks if levels[block.key]]
@@ -71,11 +71,10 @@ def cost_repaired_damage(
     for index in range(len(shape.layers)):
         layer = run_layer(shape, index, judged)
         cost += (copies + 1) * layer + copies * move_to_host(shape, judged, 2)
-        own = [block for block in measured if block.key.layer == index]
-        for block in own:
+        for block in (block for block in measured if block.key.layer == index):
             count = len(levels[block.key])
-            lost = multiply(judged, block.output.in_features, block.output.out_features, shape.itemsize)
-            cost += sum_gram(block.output.in_features, fitted) + count * (layer + lost)
+            error = multiply(judged, block.output.in_features, block.output.out_features, shape.itemsize)
+            cost += sum_gram(block.output.in_features, fitted) + count * (layer + error)
             cost += count * move_to_host(shape, judged, 1)
             copies += count
             if block.key.kind == "attention":
@@ -86,12 +85,12 @@ def cost_repaired_damage(
 
 
 def move_to_host(shape: ModelShape, text: Text, times: int) -> Cost:
-    """Hidden states that go to the host, or come back, so many times."""
+    """Cost of moving hidden states to the host or back, a number of times."""
     return Cost(host_bytes=float(times * shape.itemsize * text.tokens * shape.hidden))
 
 
 def _remove_weakest(block: Block, counts: Sequence[int], refits: bool) -> Cost:
-    """Cost of `remove_weakest`: one factor, a product and a solution for each number; float64."""
+    """Cost of `remove_weakest` in float64: one factorisation, and a product and a solution for each count."""
     if not refits:
         return Cost()
     columns, outputs = block.output.in_features, block.output.out_features
@@ -100,24 +99,24 @@ def _remove_weakest(block: Block, counts: Sequence[int], refits: bool) -> Cost:
 
 
 def _remove_one_by_one(block: Block, refits: bool) -> Cost:
-    """Cost of `remove_one_by_one`: every unit that is left is tried whenever one goes; float64.
+    """Cost of `remove_one_by_one` in float64: each remaining unit is tried before one is removed.
 
-    torch's counter sees the products of this one.
+    torch's counter counts the products of this function.
     """
     columns, outputs, width = block.output.in_features, block.output.out_features, block.columns_per_unit
     size = block.units // block.groups
-    tried = block.groups * size * (size + 1) // 2
-    one = multiply_double(outputs, columns, columns)
+    trials = block.groups * size * (size + 1) // 2
+    trial = multiply_double(outputs, columns, columns)
     if refits:
-        one += solve_small(width, columns) + multiply_double(outputs, width, columns)
-    gone = multiply_double(outputs, columns, columns)
+        trial += solve_small(width, columns) + multiply_double(outputs, width, columns)
+    removal = multiply_double(outputs, columns, columns)
     if refits:
-        gone += solve_small(width, columns) + multiply_double(columns, width, columns)
-    return tried * one + block.units * gone + (invert(columns) if refits else Cost())
+        removal += solve_small(width, columns) + multiply_double(columns, width, columns)
+    return trials * trial + block.units * removal + (invert(columns) if refits else Cost())
 
 
 def cost_gated_damage(shape: ModelShape, text: Text, levels: Levels) -> Cost:
-    """Cost of `measure_damage_curves`: two passes, and one from each measured block's layer to the end."""
+    """Cost of `measure_damage_curves`: two passes, and one from the block's layer to the end for each level."""
     layers = range(len(shape.layers))
     head = run_head(shape, text)
     after = [

@@ -1,4 +1,4 @@
-"""How fast a device is, and the least time that work needs there."""
+"""The speed of a device, and the least time that work needs on it."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ class Device:
     """Speeds of a device.
 
     Args:
-        name: what it is called.
-        flops: operations per second of dense products in the model's type.
-        single_flops: in float32, without rounding to a narrower type.
-        double_flops: in float64.
-        bandwidth: bytes per second of its memory.
-        host_bandwidth: bytes per second to and from the host; infinite where the host works itself.
+        name: name of the device.
+        flops: operations per second of dense products in the model's dtype.
+        single_flops: operations per second in float32, without rounding to a narrower type.
+        double_flops: operations per second in float64.
+        bandwidth: bytes per second to and from its memory.
+        host_bandwidth: bytes per second to and from the host; infinite if the device is the host's CPU.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Device:
     host_bandwidth: float = float("inf")
 
     def find_least_seconds(self, cost: Cost) -> float:
-        """Time of the products alone, of the memory alone or of the way to the host alone, whichever is longest."""
+        """Return the longest of the times for products, for memory and for transfers to the host, in seconds."""
         products = cost.flops / self.flops + cost.single_flops / self.single_flops
         products += cost.double_flops / self.double_flops
         return max(products, cost.bytes_moved / self.bandwidth, cost.host_bytes / self.host_bandwidth)

@@ -1,8 +1,9 @@
-"""Memory that each stage has at most on its device: weights, and what lies beside them.
+"""Estimate the peak memory of each stage on its device: weights, and everything that is in memory with them.
 
-Of backward passes, distillation and recovery these are the formulas of `planning.memory`; of the other stages, sums of
-what is there at once. With `n` tokens of a call, `b` bytes of a number, `h` the hidden size, `C` the channels of the
-widest MLP: a layer's forward pass has `n · b · (2h + 3C)`, its input, what is normed, and three products of the MLP.
+Backward passes, distillation and recovery use the formulas of `planning.memory`. For other stages the largest tensors
+that exist at the same time are added up. With `n` tokens per call, `b` bytes per number, hidden size `h` and `C`
+channels of the widest MLP, the forward pass of a layer takes `n · b · (2h + 3C)`: its input, the normalised input and
+three products of the MLP.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,26 +21,26 @@ from gqaprune.surgery.gram import chunk_rows, find_room
 from gqaprune.surgery.refinement import STEP_TOKENS, TRAINING_BYTES
 
 _STEP_NUMBERS = 8
-"""Numbers of each token and channel in a step of refinement: four that the backward pass needs, and their gradients."""
+"""Numbers per token and channel in a step of refinement: four that the backward pass needs, and their gradients."""
 
 
 def count_forward(sizes: ModelSizes, itemsize: int, tokens: int) -> float:
-    """Bytes of a layer's forward pass."""
+    """Count the bytes of a layer's forward pass."""
     return float(tokens * itemsize * (2 * sizes.hidden_size + 3 * sizes.channel_range[1]))
 
 
 def count_gram(size: int) -> float:
-    """Bytes of a Gram matrix, of whose symmetric halves panels keep one."""
+    """Count the bytes of a Gram matrix, of which panels hold the lower triangle."""
     return float(DOUBLE * size * size * share_of_panels(size, chunk_rows(size, size)))
 
 
 def count_factor(size: int) -> float:
-    """Bytes that a Cholesky factor takes on its way beside the matrix: a panel, a copy and the result."""
+    """Count the bytes that a Cholesky factorisation needs besides the matrix: a panel, a copy and the result."""
     return float(3 * DOUBLE * size * min(size, int(chunk_rows(size, size)[0].stop)))
 
 
 def peak_perplexity(sizes: ModelSizes, itemsize: int, text: Text) -> float:
-    """Weights, hidden states, and a layer's pass or a piece of the logits."""
+    """Peak of perplexity: weights, hidden states, and a layer's forward pass or a piece of the logits."""
     tokens = min(text.batch, text.windows) * text.window
     logits = min(PIECE_LOGITS, tokens * sizes.vocabulary // 2) * _count_loss(itemsize)
     weights = itemsize * sizes.parameters
@@ -47,7 +48,7 @@ def peak_perplexity(sizes: ModelSizes, itemsize: int, text: Text) -> float:
 
 
 def peak_gates(sizes: ModelSizes, itemsize: int, text: Text) -> float:
-    """Weights and what a backward pass keeps of frozen ones."""
+    """Peak of criteria from gates: weights, and the activations that a backward pass keeps with frozen weights."""
     tokens = _count_passed(text)
     kept, _ = count_kept(sizes, itemsize, tokens)
     return itemsize * sizes.parameters + kept + count_piece(sizes, tokens // 2)
@@ -56,14 +57,16 @@ def peak_gates(sizes: ModelSizes, itemsize: int, text: Text) -> float:
 def peak_weight_gradients(
     sizes: ModelSizes, itemsize: int, text: Text, held: float = 0.0, by_sample: bool = False
 ) -> float:
-    """The same of weights that have gradients, one of them at a time, and what is held of each until the last pass.
+    """Peak of criteria from weight gradients: weights, activations of a backward pass, and partial sums.
+
+    Each gradient is freed as soon as it is used, so gradients do not count.
 
     Args:
-        sizes: of the model.
+        sizes: sizes of the model.
         itemsize: bytes of a weight.
         text: calibration text.
-        held: bytes of each weight of the decoder, between the windows of a micro-batch.
-        by_sample: whether windows pass one by one.
+        held: bytes of partial sums per weight of the decoder, between the windows of a micro-batch.
+        by_sample: whether windows run one by one.
     """
     tokens = text.window * (1 if by_sample else min(text.batch, text.windows))
     _, kept = count_kept(sizes, itemsize, tokens)
@@ -72,7 +75,7 @@ def peak_weight_gradients(
 
 
 def peak_activations(sizes: ModelSizes, itemsize: int, text: Text) -> float:
-    """Weights, hidden states of all text, and a layer's pass with one block's inputs in float32."""
+    """Peak of criteria from activations: weights, hidden states of all text, a layer's pass, and inputs in float32."""
     tokens = _count_passed(text)
     hidden = text.tokens * itemsize * sizes.hidden_size
     inputs = tokens * sizes.channel_range[1] * SINGLE
@@ -80,7 +83,7 @@ def peak_activations(sizes: ModelSizes, itemsize: int, text: Text) -> float:
 
 
 def peak_brain_surgeon(sizes: ModelSizes, itemsize: int, text: Text) -> float:
-    """Weights, hidden states, a layer's Gram matrices, and the wider one's factor or a layer's pass."""
+    """Peak of `obs`: weights, hidden states, the widest Gram matrix, and its factorisation or a layer's pass."""
     hidden = text.tokens * itemsize * sizes.hidden_size
     tokens = _count_passed(text)
     channels = sizes.channel_range[1]
@@ -89,9 +92,9 @@ def peak_brain_surgeon(sizes: ModelSizes, itemsize: int, text: Text) -> float:
 
 
 def peak_watched_gates(sizes: ModelSizes, itemsize: int, text: Text) -> float:
-    """The higher one of gates and `obs`, each beside the Gram matrices that are summed in the pass of gates.
+    """Peak of gates and `obs` together: the higher of both, with the Gram matrices that are summed in the gates' pass.
 
-    A GPU with more free memory than a CPU's room keeps more of them.
+    A GPU with more free memory than the limit of a CPU keeps more of them.
     """
     widest, query = count_gram(sizes.channel_range[1]), count_gram(sizes.head_dim * sizes.query_head_range[1])
     kept = min(float(find_room(torch.device("cpu"))), sizes.layers * (widest + query))
@@ -100,34 +103,38 @@ def peak_watched_gates(sizes: ModelSizes, itemsize: int, text: Text) -> float:
 
 
 def peak_outliers(sizes: ModelSizes, itemsize: int, text: Text) -> float:
-    """As other activations, of little text."""
+    """Peak of the search for outliers: as for criteria from activations, on little text."""
     return peak_activations(sizes, itemsize, take_tokens(text, LOOKED_AT))
 
 
 def peak_curves(sizes: ModelSizes, itemsize: int, text: Text, holdout: float) -> float:
-    """Weights, hidden states, Gram matrices of a layer, a factor, and what blocks lose; copies are the host's."""
+    """Peak of damage curves: weights, hidden states, a layer's Gram matrices, a factor, and error matrices.
+
+    Copies of hidden states are in the host's memory and do not count.
+    """
     fitted, _ = split_held_out(text, holdout)
     tokens = take_tokens(fitted, FITTED_TOKENS).tokens + take_judged(text, holdout).tokens
     channels, query = sizes.channel_range[1], sizes.head_dim * sizes.query_head_range[1]
     grams = count_gram(channels) + 2 * count_gram(query)
     rows = int(chunk_rows(sizes.hidden_size, channels)[0].stop)
-    lost = 2 * itemsize * sizes.hidden_size * channels + 3 * DOUBLE * rows * channels
+    errors = 2 * itemsize * sizes.hidden_size * channels + 3 * DOUBLE * rows * channels
     dense = float(DOUBLE * (4 * query * query + 6 * sizes.hidden_size * query))
-    work = max(count_gram(channels) + max(count_factor(channels), lost), dense)
+    work = max(count_gram(channels) + max(count_factor(channels), errors), dense)
     return itemsize * (sizes.parameters + tokens * sizes.hidden_size) + grams + work
 
 
 def peak_repair(sizes: ModelSizes, itemsize: int, text: Text, holdout: float, channels: int) -> float:
-    """Weights, hidden states, an MLP's inputs, targets and moments, and a refit or a step of refinement beside them.
+    """Peak of repair: weights, hidden states, an MLP's inputs, targets and moments, and a refit or a training step.
 
-    Closer than `estimate_memory`, which bounds moments by the workspace of a CPU, and knows no step's activations.
+    This is closer than `estimate_memory`, which limits moments by the workspace of a CPU and leaves out the activations
+    of a training step.
 
     Args:
-        sizes: of the model.
+        sizes: sizes of the model.
         itemsize: bytes of a weight.
         text: calibration text.
         holdout: share of the batches that are held out.
-        channels: of the widest MLP that is refitted, after its cut.
+        channels: channels, after the cut, of the widest MLP that is refitted.
     """
     fitted, _ = split_held_out(text, holdout)
     matrix = sizes.hidden_size * channels
@@ -142,19 +149,19 @@ def peak_repair(sizes: ModelSizes, itemsize: int, text: Text, holdout: float, ch
 
 
 def peak_sampling(sizes: ModelSizes, itemsize: int, documents: Text) -> float:
-    """Weights, the cache of all documents of a batch, and logits."""
+    """Peak of sampling: weights, the KV cache of all documents of a batch, and logits."""
     batch = min(documents.batch, documents.windows)
     cache = 2 * itemsize * sizes.head_dim * sizes.kv_heads * batch * documents.window
     return itemsize * sizes.parameters + cache + batch * sizes.vocabulary * _count_loss(itemsize)
 
 
 def _count_passed(text: Text) -> int:
-    """Tokens of a piece in which criteria of gates and activations pass text."""
+    """Count the tokens that criteria from gates and activations run at once."""
     return min(text.batch, text.windows, max(1, PIECE_TOKENS // text.window)) * text.window
 
 
 def _count_loss(itemsize: int) -> int:
-    """Bytes of a logit with its copy in float32, if it is not, and its log-probability."""
+    """Count the bytes of a logit, its log-probability and, if the model is not in float32, a float32 copy."""
     return itemsize + SINGLE + SINGLE * (itemsize < SINGLE)
 
 
@@ -169,22 +176,22 @@ CRITERIA: Mapping[str, Callable[[ModelSizes, int, Text], float]] = {
     "wifv": peak_activations,
     "obs": peak_brain_surgeon,
 }
-"""Name -> peak of (sizes, itemsize, text)."""
+"""Name -> function of (sizes, itemsize, text) to the peak in bytes."""
 
 
 def list_long_peaks(sizes: ModelSizes, itemsize: int, calibration: Text, training: Text) -> dict[str, float]:
-    """Peaks of repair's distillation and of each recovery on one device, as `estimate_memory` has them.
+    """List the peaks of distillation in repair and of each recovery mode on one device, from `estimate_memory`.
 
     Args:
-        sizes: of the model.
+        sizes: sizes of the model.
         itemsize: bytes of a weight.
         calibration: calibration text.
-        training: a micro-batch.
+        training: a micro-batch of training text.
     """
     step = training.batch * training.window
     needed = estimate_memory(sizes, itemsize, 1, step, calibration.tokens)
     window = estimate_memory(sizes, itemsize, 1, calibration.window, calibration.tokens)
-    needed["repair, distillation"] = window["repair, distillation"]  # which takes one at a time
-    found = {name: own["one device"] or 0.0 for name, own in needed.items() if name not in ("scoring", "repair")}
-    teacher = found["recovery, distill"] - found["recovery, full"]
-    return found | {"recovery, lora+distill": found["recovery, lora"] + teacher}
+    needed["repair, distillation"] = window["repair, distillation"]  # it runs one window at a time
+    peaks = {name: places["one device"] or 0.0 for name, places in needed.items() if name not in ("scoring", "repair")}
+    teacher = peaks["recovery, distill"] - peaks["recovery, full"]
+    return peaks | {"recovery, lora+distill": peaks["recovery, lora"] + teacher}

@@ -1,7 +1,7 @@
-"""Costs of the cut with least squares and refinement, layer by layer, and of distillation.
+"""Costs of cutting with least squares and refinement, layer by layer, and of distillation.
 
-How many ridges least squares try depends on the data: 3 to 5 of the default 5, and one more fit on all text where no
-refinement follows. `RIDGES` are counted; they are in `double_flops` alone.
+The number of ridges that least squares try depends on the data: 3 to 5 of the default 5, and one more fit on all text
+if no refinement follows. `RIDGES` are counted, in `double_flops` only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,18 +33,18 @@ from gqaprune.surgery.refinement import SHARES, STEP_TOKENS
 from gqaprune.surgery.repair_config import RepairConfig
 
 RIDGES = 4
-"""Ridges that a block tries, counted; as many as 3 to 5 are."""
+"""Number of ridges that a block is assumed to try, between 3 and 5."""
 _ADAM = 7
-"""Times that a step of Adam reads or writes a number of each parameter: weight, gradient and two moments."""
+"""Numbers that a step of Adam reads or writes per parameter: of weight, gradient and two moments."""
 
 
 @dataclass(frozen=True)
 class CutLayer:
-    """A layer in the cut.
+    """A layer before and after its cut.
 
     Args:
-        dense: its widths before.
-        pruned: its widths after.
+        dense: widths before the cut.
+        pruned: widths after the cut.
         repairs: kinds of its blocks that are repaired.
     """
 
@@ -54,20 +54,20 @@ class CutLayer:
 
     @property
     def is_cut(self) -> bool:
-        """Whether it loses anything."""
+        """Whether the layer loses any unit."""
         return self.dense != self.pruned
 
 
 def list_cut_layers(
     shape: ModelShape, blocks: Sequence[Block], kept: Mapping[BlockKey, int], config: RepairConfig
 ) -> list[CutLayer]:
-    """Widths before and after, and what is repaired: as `apply_plan_with_repair` decides.
+    """List the widths of all layers and the blocks that `apply_plan_with_repair` repairs.
 
     Args:
-        shape: of the dense model.
-        blocks: all of its blocks.
-        kept: columns that stay of each block that loses some.
-        config: of repair.
+        shape: shape of the dense model.
+        blocks: all blocks of the model.
+        kept: columns of the output projection that each cut block keeps.
+        config: settings of repair.
     """
     pruned = shape.cut(dict(kept), blocks)
     cut = [block.key for block in blocks if kept.get(block.key, block.output.in_features) < block.output.in_features]
@@ -91,16 +91,16 @@ def cost_cut(
     measures_damage: bool = False,
     ridges: int = RIDGES,
 ) -> Cost:
-    """Cost of `apply_plan_with_repair`: streams, moments, least squares, refinement and, if asked for, layers' damage.
+    """Cost of `apply_plan_with_repair`: streams, moments, least squares, refinement and, optionally, layers' damage.
 
     Args:
-        shape: of the dense model.
+        shape: shape of the dense model.
         text: calibration text.
         blocks: all blocks of the model.
-        kept: columns that stay of each block that loses some.
-        config: of repair.
-        measures_damage: whether each layer's damage is measured beside it.
-        ridges: that each block tries.
+        kept: columns of the output projection that each cut block keeps.
+        config: settings of repair.
+        measures_damage: whether each layer's damage is measured as well.
+        ridges: ridges that each block tries.
     """
     layers = list_cut_layers(shape, blocks, kept, config)
     repaired = [index for index, layer in enumerate(layers) if layer.repairs]
@@ -128,10 +128,10 @@ def cost_cut(
 def cost_streams(
     shape: ModelShape, text: Text, layer: CutLayer, config: RepairConfig, follows_dense: bool, is_last: bool
 ) -> Cost:
-    """Passes of calibration text through one layer: the dense model's, and the pruned one's to its blocks.
+    """Cost of running calibration text through one layer, of the dense model and of the pruned one.
 
-    The text stops at the output of each repaired block. Attention that stays whole is not run anew for the MLP but for
-    its output projection. Where refinement has kept the MLP's input, the layer is left from there on.
+    The text stops at the output of each repaired block. For the MLP, uncut attention is not run again, except for its
+    output projection. If refinement has kept the MLP's input, the rest of the layer is run from there.
     """
     cost = _run(shape, text, layer.dense) if follows_dense else Cost()
     is_whole = layer.dense.query == layer.pruned.query
@@ -152,26 +152,26 @@ def _run(shape: ModelShape, text: Text, layer: LayerShape) -> Cost:
 
 
 def cost_moments(shape: ModelShape, text: Text, columns: int, kept: int) -> Cost:
-    """Cost of `measure_moments` of one block: what the cut lacks, Gram matrix and cross moments, all in float32."""
-    lacking = multiply(text, columns - kept, shape.hidden, SINGLE)
-    cost = Cost(single_flops=lacking.flops, bytes_moved=lacking.bytes_moved)
-    if shape.itemsize < SINGLE:  # the block's output anew, without rounding
+    """Cost of `measure_moments` for one block, in float32: residuals, Gram matrix and cross moments."""
+    residual = multiply(text, columns - kept, shape.hidden, SINGLE)
+    cost = Cost(single_flops=residual.flops, bytes_moved=residual.bytes_moved)
+    if shape.itemsize < SINGLE:  # the block's output is computed again, without rounding
         again = multiply(text, columns, shape.hidden, SINGLE)
         cost += Cost(single_flops=again.flops, bytes_moved=again.bytes_moved)
     return cost + sum_gram(kept, text) + sum_cross(kept, shape.hidden, text)
 
 
 def cost_least_squares(shape: ModelShape, kept: int, spares_held_out: bool, ridges: int = RIDGES) -> Cost:
-    """Cost of `refit_block`: a factor, a solution and a product for each ridge; float64.
+    """Cost of `refit_block` in float64: a factorisation, a solution and a product for each ridge.
 
-    torch's counter sees none of it.
+    torch's counter counts none of these.
     """
-    one = factorise(kept) + solve(kept, shape.hidden) + multiply_symmetric(kept, shape.hidden)
-    return (ridges + (not spares_held_out)) * one
+    fit = factorise(kept) + solve(kept, shape.hidden) + multiply_symmetric(kept, shape.hidden)
+    return (ridges + (not spares_held_out)) * fit
 
 
 def cost_refinement(shape: ModelShape, fitted: Text, judged: Text, channels: int, epochs: int) -> Cost:
-    """Cost of `refine_mlp`: forward and backward to the MLP's weights; forward on held-out text for each choice."""
+    """Cost of `refine_mlp`: forward and backward by weights, and forward on held-out text for each interpolation."""
     parameters = 3 * shape.hidden * channels
     steps = max(1, fitted.tokens // STEP_TOKENS)
     trained = Text(steps, 1, 1)  # calls in which weights are read
@@ -183,7 +183,7 @@ def cost_refinement(shape: ModelShape, fitted: Text, judged: Text, channels: int
 
 
 def cost_layer_damage(shape: ModelShape, layers: Sequence[CutLayer], judged: Text) -> Cost:
-    """Cost of `LayerDamageMeter`: a copy of some text for each cut layer passes all layers after it, still whole."""
+    """Cost of `LayerDamageMeter`: for each cut layer, a copy of some text runs through all later, dense layers."""
     cost, copies = Cost(), 0
     for index, layer in enumerate(layers):
         cost += (copies + 1) * run_layer(shape, index, judged) + copies * move_to_host(shape, judged, 2)
@@ -194,25 +194,25 @@ def cost_layer_damage(shape: ModelShape, layers: Sequence[CutLayer], judged: Tex
 
 
 def split_predicted(text: Text, config: RepairConfig) -> tuple[Text, Text]:
-    """Windows that distillation trains on, and those it is judged on, one at a time."""
-    fitted, judged = (replace(own, batch=1) for own in split_held_out(text, config.holdout))
+    """Split calibration text into windows that distillation trains on and windows it is judged on, one per call."""
+    fitted, judged = (replace(part, batch=1) for part in split_held_out(text, config.holdout))
     return fitted.take(max(1, config.distill_tokens // text.window)), judged
 
 
 def cost_predictions(shape: ModelShape, text: Text, config: RepairConfig) -> Cost:
-    """Cost of `record_predictions`: one forward pass of the dense model; its likeliest tokens go to the host."""
+    """Cost of `record_predictions`: one forward pass of the dense model; its most likely tokens go to the host."""
     trained, judged = split_predicted(text, config)
     tokens = trained.tokens + judged.tokens
     return run_model(shape, trained) + run_model(shape, judged) + Cost(host_bytes=12.0 * TOP_K * tokens)
 
 
 def cost_distillation(shape: ModelShape, text: Text, config: RepairConfig) -> Cost:
-    """Cost of `distill`: forward, and backward to adapters of all projections; three times forward to judge.
+    """Cost of `distill`: training of adapters on all projections, and three forward passes over held-out text.
 
     Args:
-        shape: of the pruned model.
+        shape: shape of the pruned model.
         text: calibration text.
-        config: of repair.
+        config: settings of repair.
     """
     trained, judged = split_predicted(text, config)
     drawn = min(PASSES * trained.windows, max(STEP_WINDOWS, config.distill_tokens // text.window))
@@ -226,30 +226,30 @@ def cost_distillation(shape: ModelShape, text: Text, config: RepairConfig) -> Co
 
 
 def cost_adapted_step(shape: ModelShape, text: Text, rank: int) -> Cost:
-    """Forward, and backward to low-rank adapters of all projections, not to the weights."""
+    """Cost of a forward pass and a backward pass to low-rank adapters of all projections."""
     forward = run_model(shape, text) + run_adapters(shape, text, rank)
     layers = range(len(shape.layers))
     back = add_costs(go_back_through_layer(shape, index, text) for index in layers) + run_head(shape, text)
-    first = shape.layers[0]  # whose input, the embedding, has no gradient
+    first = shape.layers[0]  # its input, the embedding, needs no gradient
     back += -1 * run_projections(shape, first, text) + -3 * multiply(text, shape.hidden, rank, shape.itemsize)
     return forward + back + 2 * run_adapters(shape, text, rank)
 
 
 def list_projections(shape: ModelShape, layer: LayerShape) -> list[tuple[int, int]]:
-    """Inputs and outputs of a layer's projections."""
+    """List the numbers of inputs and outputs of a layer's projections."""
     hidden = shape.hidden
     attention = [(hidden, layer.query), (hidden, layer.kv), (hidden, layer.kv), (layer.query, hidden)]
     return [*attention, (hidden, layer.channels), (hidden, layer.channels), (layer.channels, hidden)]
 
 
 def count_adapters(shape: ModelShape, rank: int) -> int:
-    """Parameters of adapters of all projections."""
+    """Count the parameters of adapters of all projections."""
     sizes = (size for layer in shape.layers for size in list_projections(shape, layer))
     return rank * sum(inputs + outputs for inputs, outputs in sizes)
 
 
 def run_adapters(shape: ModelShape, text: Text, rank: int) -> Cost:
-    """Adapters of all projections, forward; as much for their gradients, and for those of their inputs."""
+    """Cost of adapters of all projections, forward. Their gradients, and those of their inputs, cost as much each."""
     return add_costs(
         multiply(text, inputs, rank, shape.itemsize) + multiply(text, rank, outputs, shape.itemsize)
         for layer in shape.layers

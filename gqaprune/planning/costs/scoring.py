@@ -1,4 +1,4 @@
-"""Costs of perplexity, of each criterion's scores, of the search for outliers, and of the importance of layers."""
+"""Costs of perplexity, of the scores of each criterion, of the search for outliers and of the importance of layers."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -31,37 +31,37 @@ from gqaprune.surgery.gram import count_panel_bytes, find_room
 
 
 def cost_perplexity(shape: ModelShape, text: Text) -> Cost:
-    """Cost of `measure_perplexity`: one forward pass, its head on the tokens that predict another one."""
+    """Cost of `measure_perplexity`: one forward pass, with the head only on tokens whose next token is known."""
     return run_decoder(shape, text) + run_head(shape, text, count_predicting(text))
 
 
 def cost_gates(shape: ModelShape, text: Text, blocks: Sequence[Block]) -> Cost:
-    """Cost of `fisher` and `taylor`: forward, and backward by inputs alone to the first gate."""
+    """Cost of `fisher` and `taylor`: a forward pass, and a backward pass by inputs to the first gate."""
     text = _cut_pieces(text)
     first = min(block.key for block in blocks)
     head = 2 * run_head(shape, text, count_predicting(text))
     back = [go_back_through_layer(shape, index, text) for index in range(first.layer + 1, len(shape.layers))]
-    # The products of each gate's input with its gradient are read once more, and are no product of matrices.
+    # Each gate's input is multiplied by its gradient element by element, which only counts as bytes.
     read = sum(text.tokens * block.output.in_features for block in blocks) * 2 * shape.itemsize
     into_block = go_back_through_block(shape, first, text)
     return run_decoder(shape, text) + head + add_costs(back) + into_block + Cost(bytes_moved=float(read))
 
 
 def _cut_pieces(text: Text) -> Text:
-    """Text in the pieces in which criteria of gates and activations pass it."""
+    """Cut text into the pieces that criteria from gates and activations run."""
     return replace(text, batch=min(text.batch, max(1, PIECE_TOKENS // text.window)))
 
 
 def cost_weight_gradients(shape: ModelShape, text: Text, blocks: Sequence[Block]) -> Cost:
-    """Cost of `param_first`, `param_second`, `param_mix` and `vectorize`: gradients of all weights of the blocks."""
+    """Cost of `param_first` and `vectorize`: forward, and backward to all weights of the blocks."""
     first = min(block.key for block in blocks)
     head = 2 * run_head(shape, text, count_predicting(text))
     back = [go_back_through_layer(shape, index, text) for index in range(first.layer + 1, len(shape.layers))]
     linears = {projection.linear for block in blocks for projection in block.inputs} | {b.output for b in blocks}
     widths = [(linear.in_features, linear.out_features) for linear in linears]
     gradients = [multiply(text, *width, shape.itemsize) for width in widths]
-    # Each gradient is read and, with the weight, folded into scores in float32.
-    folded = sum(inputs * outputs for inputs, outputs in widths) * text.calls * (2 * shape.itemsize + 4 * SINGLE)
+    # Each gradient is read and, with its weight, added to scores in float32.
+    read = sum(inputs * outputs for inputs, outputs in widths) * text.calls * (2 * shape.itemsize + 4 * SINGLE)
     into_block = _go_back_to_weights(shape, first, text)
     return (
         run_decoder(shape, text)
@@ -69,7 +69,7 @@ def cost_weight_gradients(shape: ModelShape, text: Text, blocks: Sequence[Block]
         + add_costs(back)
         + into_block
         + add_costs(gradients)
-        + Cost(bytes_moved=float(folded))
+        + Cost(bytes_moved=float(read))
     )
 
 
@@ -78,7 +78,7 @@ def _cost_gradients_by_sample(shape: ModelShape, text: Text, blocks: Sequence[Bl
 
 
 def _go_back_to_weights(shape: ModelShape, first: BlockKey, text: Text) -> Cost:
-    """Backward through the first layer of which weights have gradients; what comes before them needs none."""
+    """Cost of a backward pass through the first layer whose weights have gradients; its input needs none."""
     layer = shape.layers[first.layer]
     into_output = go_back_through_block(shape, first, text)
     if first.kind == "mlp":
@@ -87,13 +87,13 @@ def _go_back_to_weights(shape: ModelShape, first: BlockKey, text: Text) -> Cost:
 
 
 def cost_activations(shape: ModelShape, text: Text, blocks: Sequence[Block], watched: Collection[int] = ()) -> Cost:
-    """Cost of `wanda` and `wifv`, and of the statistics of outliers: forward as far as the last block's layer.
+    """Cost of `wanda` and `wifv`, and of the search for outliers: a forward pass to the layer of the last block.
 
     Args:
-        shape: of the model.
+        shape: shape of the model.
         text: calibration text.
-        blocks: that are scored.
-        watched: layers whose inputs were seen in the pass of another criterion. None is made for them.
+        blocks: blocks to score.
+        watched: layers whose inputs were recorded in another criterion's pass, and are not run again.
     """
     text = _cut_pieces(text)
     last = max((block.key.layer for block in blocks if block.key.layer not in watched), default=-1)
@@ -102,21 +102,21 @@ def cost_activations(shape: ModelShape, text: Text, blocks: Sequence[Block], wat
 
 
 def cost_brain_surgeon(shape: ModelShape, text: Text, blocks: Sequence[Block], watched: Collection[int] = ()) -> Cost:
-    """Cost of `obs`: the same, with Gram matrices, and the diagonal blocks of their inverses."""
-    rated = [_rate_block(block, _cut_pieces(text)) for block in blocks]
-    return cost_activations(shape, text, blocks, watched) + add_costs(rated)
+    """Cost of `obs`: that of `wanda`, with Gram matrices and the diagonal blocks of their inverses."""
+    ratings = [_rate_block(block, _cut_pieces(text)) for block in blocks]
+    return cost_activations(shape, text, blocks, watched) + add_costs(ratings)
 
 
 def _rate_block(block: Block, text: Text) -> Cost:
     size, width, outputs = block.output.in_features, block.columns_per_unit, block.output.out_features
-    own = Cost(
+    scores = Cost(
         double_flops=block.units * (width**3 / 3 + 2.0 * width**2 * outputs), bytes_moved=3.0 * DOUBLE * size * outputs
     )
-    return sum_gram(size, text) + factorise(size) + invert_diagonal(size, width) + own
+    return sum_gram(size, text) + factorise(size) + invert_diagonal(size, width) + scores
 
 
 def cost_outliers(shape: ModelShape, text: Text, blocks: Sequence[Block], watched: Collection[int] = ()) -> Cost:
-    """Cost of `find_outliers`: forward on the first batches, unless all layers were watched."""
+    """Cost of `find_outliers`: a forward pass on the first batches, unless all layers were watched."""
     batches = -(-LOOKED_AT // (text.batch * text.window))
     return cost_activations(shape, text.take(batches * text.batch), blocks, watched)
 
@@ -132,7 +132,7 @@ CRITERIA: Mapping[str, Callable[[ModelShape, Text, Sequence[Block]], Cost]] = {
     "wifv": cost_activations,
     "obs": cost_brain_surgeon,
 }
-"""Name -> cost of (shape, text, blocks); those that read no text are left out, for weights alone cost no product."""
+"""Name -> function of (shape, text, blocks) to a cost. Criteria from weights alone compute no products, so have none."""
 
 
 _FROM_GATES = ("fisher", "taylor")
@@ -147,19 +147,19 @@ def cost_scores(
     finds_outliers: bool = False,
     room: int | None = None,
 ) -> Cost:
-    """Cost of scores, of both criteria where two are joined, and of the search for outliers if it is made beside them.
+    """Cost of scoring by one criterion or two joined ones, and of the search for outliers in their pass.
 
-    As in `score_units`, activations are watched in the pass that another criterion makes. The model is in memory and
-    keeps its activations; else gates pass tokens twice, and nothing watches them.
+    As in `score_units`, activations are watched in another criterion's pass if there is one. The model is assumed to be
+    in memory and not to recompute activations; otherwise gates would run tokens twice and could not be watched.
 
     Args:
-        shape: of the model.
+        shape: shape of the model.
         text: calibration text.
-        blocks: that are scored.
-        criterion: one or two of `gqaprune.scoring.scores.CRITERIA`.
-        finds_outliers: whether outliers are looked for.
-        room: bytes for Gram matrices that are summed while another criterion passes; those of a CPU by default. A GPU
-            with more free memory has more.
+        blocks: blocks to score.
+        criterion: one or two names of `gqaprune.scoring.scores.CRITERIA`.
+        finds_outliers: whether outliers are searched.
+        room: bytes for Gram matrices that are summed in another criterion's pass; by default those of a CPU. A GPU with
+            more free memory has more.
     """
     if not blocks:
         return NOTHING
@@ -177,15 +177,15 @@ def cost_scores(
 
 
 def list_watched_layers(blocks: Sequence[Block], criterion: str, room: int | None = None) -> frozenset[int]:
-    """Layers that a criterion of activations watches in another one's pass: the last ones whose statistics fit.
+    """List the layers that a criterion from activations watches in another pass: the last ones whose statistics fit.
 
     Args:
-        blocks: that are scored.
-        criterion: of activations.
+        blocks: blocks to score.
+        criterion: a criterion from activations.
         room: bytes for Gram matrices, as in `cost_scores`.
     """
     layers = sorted({block.key.layer for block in blocks}, reverse=True)
-    if criterion != "obs":  # whose statistics alone are as large as matrices
+    if criterion != "obs":  # only obs has statistics as large as matrices
         return frozenset(layers)
     left = find_room(torch.device("cpu")) if room is None else room
     watched = []
@@ -207,6 +207,6 @@ def cost_importance(shape: ModelShape, text: Text, blocks: Sequence[Block], meth
         starts = [index + 1 for index in sorted({block.key.layer for block in blocks})]
     else:
         starts = [block.key.layer for block in blocks]
-    # The dense model's loss is measured from its last hidden states.
+    # The dense model's loss only needs the head on its last hidden states.
     after = [run_layers(shape, layers[start:], text) + head for start in starts]
     return run_decoder(shape, text) + head + add_costs(after)

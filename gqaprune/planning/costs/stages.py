@@ -1,4 +1,4 @@
-"""Costs of a run's stages, from its settings and its model's shapes."""
+"""Costs of the stages of a run, from its settings and the model's shapes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ from gqaprune.training.recovery import RecoveryConfig
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage takes.
+    """The cost of a stage.
 
     Args:
-        name: of the stage, as a run says it.
-        cost: zero where it depends on text that is not counted.
-        passes: its operations in forward passes over the text that it reads: the sampled, the training or the
-            calibration text.
+        name: name of the stage, as a run prints it.
+        cost: cost of the stage; zero if it depends on text that has not been counted.
+        passes: number of forward passes, over the sampled, training or calibration text that the stage reads, with as
+            many operations.
     """
 
     name: str
@@ -51,15 +51,15 @@ class StageCost:
 def cost_stages(
     model: PreTrainedModel, config: PruningConfig, work: Work, recovery: RecoveryConfig, itemsize: int
 ) -> list[StageCost]:
-    """Costs of the stages of a run, in their order.
+    """Compute the costs of the stages of a run, in order.
 
-    What is removed is not known before: channels are assumed to go evenly, from every MLP that may lose some.
+    The plan is not known yet: every MLP that may lose channels is assumed to lose the same share.
 
     Args:
         model: the dense causal LM, on the meta device.
-        config: what to remove, its target resolved.
-        work: what is read and trained.
-        recovery: how it is trained.
+        config: what to remove, with its target resolved.
+        work: text that is read and trained on.
+        recovery: settings of recovery.
         itemsize: bytes of a weight.
     """
     shape, text = read_shape(model.config, itemsize), work.calibration
@@ -72,13 +72,14 @@ def cost_stages(
         costs[SAMPLING] = cost_sampling(shape, work.sampled), work.sampled
     if work.training is not None:
         pruned = shape.cut(kept, find_blocks(model))
-        own = work.training
-        step = cost_recovery_step(pruned, own.take(own.batch), recovery.mode, recovery.lora_rank, teacher=shape)
-        costs[TRAINING] = own.calls * step, own
+        training = work.training
+        micro_batch = training.take(training.batch)
+        step = cost_recovery_step(pruned, micro_batch, recovery.mode, recovery.lora_rank, teacher=shape)
+        costs[TRAINING] = training.calls * step, training
     stages = []
     for name in list_stages(config, work):
-        cost, own = costs.get(name, (Cost(), text))
-        forward = run_model(shape, own).flops
+        cost, text_read = costs.get(name, (Cost(), text))
+        forward = run_model(shape, text_read).flops
         stages.append(StageCost(name, cost, cost.all_flops / forward if forward else 0.0))
     return stages
 
@@ -86,7 +87,7 @@ def cost_stages(
 def _cost_pruning(
     shape: ModelShape, model: PreTrainedModel, config: PruningConfig, text: Text, kept: dict[BlockKey, int]
 ) -> dict[str, Cost]:
-    """Costs of what is done on calibration text, by stage."""
+    """Compute the costs of the stages that read calibration text."""
     blocks, every = select_blocks(model, config), find_blocks(model)
     finds_outliers = config.scoring.protect_outliers and config.needs_text
     scores = cost_scores(shape, text, blocks, config.criterion, finds_outliers)
@@ -111,19 +112,19 @@ def _cost_curves(
 
 
 def list_levels(model: PreTrainedModel, config: PruningConfig) -> Levels:
-    """Numbers of units at which the damage of each block is measured, in the first cut of a dense model."""
+    """List the numbers of removed units at which each block's damage is measured, in the first cut of a dense model."""
     blocks = select_blocks(model, config)
     unknown = {block.key: torch.zeros(block.units) for block in blocks}
-    counts = {own.key: own.removable_counts() for own in budget_blocks(blocks, unknown, config)}
+    counts = {budget.key: budget.removable_counts() for budget in budget_blocks(blocks, unknown, config)}
     if not config.sees_repair:
-        return {key: thin_counts(own, config.damage_levels + 1)[1:] for key, own in counts.items()}
+        return {key: thin_counts(removable, config.damage_levels + 1)[1:] for key, removable in counts.items()}
     return {block.key: choose_levels(block.units // block.groups, counts[block.key][-1]) for block in blocks}
 
 
 def spread_evenly(model: PreTrainedModel, config: PruningConfig) -> dict[BlockKey, int]:
-    """Columns of output projections that stay, if every block of a kind that may lose units loses the same share.
+    """Compute the columns that each cut block keeps if all blocks of a kind that may lose units lose the same share.
 
-    Attention gives what the split or the rate of KV heads asks for, at first nothing where the allocation chooses.
+    Attention loses what `split` or `kv_rate` asks for; nothing if the allocation chooses and MLPs can lose channels.
     """
     blocks, budget = select_blocks(model, config), read_budget(model, config)
     size = {
@@ -131,12 +132,12 @@ def spread_evenly(model: PreTrainedModel, config: PruningConfig) -> dict[BlockKe
         for kind in ("attention", "mlp")
     }
     removed = budget.rate * budget.base_parameters
-    given = (config.attention_share or 0.0) * removed if size["mlp"] else removed
-    shares = {"attention": given / size["attention"] if size["attention"] else 0.0}
+    from_attention = (config.attention_share or 0.0) * removed if size["mlp"] else removed
+    shares = {"attention": from_attention / size["attention"] if size["attention"] else 0.0}
     if config.kv_rate:
         shares["attention"] = config.kv_rate
-        given = config.kv_rate * size["attention"]
-    shares["mlp"] = max(0.0, removed - given) / size["mlp"] if size["mlp"] else 0.0
+        from_attention = config.kv_rate * size["attention"]
+    shares["mlp"] = max(0.0, removed - from_attention) / size["mlp"] if size["mlp"] else 0.0
     kept = {}
     for block in blocks:
         units = max(1, block.units - round(min(1.0, shares[block.key.kind]) * block.units))

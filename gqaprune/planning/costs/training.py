@@ -1,4 +1,4 @@
-"""Costs of recovery's steps, and of text that the model writes itself."""
+"""Costs of training steps of recovery, and of text that the model writes."""
 
 from gqaprune.planning.costs.base import (
     SINGLE,
@@ -16,7 +16,7 @@ from gqaprune.planning.costs.base import (
 from gqaprune.planning.costs.repair import cost_adapted_step, count_adapters
 
 _UPDATE = 7
-"""Times that AdamW reads or writes a number of each parameter in a step: weight, gradient and two moments."""
+"""Numbers that a step of AdamW reads or writes per parameter: of weight, gradient and two moments."""
 
 
 def cost_recovery_step(
@@ -31,12 +31,12 @@ def cost_recovery_step(
     """Cost of one optimizer step of recovery.
 
     Args:
-        shape: of the pruned model.
-        text: windows of the step, `batch` of them a micro-batch.
+        shape: shape of the pruned model.
+        text: windows of the step, in micro-batches of `batch` windows.
         mode: a mode of recovery.
-        rank: of LoRA adapters.
-        teacher: the dense model, if its predictions are not on disk.
-        gradient_checkpointing: whether layers run once more in the backward pass.
+        rank: rank of LoRA adapters.
+        teacher: shape of the dense model, if its predictions are not on disk.
+        gradient_checkpointing: whether layers run again in the backward pass.
     """
     if "lora" in mode:
         step = cost_adapted_step(shape, text, rank)
@@ -51,9 +51,9 @@ def cost_recovery_step(
 
 
 def cost_full_step(shape: ModelShape, text: Text) -> Cost:
-    """Forward, backward to inputs and weights of everything, and AdamW."""
+    """Cost of a step that trains all weights: forward, backward by inputs and weights, and AdamW."""
     back = add_costs(go_back_through_layer(shape, index, text) for index in range(len(shape.layers)))
-    # A weight's gradient is a product of the same sizes as the layer's own.
+    # The gradient of a weight costs as much as the forward product with it.
     heads = add_costs(run_heads(shape, layer, text) for layer in shape.layers)
     weights = run_model(shape, text) + -1 * heads
     update = Cost(bytes_moved=float(_UPDATE * shape.itemsize * shape.weights))
@@ -61,11 +61,11 @@ def cost_full_step(shape: ModelShape, text: Text) -> Cost:
 
 
 def cost_sampling(shape: ModelShape, documents: Text) -> Cost:
-    """Cost of `sample_from_model`: every token is a forward pass of its own, with the cache of those before it.
+    """Cost of `sample_from_model`: one forward pass per token, with a cache of the tokens before it.
 
     Args:
-        shape: of the dense model.
-        documents: a window for each, `batch` of them side by side.
+        shape: shape of the dense model.
+        documents: one window for each document, in batches that are written together.
     """
     steps, written = documents.window - 1, documents.windows * (documents.window - 1)
     read = Text(documents.calls * steps, 1, 1)  # calls in which weights are read
