@@ -30,7 +30,7 @@ from tiny import make_plain
         ({"criterion": "fisher+magic"}, "criterion must be one of fisher, .*, got 'fisher.magic'"),
         ({"scoring": {"obs_ridge": 0.0}}, "obs_ridge must be above 0 and finite, got 0.0"),
         ({"sensitivity": {"method": "magic"}}, "sensitivity.method must be one of removal, .*, got 'magic'"),
-        ({"sensitivity": {"alpha": -1.0}}, "alpha must be in 0 … 50, got -1.0"),
+        ({"sensitivity": {"alpha": -1.0}}, r"alpha must be in \[0, 50\], got -1.0"),
         ({"limits": {"frozen_layers": -1}}, "frozen_layers must be at least 0, got -1"),
         ({"split": "lots"}, "two numbers, none negative and not both 0, such as 2:8, got 'lots'"),
         ({"kv_rate": 1.0}, r"kv_rate must be in \[0, 1\), a share of the KV heads, got 1.0"),

@@ -1,6 +1,6 @@
-"""Allocation: turns a parameter budget into how many units each block keeps. Pure functions on numbers.
+"""Allocations: pure functions that turn a parameter budget into the number of units that each block loses.
 
-Which units a block keeps follows from its scores (the highest stay); here only counts are chosen.
+Only counts are chosen here; each block keeps the units with the highest scores.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ ALLOCATIONS: Mapping[str, Allocation] = {
 
 
 def describe_allocations() -> str:
-    """What the setting `allocation` takes, for help texts."""
+    """Describe the values of the setting `allocation` for help texts."""
     choices = describe_choices({name: entry.summary for name, entry in ALLOCATIONS.items()})
     return f"how the budget is spread: {choices}."
 

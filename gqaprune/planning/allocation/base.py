@@ -1,4 +1,4 @@
-"""What an allocation is: its function, and what it looks at besides scores."""
+"""The interface of an allocation: its function, and what it needs besides scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,19 +11,20 @@ class Allocate(Protocol):
     """The function of an allocation."""
 
     def __call__(self, blocks: Sequence[BlockBudget], budget: Budget, options: AllocationOptions = ..., /) -> Removed:
-        """How many units go from each block. Raises ValueError if the budget cannot be met."""
+        """Choose how many units each block loses; raise ValueError if the budget cannot be met."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """An allocation, an entry of `ALLOCATIONS`; calling it calls its function.
+    """An entry of `ALLOCATIONS`; calling it calls its function.
 
     Args:
-        allocate: says how many units go from each block.
-        summary: how it spreads the budget, in a few words, for help texts.
-        uses_importance: whether it needs the importance of every block, which is measured on the whole model.
-        uses_damage_curves: whether it reads the measured damage of each block where `damage_levels` asks for it.
-        gives_equal_counts: whether all blocks of a kind lose as many units, so that a stock class can hold the model.
+        allocate: the function.
+        summary: how it spreads the budget, in a few words for help texts.
+        uses_importance: whether it needs the importance of each block, which is measured with the whole model.
+        uses_damage_curves: whether it uses the measured damage of each block.
+        gives_equal_counts: whether all blocks of a kind lose equally many units, so that a stock class can hold the
+            model.
     """
 
     allocate: Allocate
@@ -34,13 +35,13 @@ class Allocation:
 
     @property
     def goes_by_layer(self) -> bool:
-        """Whether it works where one decoder layer is in memory at a time."""
+        """Whether it works with one decoder layer in memory at a time."""
         return not self.uses_importance
 
     def __call__(
         self, blocks: Sequence[BlockBudget], budget: Budget, options: AllocationOptions = DEFAULT_OPTIONS
     ) -> Removed:
-        """How many units go from each block.
+        """Choose how many units each block loses.
 
         Raises:
             ValueError: if the budget cannot be met.

@@ -1,4 +1,4 @@
-"""What allocations work on: blocks and budgets as plain numbers, and the errors of a budget that cannot be met."""
+"""The inputs of allocations, blocks and budgets as plain numbers, and the errors for budgets that cannot be met."""
 
 import math
 from collections import defaultdict
@@ -13,15 +13,15 @@ Removed = dict[BlockKey, int]
 
 @dataclass(frozen=True)
 class BlockBudget:
-    """What allocation knows of one block.
+    """The description of a block that allocations use.
 
     Args:
         key: decoder layer and kind.
         scores: score of every unit, ascending.
-        unit_parameters: parameters that go with one unit.
-        min_kept: units that have to stay.
-        multiple: the number of kept units has to be a multiple of it wherever any are removed.
-        unit_kv_heads: KV heads that go with one unit: 1 for a GQA group, 0 for a channel.
+        unit_parameters: parameters of one unit.
+        min_kept: smallest number of units to keep.
+        multiple: if any units are removed, the number of kept units must be a multiple of this.
+        unit_kv_heads: KV heads of one unit: 1 for a GQA group, 0 for a channel.
     """
 
     key: BlockKey
@@ -33,34 +33,34 @@ class BlockBudget:
 
     @property
     def units(self) -> int:
-        """Units of the block before pruning."""
+        """Number of units of the block before pruning."""
         return len(self.scores)
 
     def removable_counts(self) -> list[int]:
-        """Numbers of units that may go, ascending, 0 first."""
+        """List the numbers of units that may be removed, ascending from 0."""
         kept = range(self.units - self.units % self.multiple, 0, -self.multiple)
         return [0, *(self.units - n for n in kept if self.min_kept <= n < self.units)]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much has to go.
+    """How much to remove.
 
     Args:
-        rate: share of parameters to remove, as asked; 0 with a `kv_rate` leaves the channels alone.
-        base_parameters: parameters that the rate is a share of.
+        rate: requested share of parameters to remove; with 0 and a `kv_rate`, no channels are removed.
+        base_parameters: number of parameters that `rate` is a share of.
         layer_parameters: parameters of each decoder layer.
-        min_rate: least share of each layer with a removable unit that has to go.
-        max_rate: largest share of any layer that may go.
-        attention_share: share of the removed parameters that attention gives (0.2 is 2:8), within one GQA group
-            (with `uniform` one of every layer); null lets the allocation choose.
+        min_rate: smallest share of its parameters that each layer with a removable unit loses.
+        max_rate: largest share of its parameters that any layer loses.
+        attention_share: attention's share of the removed parameters (0.2 is 2:8), to within one GQA group (with
+            `uniform`, one of every layer); None lets the allocation choose.
         kv_rate: share of the KV heads, and so of the KV-cache bytes of each token, to remove, to the nearest group
-            (with `uniform` one of every layer); 0 lets the allocation choose.
-        kv_heads: KV heads of all layers, that `kv_rate` is a share of.
-        spared_attention: numbers of kept units that `uniform` avoids in attention blocks, for no stock class has them.
+            (with `uniform`, one of every layer); 0 lets the allocation choose.
+        kv_heads: number of KV heads of all layers, that `kv_rate` is a share of.
+        spared_attention: numbers of kept attention units that `uniform` avoids, because no stock class supports them.
 
     Raises:
-        ValueError: if a share is out of its bounds, or attention is told twice how much to give.
+        ValueError: if a share is out of bounds, or `kv_rate` and `attention_share` are both set.
     """
 
     rate: float
@@ -75,58 +75,58 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.attention_share is not None and not 0 <= self.attention_share <= 1:
-            raise ValueError(f"attention_share must be in 0 … 1, got {self.attention_share}; 0.2 is a split of 2:8")
+            raise ValueError(f"attention_share must be in [0, 1], got {self.attention_share}; try 0.2 for 2:8")
         if not 0 <= self.kv_rate < 1:
-            raise ValueError(f"kv_rate must be in [0, 1), a share of the KV heads, got {self.kv_rate}")
+            raise ValueError(f"kv_rate must be in [0, 1), a share of the KV heads, got {self.kv_rate}; try 0.25")
         if self.kv_rate and not self.kv_heads:
-            raise ValueError(f"kv_rate {self.kv_rate} is a share of the model's KV heads: give kv_heads, got 0")
+            raise ValueError(f"kv_rate {self.kv_rate} needs kv_heads, the model's KV heads, got 0")
         if self.kv_rate and self.attention_share is not None:
             raise ValueError(
-                f"kv_rate {self.kv_rate} and attention_share {self.attention_share} both say how much attention gives: "
-                "set one of them"
+                f"kv_rate {self.kv_rate} and attention_share {self.attention_share} both set how much attention loses: "
+                "remove one of them"
             )
 
     @property
     def target(self) -> float:
-        """Parameters to remove."""
+        """Number of parameters to remove."""
         return self.rate * self.base_parameters
 
     @property
     def fixes_attention(self) -> bool:
-        """Whether the budget says how much attention gives."""
+        """Whether the budget sets how much attention loses."""
         return self.attention_share is not None or self.kv_rate > 0
 
     def attention_target(self) -> float:
-        """What attention has to give where the budget says so, in the unit of `count_attention`."""
+        """Compute how much attention has to lose, in the unit of `count_attention`, if the budget sets it."""
         if self.kv_rate:
             return self.kv_rate * self.kv_heads
         assert self.attention_share is not None
         return self.attention_share * self.target
 
     def count_attention(self, parameters: int, kv_heads: int) -> int:
-        """Of the two things that go with groups, the one that the budget is about: KV heads or parameters."""
+        """Return what the budget counts of attention: KV heads with a `kv_rate`, parameters otherwise."""
         return kv_heads if self.kv_rate else parameters
 
     def unreachable(self, reason: str, nearest: int | None = None) -> "UnreachableError":
-        """The error for a budget that the limits cannot meet.
+        """Make the error for a budget that cannot be met within the limits.
 
         Args:
-            reason: why, in words.
-            nearest: the nearest reachable removal in parameters, if there is one.
+            reason: the reason, in words.
+            nearest: the nearest reachable number of removed parameters, if there is one.
         """
         if nearest is None:
             return UnreachableError(self, reason)
-        # Rounded away from the target asked, so that the rate named is itself reachable.
+        # Rounded away from the target, so that the suggested rate is reachable.
         rounded = math.floor if nearest < self.target else math.ceil
         scale = 10 ** max(4, len(str(self.base_parameters)))
         return UnreachableError(self, reason, rounded(nearest / self.base_parameters * scale) / scale)
 
     def unreachable_kv(self, reason: str, nearest: int) -> ValueError:
-        """The error for a KV-cache budget that the limits cannot meet.
+        """Make the error for a KV-cache budget that cannot be met within the limits.
 
         Args:
-            reason: why, in words.
-            nearest: the nearest reachable removal in KV heads; 0 where none can go.
+            reason: the reason, in words.
+            nearest: the nearest reachable number of removed KV heads; 0 if none can be removed.
         """
         scale = 10 ** max(4, len(str(self.kv_heads)))
         rate = math.floor(nearest / self.kv_heads * scale) / scale
@@ -138,11 +138,11 @@ class Budget:
 
 
 class UnreachableError(ValueError):
-    """A budget that the limits cannot meet.
+    """A budget cannot be met within the limits.
 
     Args:
         budget: the budget.
-        reason: why, in words.
+        reason: the reason, in words.
         nearest_rate: the nearest reachable rate, if there is one.
     """
 
@@ -161,20 +161,20 @@ class UnreachableError(ValueError):
 
 @dataclass(frozen=True)
 class AllocationOptions:
-    """What only some allocations look at.
+    """Inputs of only some allocations.
 
     Args:
-        importance: importance of every block, higher is more important, for `inverse`, `proportional` and
+        importance: importance of each block, higher is more important; for `inverse`, `proportional` and
             `frozen_layers`.
-        alpha: strength of the difference that importance makes; 0 makes none. The most and the least important block
-            differ by a factor of e^alpha in the share they lose.
-        log: take the logarithm of importance first, so that one outstanding layer does not make all others alike.
-        frozen_layers: this many of the most important layers lose nothing, whatever `min_rate` says.
-        curves: damage of removing the weakest units of a block, points (units removed, damage) ascending, for
-            `optimal`; null means the sum of the removed units' scores.
+        alpha: how strongly importance matters. The shares that the most and the least important block lose differ by a
+            factor of e^alpha.
+        log: use the logarithm of importance, so that one outstanding layer does not make all others equal.
+        frozen_layers: number of the most important layers that lose nothing, regardless of `min_rate`.
+        curves: damage of removing the weakest units of each block, as ascending pairs (units removed, damage); for
+            `optimal`. None means the sum of the removed units' scores.
 
     Raises:
-        ValueError: if a setting is out of its bounds.
+        ValueError: if a setting is out of bounds.
     """
 
     importance: Mapping[BlockKey, float] | None = None
@@ -185,25 +185,28 @@ class AllocationOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 50:
-            raise ValueError(f"alpha must be in 0 … 50, got {self.alpha}; 0.5 to 3 is usual")
+            raise ValueError(f"alpha must be in [0, 50], got {self.alpha}; try 1")
         if self.frozen_layers < 0:
-            raise ValueError(f"frozen_layers must be at least 0, got {self.frozen_layers}")
+            raise ValueError(f"frozen_layers must be at least 0, got {self.frozen_layers}; try 2")
 
     def read_importance(self, blocks: Sequence[BlockBudget], reader: str) -> list[float]:
-        """Importance of blocks, in their order.
+        """Return the importance of blocks, in their order.
 
         Args:
             blocks: the blocks.
-            reader: what needs importance, for the error.
+            reader: name of the setting that needs importance, for the error.
 
         Raises:
-            ValueError: if there is none for a block, or it is not finite.
+            ValueError: if a block has no importance, or one that is not finite.
         """
         if self.importance is None:
-            raise ValueError(f"{reader} needs the importance of every layer, got none: measure or load a sensitivity")
+            raise ValueError(f"{reader} needs the importance of every layer, got none; measure or load a sensitivity")
         for block in blocks:
             if not math.isfinite(self.importance.get(block.key, math.nan)):
-                raise ValueError(f"{reader} needs a finite importance of {block.key}: measure the sensitivity again")
+                raise ValueError(
+                    f"{reader} needs a finite importance of {block.key}, got {self.importance.get(block.key)}; measure "
+                    "the sensitivity again"
+                )
         return [self.importance[block.key] for block in blocks]
 
 
@@ -211,36 +214,36 @@ DEFAULT_OPTIONS = AllocationOptions()
 
 
 def parse_split(split: str) -> float:
-    """The share of attention in a split `attention:MLP` of the removed parameters: `2:8` is 0.2, `0:10` is 0.
+    """Parse a split `attention:MLP` of the removed parameters into attention's share: `2:8` is 0.2, `0:10` is 0.
 
     Raises:
-        ValueError: if it is no such split.
+        ValueError: if the text is not a split.
     """
     try:
-        attention, mlp = (float(part) for part in split.split(":"))
+        attention, mlp = (float(number) for number in split.split(":"))
     except ValueError:
         attention = mlp = math.nan
     if not (0 <= attention < math.inf and 0 <= mlp < math.inf and attention + mlp > 0):
         raise ValueError(
-            f"a split of attention : MLP is two numbers, none negative and not both 0, such as 2:8, got {split!r}"
+            f"split must be two numbers, attention:MLP, neither negative and not both 0, got {split!r}; try 2:8"
         )
     return attention / (attention + mlp)
 
 
 def find_spared_kind(attention_share: float | None) -> BlockKind | None:
-    """The kind of block that loses nothing when attention gives this share of the removed parameters, if one does."""
+    """Return the kind of block that loses nothing with this share of attention; None if both may lose units."""
     if attention_share == 0:
         return "attention"
     return "mlp" if attention_share == 1 else None
 
 
 def find_free_blocks(blocks: Sequence[BlockBudget], budget: Budget, options: AllocationOptions) -> list[BlockBudget]:
-    """The blocks that may lose units: of a kind that the split asks of, in all but the most important layers.
+    """Find the blocks that may lose units, by the split and the number of frozen layers.
 
-    A layer's importance is the mean of its blocks'; of equals the first is frozen.
+    The importance of a layer is the mean of its blocks'; of equally important layers, the first is frozen.
 
     Raises:
-        ValueError: if importance is missing or no layer is left.
+        ValueError: if importance is missing, or no block remains.
     """
     spared = find_spared_kind(budget.attention_share)
     allowed = [block for block in blocks if block.key.kind != spared]
@@ -259,9 +262,9 @@ def find_free_blocks(blocks: Sequence[BlockBudget], budget: Budget, options: All
 
 
 def allocate_or_name_rate(allocate: Callable[[Budget], Removed], budget: Budget) -> Removed:
-    """Allocate; where a split is asked and cannot be met, find the nearest rate at which it can.
+    """Allocate; if a split cannot be met, raise an error with the nearest rate at which it can.
 
-    With a split the reachable rate does not follow from what was reached, for attention and MLP both move with it.
+    With a split, both attention and MLP change with the rate, so the nearest reachable rate has to be searched.
 
     Raises:
         UnreachableError: with the nearest reachable rate.
@@ -284,10 +287,10 @@ def allocate_or_name_rate(allocate: Callable[[Budget], Removed], budget: Budget)
 
 
 def _search_nearest(rate: float, is_reachable: Callable[[float], bool]) -> float | None:
-    """The nearest reachable rate found by doubling the distance, then halving the gap, in steps of 0.0001."""
+    """Search the nearest reachable rate by doubling the distance, then bisecting, in steps of 0.0001."""
     scale = 10_000
     start = round(rate * scale)
-    found = []
+    reachable = []
     for sign, limit in ((-1, start - 1), (1, scale - 1 - start)):
         bad, distance = 0, 1
         while bad < limit and not is_reachable((start + sign * distance) / scale):
@@ -296,13 +299,13 @@ def _search_nearest(rate: float, is_reachable: Callable[[float], bool]) -> float
             middle = (bad + distance) // 2
             bad, distance = (bad, middle) if is_reachable((start + sign * middle) / scale) else (middle, distance)
         if bad < limit:
-            found.append((start + sign * distance) / scale)
-    return min(found, key=lambda nearest: abs(nearest - rate), default=None)
+            reachable.append((start + sign * distance) / scale)
+    return min(reachable, key=lambda nearest: abs(nearest - rate), default=None)
 
 
 def measure_layer_rates(blocks: Sequence[BlockBudget], removed: Removed, budget: Budget) -> dict[int, float]:
-    """Share of its parameters that each layer with a block loses."""
+    """Compute the share of its parameters that each layer of some blocks loses."""
     parameters: dict[int, int] = defaultdict(int)
     for block in blocks:
         parameters[block.key.layer] += removed[block.key] * block.unit_parameters
-    return {layer: gone / budget.layer_parameters[layer] for layer, gone in parameters.items()}
+    return {layer: count / budget.layer_parameters[layer] for layer, count in parameters.items()}

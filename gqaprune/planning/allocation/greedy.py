@@ -1,6 +1,6 @@
-"""Filling a budget step by step in a given order, within every limit; `global` orders steps by score per parameter.
+"""Fill a budget step by step in a given order, within all limits. `global` orders steps by score per parameter.
 
-A step is one unit, or as many channels as bring the width to the next multiple of `channel_multiple`.
+A step is one unit, or as many channels as it takes to reach the next multiple of `channel_multiple`.
 """
 
 from collections import defaultdict
@@ -25,8 +25,8 @@ def allocate_global(
 ) -> Removed:
     """Remove the units with the lowest score per parameter, wherever they are.
 
-    A step goes if it fits into what is left of the budget and of its layer's `max_rate`; `min_rate` is served first.
-    The budget is met from below, within the smallest step that is still possible.
+    Steps are taken if they fit the rest of the budget and the layer's `max_rate`; those that `min_rate` needs come
+    first. The budget is met from below, to within the smallest step that is still possible.
 
     Raises:
         ValueError: if the limits cannot meet the budget, with the nearest reachable rate.
@@ -41,7 +41,7 @@ def allocate_global(
 
 @dataclass(frozen=True)
 class Step:
-    """Removing the next units of a block: the `units` weakest after which `removed` are gone, in `order`."""
+    """Removal of the next `units` weakest units of a block, after which it has lost `removed`; sorted by `order`."""
 
     key: BlockKey
     units: int
@@ -52,12 +52,12 @@ class Step:
 
 
 class Tally:
-    """What has gone so far, under the limits of each layer.
+    """What has been removed so far, within the limits of each layer.
 
     Args:
-        budget: the budget.
-        removed: units that are gone from the start, of every block.
         blocks: the blocks.
+        budget: the budget.
+        removed: units that each block has lost at the start.
     """
 
     def __init__(self, blocks: Sequence[BlockBudget], budget: Budget, removed: Removed) -> None:
@@ -69,11 +69,11 @@ class Tally:
 
     @property
     def total(self) -> int:
-        """Parameters that are gone."""
+        """Number of removed parameters."""
         return sum(self.of_layer.values())
 
     def can_take(self, step: Step) -> bool:
-        """Whether a step is the next one of its block and its layer's `max_rate` allows it."""
+        """Whether a step is the next one of its block and within its layer's `max_rate`."""
         limit = self.budget.max_rate * self.budget.layer_parameters[step.key.layer]
         is_next = step.removed - step.units == self.removed[step.key]
         return is_next and self.of_layer[step.key.layer] + step.parameters <= limit
@@ -84,15 +84,15 @@ class Tally:
         self.of_layer[step.key.layer] += step.parameters
 
     def least(self, layer: int) -> float:
-        """Parameters that `min_rate` asks of a layer."""
+        """Return the number of parameters that a layer has to lose by `min_rate`."""
         return self.budget.min_rate * self.budget.layer_parameters[layer]
 
     def serve_min_rate(self, steps: Sequence[Step], later: Mapping[int, int] | None = None) -> None:
-        """Take steps of layers that are below `min_rate`.
+        """Take steps in layers that are below `min_rate`.
 
         Args:
-            steps: steps in their order.
-            later: parameters that each layer can still give after these steps.
+            steps: steps in order.
+            later: parameters that each layer can lose by steps that follow these.
         """
         spare = later or {}
         for step in steps:
@@ -101,7 +101,7 @@ class Tally:
                 self.take(step)
 
     def fill(self, steps: Sequence[Step], target: float) -> None:
-        """Take every step that fits, in their order."""
+        """Take every step that fits the target, in order."""
         total = self.total
         for step in steps:
             if self.can_take(step) and total + step.parameters <= target:
@@ -110,12 +110,12 @@ class Tally:
 
 
 def list_steps(blocks: Sequence[BlockBudget], order: Callable[[BlockBudget, int, int], float]) -> list[Step]:
-    """All steps of blocks, those that go first at the front.
+    """List all steps of some blocks, in the order in which they are taken.
 
     Args:
         blocks: the blocks.
-        order: of a block and its removed units before and after a step, what steps are ordered by. A block's steps go
-            in sequence, so one that would go before its predecessor takes its place in the order.
+        order: maps a block and its removed units before and after a step to the value by which steps are sorted. A
+            step is never sorted before an earlier step of its block.
     """
     steps: list[Step] = []
     for block in blocks:
@@ -129,14 +129,14 @@ def list_steps(blocks: Sequence[BlockBudget], order: Callable[[BlockBudget, int,
 
 
 def fill_budget(blocks: Sequence[BlockBudget], steps: Sequence[Step], budget: Budget) -> Removed:
-    """Remove steps in their order until the budget is met.
+    """Take steps in order until the budget is met.
 
-    Where the budget says what attention gives, attention goes first and channels make up the rest.
+    If the budget sets how much attention loses, attention's steps come first and channels make up the rest.
 
     Args:
         blocks: the blocks.
         steps: their steps from `list_steps`.
-        budget: what has to go.
+        budget: what to remove.
 
     Raises:
         ValueError: if the limits cannot meet the budget, with the nearest reachable rate.
@@ -145,7 +145,7 @@ def fill_budget(blocks: Sequence[BlockBudget], steps: Sequence[Step], budget: Bu
 
 
 def keep_frozen(blocks: Sequence[BlockBudget], removed: Removed) -> Removed:
-    """Add to an allocation the blocks that it was not given: nothing goes from them."""
+    """Add the blocks that an allocation was not given, with 0 removed units."""
     return {block.key: removed.get(block.key, 0) for block in blocks}
 
 
@@ -162,17 +162,17 @@ def _fill(blocks: Sequence[BlockBudget], steps: Sequence[Step], budget: Budget) 
             taken = f"{budget.kv_rate:.2%} less KV cache"
     start = Tally(blocks, budget, tally.removed)
     tally.serve_min_rate(steps)
-    if tally.total > target:  # by whole groups, where channels may serve it within the budget
+    if tally.total > target:  # whole groups exceed it; the smallest steps may meet min_rate within the budget
         tally = start
         tally.serve_min_rate(sorted(steps, key=lambda step: step.parameters))
     for layer in layers:
         if tally.of_layer[layer] < tally.least(layer):
             reached = tally.of_layer[layer] / budget.layer_parameters[layer]
             raise budget.unreachable(
-                f"layer {layer} reaches {reached:.2%} at most, min_rate asks {budget.min_rate:.2%}"
+                f"layer {layer} can lose {reached:.2%} at most, but min_rate is {budget.min_rate:.2%}"
             )
     if budget.kv_rate and tally.total < target + 1:
-        target = max(target, tally.total)  # a rate that names this total is cut to some digits
+        target = max(target, tally.total)  # a suggested rate has few digits, and may be slightly too small
     if tally.total > target:
         raise budget.unreachable(f"{taken} already takes more", tally.total)
     tally.fill(steps, target)
@@ -183,7 +183,7 @@ def _fill(blocks: Sequence[BlockBudget], steps: Sequence[Step], budget: Budget) 
 
 
 def _take_attention(tally: Tally, steps: Sequence[Step], budget: Budget) -> None:
-    """Take what the budget asks of attention, to the nearest whole group."""
+    """Take attention's part of the budget, to the nearest whole group."""
     later: dict[int, int] = defaultdict(int)
     for step in steps:
         if step.key.kind == "mlp":

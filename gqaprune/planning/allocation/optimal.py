@@ -1,7 +1,7 @@
-"""`optimal`: one number of removed units per block, so that the total damage is least under every limit at once.
+"""`optimal`: choose the number of removed units of each block that minimises total damage under all limits at once.
 
-A mixed-integer linear program, solved exactly by HiGHS through `scipy.optimize.milp`: a binary variable says whether a
-block takes a level, one level per block.
+This is a mixed-integer linear program, solved exactly by HiGHS through `scipy.optimize.milp`, with one binary variable
+for each block and level, and one chosen level per block.
 """
 
 import math
@@ -26,28 +26,28 @@ from gqaprune.planning.allocation.budget import (
 from gqaprune.planning.allocation.greedy import Tally, allocate_global, keep_frozen, list_steps
 
 LEVELS = 24
-"""Removal levels of a block that the program chooses from."""
+"""Number of levels per block that the program chooses from."""
 
 _SOLVER = {"mip_rel_gap": 1e-6, "node_limit": 20_000}
-"""A limit of nodes, not of time: the same numbers give the same allocation on every machine."""
+"""Nodes are limited instead of time, so that the same numbers lead to the same allocation on every machine."""
 
 Curves = Mapping[BlockKey, NDArray[np.float64]]
-"""Damage of every block by number of removed units, 0 … the most that may go."""
+"""Damage of each block by number of removed units, from 0 to the most that may be removed."""
 
 
 def allocate_optimal(
     blocks: Sequence[BlockBudget], budget: Budget, options: AllocationOptions = DEFAULT_OPTIONS
 ) -> Removed:
-    """Choose the counts of least total damage that remove as much as `global` does and no more than asked.
+    """Choose the counts with the least total damage that remove as much as `global` does, within the budget.
 
-    Damage is the sum of the removed units' scores, or read from `options.curves`, linear between their points. The
-    result is exact where no block has more than `LEVELS` counts. Of larger blocks the program sees levels over the
-    whole range, then finer ones around what it chose, and what they leave of the budget is filled step by step; the
-    result is never worse than that of `global`.
+    Damage is the sum of the removed units' scores, or interpolated linearly from `options.curves`. The result is exact
+    if no block has more than `LEVELS` counts. For larger blocks, the program first chooses among levels over the whole
+    range, then among finer ones around the first choice, and the rest of the budget is filled step by step. The result
+    is never worse than that of `global`.
 
     Raises:
-        ValueError: if the limits cannot meet the budget, with the nearest reachable rate; if a curve is missing, ends
-            too early or is not finite.
+        ValueError: if the limits cannot meet the budget, with the nearest reachable rate; or if a curve is missing,
+            too short or not finite.
     """
     free = find_free_blocks(blocks, budget, options)
     curves = {block.key: _read_curve(block, options) for block in free}
@@ -56,13 +56,13 @@ def allocate_optimal(
         solved = _solve(free, budget, curves, greedy, best if finer else None) or greedy
         candidates = [best, _fill_up(free, budget, curves, solved)]
         if _count_parameters(free, solved) >= _count_parameters(free, greedy):
-            candidates.append(solved)  # filling may cost more than it has to
+            candidates.append(solved)  # filling up may do more damage than needed
         best = min(candidates, key=lambda removed: _sum_damage(curves, removed))
     return keep_frozen(blocks, best)
 
 
 def thin_counts(counts: Sequence[int], most: int) -> list[int]:
-    """At most so many of ascending counts, evenly spread, the first and the last included."""
+    """Select at most `most` of ascending counts, evenly spread, with the first and the last."""
     if len(counts) <= most:
         return list(counts)
     return [counts[round(i * (len(counts) - 1) / (most - 1))] for i in range(most)]
@@ -70,7 +70,7 @@ def thin_counts(counts: Sequence[int], most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Level:
-    """One choice for a block, and what it is worth."""
+    """A number of removed units that the program may choose for a block, and its damage."""
 
     block: int
     key: BlockKey
@@ -88,10 +88,10 @@ def _read_curve(block: BlockBudget, options: AllocationOptions) -> NDArray[np.fl
     removed, damage = zip(*points, strict=True)
     if removed[-1] < most:
         raise ValueError(
-            f"the damage curve of {block.key} ends at {removed[-1]} of {most} removable units: measure it to the end"
+            f"the damage curve of {block.key} ends at {removed[-1]} of {most} removable units; measure it to the end"
         )
     if not np.isfinite(damage).all():
-        raise ValueError(f"the damage curve of {block.key} holds NaN or infinite values: measure it again")
+        raise ValueError(f"the damage curve of {block.key} contains NaN or infinite values; measure it again")
     return np.asarray(np.interp(np.arange(most + 1), removed, damage), dtype=np.float64)
 
 
@@ -106,7 +106,7 @@ def _count_parameters(blocks: Sequence[BlockBudget], removed: Removed) -> int:
 def _solve(
     blocks: Sequence[BlockBudget], budget: Budget, curves: Curves, greedy: Removed, around: Removed | None
 ) -> Removed | None:
-    """The levels of least damage; None if the solver found none within its limit."""
+    """Solve for the levels with the least damage; return None if the solver finds none within its limit."""
     levels, slack = _list_levels(blocks, budget, curves, greedy, around)
     constraints = _list_constraints(blocks, levels, budget, greedy, slack)
     damages = np.array([level.damage for level in levels])
@@ -119,7 +119,7 @@ def _solve(
     )
     if result.x is None:
         return None
-    # The solver's whole numbers are whole within a tolerance, which large blocks multiply.
+    # The solver's integers are exact to a tolerance, which large blocks amplify.
     x = np.round(result.x)
     if any((limit.A @ x < limit.lb - 1e-7).any() or (limit.A @ x > limit.ub + 1e-7).any() for limit in constraints):
         return None
@@ -129,7 +129,7 @@ def _solve(
 def _list_levels(
     blocks: Sequence[BlockBudget], budget: Budget, curves: Curves, greedy: Removed, around: Removed | None
 ) -> tuple[list[_Level], int]:
-    """Every block's levels, and the parameters that the program may leave to be filled in."""
+    """List the levels of all blocks, and the parameters that the program may leave for filling up."""
     levels, gaps = [], []
     for index, block in enumerate(blocks):
         counts = block.removable_counts()
@@ -147,7 +147,7 @@ def _list_levels(
 
 
 def _choose_levels(counts: Sequence[int], around: int | None) -> tuple[list[int], int]:
-    """Levels over all counts, and finer ones around one of them; and the units between the finest."""
+    """Choose levels over all counts and finer ones around `around`; also return the finest distance in units."""
     coarse = thin_counts(counts, LEVELS)
     if around is None:
         return coarse, coarse[-1] - coarse[-2]
@@ -160,7 +160,7 @@ def _choose_levels(counts: Sequence[int], around: int | None) -> tuple[list[int]
 def _list_constraints(
     blocks: Sequence[BlockBudget], levels: Sequence[_Level], budget: Budget, greedy: Removed, slack: int
 ) -> list[LinearConstraint]:
-    """One level per block; the budget; the limits of each layer; what attention has to give."""
+    """List the constraints: one level per block, the budget, the limits of each layer, and attention's part."""
     unit = min(block.unit_parameters for block in blocks)  # keeps coefficients near 1
     parameters = np.array([level.parameters for level in levels]) / unit
     layers = np.array([level.key.layer for level in levels])
@@ -183,7 +183,7 @@ def _list_constraints(
 def _limit_attention(
     blocks: Sequence[BlockBudget], levels: Sequence[_Level], budget: Budget, greedy: Removed
 ) -> LinearConstraint:
-    """What attention gives lies between what the budget asks and what whole groups came to."""
+    """Limit what attention loses to between the budget's target and what `global` reached with whole groups."""
 
     def count(key: BlockKey, parameters: int, kv_heads: int) -> int:
         return budget.count_attention(parameters, kv_heads) if key.kind == "attention" else 0
@@ -199,7 +199,7 @@ def _limit_attention(
 
 
 def _fill_up(blocks: Sequence[BlockBudget], budget: Budget, curves: Curves, removed: Removed) -> Removed:
-    """Remove single steps of least damage per parameter while they fit into the budget."""
+    """Take single steps with the least damage per parameter while they fit the budget."""
 
     def damage(block: BlockBudget, before: int, after: int) -> float:
         curve = curves[block.key]

@@ -1,7 +1,7 @@
-"""Steps: how much of a budget each of several cuts spends, what is left being scored anew before each.
+"""Divide a budget over several cuts, before each of which the remaining units are scored again.
 
-Counts are of the dense model's units throughout, so that budget, layer limits and width rounding keep their meaning:
-units that are gone stand in a block's scores as 0, which makes them the first that any allocation removes.
+Counts always refer to the units of the dense model, so that budget, layer limits and multiples keep their meaning.
+Removed units have the score 0, so every allocation removes them first.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,25 +14,25 @@ from gqaprune.planning.allocation import BlockBudget, Budget, Removed, allocate_
 
 @dataclass(frozen=True)
 class Spending:
-    """Where a run of several cuts stands.
+    """The progress of a run of several cuts.
 
     Args:
         so_far: units that each block of the dense model has lost.
-        in_all: units that each will have lost after the last cut, as the latest scores have it.
+        in_all: units that each block will have lost after the last cut, by the latest scores.
     """
 
     so_far: Removed
     in_all: Removed
 
     def to_dict(self) -> dict[str, list[list[Any]]]:
-        """Plain types, as checkpoints hold them."""
+        """Convert to plain types for checkpoints."""
         return {
             name: [[key.layer, key.kind, count] for key, count in counts.items()] for name, counts in vars(self).items()
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, list[list[Any]]]) -> "Spending":
-        """What `to_dict` gave."""
+        """Build from the output of `to_dict`."""
         return cls(**{name: {BlockKey(layer, kind): n for layer, kind, n in counts} for name, counts in data.items()})
 
 
@@ -41,38 +41,39 @@ def spend_share(
     budget: Budget,
     allocate: Callable[[Sequence[BlockBudget], Budget], Removed],
     share: float,
-    last: Spending | None = None,
+    previous: Spending | None = None,
     allocate_part: Callable[[Sequence[BlockBudget], Budget], Removed] = allocate_global,
 ) -> Spending:
-    """Choose what is gone once a share of the budget is spent: of all that the allocation removes, the least important.
+    """Choose what has been removed once a share of the budget is spent: the least important units of the allocation.
 
-    So the allocation's own rules hold in the end, and the whole budget is met as in one cut. Where it would put units
-    back, or finds no way on from here, the last step's counts stand: they meet the budget and every limit.
+    The whole budget is allocated each time, so it is met as in one cut, and the allocation's rules hold in the end. If
+    the new allocation would restore removed units, or cannot meet the budget, the previous one is kept, which meets the
+    budget and all limits.
 
     Args:
-        blocks: blocks of the dense model, units that are gone scored 0.
-        budget: what has to go from the dense model in all.
+        blocks: blocks of the dense model, with scores of 0 for removed units.
+        budget: what to remove from the dense model in total.
         allocate: allocation of the whole budget.
-        share: part of what goes in all, over 0 to 1; less than 1 is met from below.
-        last: where the cut before left off.
-        allocate_part: chooses the least important of what goes in all.
+        share: share of the budget to spend, above 0 and at most 1; below 1 it is met from below.
+        previous: result of the previous cut; None for the first.
+        allocate_part: allocation that chooses the least important part of what is removed in total.
 
     Raises:
-        ValueError: if the budget cannot be met, in the first step only.
+        ValueError: if the budget cannot be met in the first cut.
     """
-    gone = last.so_far if last else {block.key: 0 for block in blocks}
+    removed = previous.so_far if previous else {block.key: 0 for block in blocks}
     try:
         in_all = allocate(blocks, budget)
     except ValueError:
-        if last is None:
+        if previous is None:
             raise
-        in_all = last.in_all
-    if last and any(in_all[key] < count for key, count in gone.items()):
-        in_all = last.in_all
+        in_all = previous.in_all
+    if previous and any(in_all[key] < count for key, count in removed.items()):
+        in_all = previous.in_all
     if share == 1:
         return Spending(in_all, in_all)
     limited = [replace(block, min_kept=block.units - in_all[block.key]) for block in blocks]
     total = sum(in_all[block.key] * block.unit_parameters for block in blocks)
     part = Budget(share, base_parameters=total, layer_parameters=budget.layer_parameters)
     so_far = allocate_part(limited, part)
-    return Spending({key: max(count, gone[key]) for key, count in so_far.items()}, in_all)
+    return Spending({key: max(count, removed[key]) for key, count in so_far.items()}, in_all)

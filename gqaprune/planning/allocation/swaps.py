@@ -1,4 +1,4 @@
-"""Evolutionary refinement of an allocation: parameters move from one block to another while the damage falls."""
+"""Refine an allocation by an evolutionary search that moves removals between blocks to lower the damage."""
 
 import math
 import random
@@ -17,20 +17,20 @@ def refine_by_swaps(
     offspring: int,
     seed: int,
 ) -> Removed:
-    """Move removals between blocks, keeping the budget, as long as the measured damage falls.
+    """Move removals between blocks within the budget, keeping changes that lower the measured damage.
 
-    Every generation makes offspring of the best allocation so far by one to three swaps each and keeps the best of
-    them if it is better. Source: the (1 + λ) search of EvoPress, arXiv 2410.14649. Where the budget says what attention
-    gives, swaps stay within attention or within MLP.
+    Each generation makes offspring of the best allocation so far by one to three swaps each, and keeps the best of them
+    if it is better. Source: the (1 + λ) search of EvoPress, arXiv 2410.14649. If the budget sets how much attention
+    loses, swaps are within attention or within MLPs.
 
     Args:
-        removed: where to start from.
-        blocks: blocks that may change, all that lose anything among them.
+        removed: the initial allocation.
+        blocks: blocks that may change; they include all that lose units.
         budget: the budget that `removed` meets.
-        evaluate: the damage of an allocation, such as the KL divergence on calibration windows; in a process group the
-            same bits on every rank. It is called `1 + generations · offspring` times at most.
-        generations: generations.
-        offspring: allocations tried in each.
+        evaluate: returns the damage of an allocation, such as the KL divergence on calibration windows; in a process
+            group, the same bits on every rank. It is called at most `1 + generations · offspring` times.
+        generations: number of generations.
+        offspring: allocations tried in each generation.
         seed: seed of the swaps.
 
     Returns:
@@ -42,20 +42,23 @@ def refine_by_swaps(
     dice = random.Random(seed)
     best, damage = dict(removed), evaluate(removed)
     if not math.isfinite(damage):
-        raise ValueError(f"the damage of the allocation to refine is {damage}: nothing can be compared with it")
+        raise ValueError(
+            f"the damage of the allocation is {damage}, so no swap can improve it: set swaps.generations to 0, or load "
+            "the model with dtype bfloat16 or float32"
+        )
     for _ in track(range(generations), "refining the allocation", "generations"):
         children = [_mutate(best, removed, blocks, budget, dice) for _ in range(offspring)]
         parent = best
         for child in children:
-            if child != parent and (found := evaluate(child)) < damage:
-                best, damage = child, found
+            if child != parent and (child_damage := evaluate(child)) < damage:
+                best, damage = child, child_damage
     return best
 
 
 def _mutate(
     parent: Removed, start: Removed, blocks: Sequence[BlockBudget], budget: Budget, dice: random.Random
 ) -> Removed:
-    """One to three swaps that keep the budget; the parent if no swap was found."""
+    """Apply one to three swaps that keep the budget; return the parent if none is found."""
     child = parent
     for _ in range(min(dice.randint(1, 3), dice.randint(1, 3))):  # few swaps more often than many
         for _ in range(20):
@@ -67,7 +70,7 @@ def _mutate(
 
 
 def _swap(parent: Removed, blocks: Sequence[BlockBudget], budget: Budget, dice: random.Random) -> Removed | None:
-    """Remove more from one block and give about as many parameters back to another; None if that cannot be."""
+    """Remove more units of one block and restore about as many parameters of another; None if that is impossible."""
     giver = dice.choice(blocks)
     others = [block for block in blocks if block.key != giver.key]
     if budget.fixes_attention:
@@ -79,7 +82,7 @@ def _swap(parent: Removed, blocks: Sequence[BlockBudget], budget: Budget, dice: 
     back = [count for count in taker.removable_counts() if count < parent[taker.key]]
     if not further or not back:
         return None
-    # Steps of 1, 2, 4, …: small moves as often as large ones.
+    # Moves of 1, 2, 4, … steps, so that small ones are as frequent as large ones.
     count = further[min(2 ** dice.randint(0, len(further).bit_length()), len(further)) - 1]
     parameters = (count - parent[giver.key]) * giver.unit_parameters
     kept = parent[taker.key] - parameters / taker.unit_parameters
@@ -87,7 +90,7 @@ def _swap(parent: Removed, blocks: Sequence[BlockBudget], budget: Budget, dice: 
 
 
 def _keeps_budget(removed: Removed, start: Removed, blocks: Sequence[BlockBudget], budget: Budget) -> bool:
-    """Whether an allocation meets the budget as nearly as the start or one unit, and breaks no limit that it kept."""
+    """Whether an allocation meets the budget to within one unit, or as closely as the start, and all its limits."""
 
     def count(removed: Removed) -> int:
         return sum(removed[block.key] * block.unit_parameters for block in blocks)

@@ -1,4 +1,4 @@
-"""`uniform`: equal counts in every layer, so that the checkpoint needs no remote code."""
+"""`uniform`: remove equal counts in every layer, so that the checkpoint needs no remote code."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ def allocate_uniform(
 ) -> Removed:
     """Remove the same number of groups from every attention block, and of channels from every MLP block.
 
-    Attention and MLP lose the same share, or what the budget says, as nearly as whole groups allow; channels make up
-    the difference. The budget is met within half a step, a step being the smallest removal that is alike in every
-    layer. Layers that `frozen_layers` names lose nothing. Counts of heads that the budget spares are taken only where
-    no others meet it.
+    Attention and MLP lose the same share, or what the budget sets, as closely as whole groups allow; channels make up
+    the difference. The budget is met to within half a step; a step is the smallest equal removal in every layer. Layers
+    frozen by `frozen_layers` lose nothing. Counts that the budget avoids (`spared_attention`) are used only if no
+    others meet it.
 
     Raises:
         ValueError: if no pair of counts meets the budget, with the nearest reachable rate.
@@ -36,7 +36,7 @@ def allocate_uniform(
 
 @dataclass(frozen=True)
 class _Option:
-    """Equal counts for every layer, and by how many parameters they miss the target."""
+    """Equal counts for every layer, and their distance from the target in parameters."""
 
     groups: int
     channels: int
@@ -76,7 +76,7 @@ def _remove_equal_counts(blocks: Sequence[BlockBudget], budget: Budget) -> Remov
 
 
 def _list_group_counts(attention: Sequence[BlockBudget], budget: Budget) -> list[int]:
-    """Counts of groups that may go from every attention block: of a KV-cache budget the nearest, within half a step.
+    """List the numbers of groups that every attention block may lose; with a `kv_rate`, only the nearest to it.
 
     Raises:
         ValueError: if no count meets the KV-cache budget, with the nearest reachable one.
@@ -96,7 +96,7 @@ def _list_group_counts(attention: Sequence[BlockBudget], budget: Budget) -> list
 def _choose_split(
     options: Sequence[_Option], attention: Sequence[BlockBudget], all_parameters: int, budget: Budget
 ) -> _Option:
-    """The option whose attention loses nearest to the share that the budget names, or to MLP's share."""
+    """Choose the option in which attention's loss is closest to what the budget sets, or to the MLPs' share."""
     if budget.attention_share is None:
         share = budget.target / all_parameters
         units = attention[0].units if attention else 1
@@ -111,7 +111,7 @@ def _choose_split(
 
 
 def _common_counts(blocks: Sequence[BlockBudget]) -> list[int]:
-    """Counts that may go from every one of the blocks."""
+    """List the numbers of units that every one of the blocks may lose."""
     if not blocks:
         return [0]
     return sorted(set.intersection(*(set(block.removable_counts()) for block in blocks)))

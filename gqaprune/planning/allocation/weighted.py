@@ -1,8 +1,7 @@
-"""`inverse` and `proportional`: how much a layer loses follows from its importance.
+"""`inverse` and `proportional`: the share that a layer loses depends on its importance.
 
-Each block has a weight; at water level c it has lost the share c · weight of its units. The level rises until the
-budget is met. A layer at a limit (`max_rate`, units that have to stay) stops there and the level rises further for the
-others, so clipping never costs the budget.
+Each block has a weight and loses the share c · weight of its units, where c grows from 0 until the budget is met. A
+layer at a limit (`max_rate`, or units to keep) loses no more while c grows for the others, so the budget is still met.
 """
 
 import math
@@ -23,9 +22,9 @@ from gqaprune.planning.allocation.greedy import fill_budget, keep_frozen, list_s
 def allocate_inverse(
     blocks: Sequence[BlockBudget], budget: Budget, options: AllocationOptions = DEFAULT_OPTIONS
 ) -> Removed:
-    """Important layers lose less: weights are `e^(-alpha · z)`, z the importance scaled to 0 … 1.
+    """Remove less from important layers: weights are `e^(-alpha · z)`, with z the importance scaled to 0 … 1.
 
-    The budget is met from below, within the smallest step that is still possible.
+    The budget is met from below, to within the smallest step that is still possible.
 
     Raises:
         ValueError: if importance is missing or the limits cannot meet the budget, with the nearest reachable rate.
@@ -36,9 +35,9 @@ def allocate_inverse(
 def allocate_proportional(
     blocks: Sequence[BlockBudget], budget: Budget, options: AllocationOptions = DEFAULT_OPTIONS
 ) -> Removed:
-    """Important layers lose more: weights are `e^(alpha · z)`, z the importance scaled to 0 … 1.
+    """Remove more from important layers: weights are `e^(alpha · z)`, with z the importance scaled to 0 … 1.
 
-    The budget is met from below, within the smallest step that is still possible.
+    The budget is met from below, to within the smallest step that is still possible.
 
     Raises:
         ValueError: if importance is missing or the limits cannot meet the budget, with the nearest reachable rate.
@@ -52,15 +51,15 @@ def _allocate_weighted(
     scaled = _scale_importance(blocks, options, name)
     free = find_free_blocks(blocks, budget, options)
 
-    def water_level(block: BlockBudget, before: int, after: int) -> float:
-        # In the middle of the step, so that whole groups are rounded to the nearest.
+    def find_multiplier(block: BlockBudget, before: int, after: int) -> float:
+        # c in the middle of the step, so that groups are rounded to the nearest number.
         return (before + after) / 2 / block.units / math.exp(sign * options.alpha * scaled[block.key])
 
-    return keep_frozen(blocks, fill_budget(free, list_steps(free, water_level), budget))
+    return keep_frozen(blocks, fill_budget(free, list_steps(free, find_multiplier), budget))
 
 
 def _scale_importance(blocks: Sequence[BlockBudget], options: AllocationOptions, name: str) -> Mapping[BlockKey, float]:
-    """Importance scaled to 0 … 1, its unit and its origin gone; all 0 where no block stands out."""
+    """Scale importance linearly to 0 … 1; all 0 if all blocks are equally important."""
     values = options.read_importance(blocks, name)
     above = [value - min(values) for value in values]
     if options.log:

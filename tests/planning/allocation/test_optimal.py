@@ -146,7 +146,7 @@ def test_measured_curves_overrule_scores() -> None:
     ("points", "message"),
     [
         ([(10, 1.0)], "layer 0 mlp ends at 10 of 199 removable units"),
-        ([(199, float("nan"))], "layer 0 mlp holds NaN"),
+        ([(199, float("nan"))], "layer 0 mlp contains NaN"),
         ([], "layer 0 mlp ends at 0 of 199"),
     ],
 )
