@@ -168,7 +168,7 @@ def test_activations_of_a_backward_pass_are_left_their_part_of_a_gpu(monkeypatch
     [
         ({"reduction": "median"}, "reduction must be one of sum, mean, max, prod, got 'median'"),
         ({"normalization": "l2"}, "normalization must be one of none, mean, sum, max, got 'l2'"),
-        ({"obs_ridge": 0.0}, "obs_ridge must be above 0 and finite, got 0.0; 0.1 works"),
+        ({"obs_ridge": 0.0}, "obs_ridge must be above 0 and finite, got 0.0; try 0.1"),
         ({"obs_ridge": float("nan")}, "obs_ridge must be above 0 and finite, got nan"),
     ],
 )

@@ -132,7 +132,7 @@ CRITERIA: Mapping[str, Callable[[ModelShape, Text, Sequence[Block]], Cost]] = {
     "wifv": cost_activations,
     "obs": cost_brain_surgeon,
 }
-"""Name -> function of (shape, text, blocks) to a cost. Criteria from weights alone have none: they compute no products."""
+"""Name -> function of (shape, text, blocks) to a cost. Criteria from weights alone have no products and no entry."""
 
 
 _FROM_GATES = ("fisher", "taylor")
