@@ -59,7 +59,7 @@ BAD_INPUT = {
     "missing config": (["--config", "gone.yaml"], "File does not exist"),
     "unknown device": (["--trainer.accelerator", "quantum"], "invalid accelerator name"),
     "unknown sensitivity": (["--pruning.sensitivity.method", "magic"], "sensitivity.method must be one of removal"),
-    "no split": (["--pruning.split", "2-8"], "two numbers, none negative and not both 0, such as 2:8, got '2-8'"),
+    "no split": (["--pruning.split", "2-8"], "neither negative and not both 0, got '2-8'; try 2:8"),
     "split out of reach": (["--pruning.split", "10:0", "--pruning.rate", "0.9"], "or loosen split, min_groups"),
     "split without quotes": (["--config", "split.yaml"], 'pruning.split needs quotes in YAML, such as "2:8"'),
     "two budgets of attention": (["--pruning.split", "2:8", "--pruning.kv_rate", "0.5"], "set one of them"),

@@ -140,9 +140,7 @@ def test_a_model_in_train_mode_with_dropout_is_pruned_as_in_eval_mode(mode: bool
 
 
 def test_settings_and_plans_of_other_types_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"config must be a PruningConfig, such as PruningConfig\(rate=0.2\), got dict"
-    ):
+    with pytest.raises(ValueError, match=r"config must be a PruningConfig, got dict; try PruningConfig\(rate=0.2\)"):
         prune(make_model(), [TOKENS], {"rate": 0.2})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="plan must be a PruningPlan, got str; try"):
         apply_plan(make_model(), "plan.json")  # type: ignore[arg-type]

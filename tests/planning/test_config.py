@@ -32,7 +32,7 @@ from tiny import make_plain
         ({"sensitivity": {"method": "magic"}}, "sensitivity.method must be one of removal, .*, got 'magic'"),
         ({"sensitivity": {"alpha": -1.0}}, r"alpha must be in \[0, 50\], got -1.0"),
         ({"limits": {"frozen_layers": -1}}, "frozen_layers must be at least 0, got -1"),
-        ({"split": "lots"}, "two numbers, none negative and not both 0, such as 2:8, got 'lots'"),
+        ({"split": "lots"}, "two numbers, attention:MLP, neither negative and not both 0, got 'lots'; try 2:8"),
         ({"kv_rate": 1.0}, r"kv_rate must be in \[0, 1\), a share of the KV heads, got 1.0"),
         ({"damage_levels": 1}, "damage_levels must be at least 2, got 1; try 8"),
         ({"damage": "magic"}, "damage must be one of repaired, gated, scores, got 'magic'"),

@@ -77,7 +77,7 @@ def test_settings_that_leave_layers_of_unequal_shapes_are_refused(settings: dict
     check_equal_counts(config, make_plain(rate=0.0, **settings))
     way_out = (
         r"set allocation: uniform, limits.frozen_layers: 0, swaps.generations: 0, limits.attention_layers: \[0, 3\] "
-        r"and limits.mlp_layers: \[0, 3\]; or take the format per-layer"
+        r"and limits.mlp_layers: \[0, 3\]; or use the format per-layer"
     )
     with pytest.raises(ValueError, match=way_out):
         check_equal_counts(config, make_plain(**settings))

@@ -66,7 +66,7 @@ def test_query_heads_that_round_to_nothing_are_said() -> None:
 
 def test_free_split_that_leaves_attention_whole_is_said() -> None:
     assert "split free was rounded to 0:100" in allocate("two", split="free")[0]
-    assert "keeps its last GQA groups: set granularity: query" in allocate("MQA", split="free")[0]
+    assert "has no GQA group to spare: set granularity: query" in allocate("MQA", split="free")[0]
 
 
 def test_step_larger_than_the_rate_names_a_rate() -> None:

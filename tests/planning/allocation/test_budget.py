@@ -191,7 +191,7 @@ def test_split_is_read_as_the_share_of_attention(text: str, share: float) -> Non
 
 @pytest.mark.parametrize("text", ["", "2", "2:8:1", "a:b", "0:0", "-1:3", "nan:1", "inf:1"])
 def test_no_split_is_refused_by_what_it_is(text: str) -> None:
-    with pytest.raises(ValueError, match=f"such as 2:8, got {text!r}"):
+    with pytest.raises(ValueError, match=f"got {text!r}; try 2:8"):
         parse_split(text)
 
 
