@@ -268,8 +268,8 @@ def test_two_processes_end_with_the_same_weights_as_good_as_those_of_one(tmp_pat
     ("options", "sentence"),
     [
         ({"epochs": -1}, "epochs must be at least 0, got -1"),
-        ({"learning_rate": 0.0}, "learning_rate must be in (0, 1\\], .*got 0.0; try 0.02"),
-        ({"learning_rate": 1.5}, "learning_rate must be in (0, 1\\], .*got 1.5"),
+        ({"learning_rate": 0.0}, "learning_rate must be in \\(0, 1\\], .*got 0.0; try 0.02"),
+        ({"learning_rate": 1.5}, "learning_rate must be in \\(0, 1\\], .*got 1.5"),
     ],
 )
 def test_options_out_of_bounds_are_refused(options: dict[str, Any], sentence: str) -> None:
