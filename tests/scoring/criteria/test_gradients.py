@@ -138,11 +138,11 @@ def test_one_gradient_lives_at_a_time_and_windows_hold_no_more_than_they_must(cr
 
         def spy(*arguments: Any, scoring: Any = scoring, held: list[int] = held) -> None:
             assert sum(weight.grad is not None for name, weight in model.named_parameters() if "proj" in name) == 1
-            GradientCriterion.fold(scoring, *arguments)
+            GradientCriterion.add_gradient(scoring, *arguments)
             assert all(weight.grad is None for name, weight in model.named_parameters() if "proj" in name)
-            held.append(max((tensor.numel() for tensor in scoring.held.values()), default=0))
+            held.append(max((tensor.numel() for tensor in scoring.partial_sums.values()), default=0))
 
-        scoring.fold = spy
+        scoring.add_gradient = spy
         scoring.score()
         largest = {"param_first": 48 * 24, "param_mix": 2 * 48 * 24, "param_second": 20, "vectorize": 20}[criterion]
         assert max(held) == (0 if accumulate == 1 else largest)
