@@ -198,10 +198,10 @@ def test_no_split_is_refused_by_what_it_is(text: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"attention_share": 1.2}, "0 … 1, got 1.2"),
+        ({"attention_share": 1.2}, r"attention_share must be in \[0, 1\], got 1.2"),
         ({"kv_rate": 1.0, "kv_heads": 3}, r"\[0, 1\)"),
         ({"kv_rate": 0.3}, "kv_rate 0.3 needs kv_heads, .*got 0"),
-        ({"kv_rate": 0.3, "kv_heads": 3, "attention_share": 0.2}, "set one of them"),
+        ({"kv_rate": 0.3, "kv_heads": 3, "attention_share": 0.2}, "remove one of them"),
     ],
 )
 def test_settings_out_of_bounds_are_refused(settings: dict[str, float], message: str) -> None:
