@@ -47,7 +47,7 @@ BAD_INPUT = {
     "folder without a model": (["--model.pretrained", "."], "it has no config.json"),
     "unknown dtype": (["--model.dtype", "int3"], "dtype must be one of"),
     "foreign tokenizer": (["--model.pretrained", "foreign"], "id 257 for '</s>' but the model embeds ids below 100"),
-    "NaN weights": (["--model.pretrained", "broken"], "weights of layer 1 (model.layers.1.mlp.up_proj.weight) hold"),
+    "NaN weights": (["--model.pretrained", "broken"], "weights of layer 1 (model.layers.1.mlp.up_proj.weight) contain NaN"),
     "no plan": (["--model.plan", "short.txt"], "short.txt is not a pruning plan"),
     "plan of another model": (["--model.plan", "other.json"], "the plan was made for another model (other)"),
     "export over the dense model": (["--export.folder", "foreign"], "has files that are not from an earlier run"),
@@ -62,7 +62,7 @@ BAD_INPUT = {
     "no split": (["--pruning.split", "2-8"], "neither negative and not both 0, got '2-8'; try 2:8"),
     "split out of reach": (["--pruning.split", "10:0", "--pruning.rate", "0.9"], "or loosen split, min_groups"),
     "split without quotes": (["--config", "split.yaml"], 'pruning.split needs quotes in YAML, such as "2:8"'),
-    "two budgets of attention": (["--pruning.split", "2:8", "--pruning.kv_rate", "0.5"], "set one of them"),
+    "two budgets of attention": (["--pruning.split", "2:8", "--pruning.kv_rate", "0.5"], "remove one of them"),
     "unknown criterion": (["--pruning.criterion", "magic"], "criterion must be one of fisher, taylor"),
 }  # fmt: skip
 

@@ -179,7 +179,7 @@ def test_settings_out_of_bounds_name_value_and_bound(options: dict[str, Any], me
 
 def test_unknown_criterion_is_refused_with_those_there_are() -> None:
     model = make_model("llama")
-    with pytest.raises(ValueError, match="criterion must be one of fisher, taylor, .*random, or two .*, got 'magic'"):
+    with pytest.raises(ValueError, match="criterion must be one of fisher, taylor, .*random or two .*, got 'magic'"):
         score_units(model, find_blocks(model), BATCHES, "magic")
     for criterion in ("l1+magic", "l1+l2+obs", ""):
         with pytest.raises(ValueError, match=re.escape(f"two of them joined by +, got {criterion!r}")):
@@ -190,7 +190,7 @@ def test_criterion_without_text_is_refused_unless_it_reads_none() -> None:
     model = make_model("llama")
     for criterion in CRITERIA:
         if needs_data(criterion):
-            with pytest.raises(ValueError, match=f"{criterion} needs at least one.*got none; l1, l2, random need no"):
+            with pytest.raises(ValueError, match=f"{criterion} needs at least one .*got none; criteria that need no text: l1, l2, random"):
                 score_units(model, find_blocks(model), [], criterion)
         else:
             score_units(model, find_blocks(model), [], criterion)
@@ -201,7 +201,7 @@ def test_criterion_without_text_is_refused_unless_it_reads_none() -> None:
 def test_nan_weight_is_named_with_its_layer() -> None:
     model = make_model("llama")
     model.model.layers[2].mlp.gate_proj.weight.data[3, 3] = float("nan")
-    with pytest.raises(ValueError, match=r"weights of layer 2 \(model.layers.2.mlp.gate_proj.weight\) hold NaN"):
+    with pytest.raises(ValueError, match=r"weights of layer 2 \(model.layers.2.mlp.gate_proj.weight\) contain NaN"):
         check_finite_weights(model)
 
 
