@@ -34,7 +34,7 @@ from gqaprune.planning.memory import read_sizes
 from gqaprune.planning.selection import keep_everything, score_blocks, select_blocks
 from gqaprune.scoring.damage import measure_damage_curves
 from gqaprune.scoring.outliers import find_outliers
-from gqaprune.scoring.repaired_damage import choose_judged, measure_repaired_damage
+from gqaprune.scoring.repaired_damage import choose_judged, choose_levels, measure_repaired_damage
 from gqaprune.scoring.scores import score_units
 from gqaprune.scoring.sensitivity import SENSITIVITIES, measure_sensitivity
 from gqaprune.surgery.cut import apply_plan
@@ -155,8 +155,8 @@ class Stage:
 
 
 def make_levels(blocks: Sequence[Block]) -> dict[BlockKey, list[int]]:
-    """Two numbers of removed units of each block: a quarter and half of its units."""
-    return {block.key: sorted({max(1, block.units // 4), max(1, block.units // 2)}) for block in blocks}
+    """Numbers of removed units at which each block is measured."""
+    return {block.key: choose_levels(block.key.kind, block.units, block.units) for block in blocks}
 
 
 def make_cut(model: PreTrainedModel) -> tuple[PruningPlan, dict[BlockKey, int]]:

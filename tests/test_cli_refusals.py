@@ -47,7 +47,7 @@ BAD_INPUT = {
     "folder without a model": (["--model.pretrained", "."], "it has no config.json"),
     "unknown dtype": (["--model.dtype", "int3"], "dtype must be one of"),
     "foreign tokenizer": (["--model.pretrained", "foreign"], "id 257 for '</s>' but the model embeds ids below 100"),
-    "NaN weights": (["--model.pretrained", "broken"], "weights of layer 1 (model.layers.1.mlp.up_proj.weight) contain NaN"),
+    "NaN weights": (["--model.pretrained", "broken"], "layer 1 (model.layers.1.mlp.up_proj.weight) contain NaN"),
     "no plan": (["--model.plan", "short.txt"], "short.txt is not a pruning plan"),
     "plan of another model": (["--model.plan", "other.json"], "the plan was made for another model (other)"),
     "export over the dense model": (["--export.folder", "foreign"], "has files that are not from an earlier run"),

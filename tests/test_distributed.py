@@ -148,7 +148,7 @@ def damage_and_distill(rank: int, world_size: int, folder: Path) -> None:
     model, batches = make_model("qwen2"), [make_tokens(2, seed=seed) for seed in range(10)]
     blocks = find_blocks(model)
     scores = score_units(model, blocks, CalibrationSet(batches), "fisher")
-    levels = {block.key: choose_levels(block.units, block.units - 1) for block in blocks}
+    levels = {block.key: choose_levels(block.key.kind, block.units, block.units - 1) for block in blocks}
     damage = measure_repaired_damage(model, blocks, scores, {}, levels, batches, {4, 9})
     result = {str(cut): torch.tensor(value) for cut, value in damage.points.items()}
     result |= {f"order of {key}": order for key, order in damage.scores.items()}

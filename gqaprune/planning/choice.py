@@ -142,7 +142,7 @@ class CutChooser:
             "spending": spending.to_dict(),
             "outliers": list_values({key: list(units.items()) for key, units in outliers.items()}),
             "damages": [
-                [*key, predict_damage(measured, removed[key] - removed_before[key])]
+                [*key, predict_damage(key.kind, measured, removed[key] - removed_before[key])]
                 for key, measured in points.items()
                 if removed[key] > removed_before[key]
             ],

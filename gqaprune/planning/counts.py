@@ -103,7 +103,10 @@ def measure_curves(
         budget.key: budget.units - block.units // block.groups for budget, block in zip(budgets, blocks, strict=True)
     }
     most = {block.key: max(0, block.removable_counts()[-1] - removed_before[block.key]) for block in budgets}
-    levels = {block.key: choose_levels(block.units - removed_before[block.key], most[block.key]) for block in budgets}
+    levels = {
+        block.key: choose_levels(block.key.kind, block.units - removed_before[block.key], most[block.key])
+        for block in budgets
+    }
 
     def measure() -> StageResult:
         damage = measure_repaired_damage(

@@ -1,6 +1,7 @@
 """Damage after repair is the divergence of a model with one block cut and refitted, and allocations follow it."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def measure(model: torch.nn.Module, granularity: str = "group", **options: bool)
     blocks = find_blocks(model, granularity)  # type: ignore[arg-type]
     scores = {block.key: torch.rand(block.units, dtype=torch.float64) for block in blocks}
     levels = {
-        block.key: choose_levels(block.units // block.groups, block.units // block.groups - 1) for block in blocks
+        block.key: choose_levels(block.key.kind, block.units // block.groups, block.units // block.groups - 1)
+        for block in blocks
     }
     return measure_repaired_damage(model, blocks, scores, {}, levels, BATCHES, HELD_OUT, **options), scores  # type: ignore[arg-type]
 
@@ -86,7 +88,7 @@ def test_layers_are_run_once_for_each_text_each_cut_and_each_cut_before() -> Non
         damage, _ = measure(model)
     cuts = [sum(cut.key.layer == layer for cut in damage.points) for layer in range(3)]
     fitted = sum(batch.numel() for index, batch in enumerate(BATCHES) if index not in HELD_OUT)
-    assert cuts == [4, 4, 4]
+    assert cuts == [3, 3, 3]
     assert counts == [fitted + JUDGED.numel() * (1 + sum(cuts[: layer + 1])) for layer in range(3)]
 
 
@@ -127,13 +129,16 @@ def test_activations_that_overflow_are_named() -> None:
 
 
 def test_curves_are_powers_through_what_was_measured() -> None:
-    assert predict_damage([(2, 0.1), (4, 0.4)], 4) == pytest.approx(0.4)
-    assert predict_damage([(2, 0.1), (4, 0.4)], 2) == pytest.approx(0.1)
-    assert predict_damage([(2, 0.1), (4, 0.4)], 8) == pytest.approx(1.6)
-    assert predict_damage([(1, 0.3)], 0) == predict_damage([], 3) == 0
-    assert predict_damage([(2, 0.4), (4, 0.2)], 2) == pytest.approx(0.1)  # noise: more cannot cost less
+    predict = partial(predict_damage, "attention")
+    assert predict([(2, 0.1), (4, 0.4)], 4) == pytest.approx(0.4)
+    assert predict([(2, 0.1), (4, 0.4)], 2) == pytest.approx(0.1)
+    assert predict([(2, 0.1), (4, 0.4)], 8) == pytest.approx(1.6)
+    assert predict([(1, 0.3)], 0) == predict([], 3) == 0
+    assert predict([(2, 0.4), (4, 0.2)], 2) == pytest.approx(0.1)  # noise: more cannot cost less
+    assert predict([(1, 0.3)], 2) == pytest.approx(1.2)
+    assert predict_damage("mlp", [(8, 0.4)], 4) == pytest.approx(0.4 / 2**1.25)
     first, second, attention = BlockKey(0, "mlp"), BlockKey(1, "mlp"), BlockKey(0, "attention")
-    points = {first: [(4, 0.1), (8, 0.2)], second: [(4, 0.4), (8, 0.8)], attention: [(1, 0.3)]}
+    points = {first: [(8, 0.2)], second: [(8, 0.8)], attention: [(1, 0.3)]}
     curves = draw_curves(points, {first: 15, second: 15, attention: 1})
     assert curves[second][8] / curves[first][8] == pytest.approx(2)  # of four times as much on a logarithmic scale
     assert curves[first][8] / curves[first][4] == pytest.approx(4) and curves[attention] == [0.0, pytest.approx(0.3)]
@@ -141,10 +146,11 @@ def test_curves_are_powers_through_what_was_measured() -> None:
 
 @pytest.mark.parametrize(
     ("units", "most", "levels"),
-    [(3, 2, [1, 2]), (2, 1, [1]), (1, 0, []), (8, 7, [2, 4]), (8, 3, [2, 3]), (1536, 1535, [384, 768])],
+    [(3, 2, [1, 2]), (2, 1, [1]), (1, 0, []), (8, 7, [2, 4]), (8, 3, [2, 3])],
 )
-def test_blocks_are_measured_at_a_quarter_and_a_half(units: int, most: int, levels: list[int]) -> None:
-    assert choose_levels(units, most) == levels
+def test_attention_is_measured_at_a_quarter_and_a_half_mlps_at_a_half(units: int, most: int, levels: list[int]) -> None:
+    assert choose_levels("attention", units, most) == levels
+    assert choose_levels("mlp", units, most) == levels[-1:]
 
 
 def test_optimal_takes_the_group_that_costs_nothing_first_and_says_what_each_layer_did() -> None:

@@ -190,7 +190,10 @@ def test_criterion_without_text_is_refused_unless_it_reads_none() -> None:
     model = make_model("llama")
     for criterion in CRITERIA:
         if needs_data(criterion):
-            with pytest.raises(ValueError, match=f"{criterion} needs at least one .*got none; criteria that need no text: l1, l2, random"):
+            with pytest.raises(
+                ValueError,
+                match=f"{criterion} needs at least one .*got none; criteria that need no text: l1, l2, random",
+            ):
                 score_units(model, find_blocks(model), [], criterion)
         else:
             score_units(model, find_blocks(model), [], criterion)

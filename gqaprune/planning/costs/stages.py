@@ -118,7 +118,9 @@ def list_levels(model: PreTrainedModel, config: PruningConfig) -> Levels:
     counts = {budget.key: budget.removable_counts() for budget in budget_blocks(blocks, unknown, config)}
     if not config.sees_repair:
         return {key: thin_counts(removable, config.damage_levels + 1)[1:] for key, removable in counts.items()}
-    return {block.key: choose_levels(block.units // block.groups, counts[block.key][-1]) for block in blocks}
+    return {
+        block.key: choose_levels(block.key.kind, block.units // block.groups, counts[block.key][-1]) for block in blocks
+    }
 
 
 def spread_evenly(model: PreTrainedModel, config: PruningConfig) -> dict[BlockKey, int]:
