@@ -16,16 +16,16 @@ from pathlib import Path
 from statistics import linear_regression, median
 
 import torch
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from measuring import describe_machine, make_model, make_tokens
-from quality_report import format_table, save_figure, splice
+from quality_report import format_table, splice
 from transformers import LlamaConfig
 
 import gqaprune
 from gqaprune.commands.speed import read_clock
 from gqaprune.common.console import console
 from gqaprune.models.architecture import find_blocks
+from gqaprune.reporting.charts import SERIES, make_figure, save_figure, style_panel
 from gqaprune.scoring.scores import score_units
 from gqaprune.surgery.repair import apply_plan_with_repair
 
@@ -153,30 +153,34 @@ def describe(points: Points, base: Size, turns: int) -> str:
 
 
 def draw(points: Points, path: Path) -> None:
-    """Seconds by size, a panel for what grows, a mark and a fitted line for each part of the work."""
+    """Draw seconds by size, with a panel for what grows, and a mark and a fitted line for each part of the work."""
     exponents = fit_all(points)
-    figure = Figure(figsize=(4.2 * len(points), 4.6), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06)  # labels of neighbours' ends would touch
-    panels = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
-    for axes, (axis, own) in zip(panels, points.items(), strict=True):
+    height = math.ceil((len(points) + 1) / 2)
+    figure = make_figure("How the cost of pruning grows", 2.7 * height)
+    panels = figure.subplots(height, 2, squeeze=False).flatten()
+    for axes, (axis, own) in zip(panels, points.items(), strict=False):
         sizes = [value for value, _ in own]
         for index, (part, exponent) in enumerate(exponents[axis].items()):
             seconds = [each[part] for _, each in own]
             middle = [math.exp(sum(map(math.log, values)) / len(values)) for values in (sizes, seconds)]
             line = [middle[1] * (size / middle[0]) ** exponent for size in sizes]
-            axes.plot(sizes, seconds, f"C{index}" + "os^D"[index % 4], markersize=5, label=f"{part}: {exponent:.2f}")
-            axes.plot(sizes, line, f"C{index}", linewidth=1)
+            label = f"{part}:\n{', '.join(f'{found[part]:.2f}' for found in exponents.values())}"
+            axes.plot(sizes, seconds, "os^D"[index % 4], color=SERIES[index], markersize=6, label=label)
+            axes.plot(sizes, line, color=SERIES[index], linewidth=1)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 else f"{size}" for size in sizes])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(axis)
-        axes.grid(True, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(title="fitted exponent", loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=9)
-    panels[0].set_ylabel("seconds")
+        style_panel(axes, x=axis, y="seconds")
+    for axes in panels[len(points) :]:
+        axes.axis("off")
+    handles, labels = panels[0].get_legend_handles_labels()
+    title = f"fitted exponents of\n{', '.join(points)}"
+    panels[len(points)].legend(
+        handles, labels, title=title, loc="center", frameon=False, fontsize=11, title_fontsize=11
+    )
     save_figure(figure, path)
 
 

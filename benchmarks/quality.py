@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from peers import PEERS, read_versions
-from quality_report import draw_gaps, draw_layers, print_tables, write_markdown
+from quality_figures import draw_gaps, draw_layers
+from quality_report import print_tables, write_markdown
 from quality_sources import DENSE, hash_code, is_same, probe_row
 
 import gqaprune

@@ -1,14 +1,11 @@
-"""Tables and figures of the quality rows, from their JSON alone."""
+"""Tables of the quality rows, from their JSON alone."""
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -152,87 +149,3 @@ def splice(path: Path, section: str, begin: str, end: str, heading: str) -> None
     else:
         before, after = text.rstrip() + f"\n\n## {heading}\n\n", "\n"
     write_atomically(path, (before + section + after).encode())
-
-
-def draw_gaps(rows: Sequence[Row], path: Path, rate: float = 0.2) -> None:
-    """Gaps at one rate, best method first, a mark per text; beside it the mean gap of methods with several rates."""
-    dense = find_dense(rows)
-    chosen = [row for row in rank_rows(rows, rate) if math.isfinite(compute_mean_gap(row, dense))]
-    if not chosen:
-        return
-    figure = Figure(figsize=(13, 1.5 + 0.24 * max(len(chosen), 12)), layout="constrained")
-    ranking, course = figure.subplots(1, 2, width_ratios=(3, 2))
-    places = range(len(chosen))
-    ranking.barh(places, [compute_mean_gap(row, dense) for row in chosen], color="0.85", label="mean")
-    for index, text in enumerate(compute_gaps(chosen[0], dense)):
-        gaps = [compute_gaps(row, dense)[text] for row in chosen]
-        ranking.plot(gaps, places, f"C{index}" + "os^"[index % 3], markersize=4, linestyle="", label=text)
-    ranking.set_yticks(places, [row["method"] for row in chosen], fontsize=8)
-    ranking.invert_yaxis()
-    ranking.set_xscale("log")
-    ranking.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ranking.set_xlabel(f"log-perplexity gap at {rate:.0%} (lower is better)")
-    ranking.legend(frameon=False, fontsize=9)
-
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    for method in methods:
-        finite = [row for row in rows if row["method"] == method and math.isfinite(compute_mean_gap(row, dense))]
-        points = sorted((row["rate_reached"], compute_mean_gap(row, dense)) for row in finite if row["rate"] > 0)
-        if len(points) > 1:
-            course.plot(*zip((0.0, 0.0), *points, strict=True), "o-", label=method)
-    course.set_xlim(0, 1.05 * max(list_rates(rows)))
-    course.set_ylim(0)
-    course.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    course.set_xlabel("decoder-layer parameters removed")
-    course.set_ylabel("mean log-perplexity gap")
-    if course.lines:
-        course.legend(frameon=False, fontsize=9)
-    for axes in (ranking, course):
-        axes.grid(True, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
-
-
-def draw_layers(rows: Sequence[Row], path: Path, rate: float = 0.2) -> None:
-    """Share of each layer's MLP channels and query heads that a method kept, best first.
-
-    Methods that kept the same counts share a panel, which has the name of the best of them.
-    """
-    dense = find_dense(rows)
-    ranked = [row for row in rank_rows(rows, rate) if math.isfinite(compute_mean_gap(row, dense))]
-    alike: dict[str, list[Row]] = {}
-    for row in ranked:
-        alike.setdefault(json.dumps(row["kept"], sort_keys=True), []).append(row)
-    chosen = [same[0] for same in alike.values()]
-    others = [len(same) - 1 for same in alike.values()]
-    if not chosen:
-        return
-    columns = min(3, len(chosen))
-    height = math.ceil(len(chosen) / columns)
-    figure = Figure(figsize=(4 * columns, 2.3 * height + 0.5), layout="constrained")
-    panels = figure.subplots(height, columns, squeeze=False, sharex=True, sharey=True).flatten()
-    for axes, row, more in zip(panels, chosen, others, strict=False):
-        for kind, label, style in (("channels", "MLP channels", "C0o-"), ("query_heads", "query heads", "C1s-")):
-            shares = [kept / whole for kept, whole in zip(row["kept"][kind], dense["kept"][kind], strict=True)]
-            axes.plot(shares, style, markersize=3, linewidth=1, label=label)
-        width = row["kept"]["hidden_size"] / dense["kept"]["hidden_size"]
-        note = f", width {width:.0%}" if width < 1 else ""
-        and_more = f" and {more} more" if more else ""
-        axes.set_title(f"{row['method']} ({compute_mean_gap(row, dense):.2f}{note}){and_more}", fontsize=10)
-        axes.set_ylim(0, 1.05)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.grid(True, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[len(chosen) :]:
-        axes.set_visible(False)
-    panels[0].legend(fontsize=8, frameon=False, loc="lower left")
-    figure.supxlabel("decoder layer", fontsize=10)
-    figure.suptitle(f"Kept at {rate:.0%} (in brackets the mean gap)", fontsize=12)
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)

@@ -3,13 +3,16 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from quality_report import format_table, save_figure, splice
+from matplotlib.lines import Line2D
+from quality_report import format_table, splice
 from rich.console import Console
 from rich.table import Table
+
+from gqaprune.reporting.charts import DENSE, SERIES, add_shared_legend, make_figure, save_figure, style_panel
 
 Row = Mapping[str, Any]
 Lines = tuple[list[str], list[list[str]]]
@@ -132,32 +135,36 @@ def write_markdown(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_points(rows: Sequence[Row], path: Path) -> None:
-    """Gap to the untouched dense model by tokens, a panel per text, a line per row."""
+    """Draw the gap to the untouched dense model by tokens, with a panel per text and a line per row.
+
+    Rows that differ in their text alone share a colour; those trained on text that the model wrote are dashed.
+    """
     dense = find_row(rows, "dense")
     chosen = [row for row in rows if not is_sweep(row) and "points" in row]
     if dense is None or not chosen:
         return
     untouched = dense["points"][0]["perplexity"]
-    figure = Figure(figsize=(4 * len(untouched), 4), layout="constrained")
-    panels = figure.subplots(1, len(untouched), squeeze=False)[0]
+    height = math.ceil((len(untouched) + 1) / 2)
+    figure = make_figure(f"{dense['inputs']['model']}: recovery by training", 2.5 * height)
+    panels = figure.subplots(height, 2, squeeze=False).flatten()
     pruned = (find_row(rows, "full") or dense)["points"][:1]  # which rows of the pruned model share
-    colours = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(_name_mode(row) for row in chosen))}
-    for axes, text in zip(panels, untouched, strict=True):
+    modes = sorted({_name_mode(row) for row in chosen}, key=lambda mode: (mode != "dense", mode))
+    colors = dict(zip(modes, cycle((SERIES[-1], *SERIES[:-1])), strict=False))
+    for axes, text in zip(panels, untouched, strict=False):
         for row in chosen:
             points = row["points"] if row["points"][0]["tokens"] == 0 else pruned + row["points"]
             tokens = [point["tokens"] / 1000 for point in points]
             gaps = [compute_gap(point["perplexity"], untouched)[text] for point in points]
-            colour = "k" if row is dense else colours[_name_mode(row)]
             style = "-" if _name_mode(row) == row["name"] else "--"
-            axes.plot(tokens, gaps, f"o{style}", color=colour, markersize=4, linewidth=1.2, label=row["name"])
-        axes.set_title(text, fontsize=10)
-        axes.axhline(0, color="0.6", linewidth=0.8)
-        axes.set_xlabel("thousand tokens")
-        axes.grid(True, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("log gap to the dense model")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+            axes.plot(tokens, gaps, f"o{style}", color=colors[_name_mode(row)], markersize=4)
+        axes.axhline(0, color=DENSE, linewidth=0.8)
+        style_panel(axes, text, "thousand tokens", "log gap to dense")
+    for axes in panels[len(untouched) :]:
+        axes.axis("off")
+    handles = [Line2D([], [], color=color, marker="o", label=mode) for mode, color in colors.items()]
+    if any(_name_mode(row) != row["name"] for row in chosen):
+        handles.append(Line2D([], [], color=DENSE, linestyle="--", label="on sampled text"))
+    panels[len(untouched)].legend(handles=handles, loc="center", frameon=False, fontsize=11)
     save_figure(figure, path)
 
 
@@ -167,21 +174,18 @@ def _name_mode(row: Row) -> str:
 
 
 def draw_sweep(rows: Sequence[Row], path: Path) -> None:
-    """Mean log-perplexity of the validation texts by learning rate, a line per recipe."""
+    """Draw the mean log-perplexity of the validation texts by learning rate, with a line per recipe."""
     sweeps = [row for row in rows if is_sweep(row) and "points" in row]
     if not sweeps:
         return
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = make_figure("Validation perplexity by learning rate", 4.2)
     axes = figure.subplots()
-    for index, recipe in enumerate(dict.fromkeys(map(_name_recipe, sweeps))):
+    for recipe, color in zip(dict.fromkeys(map(_name_recipe, sweeps)), cycle(SERIES), strict=False):
         points = sorted((r["inputs"]["row"]["rate"], _mean_log(r)) for r in sweeps if _name_recipe(r) == recipe)
-        axes.plot(*zip(*points, strict=True), f"C{index}o-", label=recipe)
+        axes.plot(*zip(*points, strict=True), "o-", color=color, label=recipe)
     axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("mean log-perplexity, validation texts")
-    axes.grid(True, which="both", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    style_panel(axes, x="learning rate", y="mean log-perplexity")
+    add_shared_legend(figure, axes, 3)
     save_figure(figure, path)
 
 

@@ -14,7 +14,7 @@ from gqaprune.commands.trials import Trials, build_trials_table, draw_trials
 from gqaprune.common.atomic_files import check_can_be_folder
 from gqaprune.common.console import console
 from gqaprune.models.tokenizer import check_tokenizer
-from gqaprune.reporting.figures import save_figure
+from gqaprune.reporting.charts import name_model, save_figure
 
 
 class SplitSearch(Callback):
@@ -62,7 +62,11 @@ class SplitSearch(Callback):
             protocol=data.protocol,
         )
         if trainer.is_global_zero:
-            self._show(trials, data.protocol, f"{module.source.pretrained}: {config.rate:.0%} removed, by split")
+            self._show(
+                trials,
+                data.protocol,
+                f"{name_model(module.source.pretrained)}, {config.rate:.0%} removed: perplexity by split",
+            )
 
     def _show(self, trials: Trials, protocol: str, title: str) -> None:
         folder = Path(self.settings.folder)

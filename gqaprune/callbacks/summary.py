@@ -25,7 +25,8 @@ from gqaprune.models.loading import load_model
 from gqaprune.models.sources import load_config
 from gqaprune.models.wrapping import unwrap_model
 from gqaprune.plan import PLAN_FILE, PruningPlan
-from gqaprune.reporting.figures import draw_importance, draw_plan, save_figure
+from gqaprune.reporting.charts import save_figure
+from gqaprune.reporting.figures import draw_importance, draw_plan
 from gqaprune.reporting.page import PAGE_FILE
 from gqaprune.reporting.report import REPORT_FILE, Report, Stage, build_table
 

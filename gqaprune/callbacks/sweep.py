@@ -18,7 +18,7 @@ from gqaprune.common.console import console
 from gqaprune.common.distributed import get_rank_and_world_size
 from gqaprune.models.tokenizer import check_tokenizer
 from gqaprune.plan import PruningPlan
-from gqaprune.reporting.figures import make_readable, save_figure
+from gqaprune.reporting.charts import name_model, save_figure
 
 
 class RateSweep(Callback):
@@ -83,7 +83,7 @@ class RateSweep(Callback):
         )
         if trainer.is_global_zero:
             folder = Path(self.settings.folder)
-            title = make_readable(f"{Path(module.source.pretrained).name} at several rates")
+            title = f"{name_model(module.source.pretrained)}: perplexity by share of parameters removed"
             save_figure(draw_sweep(sweep, title), folder / FIGURE_FILE)
             console.print(build_sweep_table(sweep, data.protocol))
             for what, name in (("results", SWEEP_FILE), ("figure", FIGURE_FILE)):

@@ -9,7 +9,7 @@ from gqaprune.commands.measure import Measuring, measure_models
 from gqaprune.commands.tasks import Tasks
 from gqaprune.common.console import SafeConsole, console
 from gqaprune.models.dtypes import check_dtype
-from gqaprune.reporting.figures import save_figure
+from gqaprune.reporting.charts import save_figure
 
 
 def compare(

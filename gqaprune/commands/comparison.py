@@ -4,16 +4,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import matplotlib
 import matplotlib.figure
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
 from gqaprune.commands.inspect import show_range
 from gqaprune.commands.tasks import Score
 from gqaprune.geometry import Geometry
 from gqaprune.planning.memory import find_range
+from gqaprune.reporting.charts import (
+    DENSE,
+    SERIES,
+    add_legend,
+    draw_bars,
+    is_wide,
+    make_figure,
+    style_layers,
+    style_panel,
+)
 from gqaprune.reporting.report import Stage, show_change
 
 OTHER_TOKENIZER = (
@@ -169,67 +178,72 @@ def build_comparison_table(comparison: Comparison) -> Table:
 
 
 def draw_comparison(comparison: Comparison) -> matplotlib.figure.Figure:
-    """Draw each layer's heads and channels as shares of the first model's, and bars of text results and size."""
+    """Draw the layers' heads and channels as shares of the first model's where they differ, text results and size."""
     subjects, first = comparison.subjects, comparison.subjects[0]
-    panels = {"query heads": "query_heads", "KV heads": "kv_heads", "MLP channels": "channels"}
-    if all(subject.geometry.ratios == first.geometry.ratios for subject in subjects):  # then both curves are the same
-        panels = {"attention heads": "kv_heads", "MLP channels": "channels"}
-    panels = {title: name for title, name in panels.items() if any(getattr(first.geometry, name))}
-    bars = (["text"] if comparison.text_bytes else []) + ["size"]
-    rows: list[Any] = [*([title] * len(bars) for title in panels), bars]
-    figure = matplotlib.figure.Figure(figsize=(10.0, 2.4 * len(panels) + 3.2), layout="constrained")
-    axes: dict[str, Axes] = figure.subplot_mosaic(rows, height_ratios=[1.0] * len(panels) + [1.3])
-    for title, name in panels.items():
-        _draw_shares(axes[title], comparison, title, name)
-    axes[list(panels)[-1]].set_xlabel("decoder layer")
-    if comparison.text_bytes:
-        _draw_text(axes["text"], comparison)
-    sizes = [[subject.stage.weight_bytes / 1e6] for subject in subjects]
-    _draw_bars(axes["size"], sizes, [""], "size on disk, MB", "{:,.0f}")
-    handles, labels = axes[next(iter(panels))].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(subjects), 4), frameon=False, fontsize=9)
+    shapes = {"KV heads": "kv_heads", "MLP channels": "channels"}
+    if any(subject.geometry.ratios != first.geometry.ratios for subject in subjects):  # else KV heads say it all
+        shapes = {"query heads": "query_heads"} | shapes
+    shapes = {
+        kind: name
+        for kind, name in shapes.items()
+        if any(getattr(subject.geometry, name) != getattr(first.geometry, name) for subject in subjects)
+    }
+    bars = _list_bars(comparison)
+    names = [subject.stage.name for subject in subjects]
+    heights = [2.0] * len(shapes) + [0.27 * len(subjects) + 0.35] * len(bars)
+    figure = make_figure(f"{', '.join(names[1:])} beside {names[0]}", sum(heights) + 0.6)
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (kind, name) in zip(panels, shapes.items(), strict=False):
+        _draw_shares(axes, comparison, kind, name)
+    if shapes:
+        panels[0].set_ylim(top=panels[0].get_ylim()[1] * (1.1 + 0.12 * len(subjects)))  # room for the names
+        add_legend(panels[0], 2)
+    for axes, (title, (values, pattern)) in zip(panels[len(shapes) :], bars.items(), strict=True):
+        rows = [
+            (name, value, _pick_color(index)) for index, (name, value) in enumerate(zip(names, values, strict=True))
+        ]
+        draw_bars(axes, title, rows, pattern, min(values) > 1 and is_wide(values))
     return figure
 
 
-def _draw_shares(axes: Axes, comparison: Comparison, title: str, name: str) -> None:
-    base = getattr(comparison.subjects[0].geometry, name)
+def _list_bars(comparison: Comparison) -> dict[str, tuple[list[float], str]]:
+    """List what is drawn as bars: a title, the models' values and their format.
+
+    Texts have perplexities, or bits per byte if tokenizers differ.
+    """
+    subjects = comparison.subjects
+    bars: dict[str, tuple[list[float], str]] = {}
+    for corpus in comparison.text_bytes:
+        if comparison.has_several_tokenizers:
+            title, pattern = f"bits per byte on {corpus} (tokenizers differ), lower is better", "{:.3f}"
+            bars[title] = [subject.bits_per_byte[corpus] for subject in subjects], pattern
+        else:
+            title = f"perplexity on {corpus}, lower is better"
+            bars[title] = [subject.stage.perplexity[corpus] for subject in subjects], "{:,.2f}"
+    bars["size on disk, MB"] = [subject.stage.weight_bytes / 1e6 for subject in subjects], "{:,.0f}"
+    return bars
+
+
+def _draw_shares(axes: Axes, comparison: Comparison, kind: str, name: str) -> None:
+    counts = [getattr(subject.geometry, name) for subject in comparison.subjects]
     for index, subject in enumerate(comparison.subjects):
-        shares = [count / dense for count, dense in zip(getattr(subject.geometry, name), base, strict=False)]
-        width = 1.5 + 1.5 * (len(comparison.subjects) - 1 - index)  # so that overlapping lines are all visible
-        axes.plot(shares, drawstyle="steps-mid", linewidth=width, color=_pick_color(index), label=subject.stage.name)
-    axes.set_title(f"{title}, share of the first model's", loc="left", fontsize=11)
+        shares = [count / dense if dense else 0.0 for count, dense in zip(counts[index], counts[0], strict=False)]
+        thickness = 1.5 + 1.5 * (len(counts) - 1 - index)  # so that overlapping lines are all visible
+        axes.plot(
+            shares, drawstyle="steps-mid", linewidth=thickness, color=_pick_color(index), label=subject.stage.name
+        )
+    first, *others = map(sum, counts)
+    relation = "of" if max(others) <= first else "beside"
+    totals = f"{' and '.join(f'{total:,}' for total in others)} {relation} {first:,}"
+    style_panel(axes, f"{kind[0].upper()}{kind[1:]}: {totals}")
+    style_layers(axes, max(map(len, counts)))
     axes.set_ylim(0, max(1.1, axes.get_ylim()[1]))
+    axes.set_yticks([0.0, 0.5, 1.0])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_text(axes: Axes, comparison: Comparison) -> None:
-    """Draw bars of perplexity, or of bits per byte if tokenizers differ."""
-    corpora = list(comparison.text_bytes)
-    if comparison.has_several_tokenizers:
-        values = [[subject.bits_per_byte[corpus] for corpus in corpora] for subject in comparison.subjects]
-        _draw_bars(axes, values, corpora, "bits per byte (tokenizers differ)", "{:.3f}")
-    else:
-        values = [[subject.stage.perplexity[corpus] for corpus in corpora] for subject in comparison.subjects]
-        _draw_bars(axes, values, corpora, "perplexity", "{:.2f}")
-
-
-def _draw_bars(axes: Axes, values: list[list[float]], groups: list[str], title: str, pattern: str) -> None:
-    """Draw one bar per model in each group."""
-    width = 0.8 / len(values)
-    for index, row in enumerate(values):
-        places = [group + (index - (len(values) - 1) / 2) * width for group in range(len(groups))]
-        bars = axes.bar(places, row, width=0.95 * width, color=_pick_color(index))
-        axes.bar_label(bars, [pattern.format(value) for value in row], fontsize=8)
-    axes.set_xticks(range(len(groups)), groups)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.margins(y=0.15)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _pick_color(index: int) -> Any:
-    return "#999999" if index == 0 else matplotlib.colormaps["tab10"]((index - 1) % 10)
+def _pick_color(index: int) -> str:
+    return DENSE if index == 0 else SERIES[(index - 1) % len(SERIES)]
 
 
 def _show_change(value: float, first: float | None) -> str:

@@ -8,11 +8,13 @@ import json
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 import torch
+from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -28,6 +30,7 @@ from gqaprune.plan import PruningPlan
 from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.preflight import check_reachable
 from gqaprune.planning.selection import read_budget, select_blocks
+from gqaprune.reporting.charts import SERIES, add_legend, make_figure, style_panel
 from gqaprune.reporting.report import Stage, show_change
 
 FORMAT = "gqaprune-sweep/1"
@@ -197,26 +200,30 @@ def build_sweep_table(sweep: Sweep, protocol: str = "") -> Table:
 
 
 def draw_sweep(sweep: Sweep, title: str) -> matplotlib.figure.Figure:
-    """Draw perplexity on each corpus over parameters, KV cache and predicted decode time, one panel each."""
-    dense = sweep.results[0.0]
-    rows = sorted(sweep.results.items())
-    panels: dict[str, list[float]] = {
-        "parameters, share of dense": [stage.parameters / dense.parameters for _, stage in rows],
-        "KV cache, share of dense": [
-            stage.kv_cache_bytes_per_token / (dense.kv_cache_bytes_per_token or 1) for _, stage in rows
-        ],
-        f"predicted decode time at {sweep.context:,} tokens": [sweep.predict_decoding(rate) for rate, _ in rows],
-    }
-    figure = matplotlib.figure.Figure(figsize=(11.0, 4.0), layout="constrained")
-    drawn = figure.subplots(1, len(panels), sharey=True)
-    for axes, (name, places) in zip(drawn, panels.items(), strict=True):
-        for corpus in dense.perplexity:
-            axes.plot(places, [stage.perplexity[corpus] for _, stage in rows], marker="o", markersize=4, label=corpus)
-        axes.set_xlabel(name)
-        axes.invert_xaxis()
-        axes.spines[["top", "right"]].set_visible(False)
-    drawn[0].set_ylabel("perplexity")
+    """Draw perplexity on each corpus over the rate, with KV cache and predicted decoding time below each rate."""
+    dense, rates = sweep.results[0.0], sorted(sweep.results)
+    figure = make_figure(title, 4.2)
+    axes = figure.subplots()
+    for corpus, color in zip(dense.perplexity, cycle(SERIES), strict=False):
+        values = [sweep.results[rate].perplexity[corpus] for rate in rates]
+        axes.plot(rates, values, marker="o", color=color, label=corpus)
+    if min(after - before for before, after in pairwise(rates)) >= rates[-1] / 5:  # else the words would overlap
+        axes.set_xticks(rates, [_describe_rate(sweep, rate) for rate in rates])
+        others = f"\nKV cache and predicted decode time at {sweep.context:,} tokens: shares of the dense model's"
+    else:
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        others = ""
+    axes.margins(x=0.08)
+    style_panel(axes, x=f"share of parameters removed{others}", y="perplexity")
     if dense.perplexity:
-        drawn[0].legend(frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=12, parse_math=False)
+        add_legend(axes, 1, "upper left")
     return figure
+
+
+def _describe_rate(sweep: Sweep, rate: float) -> str:
+    """Describe a rate and what it leaves of the dense model on short lines."""
+    cache, whole = (sweep.results[one].kv_cache_bytes_per_token for one in (rate, 0.0))
+    kept = {"KV cache": cache / (whole or 1), "decode time": sweep.predict_decoding(rate)}
+    return (
+        "\n".join([f"{100 * rate:.3g}%", *(f"{name} {share:.0%}" for name, share in kept.items())]) if rate else "dense"
+    )

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from gqaprune.common.atomic_files import write_atomically
 from gqaprune.common.json_files import read_json
+from gqaprune.reporting.charts import ATTENTION, DENSE, MLP, add_legend, make_figure, style_panel
 
 FORMAT = "gqaprune-search/1"
 
@@ -121,23 +122,20 @@ def build_trials_table(trials: Trials, protocol: str = "") -> Table:
 
 def draw_trials(trials: Trials, title: str) -> matplotlib.figure.Figure:
     """Draw perplexity over the share of attention, with crosses on the axis for splits that cannot be met."""
-    figure = matplotlib.figure.Figure(figsize=(7.0, 4.5), layout="constrained")
+    figure = make_figure(title, 3.8)
     axes = figure.subplots()
     reached = [(trial.attention, trial.perplexity) for trial in trials.ordered if trial.perplexity is not None]
     missed = [trial.attention for trial in trials.ordered if trial.perplexity is None]
-    axes.plot(*zip(*reached, strict=True), marker="o", markersize=4, color="#3b6fb6", label="measured")
+    axes.plot(*zip(*reached, strict=True), marker="o", color=ATTENTION, label="measured")
     if missed:
         floor = axes.get_xaxis_transform()  # x in tenths, y in shares of the panel
-        axes.plot(missed, [0.02] * len(missed), "x", color="#999999", transform=floor, label="cannot be met")
+        axes.plot(missed, [0.03] * len(missed), "x", color=DENSE, transform=floor, label="cannot be met")
     best = trials.best
     if best is not None and best.perplexity is not None:
         label = f"best {best.split}: {best.perplexity:.2f}"
-        axes.plot([best.attention], [best.perplexity], "o", markersize=9, color="#d9822b", label=label)
-    axes.set_xlabel("attention's share of the removed parameters, in tenths (split x:10-x)")
-    axes.set_ylabel("validation perplexity")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=12)
+        axes.plot([best.attention], [best.perplexity], "o", markersize=10, color=MLP, label=label)
+    style_panel(axes, x="attention's tenths of the removed parameters (x of x:10−x)", y="validation perplexity")
+    add_legend(axes, 1, "best")
     return figure
 
 

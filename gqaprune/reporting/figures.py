@@ -1,105 +1,117 @@
 """Draw figures without pyplot or a window: units kept by layer, perplexity by stage, importance of layers."""
 
-import io
-import re
 from collections.abc import Mapping
-from pathlib import Path
 
-import matplotlib
 import matplotlib.figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import StrMethodFormatter
 
-from gqaprune.common.atomic_files import write_atomically
 from gqaprune.plan import BlockKey, PruningPlan
+from gqaprune.reporting.charts import (
+    ATTENTION,
+    DENSE,
+    MLP,
+    REMOVED,
+    WIDTH,
+    add_legend,
+    add_shared_legend,
+    draw_bars,
+    is_wide,
+    make_figure,
+    name_model,
+    style_layers,
+    style_panel,
+)
 from gqaprune.reporting.report import Report
 
-_ATTENTION, _MLP = "#3b6fb6", "#d9822b"
-_STAGES = {"dense": "#8a8a8a", "pruned": _MLP}
-_UNREADABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-_WIDE = 20.0
-"""Ratio of the largest to the smallest perplexity above which the axis is logarithmic."""
+_STAGES = {"dense": DENSE, "pruned": MLP}
 
 
-def draw_plan(plan: PruningPlan) -> matplotlib.figure.Figure:
-    """Draw the units that each layer kept, attention above (query heads if ratios changed) and MLP below."""
-    before, after = plan.geometry, plan.pruned_geometry
-    layers = range(before.num_layers)
-    figure = matplotlib.figure.Figure(figsize=(max(7.0, 0.3 * before.num_layers + 1.5), 6.0), layout="constrained")
-    attention = ("Attention: KV heads (one GQA group each)", before.kv_heads, after.kv_heads, _ATTENTION)
-    if before.ratios != after.ratios:
-        attention = ("Attention: query heads", before.query_heads, after.query_heads, _ATTENTION)
-    panels = [attention]
-    if any(before.channels):
-        panels.append(("MLP: channels", before.channels, after.channels, _MLP))
-    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
-    for axes, (title, dense, kept, color) in zip(rows[:, 0], panels, strict=True):
-        axes.bar(layers, dense, color="#e4e4e4", label="removed", width=0.85)
+def draw_plan(plan: PruningPlan, width: float = WIDTH) -> matplotlib.figure.Figure:
+    """Draw the units that each layer kept, with a panel for every kind of unit that was cut.
+
+    Query heads have a panel only if some went without their KV head. If nothing was cut, every kind has a panel.
+    """
+    kinds = _list_kinds(plan)
+    cut = {kind: counts for kind, counts in kinds.items() if sum(counts[1]) < sum(counts[0])} or kinds
+    figure = make_figure(_describe_rates(plan), 2.25 * len(cut) + 0.25, width)
+    panels = figure.subplots(len(cut), 1, sharex=True, squeeze=False)[:, 0]
+    layers = range(plan.geometry.num_layers)
+    for axes, (kind, (dense, kept)) in zip(panels, cut.items(), strict=True):
+        color = MLP if kind == "MLP channels" else ATTENTION
         axes.bar(layers, kept, color=color, label="kept", width=0.85)
-        axes.set_title(f"{title} – {sum(kept) / sum(dense):.1%} kept", loc="left", fontsize=11)
-        axes.set_ylim(0, max(dense) * 1.22)
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="upper right", ncols=2, fontsize=9, frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        share = axes.twinx()
-        share.set_ylim(0, 1.22)
-        share.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
-        share.yaxis.set_major_formatter(PercentFormatter(1.0))
-        share.spines["top"].set_visible(False)
-    axes.set_xlabel("decoder layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    asked = [f"{plan.rate:.0%}"] if plan.rate or not plan.kv_rate else []
-    asked += [f"{plan.kv_rate:.0%} of KV heads"] if plan.kv_rate else []
-    title = (
-        f"{Path(plan.model).name}: {' and '.join(asked)} asked, {plan.criterion} scores, {plan.allocation} allocation"
-    )
-    figure.suptitle(make_readable(title), fontsize=12, parse_math=False)
+        removed = [whole - left for whole, left in zip(dense, kept, strict=True)]
+        axes.bar(layers, removed, bottom=kept, color=REMOVED, label="removed", width=0.85)
+        whole = [name for name in kinds if name not in cut] if axes is panels[-1] else []
+        totals = f"{kind[0].upper()}{kind[1:]}: {sum(kept):,} of {sum(dense):,} kept"
+        style_panel(axes, "; ".join([totals, *(f"all {sum(kinds[name][0]):,} {name} kept" for name in whole)]))
+        axes.set_ylim(0, max(dense) * 1.25)
+        axes.set_yticks(_divide(max(dense)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        add_legend(axes, 2)
+    style_layers(panels[-1], plan.geometry.num_layers)
     return figure
 
 
-def draw_perplexities(report: Report) -> matplotlib.figure.Figure | None:
-    """Draw perplexities, with a group of bars per text and a bar per stage; None if none were measured.
+def _list_kinds(plan: PruningPlan) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """List the counts of every layer, dense and kept, by kind of unit."""
+    before, after = plan.geometry, plan.pruned_geometry
+    kinds = {"KV heads": (before.kv_heads, after.kv_heads)}
+    if before.ratios != after.ratios:
+        kinds = {"query heads": (before.query_heads, after.query_heads)} | kinds
+    if any(before.channels):
+        kinds["MLP channels"] = before.channels, after.channels
+    return kinds
+
+
+def _describe_rates(plan: PruningPlan) -> str:
+    name = name_model(plan.model)
+    if plan.removes_nothing:
+        return f"{name}: nothing removed"
+    targets = {"parameters": plan.rate, "KV heads": plan.kv_rate}
+    asked = [f"−{rate:.0%} {what}" for what, rate in targets.items() if rate]
+    return f"{name}, target: {', '.join(asked)}" if asked else f"{name}, pruned by a given plan"
+
+
+def _divide(count: int) -> list[int]:
+    """Divide a count into 4, 3, 2 or 1 equal parts, and small ones into single units."""
+    parts = count if count <= 4 else next(parts for parts in (4, 3, 2, 1) if count % parts == 0)
+    return [count * part // parts for part in range(parts + 1)]
+
+
+def draw_perplexities(report: Report, width: float = WIDTH) -> matplotlib.figure.Figure | None:
+    """Draw perplexities, with a panel per text and a bar per stage that measured it; None if none were measured.
 
     Bars begin at 0; if one is too long for the others to be visible, they begin at 1 on a logarithmic axis.
     """
-    groups = {name: {stage.name: stage.perplexity.get(name) for stage in report.stages} for name in _list_texts(report)}
-    if any(stage.held_out for stage in report.stages):
-        groups["held-out calibration text"] = {stage.name: stage.held_out for stage in report.stages}
-    values = [value for group in groups.values() for value in group.values() if value is not None]
-    if not values:
+    names = dict.fromkeys(name for stage in report.stages for name in stage.perplexity)
+    groups = {name: [(stage.name, stage.perplexity.get(name)) for stage in report.stages] for name in names}
+    groups["held-out calibration text"] = [(stage.name, stage.held_out) for stage in report.stages]
+    bars = {
+        name: [(stage, value, _STAGES.get(stage.split(",")[0], ATTENTION)) for stage, value in group if value]
+        for name, group in groups.items()
+    }
+    bars = {name: group for name, group in bars.items() if group}
+    if not bars:
         return None
-    is_wide = max(values) / min(values) > _WIDE
-    stages = [stage.name for stage in report.stages]
-    width = 0.8 / len(stages)
-    figure = matplotlib.figure.Figure(
-        figsize=(max(7.0, 1.2 + 0.62 * len(stages) * len(groups)), 3.2), layout="constrained"
-    )
-    axes = figure.subplots()
-    for number, stage in enumerate(stages):
-        known = [(place, group[stage]) for place, group in enumerate(groups.values()) if group[stage] is not None]
-        color = _STAGES.get(stage.split(",")[0], _ATTENTION)
-        places = [place + (number - (len(stages) - 1) / 2) * width for place, _ in known]
-        heights = [value or 0.0 for _, value in known]
-        bottom = float(is_wide)
-        drawn = axes.bar(places, [v - bottom for v in heights], width * 0.94, bottom, color=color, label=stage)
-        axes.bar_label(drawn, [f"{value:,.2f}" for value in heights], padding=2, fontsize=8)
-    if is_wide:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_ylim(bottom=float(is_wide))
-    axes.margins(y=0.12)
-    axes.set_xticks(range(len(groups)), [make_readable(name) for name in groups], parse_math=False)
-    axes.set_title("perplexity", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=9, ncols=len(stages))
-    axes.spines[["top", "right"]].set_visible(False)
+    is_logarithmic = is_wide([value for group in bars.values() for _, value, _ in group])
+    scale = "logarithmic, lower is better" if is_logarithmic else "lower is better"
+    heights = [0.27 * len(group) + 0.3 for group in bars.values()]
+    figure = make_figure(f"Perplexity ({scale})", sum(heights), width)
+    panels = figure.subplots(len(bars), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (name, group) in zip(panels, bars.items(), strict=True):
+        draw_bars(axes, name, group, "{:,.2f}", is_logarithmic)
     return figure
 
 
-def draw_importance(importance: Mapping[BlockKey, float], method: str) -> matplotlib.figure.Figure:
+def draw_importance(
+    importance: Mapping[BlockKey, float], method: str, width: float = WIDTH
+) -> matplotlib.figure.Figure:
     """Draw the importance of each layer, separately for attention and MLP if they differ.
 
     Args:
         importance: importance of every block.
         method: method that measured it, a name in `SENSITIVITIES`.
+        width: width of the figure in inches.
     """
     kinds = {
         kind: {key.layer: value for key, value in importance.items() if key.kind == kind}
@@ -109,63 +121,37 @@ def draw_importance(importance: Mapping[BlockKey, float], method: str) -> matplo
     layers = sorted(attention.keys() | mlp.keys())
     is_of_layers = all(attention.get(layer, mlp.get(layer)) == mlp.get(layer, attention.get(layer)) for layer in layers)
     bars = (
-        [("layer", _ATTENTION, attention | mlp)]
+        [("layer", ATTENTION, attention | mlp)]
         if is_of_layers
-        else [("attention", _ATTENTION, attention), ("MLP", _MLP, mlp)]
+        else [("attention", ATTENTION, attention), ("MLP", MLP, mlp)]
     )
-    figure = matplotlib.figure.Figure(figsize=(max(7.0, 0.3 * len(layers) + 1.5), 3.4), layout="constrained")
+    figure = make_figure(f"Importance of each layer, by {method}", 2.8, width)
     axes = figure.subplots()
-    width = 0.85 / len(bars)
+    thickness = 0.85 / len(bars)
     for index, (name, color, values) in enumerate(bars):
-        places = [layer + (index - (len(bars) - 1) / 2) * width for layer in values]
-        axes.bar(places, list(values.values()), width=width, color=color, label=name)
-    axes.set_title(f"Importance by {method}", loc="left", fontsize=11)
-    axes.set_xlabel("decoder layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
+        places = [layer + (index - (len(bars) - 1) / 2) * thickness for layer in values]
+        axes.bar(places, list(values.values()), width=thickness, color=color, label=name)
+    style_panel(axes)
+    style_layers(axes, max(layers) + 1)
     if len(bars) > 1:
-        axes.legend(ncols=2, fontsize=9, frameon=False)
+        add_shared_legend(figure, axes, 2)
     return figure
 
 
-def draw_damages(report: Report) -> matplotlib.figure.Figure | None:
+def draw_damages(report: Report, width: float = WIDTH) -> matplotlib.figure.Figure | None:
     """Draw the predicted and the measured damage of each layer's cut; None if none was predicted."""
     damages = report.damages
     if not damages:
         return None
-    figure = matplotlib.figure.Figure(figsize=(max(7.0, 0.3 * len(damages) + 1.5), 3.4), layout="constrained")
-    axes, width = figure.subplots(), 0.42
-    left, right = ([damage.layer + side * width / 2 for damage in damages] for side in (-1, 1))
+    figure = make_figure("Damage of each layer's cut, in nats per token", 3.0, width)
+    axes, thickness = figure.subplots(), 0.42
+    left, right = ([damage.layer + side * thickness / 2 for damage in damages] for side in (-1, 1))
     attention = [damage.attention for damage in damages]
-    axes.bar(left, attention, width, color=_ATTENTION, label="attention, predicted")
-    axes.bar(left, [damage.mlp for damage in damages], width, attention, color=_MLP, label="MLP, predicted")
-    axes.bar(right, [damage.measured or 0.0 for damage in damages], width, color=_STAGES["dense"], label="measured")
-    axes.set_title("Damage of each layer's cut, in nats per token", loc="left", fontsize=11)
-    axes.set_xlabel("decoder layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(ncols=3, fontsize=9, frameon=False)
+    axes.bar(left, attention, thickness, color=ATTENTION, label="attention, predicted")
+    axes.bar(left, [damage.mlp for damage in damages], thickness, attention, color=MLP, label="MLP, predicted")
+    axes.bar(right, [damage.measured or 0.0 for damage in damages], thickness, color=DENSE, label="measured")
+    style_panel(axes)
+    style_layers(axes, max(damage.layer for damage in damages) + 1)
+    axes.set_xlim(left=min(damage.layer for damage in damages) - 0.6)
+    add_shared_legend(figure, axes, 3 if width >= WIDTH else 2)
     return figure
-
-
-def encode_figure(figure: matplotlib.figure.Figure, format: str = "png") -> bytes:
-    """Encode a figure as `png`, or as `svg` without background; equal figures have equal bytes."""
-    picture = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "gqaprune"}):
-        is_svg = format == "svg"
-        figure.savefig(picture, format=format, dpi=120, metadata={"Date": None} if is_svg else None, transparent=is_svg)
-    return picture.getvalue()
-
-
-def save_figure(figure: matplotlib.figure.Figure, path: Path) -> None:
-    """Write a figure as PNG, atomically."""
-    write_atomically(path, encode_figure(figure))
-
-
-def make_readable(text: str) -> str:
-    """Replace control characters and halves of characters, which neither fonts nor files support."""
-    return _UNREADABLE.sub("�", text)
-
-
-def _list_texts(report: Report) -> list[str]:
-    return list(dict.fromkeys(name for stage in report.stages for name in stage.perplexity))

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gqaprune.plan import BlockKey, PruningPlan
 from gqaprune.reporting import sections
-from gqaprune.reporting.figures import make_readable
+from gqaprune.reporting.charts import make_readable
 from gqaprune.reporting.report import Report, describe_request, describe_verdict
 
 PAGE_FILE = "report.html"

@@ -5,22 +5,24 @@
 
 import base64
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import matplotlib.figure
 
 from gqaprune.plan import BlockKey, PruningPlan
-from gqaprune.reporting.figures import draw_damages, draw_importance, draw_perplexities, draw_plan, encode_figure
+from gqaprune.reporting.charts import encode_figure
+from gqaprune.reporting.figures import draw_damages, draw_importance, draw_perplexities, draw_plan
 from gqaprune.reporting.report import Report, list_rows
 
 Facts = dict[str, Any]
 """Arguments of the macro that draws a section."""
 
-_NARROW = 7.0
-"""Inches of a figure that can be read on a phone."""
+_WIDTHS = {"wide": 10.5, "narrow": 4.2}
+"""Width in inches of the figures that a wide screen and a phone show, with text as large as the page's."""
 _MARKS = {"fine": "✓", "degraded": "!", "broken": "✗"}
 """Marks that are in basic fonts, because a machine may have no others."""
 
@@ -58,10 +60,9 @@ def describe_results(report: Report | None) -> Facts | None:
     if any(stage.held_out for stage in report.stages):
         values = [stage.held_out for stage in report.stages]
         rows.append(["ppl held-out calibration text", *("–" if value is None else f"{value:.2f}" for value in values)])
-    figure = draw_perplexities(report)
     return {
         "table": Table(["", *(stage.name for stage in report.stages)], rows),
-        "picture": None if figure is None else _picture(figure, "Perplexity of every stage"),
+        "picture": _picture(partial(draw_perplexities, report), "Perplexity of every stage"),
         "notes": [f"{text.rstrip('.')}." for text in (report.rounding, report.protocol, report.note) if text],
     }
 
@@ -130,7 +131,7 @@ def describe_plan(plan: PruningPlan | None) -> Facts | None:
         rows.append([str(layer), *(_count(*pair) for pair in counts), _bar(*counts[0]), _bar(*counts[2])])
     header = ["layer", "query heads", "KV heads", "MLP channels", "attention", "MLP"]
     return {
-        "picture": _picture(draw_plan(plan), "What each layer kept"),
+        "picture": _picture(partial(draw_plan, plan), "What each layer kept"),
         "ratio": plan.describe_ratio().replace("✅", "✓"),
         "layers": Table(header, rows, is_long=True),
     }
@@ -138,8 +139,7 @@ def describe_plan(plan: PruningPlan | None) -> Facts | None:
 
 def describe_damages(report: Report | None) -> Facts | None:
     """Describe the predicted and the measured damage of each layer's cut."""
-    figure = None if report is None else draw_damages(report)
-    if report is None or figure is None:
+    if report is None or not report.damages:
         return None
     rows = [
         [str(damage.layer), f"{damage.attention:.4f}", f"{damage.mlp:.4f}", _four_digits(damage.measured)]
@@ -147,7 +147,7 @@ def describe_damages(report: Report | None) -> Facts | None:
     ]
     header = ["layer", "attention, predicted", "MLP, predicted", "measured"]
     return {
-        "picture": _picture(figure, "Damage of each layer's cut, predicted and measured"),
+        "picture": _picture(partial(draw_damages, report), "Damage of each layer's cut, predicted and measured"),
         "table": Table(header, rows, is_long=True),
     }
 
@@ -156,8 +156,7 @@ def describe_importance(importance: Mapping[BlockKey, float], method: str) -> Fa
     """Describe how much each layer matters."""
     if not importance:
         return None
-    figure = draw_importance(importance, method)
-    return {"picture": _picture(figure, "Importance of every layer")}
+    return {"picture": _picture(partial(draw_importance, importance, method), "Importance of every layer")}
 
 
 def describe_outliers(report: Report | None) -> Facts | None:
@@ -224,10 +223,14 @@ def describe_origin(command: Sequence[str], versions: Mapping[str, str], began: 
     return {"command": shlex.join(command), "table": Table([], rows)}
 
 
-def _picture(figure: matplotlib.figure.Figure, about: str) -> dict[str, str]:
-    data = base64.b64encode(encode_figure(figure, "svg")).decode()
-    width = "wide" if figure.get_figwidth() > _NARROW else "narrow"
-    return {"source": f"data:image/svg+xml;base64,{data}", "about": about, "width": width}
+def _picture(draw: Callable[..., matplotlib.figure.Figure | None], about: str) -> dict[str, str] | None:
+    picture = {"about": about}
+    for name, width in _WIDTHS.items():
+        figure = draw(width=width)
+        if figure is None:
+            return None
+        picture[name] = f"data:image/svg+xml;base64,{base64.b64encode(encode_figure(figure, 'svg')).decode()}"
+    return picture
 
 
 def _quote(who: str, text: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,11 +13,18 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import offload
 import quality
+import quality_figures
 import quality_report
 import quality_row
+<<<<<<< HEAD
 import quality_sources
 from peers import PEERS, _find_ratio, read_peak_rss
 from quality_sources import is_same, probe
+=======
+from matplotlib.figure import Figure
+from peers import PEERS, _find_ratio, read_peak_rss
+from PIL import Image
+>>>>>>> 499328e (Benchmarks' figures have peers beside ours, in words; ablations stay in the tables)
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from gqaprune.models.loading import load, load_model
@@ -185,11 +193,45 @@ def test_markdown_changes_only_what_is_between_the_markers(tmp_path: Path) -> No
         quality_report.write_markdown(rows, file)
 
 
-def test_figures_are_drawn_from_rows(tmp_path: Path) -> None:
-    rows = [make_row("dense", 10, 10, rate=0.0), make_row("mine", 12, 12), make_row("mine", 14, 14, rate=0.3)]
-    quality_report.draw_gaps(rows, tmp_path / "gap.png")
-    quality_report.draw_layers(rows, tmp_path / "layers.png")
-    assert {file.name for file in tmp_path.iterdir()} == {"gap.png", "layers.png"}
+def capture_figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Figures as they are saved, which still happens."""
+    figures, save = [], quality_figures.save_figure
+    monkeypatch.setattr(
+        quality_figures, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path))
+    )
+    return figures
+
+
+def test_figures_show_ours_beside_peers_and_no_ablations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = capture_figures(monkeypatch)
+    rows = [make_row("dense", 10, 10, rate=0.0), make_row("default", 12, 12), make_row("criterion obs", 14, 14)]
+    rows += [make_row("optipfair-maw", 20, 20), make_row("torch-pruning-taylor", 500, 500)]
+    rows += [make_row("default", 14, 14, rate=0.3), make_row("no repair", 16, 16, rate=0.3)]
+    quality_figures.draw_gaps(rows, tmp_path / "gap.png")
+    quality_figures.draw_layers(rows, tmp_path / "layers.png")
+    (axes,) = figures[0].axes  # none for 30 %, at which no peer was measured
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["gqaprune, default", "OptiPFair, weights", "Torch-Pruning, Taylor"]
+    ends = [bar.get_x() + bar.get_width() for bar in axes.patches]
+    assert ends == pytest.approx([1.2, 2.0, quality_figures.LARGEST])
+    assert {"1.20×", "2.00×", "→ 50×"} <= {text.get_text() for text in axes.texts}
+    assert axes.get_title(loc="left") == "20% of decoder-layer parameters removed"
+    for name in ("gap.png", "layers.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.width == 1120 and np.asarray(image.convert("L")).std() > 10
+
+
+def test_rates_without_a_peer_have_no_figure(tmp_path: Path) -> None:
+    rows = [make_row("dense", 10, 10, rate=0.0), make_row("default", 12, 12), make_row("no repair", 14, 14)]
+    quality_figures.draw_gaps(rows, tmp_path / "gap.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_figures_name_at_most_eight_methods_and_all_of_them_exist() -> None:
+    assert len(quality_figures.NAMES) <= 8
+    assert (
+        quality_figures.OURS.keys() <= quality.METHODS.keys() and quality_figures.THEIRS.keys() == quality.PEERS.keys()
+    )
 
 
 def test_a_row_prunes_and_measures_a_tiny_model(tiny_folder: Path, tmp_path: Path) -> None:

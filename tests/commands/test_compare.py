@@ -29,6 +29,7 @@ from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.geometry import Geometry
 from gqaprune.models.loading import load_model
 from gqaprune.models.tokenizer import load_tokenizer
+from gqaprune.reporting.charts import encode_figure
 from gqaprune.reporting.report import Stage, describe_model
 
 from cuts import UNEVEN, make_plan, make_pruned
@@ -252,7 +253,7 @@ def test_layers_that_only_one_model_has_differ() -> None:
 
 def find_shares(figure: Any) -> dict[str, list[list[float]]]:
     return {
-        axes.get_title(loc="left").split(",")[0]: [list(line.get_ydata()) for line in axes.lines]
+        axes.get_title(loc="left"): [list(line.get_ydata()) for line in axes.lines]
         for axes in figure.axes
         if axes.lines
     }
@@ -260,24 +261,37 @@ def find_shares(figure: Any) -> dict[str, list[list[float]]]:
 
 def test_the_figure_shows_kept_shares_and_bars() -> None:
     figure = draw_comparison(make_comparison())
-    shares = {"attention heads": [[1, 1, 1], [1, 0.5, 0.5]], "MLP channels": [[1, 1, 1], [1, 0.6, 0.4]]}
+    shares = {"KV heads: 4 of 6": [[1, 1, 1], [1, 0.5, 0.5]], "MLP channels: 20 of 30": [[1, 1, 1], [1, 0.6, 0.4]]}
     assert find_shares(figure) == shares
-    bars = {axes.get_title(loc="left"): [bar.get_height() for bar in axes.patches] for axes in figure.axes}
-    assert bars["perplexity"] == [10.0, 12.0] and bars["size on disk, MB"] == [8.0, 6.0]
+    bars = {axes.get_title(loc="left"): [bar.get_width() for bar in axes.patches] for axes in figure.axes}
+    assert bars["perplexity on embedded@test, lower is better"] == [10.0, 12.0]
+    assert bars["size on disk, MB"] == [8.0, 6.0]
+    assert [label.get_text() for label in figure.axes[-1].get_yticklabels()] == ["big", "small"]
+    assert encode_figure(figure).startswith(b"\x89PNG") and figure.get_figwidth() == 7.0
 
 
 def test_the_figure_shows_bits_per_byte_where_tokenizers_differ_and_nothing_without_text() -> None:
     bars = {axes.get_title(loc="left") for axes in draw_comparison(make_comparison(has_other_tokenizer=True)).axes}
-    assert "bits per byte (tokenizers differ)" in bars and "perplexity" not in bars
+    assert "bits per byte on embedded@test (tokenizers differ), lower is better" in bars
+    assert not any("perplexity" in title for title in bars)
     subjects = make_comparison().subjects
     assert len(draw_comparison(Comparison(subjects, {}, ())).axes) == 3
+
+
+def test_the_figure_has_no_panel_for_shapes_that_no_model_changed() -> None:
+    big, small = make_comparison().subjects
+    assert len(draw_comparison(Comparison((big, big), {}, ())).axes) == 1
+    heads = replace(small, geometry=replace(small.geometry, channels=big.geometry.channels))
+    assert list(find_shares(draw_comparison(Comparison((big, heads), {}, ())))) == ["KV heads: 4 of 6"]
+    assert list(find_shares(draw_comparison(Comparison((heads, big), {}, ())))) == ["KV heads: 6 beside 4"]
 
 
 def test_query_heads_have_a_panel_where_ratios_differ() -> None:
     geometry = Geometry("llama", 8, 4, (4, 6, 6), (2, 2, 2), (10, 10, 10))
     other = Subject("queries", "float32", geometry, make_subject("queries").stage)
     shares = find_shares(draw_comparison(Comparison((make_subject("big"), other), {}, ())))
-    assert shares["query heads"][1] == pytest.approx([2 / 3, 1, 1]) and shares["KV heads"][1] == [1, 1, 1]
+    assert list(shares) == ["Query heads: 16 of 18"]  # KV heads and channels are the same
+    assert shares["Query heads: 16 of 18"][1] == pytest.approx([2 / 3, 1, 1])
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -26,7 +26,7 @@ HOSTILE = (
     '</pre><script>alert(1)</script><img src="https://evil.example/x.png" onerror=alert(1)>&amp;\x00\x1b[31m\ud800'
 )
 BEGAN = datetime(2026, 11, 23, 4, 0, tzinfo=timezone(timedelta(hours=1)))
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "source"}
 TEMPLATES = Path(page_module.__file__).parent / "templates"
 
 
@@ -198,11 +198,21 @@ def test_sections_without_anything_to_tell_are_left_out() -> None:
 def test_page_needs_nothing_from_outside() -> None:
     page = build_page(make_page(guard=make_guard()))
     assert not re.search(r"https?:|//[a-z]|@import|url\(|<script|<link", page)
-    pictures = [own["src"] or "" for tag, own in Reader(page).tags if tag == "img"]
-    assert len(pictures) == 3
-    for picture in pictures:
-        head, data = picture.split(",")
-        assert head == "data:image/svg+xml;base64" and b"<svg" in base64.b64decode(data)
+    assert len(read_pictures(page, "img", "src")) == 3 == len(read_pictures(page, "source", "srcset"))
+
+
+def read_pictures(page: str, tag: str, attribute: str) -> list[str]:
+    pictures = [(own[attribute] or "").split(",") for found, own in Reader(page).tags if found == tag]
+    assert {head for head, _ in pictures} == {"data:image/svg+xml;base64"}
+    return [base64.b64decode(data).decode() for _, data in pictures]
+
+
+def test_every_picture_has_its_words_as_text_and_a_narrow_one_for_phones() -> None:
+    page = build_page(make_page())
+    for wide, narrow in zip(read_pictures(page, "img", "src"), read_pictures(page, "source", "srcset"), strict=True):
+        widths = [float(svg.partition('width="')[2].partition("pt")[0]) for svg in (wide, narrow)]
+        assert widths == pytest.approx([72 * 10.5, 72 * 4.2]) and wide.count("<text") > 5 < narrow.count("<text")
+    assert any("KV heads: 12 of 18 kept" in svg for svg in read_pictures(page, "source", "srcset"))
 
 
 @pytest.mark.parametrize(
