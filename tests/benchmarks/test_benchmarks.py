@@ -16,15 +16,11 @@ import quality
 import quality_figures
 import quality_report
 import quality_row
-<<<<<<< HEAD
 import quality_sources
-from peers import PEERS, _find_ratio, read_peak_rss
-from quality_sources import is_same, probe
-=======
 from matplotlib.figure import Figure
 from peers import PEERS, _find_ratio, read_peak_rss
 from PIL import Image
->>>>>>> 499328e (Benchmarks' figures have peers beside ours, in words; ablations stay in the tables)
+from quality_sources import is_same, probe
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from gqaprune.models.loading import load, load_model
