@@ -4,7 +4,7 @@ import re
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -216,26 +216,46 @@ def _mark_turns(
     spans = []
     place = 0
     for index in learned:
-        before, through = render(index, asks=True), render(index + 1)
-        if whole.startswith(before) and whole.startswith(through):
-            start, end = len(before), len(through)
-        else:  # some templates write a turn differently when later turns follow
-            content = messages[index]["content"].strip()
-            start = whole.find(content, place) if content else -1
-            if start < 0:
-                raise ValueError(
-                    "the assistant's tokens cannot be told from others in this chat template: use a template that "
-                    "marks them with {% generation %}, or set data.loss_on to all"
-                )
-            following = render(index + 1)[render(index + 1).rfind(content) + len(content) :]
-            is_ended = whole.startswith(following, start + len(content))
-            end = start + len(content) + (len(following) if is_ended else 0)
-        spans.append((start, _end_turn(tokenizer, whole, start, end)))
-        place = end
+        start, place = _find_turn(tokenizer, render, whole, index, messages[index]["content"].strip(), place)
+        spans.append((start, _end_turn(tokenizer, whole, start, place)))
     filled = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     offsets = filled["offset_mapping"]
     is_learned = [any(start <= own < end for start, end in spans) for own, _ in offsets]
     return list(filled["input_ids"]), is_learned
+
+
+def _find_turn(
+    tokenizer: PreTrainedTokenizerBase, render: Callable[..., str], whole: str, index: int, content: str, place: int
+) -> tuple[int, int]:
+    """Return where a turn, without its header, begins and ends in the text of the whole conversation."""
+    through = render(index + 1)
+    asked, without = (render(index, asks=True), render(index)) if index else (render(1, asks=True), through)
+    header = asked.removeprefix(without)
+    if index or not header:
+        before = asked if index else None
+    else:  # the first turn: templates need not render a conversation without any, and some begin with a system prompt
+        before = through[: through.find(header) + len(header)] if header in through else None
+    if before is not None and whole.startswith(before) and whole.startswith(through):
+        return len(before), len(through)
+    # Some templates write a turn differently when later turns follow.
+    start = whole.find(content, place) if content else -1
+    if start >= 0:
+        following = through[through.rfind(content) + len(content) :]
+        is_ended = whole.startswith(following, start + len(content))
+        end = start + len(content) + (len(following) if is_ended else 0)
+        if not header:  # spaces before the content belong to the answer
+            start = max(place, len(whole[:start].rstrip()))
+        return start, end
+    ends = [token for token in tokenizer.all_special_tokens if token and through.rstrip().endswith(token)]
+    pairs = zip(whole, before or "", strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))  # characters
+    is_there = shared >= (len(without) if index else 1)
+    if is_there and ends and (end := whole.find(ends[0], shared)) >= 0:
+        return shared, end + len(ends[0])  # a turn of calls alone
+    raise ValueError(
+        "the assistant's tokens cannot be told from others in this chat template: use a template that marks them with "
+        "{% generation %}, or set data.loss_on to all"
+    )
 
 
 def _end_turn(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> int:

@@ -109,6 +109,8 @@ def _read_message(message: Any, place: str) -> Message:
         )
         if isinstance(content, list):  # of several parts, a language model reads the texts
             content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+        if content is None and message.get("tool_calls"):
+            content = ""  # a template writes the calls
         if isinstance(role, str) and isinstance(content, str):
             extras = {
                 key: extra
