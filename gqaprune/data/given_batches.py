@@ -21,7 +21,8 @@ def read_given_batches(batches: Iterable[Any], limit: int | None = None) -> list
 
     Args:
         batches: token ids `[batch, tokens]` or `[tokens]`, or mappings (also `BatchEncoding`) with `input_ids` and, if
-            they are padded, `attention_mask`; or tuples that begin with either.
+            they are padded, `attention_mask`; or tuples that begin with either. A tensor of 0 and 1 that follows the
+            ids in a tuple is their mask if it is 0 for the same token everywhere.
         limit: largest number of batches to read.
 
     Returns:
@@ -37,18 +38,29 @@ def read_given_batches(batches: Iterable[Any], limit: int | None = None) -> list
     return ids
 
 
-def align_batch(batch: Mapping[str, Any]) -> Batch:
-    """Move a batch's padding to the end of its rows, where no token attends to it, and remove its labels.
+def align_batch(batch: Any) -> Batch:
+    """Move a batch's padding to the end of its rows, where no token attends to it, and remove its mask.
 
     Args:
-        batch: `input_ids`, `[batch, tokens]`, optional `labels`, by default the ids themselves, and optional
-            `attention_mask`; a batch without padding is returned as it is.
+        batch: token ids `[batch, tokens]`, or a mapping with `input_ids`, optional `labels`, by default the ids
+            themselves, and optional `attention_mask`; a batch without padding is returned as it is.
+
+    Raises:
+        ValueError: if the batch has no token ids, or several parts without names.
     """
-    ids = batch[_IDS]
-    labels, mask = batch.get("labels", ids), batch.get(_MASK)
+    while isinstance(batch, (tuple, list)) and len(batch) == 1:
+        batch = batch[0]
+    parts: Mapping[str, Any] = {_IDS: batch} if isinstance(batch, Tensor) and batch.ndim == 2 else batch
+    if not _is_mapping(parts) or not isinstance(parts.get(_IDS), Tensor):
+        raise ValueError(
+            "CausalLMModule reads batches that are a tensor of token ids [batch, tokens] or a mapping with input_ids, "
+            f"got {_describe(parts)}: return a mapping with input_ids, labels and attention_mask from the collate_fn"
+        )
+    ids = parts[_IDS]
+    labels, mask = parts.get("labels", ids), parts.get(_MASK)
     if mask is None:
-        return {**batch, "labels": labels}
-    others = {name: value for name, value in batch.items() if name not in (_MASK, "position_ids")}
+        return {**parts, "labels": labels}
+    others = {name: value for name, value in parts.items() if name not in (_MASK, "position_ids")}
     if bool(mask.all()):
         return {**others, "labels": labels}
     order = mask.argsort(dim=1, descending=True, stable=True)
@@ -71,19 +83,19 @@ def _read(batch: Any, index: int) -> Iterator[Tensor]:
 
 def _find_ids(batch: Any, index: int) -> tuple[Tensor, Tensor | None]:
     """Return token ids and mask, each `[batch, tokens]`."""
-    if isinstance(batch, (tuple, list)) and batch and not isinstance(batch[0], int):
-        return _find_ids(batch[0], index)
-    named = isinstance(batch, Mapping) or hasattr(batch, "keys")
-    values, masks = (batch.get(_IDS), batch.get(_MASK)) if named else (batch, None)
+    masks = None
+    while isinstance(batch, (tuple, list)) and batch and not _is_row(batch) and not _is_row(batch[0]):
+        batch, *others = batch
+        masks = others[0] if others and _hides_padding(batch, others[0]) else None
+    values, masks = (batch.get(_IDS), batch.get(_MASK)) if _is_mapping(batch) else (batch, masks)
     try:
         ids = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
         ids = torch.empty(0)
     if ids.is_floating_point() or ids.ndim not in (1, 2):
-        has = f"a mapping with {', '.join(map(str, batch.keys()))}" if named else type(batch).__name__
         raise ValueError(
             f"calibration batch {index} has no token ids: pass a tensor [batch, tokens] or a mapping with input_ids, "
-            f"got {has}"
+            f"got {_describe(batch)}"
         )
     ids = torch.atleast_2d(ids).to("cpu", torch.long)
     if masks is None:
@@ -95,3 +107,30 @@ def _find_ids(batch: Any, index: int) -> tuple[Tensor, Tensor | None]:
             "one number for each token"
         )
     return ids, mask
+
+
+def _is_row(value: Any) -> bool:
+    """Return whether a value is a list of token ids."""
+    return isinstance(value, (tuple, list)) and bool(value) and isinstance(value[0], int)
+
+
+def _is_mapping(batch: Any) -> bool:
+    """Return whether a batch is a mapping, as `BatchEncoding` is without being a `Mapping`."""
+    return isinstance(batch, Mapping) or hasattr(batch, "keys")
+
+
+def _hides_padding(ids: Any, other: Any) -> bool:
+    """Return whether the second part of a tuple is an attention mask: of 0 and 1, and 0 for a single token only."""
+    if not isinstance(ids, Tensor) or not isinstance(other, Tensor) or ids.shape != other.shape:
+        return False
+    is_mask = bool(((other == 0) | (other == 1)).all())
+    return is_mask and len(ids[other == 0].unique()) <= 1  # a mask of the loss has 0 for many different tokens
+
+
+def _describe(batch: Any) -> str:
+    if _is_mapping(batch):
+        return f"a mapping with {', '.join(map(str, batch.keys()))}"
+    if isinstance(batch, Tensor):
+        return f"a tensor {list(batch.shape)}"
+    is_several = isinstance(batch, (tuple, list))
+    return f"a {type(batch).__name__} of {len(batch)}" if is_several else type(batch).__name__

@@ -63,3 +63,37 @@ def test_a_batch_without_padding_is_as_it_was() -> None:
     assert align_batch({"input_ids": ids})["labels"] is ids
     whole = align_batch({"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": ids})
     assert whole["input_ids"] is ids and whole["index"] is ids and "attention_mask" not in whole
+
+
+IDS, MASK = PADDED["input_ids"], PADDED["attention_mask"]
+
+
+@pytest.mark.parametrize("batch", [(IDS, MASK, IDS), [IDS, MASK.bool()], ([IDS, MASK], 0), (PADDED, 0)])
+def test_the_mask_of_a_tuple_hides_padding(batch: Any) -> None:
+    read = [ids.tolist() for ids in read_given_batches([batch])]
+    assert read == [[[5, 6, 7], [8, 9, 3]], [[1, 2, 3, 4, 5]]]
+
+
+def test_a_mask_of_the_loss_or_labels_in_a_tuple_hide_nothing() -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for other in (torch.tensor([[0, 0, 1, 1]]), torch.tensor([[-100, -100, 7, 8]])):
+        (read,) = read_given_batches([(ids, other)])
+        assert read.tolist() == ids.tolist()
+
+
+def test_a_nested_list_of_ids_is_a_batch_of_all_its_rows() -> None:
+    assert [ids.tolist() for ids in read_given_batches([[[1, 2, 3], [4, 5, 6]]])] == [[[1, 2, 3], [4, 5, 6]]]
+
+
+def test_a_tensor_alone_is_its_own_labels() -> None:
+    for batch in (IDS, [IDS]):
+        aligned = align_batch(batch)
+        assert aligned["input_ids"] is IDS and aligned["labels"] is IDS
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"), [((IDS, MASK), "a tuple of 2"), ({"pixels": IDS}, "a mapping with pixels"), (IDS[0], r"\[5\]")]
+)
+def test_parts_without_names_are_refused_where_labels_matter(batch: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=f"got .*{got}: return a mapping with input_ids, labels and attention_mask"):
+        align_batch(batch)
