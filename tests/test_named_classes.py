@@ -9,7 +9,8 @@ import yaml
 
 import gqaprune
 from gqaprune.cli import main
-from gqaprune.cli.wording import explain
+from gqaprune.cli.arguments import spell_out
+from gqaprune.cli.wording import explain, explain_error
 
 from command import Run, read_scalars
 
@@ -111,6 +112,8 @@ def test_a_module_that_comes_from_ours_keeps_the_short_form(run: Run, theirs: st
         (["--trainer.callbacks", "Nope"], "trainer.callbacks: there is no class Nope: write its full name, such as"),
         (["--prunning.rate", "0.3"], "there is no setting --prunning.rate: did you mean --pruning.rate?"),
         (["--rate=0.3"], "there is no setting --rate: did you mean --pruning.rate?"),
+        (["--pruning.rate", "lots"], "pruning.rate: must be of type float, got lots"),
+        (["--trainer.precision", "8"], "trainer.precision: must be one of 64, 32, 16, transformer-engine, "),
     ],
 )
 def test_what_is_not_there_is_said_in_a_sentence(
@@ -119,6 +122,44 @@ def test_what_is_not_there_is_said_in_a_sentence(
     assert run("fit", *(argument.format(theirs) for argument in arguments)) == 1
     said = capsys.readouterr().err
     assert sentence.format(theirs) in said and len(said.splitlines()) == 1
+
+
+WHOLE = """
+class Whole(Module):
+    def train_dataloader(self):
+        return Data().train_dataloader()
+"""
+
+
+def test_a_module_that_brings_its_own_text_needs_no_data_module(
+    theirs: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"whole_{theirs}"
+    Path(f"{name}.py").write_text(THEIRS + WHOLE)
+    names = ["--model", f"{name}.Whole", "--model.folder", str(tiny_folder)]
+    assert call(monkeypatch, "fit", *names, "--export.folder", "out") == 0
+    assert gqaprune.load_model("out").num_parameters() < gqaprune.load_model(tiny_folder).num_parameters()
+    capsys.readouterr()
+    assert call(monkeypatch, "fit", *names, "--model.speed", "3") == 1
+    assert "error: there is no setting --model.speed;" in capsys.readouterr().err
+    assert call(monkeypatch, "fit", "--model", f"{name}.Whole", "--help") == 0
+    assert "--pruning.rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["pruen"], ["--frobnicate"]])
+def test_a_command_alone_that_does_not_exist_is_said(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["gqaprune", *arguments])
+    assert main() == 1
+    assert f"there is no {'setting' if '--' in arguments[0] else 'command'} {arguments[0]}" in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_names_the_file_and_not_its_number() -> None:
+    with pytest.raises(OSError, match="Errno") as raised:
+        open("/no/such/folder/file")  # noqa: SIM115
+    said = explain_error(raised.value)
+    assert said == "cannot use /no/such/folder/file: No such file or directory; choose another file or folder"
 
 
 def test_a_missing_package_of_a_logger_is_the_line_that_is_kept() -> None:
@@ -132,6 +173,12 @@ def test_a_missing_package_of_a_logger_is_the_line_that_is_kept() -> None:
         "WandbLogger cannot be used: Requirement 'wandb>=0.12.10' not met. HINT: Try running `pip install -U "
         "'wandb>=0.12.10'`"
     )
+
+
+def test_variables_in_paths_of_configurations_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINE", "/mine")
+    typed = ["fit", "--config", "$MINE/a.yaml", "--config=$MINE/b.yaml"]
+    assert spell_out(typed) == ["fit", "--config", "/mine/a.yaml", "--config=/mine/b.yaml"]
 
 
 def test_an_unknown_command_is_said_with_the_nearest() -> None:

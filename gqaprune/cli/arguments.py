@@ -125,13 +125,14 @@ def spell_out(arguments: list[str]) -> list[str]:
     """Rewrite arguments, as people type them, in the form that parsers expect.
 
     Options may have hyphens instead of underscores, switches of commands without a trainer need no value, and `sweep`
-    accepts its settings without their group, and rates as a list with commas.
+    accepts its settings without their group, and rates as a list with commas. In paths of configurations, `~` and
+    environment variables are expanded.
     """
     ungrouped = {f"--{one.name}" for one in fields(SweepSettings)} if arguments[:1] == ["sweep"] else set()
     tool = TOOLS.get(arguments[0]) if arguments else None
     known = signature(tool).parameters.values() if tool is not None else ()
     switches = {f"--{one.name}" for one in known if one.annotation is bool}
-    spelled = []
+    spelled: list[str] = []
     if any(argument.replace("-", "_") == "__help_all" for argument in arguments):
         PruningArgumentParser.shows_all = True
         arguments = ["--help" if one.replace("-", "_") == "__help_all" else one for one in arguments]
@@ -140,6 +141,11 @@ def spell_out(arguments: list[str]) -> list[str]:
         if option.startswith("--"):
             option = "--" + option[2:].replace("-", "_")
             option = f"--sweep.{option[2:]}" if option in ungrouped else option
+        if option == "--config" and equals:
+            value = expand_path(value)
+        elif spelled[-1:] == ["--config"]:
+            option = expand_path(argument)
+            equals = value = ""
         if option in switches and not equals and following.lower() not in ("true", "false"):
             equals, value = "=", "true"
         spelled.append(option + equals + value)

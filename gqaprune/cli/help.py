@@ -88,7 +88,7 @@ def describe_settings(parser: argparse.ArgumentParser, command: str, description
     actions = {action.dest: action for action in parser._actions}
     lines = [f"Usage: gqaprune {command} [--config FILE] [--SETTING VALUE ...]", "", fill(description, width)]
     group = ""
-    for name in MATTERS[command]:
+    for name in (one for one in MATTERS[command] if one in actions):  # modules of other classes lack ours
         title = _GROUPS.get(name.partition(".")[0], command.capitalize())
         if title != group:
             lines += ["", f"{title}:"]

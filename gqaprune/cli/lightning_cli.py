@@ -129,7 +129,10 @@ class PruningCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add settings in the order of the work, Lightning's last; the tokenizer follows the model."""
         parser.add_lightning_class_args(self._model_class, "model", subclass_mode=self.subclass_mode_model)
-        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=self.subclass_mode_data)
+        is_needed = self._named.get("data") is not LightningDataModule
+        parser.add_lightning_class_args(
+            self._datamodule_class, "data", subclass_mode=self.subclass_mode_data, required=is_needed
+        )
         parser.add_lightning_class_args(CheckpointExport, "export")  # before pruning: it checks its folder first
         parser.add_lightning_class_args(SampleGenerations, "samples")  # before pruning: it reads its prompts first
         parser.add_class_arguments(TaylorPruning, "pruning", skip={"calibration"}, fail_untyped=False, sub_configs=True)

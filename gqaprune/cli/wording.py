@@ -14,6 +14,9 @@ _UNKNOWN = (
 )
 _COMMAND = re.compile(r"invalid choice: '([^']*)' \(choose from ([^)]*)\)")
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)': (.*?)(?= - Expected a | Given value type: |$)")
+_REFUSED = re.compile(r"Option '([\w.-]+)' is not accepted")
+_UNION = re.compile(r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: (?:- )?(.*)")
+_TYPE = re.compile(r"Expected a <class '(\w+)'>\. Got value: (.*)")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _KEY = re.compile(r'[Pp]arser key "([\w.-]+)": (.*)')
 _ALTERNATIVES = "Does not validate against any of the Union subtypes"
@@ -47,11 +50,20 @@ def explain(message: str, settings: Iterable[str]) -> str:
         return f"{place}{found[1].rpartition('.')[2]} cannot be used: {_shorten(found[2])}"
     if found := _NO_CLASS.search(reason):
         return f"{place}there is no class {found[1]}: write its full name, such as package.module.{found[1]}"
+    if key and (found := _REFUSED.search(reason)):
+        return f"there is no setting --{key[1]}.{found[1]}"
+    if found := _UNION.search(reason):
+        groups = re.findall(r"Literal\[(.*?)\]", found[1])
+        values = [value.strip(" '") for group in groups for value in group.split(",")]
+        reasons = f"must be one of {', '.join(dict.fromkeys(values))}" if values else _shorten(found[2])
+        return f"{place}{reasons}"
     return f"{place}{_shorten(key[2])}" if key else _shorten(reason)
 
 
 def explain_error(error: Exception) -> str:
     """Return an error's text; of a parser's long error about a class that it could not build, the line that helps."""
+    if isinstance(error, OSError) and error.filename is not None and str(error).startswith("[Errno"):
+        return f"cannot use {error.filename}: {error.strerror}; choose another file or folder"
     return explain(str(error), ()) if _ALTERNATIVES in str(error) else str(error)
 
 
@@ -70,5 +82,5 @@ def _shorten(text: str) -> str:
     for end in (" Given value type: ", " Given value: ", " - Expected a "):
         if text.find(end) > 0:
             text = text[: text.find(end)]
-    text = text.strip(" -")
+    text = _TYPE.sub(r"must be of type \1, got \2", text.strip(" -"))
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " …"
