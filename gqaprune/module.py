@@ -425,7 +425,7 @@ class CausalLMModule(RenamedAttributes, LightningModule):
 
     def _start_perplexities(self, stream: str, loaders: int) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        corpora = range(loaders) if data is None else data.get_labels(stream)
+        corpora = data.get_labels(stream) if isinstance(data, TextDataModule) else range(loaders)
         self.perplexities = CorpusPerplexities(f"ppl/{corpus}" for corpus in corpora).to(self.device)
 
 

@@ -11,6 +11,7 @@ from gqaprune.callbacks.lookup import get_run_folder
 from gqaprune.callbacks.order import Phase, order_callbacks
 from gqaprune.callbacks.parts import get_parts
 from gqaprune.callbacks.run_state import Exported, get_run
+from gqaprune.checkpoints.adapters import check_merges
 from gqaprune.checkpoints.formats import (
     AUTO,
     check_unequal_by_layer,
@@ -23,7 +24,7 @@ from gqaprune.common.atomic_files import remove_leftovers
 from gqaprune.common.console import console
 from gqaprune.common.paths import expand_path
 from gqaprune.datamodules import TextDataModule
-from gqaprune.models.wrapping import unwrap_model
+from gqaprune.models.wrapping import check_no_adapters, unwrap_model
 from gqaprune.module import CausalLMModule
 from gqaprune.placement.fsdp import gather_state_dict
 from gqaprune.placement.layer_store import find_store
@@ -85,6 +86,14 @@ class CheckpointExport(Callback):
                 check_unequal_by_layer(config, run.placement)
         if needs_equal_counts(self.format) and run.config is not None and module.plan is None:
             check_equal_counts(config, run.config)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise an error, before training, for adapters that cannot be merged into the checkpoint."""
+        module = get_parts(trainer, pl_module)[0]
+        if module.adapters.view is None:
+            check_no_adapters(unwrap_model(module.model))
+        else:
+            check_merges(module.adapters.view)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export while the strategy still has the weights: the best ones if a `ModelCheckpoint` kept them."""

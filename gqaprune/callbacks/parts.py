@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,11 +18,20 @@ from gqaprune.data.prompts import Prompt
 from gqaprune.data.sampling import BATCH
 from gqaprune.datamodules import TextDataModule
 from gqaprune.datamodules.config import CalibrationConfig, EvaluationConfig, TrainingConfig
+from gqaprune.models.architecture import read_geometry
 from gqaprune.models.tokenizer import load_tokenizer
 from gqaprune.module import CausalLMModule
+from gqaprune.placement.model_source import ModelInMemory
+from gqaprune.plan import PruningPlan
 from gqaprune.planning.costs.base import Text
 from gqaprune.planning.stages import Work
+from gqaprune.surgery.cut import apply_plan
 from gqaprune.training.lightning_internals import get_train_batches, reads_from_module
+
+_NAME_IT = (
+    "name the attribute that holds one as TaylorPruning(model_attribute=...), pruning.model_attribute on the command "
+    "line"
+)
 
 
 @runtime_checkable
@@ -51,13 +61,34 @@ def get_parts(trainer: Trainer, pl_module: LightningModule) -> tuple[CausalLMMod
 
 
 def _wrap(run: RunState, pl_module: LightningModule) -> CausalLMModule:
-    model = find_causal_lm(pl_module, run.model_attribute)
-    if model is None:
+    held = find_causal_lm(pl_module, run.model_attribute)
+    if held is None:
         raise ValueError(
             f"{type(pl_module).__name__} has no causal LM in .{run.model_attribute}: build it in __init__, setup or "
-            "configure_model, or pass its attribute's name as TaylorPruning(model_attribute=...)"
+            f"configure_model, or {_NAME_IT}"
         )
-    return run.module if run.module is not None and run.module.model is model else CausalLMModule.wrap(model)
+    model = held.get_base_model() if isinstance(held, PeftModel) else held
+    module = run.module if run.module is not None and run.module.model is model else CausalLMModule.wrap(model)
+    module.adapters.view = held if isinstance(held, PeftModel) else None
+    return module
+
+
+def take_plan(module: CausalLMModule, plan: dict[str, Any] | None) -> None:
+    """Give a module the plan of the checkpoint that the run resumes from, and cut a model that is in memory to it.
+
+    Args:
+        module: module, which keeps a plan that it has already.
+        plan: plan in plain types; None changes nothing.
+
+    Raises:
+        ValueError: if the plan was made for another model.
+    """
+    if plan is None or module.plan is not None:
+        return
+    model = module.model if isinstance(module.source, ModelInMemory) else None  # others are cut when they are loaded
+    module.plan, module.plan_is_from_checkpoint = PruningPlan.from_dict(plan), True
+    if model is not None and read_geometry(model.config) != module.plan.pruned_geometry:
+        apply_plan(model, module.plan)
 
 
 def _find_text(trainer: Trainer, run: RunState, module: CausalLMModule, pl_module: LightningModule) -> "GivenText":
@@ -105,8 +136,8 @@ def check_own_parts(
         raise ValueError(f"{what} needs CausalLMModule and TextDataModule, got {' and '.join(names)}")
 
 
-def find_causal_lm(pl_module: LightningModule, attribute: str) -> PreTrainedModel | None:
-    """Return the causal LM of a module; None if it has not been built yet.
+def find_causal_lm(pl_module: LightningModule, attribute: str) -> PreTrainedModel | PeftModel | None:
+    """Return the causal LM of a module, without the wrapper of `torch.compile`; None if it has not been built yet.
 
     Args:
         pl_module: the module.
@@ -119,11 +150,12 @@ def find_causal_lm(pl_module: LightningModule, attribute: str) -> PreTrainedMode
         model = attrgetter(attribute)(pl_module)
     except AttributeError:
         return None
-    if model is None or isinstance(model, PreTrainedModel):
+    model = getattr(model, "_orig_mod", model)  # the wrapper runs this one, and compiles it anew after the cut
+    if model is None or isinstance(model, (PreTrainedModel, PeftModel)):
         return model
     raise ValueError(
-        f"{type(pl_module).__name__}.{attribute} is a {type(model).__name__}, not a causal LM of transformers: pass "
-        "the name of the attribute that holds one as TaylorPruning(model_attribute=...)"
+        f"{type(pl_module).__name__}.{attribute} is a {type(model).__name__}, not a causal LM of transformers: "
+        f"{_NAME_IT}"
     )
 
 

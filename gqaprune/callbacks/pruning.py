@@ -25,9 +25,9 @@ from gqaprune.callbacks.checks import (
     list_doubts,
 )
 from gqaprune.callbacks.order import Phase, check_copies_follow, order_callbacks, sort_callbacks
-from gqaprune.callbacks.parts import can_be_pruned_yet, check_own_parts, get_parts, read_work, uses_own_parts
+from gqaprune.callbacks.parts import can_be_pruned_yet, check_own_parts, get_parts, read_work, take_plan, uses_own_parts
 from gqaprune.callbacks.run_state import RunState, get_run
-from gqaprune.callbacks.trainer_checks import check_accumulation, check_batches, check_trainer
+from gqaprune.callbacks.trainer_checks import check_accumulation, check_batches, check_scheduling, check_trainer
 from gqaprune.common.console import console
 from gqaprune.common.paths import expand_path
 from gqaprune.common.precision import use_default_dtype
@@ -41,7 +41,6 @@ from gqaprune.module import CausalLMModule, ChecksSettings
 from gqaprune.pipeline import Pruner
 from gqaprune.placement.layer_store import Placement, find_store
 from gqaprune.placement.model_source import ModelInMemory
-from gqaprune.plan import PruningPlan
 from gqaprune.planning.allocation.steps import Spending
 from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.stages import END, SAMPLING, TRAINING, StageCounter, list_stages
@@ -49,10 +48,9 @@ from gqaprune.planning.target import resolve_target
 from gqaprune.reporting.report import Report
 from gqaprune.scoring.criteria.base import Scores
 from gqaprune.scoring.sensitivity import Importance
-from gqaprune.surgery.cut import apply_plan
 from gqaprune.training.accumulation import find_round_start, go_back_to_step, validate_between_steps
-from gqaprune.training.lightning_internals import read_epoch, run_after_configuring
-from gqaprune.training.resume import UNFINISHED, find_pruning_plan
+from gqaprune.training.lightning_internals import find_checkpoint, read_epoch, run_after_configuring
+from gqaprune.training.resume import UNFINISHED, find_pruning_plan, read_plan
 
 
 class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
@@ -147,7 +145,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         check_compile(trainer, module)
         if trainer.limit_train_batches != 0:
             check_trainer(trainer, module)
-        self._check_factor(trainer)
+            check_scheduling(trainer, module, self.scheduling)
         if self.offload:
             check_offload(trainer, module)
         if self.placement is not Placement.MEMORY:
@@ -166,6 +164,8 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
             self._set_up_given(trainer, pl_module)
             return
         module, data = get_parts(trainer, pl_module)
+        if (checkpoint := find_checkpoint(trainer)) is not None:
+            take_plan(module, read_plan(Path(checkpoint)))
         if trainer.limit_train_batches != 0 and uses_own_parts(trainer, pl_module):
             check_batches(trainer, data)
         if self.sharded:
@@ -184,7 +184,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         check_copies_follow(trainer, self)
         if trainer.limit_train_batches != 0:
             check_accumulation(trainer)
-        self._check_factor(trainer)
+            check_scheduling(trainer, pl_module, self.scheduling)
         prune = partial(self._prune_given, trainer, pl_module)
         if can_be_pruned_yet(trainer, pl_module):
             prune()
@@ -197,10 +197,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ChecksSettings):
                 callback.check_settings(trainer, pl_module)
-        if module.plan is None and (plan := find_pruning_plan(trainer.ckpt_path, self.state_key)) is not None:
-            module.plan = PruningPlan.from_dict(plan)
-            module.plan_is_from_checkpoint = True
-            apply_plan(module.model, module.plan)
+        take_plan(module, find_pruning_plan(find_checkpoint(trainer), self.state_key))
         with use_default_dtype(torch.float32):  # half precision calls `configure_model` with another default
             self._prune(trainer, module, data)
 
@@ -240,9 +237,9 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         self._run.scores, self._run.importance = self._pruner.scores, self._pruner.importance
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the trainer's accumulation, unless the strategy accumulates by itself."""
+        """Check the trainer's accumulation, unless the strategy or the module accumulates by itself."""
         self._counter.begin(TRAINING)
-        if not trainer.strategy.handles_gradient_accumulation:
+        if not trainer.strategy.handles_gradient_accumulation and pl_module.automatic_optimization:
             super().on_train_start(trainer, pl_module)
             self.on_train_epoch_start(trainer)  # Lightning skips it when it resumes within an epoch
 
@@ -346,26 +343,6 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
             and not data.training.sampled_windows
             and module.source.can_be_read_by_layer
         )
-
-    def _check_factor(self, trainer: Trainer) -> None:
-        """Raise an error if a strategy that accumulates by itself was given another number of micro-batches.
-
-        Raises:
-            ValueError: with the setting to change.
-        """
-        if not trainer.strategy.handles_gradient_accumulation or trainer.limit_train_batches == 0:
-            return
-        name, factors = type(trainer.strategy).__name__, sorted(set(self.scheduling.values()))
-        if len(factors) > 1:
-            raise ValueError(
-                f"{name} accumulates the same number of micro-batches in every epoch, but pruning.scheduling is "
-                f"{self.scheduling}: set it to a single number, such as {{0: {factors[0]}}}"
-            )
-        if trainer.accumulate_grad_batches != factors[0]:
-            raise ValueError(
-                f"{name} accumulates trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}, but "
-                f"pruning.scheduling is {self.scheduling}: set trainer.accumulate_grad_batches to {factors[0]} as well"
-            )
 
     def _get_folder(self, trainer: Trainer) -> Path:
         return Path(self.stages) if self.stages else Path(trainer.default_root_dir) / UNFINISHED

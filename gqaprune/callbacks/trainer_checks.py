@@ -1,9 +1,10 @@
 """Check, before any work, settings of Lightning's trainer that would otherwise stop a run only after pruning."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
@@ -58,6 +59,33 @@ def check_accumulation(trainer: Trainer) -> None:
     if len(schedulers) > 1:
         names = ", ".join(type(scheduler).__name__ for scheduler in schedulers)
         raise ValueError(f"{names} all set the accumulation: leave out all but pruning.scheduling")
+
+
+def check_scheduling(trainer: Trainer, pl_module: LightningModule, scheduling: Mapping[int, int]) -> None:
+    """Raise an error if the strategy or the module accumulates by itself, and differently from the schedule.
+
+    Raises:
+        ValueError: with the setting to change.
+    """
+    factors = sorted(set(scheduling.values()))
+    if not pl_module.automatic_optimization and factors != [1]:
+        raise ValueError(
+            f"{type(pl_module).__name__} optimizes manually, so that pruning.scheduling {dict(scheduling)} would have "
+            "no effect on its training: leave pruning.scheduling out"
+        )
+    if not trainer.strategy.handles_gradient_accumulation:
+        return
+    name = type(trainer.strategy).__name__
+    if len(factors) > 1:
+        raise ValueError(
+            f"{name} accumulates the same number of micro-batches in every epoch, but pruning.scheduling is "
+            f"{dict(scheduling)}: set it to a single number, such as {{0: {factors[0]}}}"
+        )
+    if trainer.accumulate_grad_batches != factors[0]:
+        raise ValueError(
+            f"{name} accumulates trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}, but "
+            f"pruning.scheduling is {dict(scheduling)}: set trainer.accumulate_grad_batches to {factors[0]} as well"
+        )
 
 
 def _check_interval(trainer: Trainer) -> None:

@@ -28,6 +28,20 @@ def save_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor], folder: 
     adapted.save_pretrained(str(folder), state_dict=named, save_embedding_layers=False)
 
 
+def check_merges(adapted: PeftModel) -> None:
+    """Raise an error for adapters other than LoRA on linear layers, or several on one layer.
+
+    Raises:
+        ValueError: with the layer's name.
+    """
+    for path, module in adapted.get_base_model().named_modules():
+        if isinstance(module, ADAPTED) and not _is_plain(module):
+            raise ValueError(
+                f"{unwrap_name(path)} has {type(module).__name__} adapters, which cannot be merged on saving: call "
+                "merge_and_unload() of the PeftModel and save the model that it returns"
+            )
+
+
 @multiply_exactly()
 @torch.no_grad()
 def merge_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -40,14 +54,10 @@ def merge_adapters(adapted: PeftModel, state_dict: Mapping[str, Tensor]) -> dict
     Raises:
         ValueError: if there are adapters other than LoRA on linear layers, or several on one layer.
     """
+    check_merges(adapted)
     weights = {name.replace(".base_layer.", "."): tensor for name, tensor in state_dict.items() if ".lora_" not in name}
     for path, module in adapted.get_base_model().named_modules():
         name = unwrap_name(path)  # the name in the state dict
-        if isinstance(module, ADAPTED) and not _is_plain(module):
-            raise ValueError(
-                f"{name} has {type(module).__name__} adapters, which cannot be merged on saving: call "
-                "merge_and_unload() of the PeftModel and save the model that it returns"
-            )
         if isinstance(module, LoraLinear):
             (adapter,) = module.active_adapters
             down, up = (state_dict[f"{name}.lora_{part}.{adapter}.weight"].float() for part in "AB")

@@ -32,7 +32,8 @@ def check_no_adapters(model: PreTrainedModel) -> None:
         raise ValueError(
             "the model has PEFT adapters beside its weights: merge them first, with merge_and_unload() of the "
             "PeftModel around it; save adapters from add_adapter with model.save_pretrained(adapter), and merge them "
-            "with PeftModel.from_pretrained(model, adapter).merge_and_unload() into the model without them"
+            "with PeftModel.from_pretrained(model, adapter).merge_and_unload() into the model without them; or add "
+            "them after pruning, which a LightningModule does in configure_model"
         )
 
 

@@ -33,6 +33,13 @@ def count_optimizer_steps(trainer: Trainer) -> int:
         for epoch in range(trainer.max_epochs or 1)
     ]
     batches = count_epoch_batches(trainer)
+    if not math.isfinite(batches):
+        if trainer.max_steps == -1:
+            raise ValueError(
+                "the training batches have no length, so the number of steps that model.schedule needs is unknown: set "
+                "trainer.max_steps or trainer.limit_train_batches to a number"
+            )
+        return trainer.max_steps
     steps = sum(math.ceil(batches / factor) for factor in factors)
     return max(steps if trainer.max_steps == -1 else min(steps, trainer.max_steps), 1)
 
@@ -48,8 +55,8 @@ def count_round_steps(trainer: Trainer, rounds_done: int, rounds: int) -> int:
     return max(1, end - start)
 
 
-def count_epoch_batches(trainer: Trainer) -> int:
-    """Count the training batches of an epoch, on each device.
+def count_epoch_batches(trainer: Trainer) -> float:
+    """Count the training batches of an epoch, on each device; infinite if the loader has no length.
 
     Lightning knows their number only after setting up its loader, but a checkpoint's place must be read before that.
     """

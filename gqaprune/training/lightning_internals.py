@@ -7,6 +7,7 @@ without it.
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -94,10 +95,10 @@ def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
     strategy._data_parallel_size = size
 
 
-def count_loaded_batches(trainer: Trainer) -> int:
-    """Count the training batches of an epoch from the loader; sets the loader up if needed."""
+def count_loaded_batches(trainer: Trainer) -> float:
+    """Count the training batches of an epoch from the loader, infinite if it has no length; sets it up if needed."""
     trainer.fit_loop.setup_data()
-    return int(trainer.num_training_batches)
+    return trainer.num_training_batches
 
 
 def get_train_batches(trainer: Trainer) -> Iterable[Any]:
@@ -116,6 +117,19 @@ def get_train_batches(trainer: Trainer) -> Iterable[Any]:
             "calibration_batches(), or training batches"
         )
     return cast("Iterable[Any]", loaders)
+
+
+def find_checkpoint(trainer: Trainer) -> str | Path | None:
+    """Return the checkpoint that a run resumes from, before any of it is restored; None if it starts anew.
+
+    Until Lightning restores it, after `setup`, its path is only an argument of the running `Trainer._run`.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
+            return cast("str | Path | None", frame.f_locals.get("ckpt_path"))
+        frame = frame.f_back
+    return trainer.ckpt_path
 
 
 def reads_from_module(trainer: Trainer) -> bool:
