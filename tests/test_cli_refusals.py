@@ -55,7 +55,7 @@ BAD_INPUT = {
     "settings of another run": (["--trainer.logger", "false"], "config.yaml already exists, and this run would"),
     "logs below a file": (["--trainer.default_root_dir", "short.txt"], "short.txt is a file"),
     "unknown setting": (["--pruning.no_such", "3"], "there is no setting --pruning.no_such; `gqaprune fit --help`"),
-    "not a number": (["--pruning.rate", "lots"], "pruning.rate: Expected a <class 'float'>. Got value: lots"),
+    "not a number": (["--pruning.rate", "lots"], "pruning.rate: must be of type float, got lots"),
     "missing config": (["--config", "gone.yaml"], "File does not exist"),
     "unknown device": (["--trainer.accelerator", "quantum"], "invalid accelerator name"),
     "unknown sensitivity": (["--pruning.sensitivity.method", "magic"], "sensitivity.method must be one of removal"),
