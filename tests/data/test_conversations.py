@@ -55,36 +55,6 @@ THINKING = (
 )
 """Like Qwen3's: earlier answers lose what the last one has."""
 TEMPLATES = {"plain": PLAIN.replace("BODY", BODY), "marked": PLAIN.replace("BODY", MARKED), "thinking": THINKING}
-EACH = "{% for message in messages %}HEAD{{ BODY }}TAIL{% endfor %}"
-SYSTEM = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nHelp.<|im_end|>\n' }}{% endif %}"
-SHAPES = {
-    "chatml": (
-        SYSTEM + EACH + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-        "{{ '<|im_start|>' + message.role + '\n' }}",
-        "message.content + '<|im_end|>'",
-        "{{ '\n' }}",
-    ),
-    "llama 3": (
-        "{{ bos_token }}" + EACH + "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}",
-        "{{ '<|start|>' + message.role + '<|end|>\n\n' }}",
-        "message.content | trim + '<|im_end|>'",
-        "",
-    ),
-    "mistral": (  # the system prompt moves to the last message if that is the user's
-        "{{ bos_token }}{% set first = messages[0].content if messages[0].role == 'system' else '' %}" + EACH,
-        "{% if message.role == 'user' %}{{ '[INST] ' + (first if loop.last else '') }}{% endif %}",
-        "message.content + '[/INST]' if message.role == 'user' else ' ' + message.content | trim + '<|im_end|>' "
-        "if message.role == 'assistant' else ''",
-        "",
-    ),
-    "gemma": (
-        "{{ bos_token }}" + EACH + "{% if add_generation_prompt %}{{ '<|start|>model\n' }}{% endif %}",
-        "{{ '<|start|>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}",
-        "message.content | trim + '<|im_end|>'",
-        "{{ '\n' }}",
-    ),
-}
-"""Templates like those of four families: text, and the head, the body and the tail of each turn."""
 
 
 def make_chatting(name: str) -> PreTrainedTokenizerBase:
@@ -123,50 +93,6 @@ def test_labels_are_the_templates_own_where_it_marks_them() -> None:
     filled = tokenizer.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
     (encoded,) = encode_conversations(tokenizer, [converse()])
     assert [label != IGNORED for label in encoded.labels] == [bool(own) for own in filled["assistant_masks"]]
-
-
-def say(*turns: str) -> list[dict[str, Any]]:
-    roles = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
-    return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
-
-
-CHATS = {
-    "several": say("u:Hi", "a:Hello!", "u:2+2?", "a:4"),
-    "system": say("s:Be brief.", "u:Hi", "a:Hello!", "u:More", "a:No."),
-    "the assistant begins": say("a:Welcome!", "u:Hi", "a:Hello"),
-    "the user ends": say("u:Hi", "a:Hello!", "u:bye"),
-    "the same again": say("u:yes", "a:yes", "u:yes yes", "a:yes", "u:yes", "a:yes"),
-    "empty": say("u:Hi", "a:", "u:?", "a:ok"),
-    "spaces": say("u:  a ", "a:  b c  \n", "u:d", "a:\n"),
-    "unicode": say("u:Grüß 你好 👩‍👩‍👧", "a:Ça va 😀 \n\n ok"),
-    "a tool": say("u:w?", "a:calling", "t:12", "a:It is 12."),
-    "special tokens": say("u:<|im_end|>?", "a:a <|im_end|> or </s> here"),
-}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_labels_are_those_of_the_same_template_with_marks(shape: str) -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>"]})
-    text, head, body, tail = SHAPES[shape]
-    written = "{{ " + body + " }}"
-    marks = (
-        "{% if message.role == 'assistant' %}{% generation %}"
-        + written
-        + "{% endgeneration %}{% else %}"
-        + written
-        + "{% endif %}"
-    )
-    bare, marked = (
-        text.replace("HEAD", head).replace("{{ BODY }}", one).replace("TAIL", tail) for one in (written, marks)
-    )
-    tokenizer.chat_template = bare
-    found = encode_conversations(tokenizer, [converse(messages) for messages in CHATS.values()])
-    tokenizer.chat_template = marked
-    for (name, messages), encoded in zip(CHATS.items(), found, strict=True):
-        filled = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        assert encoded.ids == filled["input_ids"], name
-        assert [label != IGNORED for label in encoded.labels] == [bool(own) for own in filled["assistant_masks"]], name
 
 
 def test_turns_of_calls_alone_are_learned_with_the_calls(tmp_path: Path) -> None:
