@@ -65,13 +65,13 @@ MODELS: dict[str, PretrainedConfig] = {
         max_position_embeddings=8192,
     ),
 }
-DEVICES: dict[Device, float] = {
-    Device("H100", 989e12, 67e12, 67e12, 3.35e12, 64e9): 80e9,
-    Device("A100", 312e12, 19.5e12, 19.5e12, 2.039e12, 32e9): 80e9,
-    Device("RTX 4090", 165.2e12, 82.6e12, 1.29e12, 1.008e12, 32e9): 24e9,
-}
+DEVICES = (
+    Device("H100", 989e12, 67e12, 67e12, 3.35e12, 64e9, 80e9),
+    Device("A100", 312e12, 19.5e12, 19.5e12, 2.039e12, 32e9, 80e9),
+    Device("RTX 4090", 165.2e12, 82.6e12, 1.29e12, 1.008e12, 32e9, 24e9),
+)
 """Published speeds of dense products in bfloat16, float32 and float64 (on tensor cores where there are some), of the
-memory, and of one direction of PCIe -> bytes of memory. NVIDIA's data sheets of H100 SXM and A100 80GB SXM, and its
+memory, and of one direction of PCIe, and bytes of memory. NVIDIA's data sheets of H100 SXM and A100 80GB SXM, and its
 white paper on Ada."""
 CHECKED = ("SmolLM2-135M", "random Llama")
 _FEW_LAYERS = 8
@@ -100,8 +100,13 @@ class Row:
     peak: float
 
 
-def list_rows(config: PretrainedConfig) -> list[Row]:
-    """Every stage of a model, with the default settings."""
+def list_rows(config: PretrainedConfig, memory: float) -> list[Row]:
+    """Every stage of a model, with the default settings.
+
+    Args:
+        config: of the model.
+        memory: bytes of the device, whose part for Gram matrices is as large as there is room; infinite for a CPU.
+    """
     model, settings = build_without_weights(config), gqaprune.PruningConfig()
     shape, sizes, repair = read_shape(config, ITEMSIZE), read_sizes(config), settings.repair
     blocks, every, kept = select_blocks(model, settings), find_blocks(model), spread_evenly(model, settings)
@@ -117,8 +122,9 @@ def list_rows(config: PretrainedConfig) -> list[Row]:
     for criterion, name in names.items():
         peak = peaks.CRITERIA[criterion](sizes, ITEMSIZE, CALIBRATION)
         rows.append(Row(f"scores: {name}", CALIBRATION, cost_scores(shape, CALIBRATION, blocks, criterion), peak))
-    cost = cost_scores(shape, CALIBRATION, blocks, settings.criterion, finds_outliers=True)
-    peak = peaks.peak_watched_gates(sizes, ITEMSIZE, CALIBRATION)
+    room = peaks.find_watch_room(sizes, ITEMSIZE, CALIBRATION, memory)
+    cost = cost_scores(shape, CALIBRATION, blocks, settings.criterion, finds_outliers=True, room=room)
+    peak = peaks.peak_watched_gates(sizes, ITEMSIZE, CALIBRATION, memory)
     rows.append(Row(f"scores: {settings.criterion}, outliers", CALIBRATION, cost, peak))
     cost = cost_repaired_damage(shape, CALIBRATION, blocks, list_levels(model, settings), repair.holdout)
     peak = peaks.peak_curves(sizes, ITEMSIZE, CALIBRATION, repair.holdout)
@@ -128,7 +134,7 @@ def list_rows(config: PretrainedConfig) -> list[Row]:
         cost_cut(shape, CALIBRATION, every, kept, own, measures_damage=True) for own in (unrefined, repair)
     )
     # Layers that lose nothing are refitted, too, and are the widest.
-    peak = peaks.peak_repair(sizes, ITEMSIZE, CALIBRATION, repair.holdout, sizes.channel_range[1])
+    peak = peaks.peak_repair(sizes, ITEMSIZE, CALIBRATION, repair.holdout, sizes.channel_range[1], memory)
     distilled = cost_predictions(shape, CALIBRATION, repair) + cost_distillation(pruned, CALIBRATION, repair)
     rows += [
         Row("cut, least squares", CALIBRATION, fitted, peak),
@@ -142,29 +148,36 @@ def list_rows(config: PretrainedConfig) -> list[Row]:
     return rows
 
 
-def describe_model(name: str, config: PretrainedConfig, devices: Sequence[tuple[Device, float]]) -> list[str]:
-    """The table of a model, as lines of Markdown."""
+def describe_model(name: str, config: PretrainedConfig, devices: Sequence[Device]) -> list[str]:
+    """The table of a model, as lines of Markdown; where devices of different memory differ, a number for each."""
     shape, lines = read_shape(config, ITEMSIZE), []
-    for row in list_rows(config):
-        passes = row.cost.all_flops / run_model(shape, row.text).flops
-        moved = f"{row.cost.bytes_moved / 1e9:,.0f}", f"{row.cost.host_bytes / 1e9:,.1f}"
-        times = [
-            show_time(device.find_least_seconds(row.cost)) + ("" if row.peak < memory else " ×")
-            for device, memory in devices
+    rows = {memory: list_rows(config, memory) for memory in dict.fromkeys(device.memory for device in devices)}
+    for own in zip(*rows.values(), strict=True):
+        of_memory = dict(zip(rows, own, strict=True))
+        times = []
+        for device in devices:
+            row = of_memory[device.memory]
+            fits = row.peak < device.memory
+            times.append(show_time(device.find_least_seconds(row.cost)) + ("" if fits else " ×"))
+        cells = [
+            [f"{row.cost.all_flops / run_model(shape, row.text).flops:.2f}" for row in own],
+            [f"{row.cost.bytes_moved / 1e9:,.0f}" for row in own],
+            [f"{row.cost.host_bytes / 1e9:,.1f}" for row in own],
+            [f"{row.peak / GIB:,.1f}" for row in own],
         ]
-        lines.append([row.name, f"{passes:.2f}", *moved, f"{row.peak / GIB:,.1f}", *times])
+        lines.append([own[0].name, *(" / ".join(each if len(set(each)) > 1 else each[:1]) for each in cells), *times])
     parameters = read_sizes(config).parameters / 1e9
-    header = ["stage", "forward passes", "GB moved", "GB to host", "peak, GiB", *(device.name for device, _ in devices)]
+    header = ["stage", "forward passes", "GB moved", "GB to host", "peak, GiB", *(device.name for device in devices)]
     return [f"**{name}**, {parameters:.2f} billion parameters in bfloat16.", "", *format_table(header, lines), ""]
 
 
-def describe_devices(devices: Sequence[tuple[Device, float]]) -> list[str]:
+def describe_devices(devices: Sequence[Device]) -> list[str]:
     """What the devices can do, as a table."""
     lines = []
-    for device, memory in devices:
+    for device in devices:
         speeds = device.flops, device.single_flops, device.double_flops
         link = "–" if device.host_bandwidth == float("inf") else f"{device.host_bandwidth / 1e9:,.0f}"
-        size = "–" if memory == float("inf") else f"{memory / 1e9:.0f}"
+        size = "–" if device.memory == float("inf") else f"{device.memory / 1e9:.0f}"
         lines.append(
             [device.name, *(f"{speed / 1e12:,.3g}" for speed in speeds), f"{device.bandwidth / 1e9:,.0f}", link, size]
         )
@@ -262,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write_check(options)
         return 0
     own = measure_device(torch.device("cpu"), torch.bfloat16, seconds=2.0)
-    devices = [*DEVICES.items(), (replace(own, name="this CPU"), float("inf"))]
+    devices = [*DEVICES, replace(own, name="this CPU")]
     lines = [*describe_devices(devices), "", f"This CPU: {describe_machine('cpu')}.", ""]
     for name in options.models:
         lines += describe_model(name, MODELS[name], devices)

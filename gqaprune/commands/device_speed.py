@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from gqaprune.common.precision import multiply_exactly
+from gqaprune.common.precision import find_double_device, multiply_exactly
 from gqaprune.planning.costs.device import Device
 
 _SIZES = {"cpu": 512}
@@ -28,7 +28,8 @@ def measure_device(device: torch.device, dtype: torch.dtype, seconds: float = 0.
 
     def measure_products(of: torch.dtype) -> float:
         size = _SIZES.get(device.type, _SIZE)
-        left, right = (torch.ones(size, size, device=device, dtype=of) for _ in range(2))
+        where = find_double_device(device) if of == torch.float64 else device
+        left, right = (torch.ones(size, size, device=where, dtype=of) for _ in range(2))
         return 2 * size**3 * _count_per_second(lambda: left @ right, seconds)
 
     kinds = {of: measure_products(of) for of in {dtype, torch.float32, torch.float64}}
@@ -38,7 +39,13 @@ def measure_device(device: torch.device, dtype: torch.dtype, seconds: float = 0.
     to_host = float("inf")
     if device.type != "cpu":
         to_host = _COPIED * _count_per_second(lambda: host.copy_(source), seconds)
-    return Device(str(device), kinds[dtype], kinds[torch.float32], kinds[torch.float64], bandwidth, to_host)
+    speeds = kinds[dtype], kinds[torch.float32], kinds[torch.float64]
+    return Device(str(device), *speeds, bandwidth, to_host, read_memory(device))
+
+
+def read_memory(device: torch.device) -> float:
+    """Bytes that a GPU has free; infinite where the host works itself."""
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else float("inf")
 
 
 def _count_per_second(work: Callable[[], torch.Tensor], seconds: float) -> float:

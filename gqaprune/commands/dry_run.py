@@ -93,5 +93,6 @@ def _list_work(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Table:
-    stages = cost_stages(model, pruning, work, recovery, dtype.itemsize)
-    return build_stages_table(stages, measure_device(device, dtype), is_uncounted=work.trains and work.training is None)
+    speeds = measure_device(device, dtype)
+    stages = cost_stages(model, pruning, work, recovery, dtype.itemsize, speeds.memory)
+    return build_stages_table(stages, speeds, is_uncounted=work.trains and work.training is None)

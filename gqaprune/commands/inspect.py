@@ -20,7 +20,7 @@ from gqaprune.commands.checkup import (
     find_wrong_tensors,
     read_plan_of,
 )
-from gqaprune.commands.device_speed import measure_device
+from gqaprune.commands.device_speed import measure_device, read_memory
 from gqaprune.commands.reach import NAMES, Reach, measure_reach
 from gqaprune.commands.risks import list_risks
 from gqaprune.commands.stages_table import build_stages_table
@@ -107,7 +107,9 @@ def inspect(
         wrong = find_wrong_tensors(folder, config, trust_remote_code) if folder is not None else {}
         checks = check_layers(config, plan, wrong) if folder is not None else []
     type_name, device = name_dtype(kind), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stages = cost_default_stages(config, calibration_tokens, tokens, kind.itemsize, trust_remote_code)
+    stages = cost_default_stages(
+        config, calibration_tokens, tokens, kind.itemsize, read_memory(device), trust_remote_code
+    )
     bytes_needed = estimate_memory(sizes, kind.itemsize, devices, tokens, calibration_tokens, gradient_checkpointing)
     weights = {name: sizes.parameters * of.itemsize for name, of in DTYPES.items() if isinstance(of, torch.dtype)}
     cache = geometry.kv_cache_bytes_per_token(kind.itemsize)
@@ -149,7 +151,12 @@ def inspect(
 
 
 def cost_default_stages(
-    config: PretrainedConfig, calibration_tokens: int, tokens: int, itemsize: int, trust_remote_code: bool = False
+    config: PretrainedConfig,
+    calibration_tokens: int,
+    tokens: int,
+    itemsize: int,
+    memory: float = float("inf"),
+    trust_remote_code: bool = False,
 ) -> list[StageCost]:
     """Costs of pruning with the default settings.
 
@@ -158,12 +165,13 @@ def cost_default_stages(
         calibration_tokens: of all calibration windows together.
         tokens: of a micro-batch.
         itemsize: bytes of a weight.
+        memory: bytes that the GPU has free; infinite for a CPU.
         trust_remote_code: run code that comes with the model.
     """
     model = build_without_weights(config, trust_remote_code)
     window = min(_WINDOW, read_context(config), tokens, calibration_tokens)
     text = Text(calibration_tokens // window, window, max(1, tokens // window))
-    return cost_stages(model, PruningConfig(), Work(text), RecoveryConfig(), itemsize)
+    return cost_stages(model, PruningConfig(), Work(text), RecoveryConfig(), itemsize, memory)
 
 
 def look_for_outliers(model: str, trust_remote_code: bool = False) -> Outliers:

@@ -21,6 +21,9 @@ def get_rank_and_world_size() -> tuple[int, int]:
 def sum_across_ranks(tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
     """Add tensors over all ranks in one reduction; every rank gets the same bits.
 
+    A backend adds each number up in one place and then passes the sum on, in rings and in trees: weights under DDP stay
+    alike on all ranks for the same reason.
+
     Args:
         tensors: the same keys and shapes on every rank, one device and dtype.
     """
@@ -28,7 +31,6 @@ def sum_across_ranks(tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
         return dict(tensors)
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
     dist.all_reduce(flat)
-    dist.broadcast(flat, src=0)
     pieces = flat.split([tensor.numel() for tensor in tensors.values()])
     return {key: piece.view_as(tensor) for (key, tensor), piece in zip(tensors.items(), pieces, strict=True)}
 
@@ -43,6 +45,14 @@ def add_across_ranks(tensors: Iterable[Tensor], device: torch.device) -> None:
     if get_rank_and_world_size()[1] > 1:
         for tensor in tensors:
             tensor.copy_(sum_across_ranks({"sum": tensor.to(device)})["sum"])
+
+
+def copy_from_first_rank(tensor: Tensor) -> None:
+    """Overwrite a tensor with that of rank 0, in place."""
+    if get_rank_and_world_size()[1] > 1:
+        sent = tensor.detach().contiguous()
+        dist.broadcast(sent, src=0)
+        tensor.copy_(sent)
 
 
 def take_from_rank_0(read: Callable[[], Sequence[Tensor]], device: torch.device) -> list[Tensor]:

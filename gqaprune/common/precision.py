@@ -1,11 +1,17 @@
-"""Compute matrix products in full precision, whatever a user has allowed for speed in training."""
+"""Compute products in full precision whatever a user has allowed for speed in training, and sums in float64.
+
+Apple's GPUs have no float64: what is summed or solved in it is moved to the host there.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import Tensor
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
+_WITHOUT_DOUBLE = ("mps",)
+"""Types of devices that have no float64."""
 
 
 @contextmanager
@@ -34,6 +40,21 @@ def use_default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def find_double_device(device: torch.device) -> torch.device:
+    """Return where a device's numbers are computed with in float64: there, or on the host."""
+    return torch.device("cpu") if device.type in _WITHOUT_DOUBLE else device
+
+
+def to_double(tensor: Tensor) -> Tensor:
+    """Convert to float64, where the tensor's device computes in it."""
+    return tensor.to(find_double_device(tensor.device)).double()  # moved first: the device cannot convert
+
+
+def sum_in_double(tensor: Tensor, dim: int | None = None) -> Tensor:
+    """Sum in float64, over one dimension or all, where the tensor's device computes in it."""
+    return tensor.to(find_double_device(tensor.device)).sum(dim, dtype=torch.float64)
 
 
 def _read_precision() -> tuple[str | None, dict[str, str]]:

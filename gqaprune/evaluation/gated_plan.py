@@ -18,7 +18,7 @@ from gqaprune.evaluation.perplexity import measure_perplexity
 from gqaprune.models.architecture import find_blocks, get_layers
 from gqaprune.models.gates import Gates, apply_gates
 from gqaprune.models.layerwise import embed_batches, record_layer_inputs, resume_at, run_layer
-from gqaprune.models.losses import measure_losses
+from gqaprune.models.losses import average_losses, measure_losses
 from gqaprune.plan import BlockKey, PruningPlan
 from gqaprune.scoring.averages import average_over_batches
 from gqaprune.scoring.damage import make_gates
@@ -102,7 +102,7 @@ class GatedPlan:
                 gates = self.restore_layers([layer])
                 with resume_at(self.model, layer, inputs_BTD[layer]), apply_gates(self.blocks, gates):
                     losses_B, tokens_B = measure_losses(self.model, batch_BT, batch_BT)
-                mean_losses[layer] = float(losses_B.double().sum() / tokens_B.sum())
+                mean_losses[layer] = float(average_losses(losses_B, tokens_B))
             return mean_losses
 
         losses = average_over_batches(self.model, batches, layers, measure, "layers restored one at a time")

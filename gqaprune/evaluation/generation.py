@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gqaprune.data.call_checks import check_ids
 from gqaprune.models.architecture import read_context
-from gqaprune.models.losses import IGNORED, measure_losses
+from gqaprune.models.losses import IGNORED, average_losses, measure_losses
 
 
 @torch.inference_mode()
@@ -82,7 +82,7 @@ def measure_text_perplexity(model: PreTrainedModel, ids_1T: Tensor, prompt_token
     labels = ids_1T.clone()
     labels[:, :prompt_tokens] = IGNORED
     losses_B, tokens_B = measure_losses(model, ids_1T, labels)
-    mean = losses_B.double().sum() / tokens_B.sum()
+    mean = average_losses(losses_B, tokens_B)
     if not torch.isfinite(mean):
         raise ValueError(
             f"the dense model's loss on generated text is {mean.item()}: its activations overflow (it computes in "

@@ -1,6 +1,6 @@
 """Token-weighted perplexity, as a torchmetrics Metric and as a function over batches."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.common.console import track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere
-from gqaprune.common.precision import multiply_exactly
+from gqaprune.common.precision import find_double_device, multiply_exactly, sum_in_double
 from gqaprune.data.call_checks import check_evaluation, check_model, list_corpora
 from gqaprune.models.losses import measure_head_losses, measure_losses
 from gqaprune.placement.layer_store import find_store
@@ -44,8 +44,15 @@ class Perplexity(Metric):
             losses_B: sum of the negative log-likelihoods of each sample, in nats, `[batch]`.
             tokens_B: numbers of scored tokens, `[batch]`.
         """
-        self.loss_sum += losses_B.double().sum()
-        self.token_count += tokens_B.sum()
+        self.loss_sum += sum_in_double(losses_B)
+        self.token_count += sum_in_double(tokens_B)
+
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = ()) -> "Perplexity":
+        """Leave the sums where they are when the metric moves to a device without float64."""
+        device = fn(torch.zeros(1, device=self.device)).device
+        kept = tuple(self._defaults) if find_double_device(device) != device else exclude_state
+        super()._apply(fn, kept)
+        return self
 
     def compute(self) -> Tensor:
         """Compute the perplexity so far; NaN if no token was scored."""

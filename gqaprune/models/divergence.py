@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from gqaprune.common.distributed import sum_across_ranks
+from gqaprune.common.precision import find_double_device, sum_in_double
 from gqaprune.models.layerwise import Stream, run_head
 
 K = TypeVar("K")
@@ -34,7 +35,8 @@ def measure_divergences(
         ValueError: if a divergence is not finite, with its name.
     """
     device = next(model.parameters()).device
-    sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in map(str, copies)}
+    double = find_double_device(device)
+    sums = {name: torch.zeros((), dtype=torch.float64, device=double) for name in map(str, copies)}
     count = sum(stream.hidden_BTD.shape[:2].numel() for stream in dense)
     for index, stream in enumerate(dense):
         for sample in range(len(stream.hidden_BTD)):
@@ -42,8 +44,8 @@ def measure_divergences(
             for name, hidden in copies.items():
                 other_TV = _predict(model, hidden[index][sample : sample + 1].to(device))
                 divergence_T = functional.kl_div(other_TV, dense_TV, log_target=True, reduction="none").sum(-1)
-                sums[str(name)] += divergence_T.sum(dtype=torch.float64)
-    total = sum_across_ranks({**sums, "tokens": torch.tensor(float(count), dtype=torch.float64, device=device)})
+                sums[str(name)] += sum_in_double(divergence_T)
+    total = sum_across_ranks({**sums, "tokens": torch.tensor(float(count), dtype=torch.float64, device=double)})
     values = {name: float(total[str(name)] / total["tokens"]) for name in copies}
     for name, value in values.items():
         if not math.isfinite(value):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from gqaprune.common.precision import sum_in_double
 from gqaprune.models.layerwise import run_decoder, run_head
 from gqaprune.models.wrapping import is_sharded
 
@@ -41,6 +42,11 @@ def sum_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def count_scored(labels: Tensor) -> Tensor:
     """Count the tokens with a loss, `[batch]`, of labels `[batch, tokens]`; the first token of a window has none."""
     return (labels[:, 1:] != IGNORED).sum(1)
+
+
+def average_losses(losses_B: Tensor, tokens_B: Tensor) -> Tensor:
+    """Average what `measure_losses` returns: nats per token over all samples, a scalar in float64."""
+    return sum_in_double(losses_B) / sum_in_double(tokens_B)
 
 
 def measure_mean_loss(logits_BTV: Tensor, labels: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -9,13 +10,17 @@ from gqaprune.models.architecture import count_layer_parameters, count_parameter
 from gqaprune.models.families import get_family
 from gqaprune.models.loading import build_without_weights
 from gqaprune.models.losses import PIECE_LOGITS
+from gqaprune.planning.costs.base import DOUBLE, SINGLE, share_of_panels
 from gqaprune.surgery.distillation import RANK
-from gqaprune.surgery.gram import WORKSPACE
-from gqaprune.surgery.refinement import TRAINING_BYTES
+from gqaprune.surgery.gram import WORKSPACE, chunk_rows, find_room
+from gqaprune.surgery.refinement import STEP_TOKENS, TRAINING_BYTES
+from gqaprune.surgery.repair_config import RepairConfig
 from gqaprune.training.lora import list_projections
 from gqaprune.training.recovery import RecoveryConfig
 
 GIB = 2**30
+_STEP_NUMBERS = 8
+"""Numbers per token and channel in a step of refinement: four that the backward pass needs, and their gradients."""
 PLACES = ("one device", "ddp", "fsdp", "sharded", "offload")
 """Where the model is: on one device; whole on each (DDP); sharded in recovery (FSDP); sharded in pruning as well;
 or on disk, with only the layers in use on the device."""
@@ -106,10 +111,9 @@ def estimate_memory(
 ) -> dict[str, dict[str, float | None]]:
     """Estimate the bytes per device that each kind of work needs in each place of `PLACES`.
 
-    Symbols: `P` parameters of `b` bytes, `D` parameters of the largest layer, `E` parameters outside the decoder, `M`
-    and `C` parameters and channels of the largest MLP, `A` parameters of adapters, `H` hidden size, `V` vocabulary, `Q`
-    width of all query heads of a layer, `t` tokens of a micro-batch, `c` calibration tokens, `N` devices, and `n` equal
-    to `N`, or 1 on one device.
+    Symbols: `P` parameters of `b` bytes, `D` parameters of the largest layer, `E` parameters outside the decoder, `C`
+    channels of the largest MLP, `A` parameters of adapters, `H` hidden size, `V` vocabulary, `t` tokens of a
+    micro-batch, `c` calibration tokens, `N` devices, and `n` equal to `N`, or 1 on one device.
 
     - Activations that one backward pass keeps: `a = t · Σ over layers of (b · (4H + 2·query + 2·KV width + 4·channels)
       + 8H)`. Logits of recovery: `l = 2b · V · t + 8V · min(t, 2²⁴ / V)`, with their gradient and a piece in float32.
@@ -119,10 +123,8 @@ def estimate_memory(
       passes keep the hidden states of all windows. `W` is `WORKSPACE`, the bytes that Gram matrices and factors take at
       most, and `g = min(3/8 · W, 8 · layers · C²)` the Gram matrices that are summed during backward passes. A GPU with
       more free memory keeps more.
-    - Repair: `b · (P + D) + 4 · b · H · c/n + max(18 · M, b · Q · c/n) + min(W, 40 · C · (C + H))`: two streams of
-      hidden states and the inputs and targets of one MLP; the MLP's float32 copies and optimizer or, before that, the
-      output of attention heads; and second moments with their factor. Inputs and targets, half of the second term, are
-      in the host's memory if a GPU has less space.
+    - Repair: `b·P`, and what `count_repair` counts. Inputs and targets of an MLP, `2 · b · H · c/n`, are in the host's
+      memory if a GPU has less space.
     - Distillation in repair: at most `b·P + 16·A·32/rank + a + l`, for adapters of rank 32 with float32 gradients and
       moments; it runs one window at a time.
     - Recovery: full `4b·P + a + l` (weights, gradients, two moments of AdamW); LoRA `b·P + 16·A + a + l`; distillation
@@ -161,10 +163,7 @@ def estimate_memory(
     watched = 0 if gradient_checkpointing else min(WORKSPACE * 3 // 8, 8 * sizes.layers * channels**2)
 
     def repair(share: float) -> float:
-        rank_tokens = calibration_tokens * share
-        moments = min(WORKSPACE, 40 * channels * (channels + h))
-        attended = rank_tokens * b * sizes.head_dim * max(sizes.query_head_range)
-        return layer + 4 * rank_tokens * b * h + max(TRAINING_BYTES * sizes.mlp_parameters, attended) + moments
+        return count_repair(sizes, b, calibration_tokens, RepairConfig.holdout, channels, share=share)
 
     def score(share: float, kept: float | None = scoring_keeps + watched) -> float:
         forward = b * h * calibration_tokens * share + scored / sizes.layers + gram
@@ -215,6 +214,59 @@ def count_kept(sizes: ModelSizes, itemsize: int, tokens: int) -> tuple[float, fl
     heads = sizes.head_dim * (sizes.query_heads + sizes.kv_heads)
     frozen = tokens * (itemsize * (2 * heads + 4 * sizes.channels) + sizes.layers * 8 * sizes.hidden_size)
     return frozen, frozen + tokens * sizes.layers * itemsize * 4 * sizes.hidden_size
+
+
+def count_gram(size: int) -> float:
+    """Count the bytes of a Gram matrix, of which panels hold the lower triangle."""
+    return float(DOUBLE * size * size * share_of_panels(size, chunk_rows(size, size)))
+
+
+def count_factor(size: int) -> float:
+    """Count the bytes that a Cholesky factorisation needs besides the matrix: a panel, a copy and the result."""
+    return float(3 * DOUBLE * size * _count_chunk(size, size))
+
+
+def _count_chunk(rows: int, columns: int) -> int:
+    """Count the rows of a matrix that are processed together."""
+    return next((int(own.stop) for own in chunk_rows(rows, columns)), 0)
+
+
+def count_repair(
+    sizes: ModelSizes,
+    itemsize: int,
+    tokens: float,
+    holdout: float,
+    channels: int,
+    room: float | None = None,
+    share: float = 1.0,
+) -> float:
+    """Count the bytes that repair needs on a device besides the weights.
+
+    These are two streams of hidden states and the inputs and targets of one MLP, its second moments, and the largest of
+    three: the output of attention heads, a refit (factor, solution and weights), and a training step.
+
+    Args:
+        sizes: sizes of the model.
+        itemsize: bytes of a weight.
+        tokens: tokens of the calibration text.
+        holdout: share of the tokens that is held out.
+        channels: channels, after the cut, of the widest MLP that is refitted.
+        room: bytes of matrices that the device holds, the others being elsewhere; by default those of a CPU, which are
+            the fewest.
+        share: share of the tokens that this device processes.
+    """
+    room = float(find_room(torch.device("cpu"))) if room is None else room
+    hidden, fitted = sizes.hidden_size, tokens * (1 - holdout)
+    matrix = hidden * channels
+    moments = 2 * count_gram(channels) + 2 * DOUBLE * matrix
+    attended = share * tokens * itemsize * sizes.head_dim * max(sizes.query_head_range)
+    solved = 2 * DOUBLE * _count_chunk(hidden, channels) * channels
+    kept = min(room, moments + count_gram(channels) + 3 * itemsize * matrix)
+    step = share * fitted / max(1, fitted // STEP_TOKENS)
+    trained = TRAINING_BYTES * 3 * matrix + _STEP_NUMBERS * SINGLE * step * channels
+    states = 4 * itemsize * hidden * tokens * share
+    moments = min(room, moments)
+    return states + max(moments + attended, kept + max(count_factor(channels), solved), moments + trained)
 
 
 def count_piece(sizes: ModelSizes, tokens: int) -> int:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.common.console import track
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere, sum_across_ranks
+from gqaprune.common.precision import find_double_device
 from gqaprune.models.gates import freeze_parameters
 
 K = TypeVar("K")
@@ -61,7 +62,8 @@ def average_over_batches(
             f"{overflow or 'a value on another rank'} is not finite: the model's activations overflow (it computes "
             f"in {model.dtype}); load it with dtype bfloat16 or float32"
         )
-    sums = sum_across_ranks({"sums": sums.to(device)})["sums"] / sum(batch.numel() for batch in batches)
+    sums = sum_across_ranks({"sums": sums.to(find_double_device(device))})["sums"]
+    sums /= sum(batch.numel() for batch in batches)
     return dict(zip(names, sums.tolist(), strict=True))
 
 

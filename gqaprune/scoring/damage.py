@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gqaprune.common.precision import multiply_exactly
+from gqaprune.common.precision import multiply_exactly, to_double
 from gqaprune.models.architecture import Block
 from gqaprune.models.gates import Gates, apply_gates
 from gqaprune.models.layerwise import record_layer_inputs, resume_at
@@ -137,4 +137,4 @@ def _predict(model: PreTrainedModel, batch_BT: Tensor) -> Tensor:
 
 def _compute_divergence(dense_BTV: Tensor, gated_BTV: Tensor) -> float:
     """Compute KL(dense ‖ gated) of log-probabilities in nats, mean over tokens."""
-    return float(functional.kl_div(gated_BTV, dense_BTV, log_target=True, reduction="none").sum(-1).double().mean())
+    return float(to_double(functional.kl_div(gated_BTV, dense_BTV, log_target=True, reduction="none").sum(-1)).mean())

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gqaprune.common.distributed import get_rank_and_world_size, sum_across_ranks
-from gqaprune.common.precision import multiply_exactly
+from gqaprune.common.precision import multiply_exactly, to_double
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.models.architecture import Block
 from gqaprune.plan import BlockKey
@@ -46,7 +46,7 @@ class LargestOutput(ActivationCriterion[Tensor]):
     def start(self, block: Block, memory: Memory) -> Tensor:
         """Return zeros."""
         _, world_size = get_rank_and_world_size()
-        return torch.zeros(world_size, block.output.in_features, device=memory.device)
+        return torch.zeros(world_size, block.output.in_features, device=self.run.device)
 
     def add(self, statistics: Tensor, x_NC: Tensor) -> None:
         """Update this rank's maxima."""
@@ -60,7 +60,7 @@ class LargestOutput(ActivationCriterion[Tensor]):
 
     def rate(self, block: Block, statistics: Tensor) -> Tensor:
         """Divide largest outputs by their median; return zeros if that is 0."""
-        output_C = statistics.amax(0).double() * block.output.weight.double().norm(dim=0)
+        output_C = to_double(statistics.amax(0)) * to_double(block.output.weight).norm(dim=0)
         output_U = output_C.view(block.units, -1).amax(1)
         median = output_U.median()
         return output_U / median if median else torch.zeros_like(output_U)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gqaprune.common.console import track
-from gqaprune.common.distributed import get_rank_and_world_size, sum_across_ranks
+from gqaprune.common.distributed import copy_from_first_rank, get_rank_and_world_size
 from gqaprune.common.precision import multiply_exactly
 from gqaprune.models.architecture import Block, get_layers
 from gqaprune.models.divergence import measure_divergences
@@ -299,9 +299,9 @@ def _predict_errors(
         return remove_weakest(block, grams[key], _order_channels(block, scores[key]), levels[key], refits=refits)
     outliers = protected.get(key, set())
     errors_DC, removal_order = remove_one_by_one(block, grams[key], judged[key], outliers, levels[key], refits=refits)
-    rank, _ = get_rank_and_world_size()
-    order_U = torch.tensor(removal_order, dtype=torch.float64, device=block.output.weight.device) * (rank == 0)
-    order[key] = [int(unit) for unit in sum_across_ranks({key: order_U})[key].tolist()]  # rank 0's on every rank
+    order_U = torch.tensor(removal_order, device=block.output.weight.device)
+    copy_from_first_rank(order_U)
+    order[key] = order_U.tolist()
     return errors_DC
 
 

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from gqaprune.common.atomic_files import check_can_be_folder, write_atomically
 from gqaprune.common.distributed import get_rank_and_world_size, is_true_anywhere
 from gqaprune.common.json_files import read_json
-from gqaprune.common.precision import multiply_exactly
+from gqaprune.common.precision import multiply_exactly, to_double
 from gqaprune.data.calibration import CalibrationSet
 from gqaprune.geometry import Geometry
 from gqaprune.models.architecture import Block, compute_addition, find_adder, read_geometry
 from gqaprune.models.layerwise import record_layer_inputs, resume_at
-from gqaprune.models.losses import measure_losses
+from gqaprune.models.losses import average_losses, measure_losses
 from gqaprune.placement.model_hash import hash_model, hash_tensors
 from gqaprune.plan import BlockKey
 from gqaprune.scoring.averages import average_over_batches
@@ -225,7 +225,7 @@ def measure_activation(model: PreTrainedModel, blocks: Sequence[Block], batches:
             output_BTD = compute_addition(model, key, output_BTD)
             # The residual stream before the MLP is the layer's output minus the MLP's.
             stream_BTD = inputs_BTD[key.layer] if key.kind == "attention" else inputs_BTD[key.layer + 1] - output_BTD
-            ratios[key] = float((output_BTD.double().norm(dim=-1) / stream_BTD.double().norm(dim=-1)).mean())
+            ratios[key] = float((to_double(output_BTD).norm(dim=-1) / to_double(stream_BTD).norm(dim=-1)).mean())
         return ratios
 
     return average_over_batches(model, batches, _list_keys(blocks), measure, "sensitivity: activation")
@@ -238,7 +238,7 @@ def measure_block_influence(model: PreTrainedModel, blocks: Sequence[Block], bat
         inputs_BTD = record_layer_inputs(model, batch_BT)
         influence = {}
         for i in _list_layers(blocks):
-            cosine_BT = functional.cosine_similarity(inputs_BTD[i].double(), inputs_BTD[i + 1].double(), dim=-1)
+            cosine_BT = functional.cosine_similarity(*map(to_double, inputs_BTD[i : i + 2]), dim=-1)
             influence[i] = float(1 - cosine_BT.mean())
         return _spread_over_blocks(influence, blocks)
 
@@ -273,7 +273,7 @@ def _measure_loss(model: PreTrainedModel, layer: int, hidden_BTD: Tensor, batch_
     """Measure the mean loss in nats per token of a forward that starts at decoder layer `layer` with hidden states."""
     with resume_at(model, layer, hidden_BTD):
         losses_B, tokens_B = measure_losses(model, batch_BT, batch_BT)
-    return float(losses_B.double().sum() / tokens_B.sum())
+    return float(average_losses(losses_B, tokens_B))
 
 
 def _measure_dense_loss(model: PreTrainedModel, inputs_BTD: Sequence[Tensor], batch_BT: Tensor) -> float:

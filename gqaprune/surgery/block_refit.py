@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gqaprune.common.distributed import get_rank_and_world_size, sum_across_ranks
+from gqaprune.common.distributed import copy_from_first_rank
 from gqaprune.models.architecture import Block
 from gqaprune.surgery.block_targets import BlockMoments
-from gqaprune.surgery.gram import Memory, Panels, chunk_rows
+from gqaprune.surgery.gram import Memory, Panels
 from gqaprune.surgery.least_squares import refit, search_downhill
 
 
@@ -76,12 +76,6 @@ def refit_block(
         if not spares_held_out and refit(start_DS, all_batches, held_out, ridge, penalised, factor, write) >= before:
             write(slice(None), weights_DS[0])  # rounded to their dtype, weights fitted on all batches were worse
     for parameter in fitted:
-        _copy_from_first_rank(parameter)
+        copy_from_first_rank(parameter)
     scale = moments.energy or 1.0
     return ridge if after < before else None, before / scale, after / scale
-
-
-def _copy_from_first_rank(weight_DC: Tensor) -> None:
-    rank, _ = get_rank_and_world_size()
-    for rows in chunk_rows(*weight_DC.shape):
-        weight_DC[rows] = sum_across_ranks({"weights": weight_DC[rows].double() * (rank == 0)})["weights"]

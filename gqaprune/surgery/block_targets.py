@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from gqaprune.common.distributed import add_across_ranks
+from gqaprune.common.precision import sum_in_double, to_double
 from gqaprune.models.architecture import Block, compute_addition, read_residual_multiplier
 from gqaprune.models.families import get_family
 from gqaprune.surgery.gram import Memory
@@ -90,7 +91,7 @@ def measure_moments(
             target_ND += correction_ND
             residual_ND += correction_ND
         x_NS = _select_inputs(x_NC, columns, fits_weight, fits_bias)
-        energy_N = target_ND.square().sum(1, dtype=torch.float64)
+        energy_N = sum_in_double(target_ND.square(), 1)
         if is_normed:
             _divide_by_norms(target_ND, x_NS, residual_ND, energy_N)
         moments[batch.is_held_out].add(x_NS, residual_ND)
@@ -133,7 +134,7 @@ def _divide_by_norms(target_ND: Tensor, x_NS: Tensor, residual_ND: Tensor, energ
     norm_N1 = target_ND.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     x_NS /= norm_N1
     residual_ND /= norm_N1
-    energy_N /= norm_N1[:, 0].double().square()
+    energy_N /= to_double(norm_N1[:, 0]).square()
 
 
 def _keep_tokens(pairs: TokenPairs, start: int, input_ND: Tensor, target_ND: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gqaprune.common.errors import first_line
-from gqaprune.common.precision import multiply_exactly
+from gqaprune.common.precision import multiply_exactly, to_double
 from gqaprune.models.architecture import Block, compute_addition, find_blocks, get_layers, read_geometry, write_heads
 from gqaprune.models.families import FAMILIES, get_family
 from gqaprune.models.gates import apply_gates, freeze_parameters
@@ -138,7 +138,8 @@ def _replace_first_layer(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _check_equal(model: PreTrainedModel, expected: Tensor, actual: Tensor, difference: str) -> None:
-    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    difference_BTD, size_BTD = to_double(actual) - to_double(expected), to_double(expected)
+    error = difference_BTD.norm() / size_BTD.norm()
     if not error <= (_TOLERANCE if model.dtype == torch.float32 else 10 * _TOLERANCE):
         raise _make_error(model, f"its first layer {difference} (relative difference {float(error):.1e})")
 

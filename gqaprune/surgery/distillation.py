@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from gqaprune.common.console import console, track
 from gqaprune.common.distributed import add_across_ranks, get_rank_and_world_size, sum_across_ranks
-from gqaprune.common.precision import multiply_exactly
+from gqaprune.common.precision import multiply_exactly, to_double
 from gqaprune.common.stage_cache import StageCache, StageResult
 from gqaprune.models.architecture import get_layers
 from gqaprune.models.families import get_family
@@ -309,6 +309,6 @@ def _compute_divergence(model: PreTrainedModel, dense: DensePredictions, index: 
 def _measure(model: PreTrainedModel, dense: DensePredictions, windows: Sequence[int], config: RepairConfig) -> float:
     """Measure the mean divergence over some windows, which the ranks share, in nats per token."""
     rank, world_size = get_rank_and_world_size()
-    values = [_compute_divergence(model, dense, index, config).double() for index in windows[rank::world_size]]
-    total = torch.stack([*values, torch.zeros((), dtype=torch.float64, device=model.device)]).sum()
+    values = [to_double(_compute_divergence(model, dense, index, config)) for index in windows[rank::world_size]]
+    total = torch.stack([*values, to_double(torch.zeros((), device=model.device))]).sum()
     return float(sum_across_ranks({"total": total})["total"]) / len(windows)

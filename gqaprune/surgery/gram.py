@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gqaprune.common.distributed import add_across_ranks
+from gqaprune.common.precision import find_double_device
 
 WORKSPACE = 2**29
 """Bytes that Gram matrices and factors take at most on a CPU: 3/8 hold them, 5/8 are scratch space. A GPU with more
@@ -33,12 +34,16 @@ def find_room(device: torch.device, spared: int = 0) -> int:
         device: device that computes with the matrices.
         spared: bytes of a GPU that other work needs at the same time.
     """
-    least = WORKSPACE * 3 // 8
     if device.type != "cuda":
-        return least
+        return WORKSPACE * 3 // 8
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by torch
-    return max(least, (free + unused - spared) // 2)
+    return share_room(free + unused - spared)
+
+
+def share_room(free: float) -> int:
+    """Return the bytes of matrices that a GPU may hold: half of its free memory, at least as many as on a CPU."""
+    return max(WORKSPACE * 3 // 8, int(free // 2))
 
 
 class Memory:
@@ -47,12 +52,18 @@ class Memory:
     For a GPU that is the host's memory. For a CPU it is an unlinked file in the folder for temporary files, mapped into
     memory, whose pages the system can write out and evict.
 
+    The host computes with the matrices of a device that has no float64.
+
     Args:
+        device: device whose tensors are added to the matrices.
+
+    Attributes:
         device: device that computes with the matrices.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self._left = device, find_room(device)
+        self.device = find_double_device(device)
+        self._left = find_room(self.device)
 
     def make_zeros(self, rows: int, columns: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Allocate a matrix of zeros, `[rows, columns]`.

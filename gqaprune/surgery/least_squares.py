@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gqaprune.common.distributed import add_across_ranks
+from gqaprune.common.precision import sum_in_double
 from gqaprune.surgery.gram import Gram, Memory, Panels, chunk_rows
 
 
@@ -38,7 +39,7 @@ class Moments:
         self.gram.add(x_NS)
         for rows, cross_RS in zip(self.rows, self.cross, strict=True):
             cross_RS += (y_ND[:, rows].T @ x_NS).to(cross_RS.device)
-        self.energy += y_ND.square().sum(dtype=torch.float64)
+        self.energy += sum_in_double(y_ND.square())
 
     def sum_across_ranks(self) -> None:
         """Sum over all ranks; every rank gets the same bits."""

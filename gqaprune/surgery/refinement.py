@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gqaprune.common.distributed import sum_across_ranks
+from gqaprune.common.precision import find_double_device
 from gqaprune.surgery.products import multiply_in, settle_products
 from gqaprune.surgery.repair_config import RepairConfig
 
@@ -272,5 +273,6 @@ def _weigh(energy_N: Tensor, limit: float) -> Tensor:
 
 def _sum(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
     """Sum numbers over ranks on a device."""
+    device = find_double_device(device)
     tensors = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in values.items()}
     return {name: float(value) for name, value in sum_across_ranks(tensors).items()}

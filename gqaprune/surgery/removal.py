@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from gqaprune.common.precision import to_double
 from gqaprune.models.architecture import Block
 from gqaprune.surgery.gram import Gram, Memory, Panels, chunk_rows
 
@@ -43,7 +44,7 @@ def remove_weakest(block: Block, fit: Gram, order_C: Tensor, counts: Sequence[in
         factor = None
     errors_DC = [torch.zeros_like(weight_DC) for _ in counts]
     for rows in chunk_rows(*weight_DC.shape):
-        weight_RC = weight_DC[rows][:, order_C].to(fit.device, torch.float64)
+        weight_RC = to_double(weight_DC[rows][:, order_C])
         for error_DC, removed in zip(errors_DC, counts, strict=True):
             kept = columns - removed
             error_RC = weight_RC.clone()
@@ -72,7 +73,7 @@ def remove_one_by_one(
     Returns:
         One matrix E for each count, `[D, C]` in the dtype of the weights; and all units in the order of their removal.
     """
-    weight_DC = block.output.weight.to(fit.device, torch.float64)
+    weight_DC = to_double(block.output.weight)
     judged_CC, inverse_CC = judged.to_dense(), _invert(fit) if refits else None
     error_DC = torch.zeros_like(weight_DC)
     kept, size = set(range(block.units)), block.units // block.groups

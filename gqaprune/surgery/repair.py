@@ -128,7 +128,7 @@ def apply_plan_with_repair(
             "repair: nothing can be held out of a single calibration batch, so ridges and the length of training are "
             "chosen on the fitted text; lower data.calibration.batch_size or use more windows"
         )
-    streamed = range(rank, len(batches), world_size) if unfinished else range(0)
+    streamed = share_batches(len(batches), held_out, rank, world_size) if unfinished else []
     repairs = []
     with freeze_parameters(model), torch.no_grad():
         streams = Streams(
@@ -178,6 +178,15 @@ def choose_held_out(batches: int, share: float) -> set[int]:
     """
     count = min(max(1, round(batches * share)), batches - 1)
     return {(number + 1) * batches // count - 1 for number in range(count)}
+
+
+def share_batches(batches: int, held_out: set[int], rank: int, world_size: int) -> list[int]:
+    """Indexes of a rank's batches: its share of those to fit on, and of the held-out ones, ascending.
+
+    Every `world_size`-th batch would not do: evenly spread batches that are held out may all be one rank's.
+    """
+    fitted = [index for index in range(batches) if index not in held_out]
+    return sorted(fitted[rank::world_size] + sorted(held_out)[world_size - 1 - rank :: world_size])
 
 
 def _select_blocks(blocks: Sequence[Block], plan: PruningPlan, config: RepairConfig) -> list[Block]:

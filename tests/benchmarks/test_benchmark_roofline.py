@@ -1,6 +1,7 @@
 """The benchmark of costs by arithmetic: a table for each model, and counts beside the formulas."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_models_have_the_parameters_that_they_are_named_for() -> None:
 
 
 def test_stages_that_a_device_does_not_hold_are_marked() -> None:
-    lines = roofline.describe_model("tiny", GEOMETRIES["tiny"], [(SLOW, 1.0), (SLOW, float("inf"))])
+    lines = roofline.describe_model("tiny", GEOMETRIES["tiny"], [replace(SLOW, memory=1.0), SLOW])
     rows = {
         cells[1]: cells for cells in ([cell.strip() for cell in line.split("|")] for line in lines) if len(cells) > 2
     }
@@ -34,6 +35,24 @@ def test_stages_that_a_device_does_not_hold_are_marked() -> None:
     assert (
         float(rows["a step: full"][2]) > float(rows["scores: fisher, taylor"][2]) > float(rows["perplexity"][2]) > 0.9
     )
+
+
+def test_a_gpu_with_room_for_gram_matrices_passes_the_text_less_often() -> None:
+    config = roofline.MODELS["Llama-3-8B"]
+    name = "scores: fisher+obs, outliers"
+    (large, small, cpu) = (
+        next(row for row in roofline.list_rows(config, memory) if row.name == name)
+        for memory in (80e9, 24e9, float("inf"))
+    )
+    assert large.cost.all_flops < small.cost.all_flops <= cpu.cost.all_flops
+    assert large.peak > cpu.peak
+    line = next(
+        line
+        for line in roofline.describe_model("8B", config, [replace(SLOW, memory=80e9), replace(SLOW, memory=24e9)])
+        if line.startswith(f"| {name} ")
+    )
+    passes = line.split("|")[2].split("/")
+    assert len(passes) == 2 and float(passes[0]) < float(passes[1])
 
 
 def test_tables_are_written_between_their_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from gqaprune.planning.stages import TRAINING
 def test_a_cpu_has_speeds_in_each_type_and_no_way_to_a_host() -> None:
     device = measure_device(torch.device("cpu"), torch.float32, seconds=0.01)
     assert device.flops == device.single_flops > device.double_flops / 2 > 0
-    assert device.bandwidth > 0 and device.host_bandwidth == float("inf")
+    assert device.bandwidth > 0 and device.host_bandwidth == device.memory == float("inf")
 
 
 def test_a_stage_takes_longer_than_at_least_and_one_without_text_has_no_time() -> None:

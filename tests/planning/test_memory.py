@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 
 from gqaprune.models.losses import PIECE_LOGITS
-from gqaprune.planning.memory import ModelSizes, estimate_memory, read_sizes
+from gqaprune.planning.costs.base import Text
+from gqaprune.planning.costs.peaks import peak_repair
+from gqaprune.planning.memory import ModelSizes, count_gram, count_repair, estimate_memory, read_sizes
 from gqaprune.planning.selection import keep_everything
 from gqaprune.surgery.gram import WORKSPACE
+from gqaprune.surgery.repair_config import RepairConfig
 from gqaprune.training.lora import add_adapters
 from gqaprune.training.recovery import RecoveryConfig
 
@@ -72,12 +75,26 @@ def test_fsdp_needs_less_on_more_devices_and_ddp_shares_calibration_out() -> Non
 def test_gram_matrices_of_wide_mlps_take_no_more_than_their_workspace() -> None:
     sizes = make_sizes()  # 200 channels, 24 wide
     narrow, wide, wider = (
-        estimate_memory(replace(sizes, channel_range=(n, n)), 4, 2, 16, 100, True) for n in (200, 14336, 28672)
+        estimate_memory(replace(sizes, channel_range=(n, n)), 4, 2, 16, 100, True)["scoring"]
+        for n in (200, 14336, 28672)
     )
-    for work, needed in (("scoring", 24 * 200**2), ("repair", 40 * 200 * 224)):
-        for place in ("one device", "ddp", "offload"):
-            least, most = narrow[work][place] or 0, wide[work][place]
-            assert most == wider[work][place] == least - needed + WORKSPACE, (work, place)
+    for place in ("one device", "ddp", "offload"):
+        least, most = narrow[place] or 0, wide[place]
+        assert most == wider[place] == least - 24 * 200**2 + WORKSPACE, place
+
+
+def test_matrices_of_repair_take_the_room_they_have() -> None:
+    sizes, matrix = make_sizes(), 24 * 4096
+    grams = count_gram(4096)  # 96 MiB or less, in panels
+    on_cpu, roomy, ample = (count_repair(sizes, 4, 0, 0.1, 4096, room) for room in (None, 2**40, 2**41))
+    matrices = 3 * grams + 2 * 8 * matrix + 3 * 4 * matrix  # two moments and a factor, three weights
+    assert roomy == ample and roomy - on_cpu == pytest.approx(matrices - WORKSPACE * 3 / 8)
+
+
+def test_repair_on_one_device_is_weights_and_what_lies_beside_them_by_the_one_formula() -> None:
+    sizes, text = make_sizes(), Text(windows=10, window=512)
+    found = estimate_memory(sizes, 4, 1, 512, text.tokens)["repair"]["one device"]
+    assert found == pytest.approx(peak_repair(sizes, 4, text, RepairConfig.holdout, 200))
 
 
 def test_gram_matrices_of_all_layers_lie_beside_a_backward_pass_as_far_as_a_cpu_has_room() -> None:

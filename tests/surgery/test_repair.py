@@ -17,7 +17,7 @@ from gqaprune.models.loading import load_model
 from gqaprune.plan import BlockKey, PruningPlan
 from gqaprune.surgery import gram
 from gqaprune.surgery.cut import apply_plan, list_kept_columns
-from gqaprune.surgery.repair import BlockRepair, apply_plan_with_repair, choose_held_out
+from gqaprune.surgery.repair import BlockRepair, apply_plan_with_repair, choose_held_out, share_batches
 from gqaprune.surgery.repair_config import RepairConfig
 
 from cuts import make_plan, make_repair
@@ -189,6 +189,20 @@ def test_ridge_is_the_one_that_is_best_on_held_out_windows() -> None:
 )
 def test_held_out_batches_are_spread_and_leave_one(batches: int, share: float, held_out: set[int]) -> None:
     assert choose_held_out(batches, share) == held_out
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_ranks_share_out_both_batches_to_fit_on_and_held_out_ones(ranks: int) -> None:
+    held_out = choose_held_out(56, 1 / 8)  # every eighth
+    shares = [share_batches(56, held_out, rank, ranks) for rank in range(ranks)]
+    assert sorted(index for share in shares for index in share) == list(range(56))
+    assert all(share == sorted(share) for share in shares)
+    for counts in (
+        [len(share) for share in shares],
+        [len(held_out.intersection(share)) for share in shares],
+        [len(set(share) - held_out) for share in shares],
+    ):
+        assert max(counts) - min(counts) <= 1
 
 
 def test_ridge_too_weak_for_a_solution_is_passed_over() -> None:

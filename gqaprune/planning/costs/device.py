@@ -16,6 +16,7 @@ class Device:
         double_flops: operations per second in float64.
         bandwidth: bytes per second to and from its memory.
         host_bandwidth: bytes per second to and from the host; infinite if the device is the host's CPU.
+        memory: free bytes of a GPU; infinite if the device is the host's CPU, whose room for matrices is fixed.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Device:
     double_flops: float
     bandwidth: float
     host_bandwidth: float = float("inf")
+    memory: float = float("inf")
 
     def find_least_seconds(self, cost: Cost) -> float:
         """Return the longest of the times for products, for memory and for transfers to the host, in seconds."""

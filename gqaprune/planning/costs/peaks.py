@@ -11,17 +11,21 @@ from collections.abc import Callable, Mapping
 import torch
 
 from gqaprune.models.losses import PIECE_LOGITS
-from gqaprune.planning.costs.base import DOUBLE, SINGLE, Text, share_of_panels
+from gqaprune.planning.costs.base import DOUBLE, SINGLE, Text
 from gqaprune.planning.costs.curves import split_held_out, take_judged, take_tokens
-from gqaprune.planning.memory import ModelSizes, count_kept, count_piece, estimate_memory
+from gqaprune.planning.memory import (
+    ModelSizes,
+    count_factor,
+    count_gram,
+    count_kept,
+    count_piece,
+    count_repair,
+    estimate_memory,
+)
 from gqaprune.scoring.criteria.base import PIECE_TOKENS
 from gqaprune.scoring.outliers import LOOKED_AT
 from gqaprune.scoring.repaired_damage import FITTED_TOKENS
-from gqaprune.surgery.gram import chunk_rows, find_room
-from gqaprune.surgery.refinement import STEP_TOKENS, TRAINING_BYTES
-
-_STEP_NUMBERS = 8
-"""Numbers per token and channel in a step of refinement: four that the backward pass needs, and their gradients."""
+from gqaprune.surgery.gram import chunk_rows, find_room, share_room
 
 
 def count_forward(sizes: ModelSizes, itemsize: int, tokens: int) -> float:
@@ -29,14 +33,29 @@ def count_forward(sizes: ModelSizes, itemsize: int, tokens: int) -> float:
     return float(tokens * itemsize * (2 * sizes.hidden_size + 3 * sizes.channel_range[1]))
 
 
-def count_gram(size: int) -> float:
-    """Count the bytes of a Gram matrix, of which panels hold the lower triangle."""
-    return float(DOUBLE * size * size * share_of_panels(size, chunk_rows(size, size)))
+def find_matrix_room(memory: float, taken: float) -> int:
+    """Return the bytes of matrices that a device may hold, as `find_room` does on the device itself.
+
+    Args:
+        memory: bytes of a GPU; infinite for a CPU, whose room is fixed.
+        taken: bytes of the GPU that are in use.
+    """
+    return find_room(torch.device("cpu")) if memory == float("inf") else share_room(memory - taken)
 
 
-def count_factor(size: int) -> float:
-    """Count the bytes that a Cholesky factorisation needs besides the matrix: a panel, a copy and the result."""
-    return float(3 * DOUBLE * size * min(size, int(chunk_rows(size, size)[0].stop)))
+def find_watch_room(sizes: ModelSizes, itemsize: int, text: Text, memory: float) -> int:
+    """Return the bytes of matrices that a device may hold while it computes gradients of gates.
+
+    Args:
+        sizes: sizes of the model.
+        itemsize: bytes of a weight.
+        text: calibration text.
+        memory: bytes of a GPU; infinite for a CPU.
+    """
+    heads = sizes.head_dim * (sizes.query_heads + sizes.kv_heads)
+    widths = 7 * sizes.hidden_size * sizes.layers + 2 * heads + 3 * sizes.channels  # of all projections, both sides
+    kept = _count_passed(text) * itemsize * widths
+    return find_matrix_room(memory, itemsize * sizes.parameters + kept)
 
 
 def peak_perplexity(sizes: ModelSizes, itemsize: int, text: Text) -> float:
@@ -91,13 +110,17 @@ def peak_brain_surgeon(sizes: ModelSizes, itemsize: int, text: Text) -> float:
     return itemsize * sizes.parameters + hidden + count_gram(channels) + work
 
 
-def peak_watched_gates(sizes: ModelSizes, itemsize: int, text: Text) -> float:
+def peak_watched_gates(sizes: ModelSizes, itemsize: int, text: Text, memory: float = float("inf")) -> float:
     """Peak of gates and `obs` together: the higher of both, with the Gram matrices that are summed in the gates' pass.
 
-    A GPU with more free memory than the limit of a CPU keeps more of them.
+    Args:
+        sizes: sizes of the model.
+        itemsize: bytes of a weight.
+        text: calibration text.
+        memory: bytes of a GPU, which keeps as many matrices as it has room for; infinite for a CPU.
     """
     widest, query = count_gram(sizes.channel_range[1]), count_gram(sizes.head_dim * sizes.query_head_range[1])
-    kept = min(float(find_room(torch.device("cpu"))), sizes.layers * (widest + query))
+    kept = min(float(find_watch_room(sizes, itemsize, text, memory)), sizes.layers * (widest + query))
     rated = peak_brain_surgeon(sizes, itemsize, text) + max(0.0, kept - widest)
     return max(peak_gates(sizes, itemsize, text) + kept, rated)
 
@@ -123,11 +146,10 @@ def peak_curves(sizes: ModelSizes, itemsize: int, text: Text, holdout: float) ->
     return itemsize * (sizes.parameters + tokens * sizes.hidden_size) + grams + work
 
 
-def peak_repair(sizes: ModelSizes, itemsize: int, text: Text, holdout: float, channels: int) -> float:
-    """Peak of repair: weights, hidden states, an MLP's inputs, targets and moments, and a refit or a training step.
-
-    This is closer than `estimate_memory`, which limits moments by the workspace of a CPU and leaves out the activations
-    of a training step.
+def peak_repair(
+    sizes: ModelSizes, itemsize: int, text: Text, holdout: float, channels: int, memory: float = float("inf")
+) -> float:
+    """Peak of repair: weights, and what `count_repair` counts.
 
     Args:
         sizes: sizes of the model.
@@ -135,17 +157,12 @@ def peak_repair(sizes: ModelSizes, itemsize: int, text: Text, holdout: float, ch
         text: calibration text.
         holdout: share of the batches that are held out.
         channels: channels, after the cut, of the widest MLP that is refitted.
+        memory: bytes of a GPU, of which matrices take a part; infinite for a CPU.
     """
-    fitted, _ = split_held_out(text, holdout)
-    matrix = sizes.hidden_size * channels
-    moments = 2 * count_gram(channels) + 2 * DOUBLE * matrix
-    rows = int(chunk_rows(sizes.hidden_size, channels)[0].stop)
-    solved = 2 * DOUBLE * min(rows, sizes.hidden_size) * channels
-    refit = count_gram(channels) + max(count_factor(channels), solved) + 3 * itemsize * matrix
-    step = fitted.tokens / max(1, fitted.tokens // STEP_TOKENS)
-    trained = TRAINING_BYTES * 3 * matrix + _STEP_NUMBERS * SINGLE * step * channels
-    states = 4 * itemsize * sizes.hidden_size * text.tokens
-    return itemsize * sizes.parameters + states + moments + max(refit, trained)
+    _, judged = split_held_out(text, holdout)
+    weights, streams = itemsize * sizes.parameters, 2 * itemsize * sizes.hidden_size * text.tokens
+    room = find_matrix_room(memory, weights + streams)
+    return weights + count_repair(sizes, itemsize, text.tokens, judged.tokens / text.tokens, channels, room)
 
 
 def peak_sampling(sizes: ModelSizes, itemsize: int, documents: Text) -> float:

@@ -12,9 +12,11 @@ from gqaprune.planning.allocation.optimal import thin_counts
 from gqaprune.planning.config import PruningConfig
 from gqaprune.planning.costs.base import Cost, ModelShape, Text, read_shape, run_model
 from gqaprune.planning.costs.curves import Levels, cost_gated_damage, cost_repaired_damage
+from gqaprune.planning.costs.peaks import find_watch_room
 from gqaprune.planning.costs.repair import cost_cut, cost_distillation, cost_predictions
 from gqaprune.planning.costs.scoring import cost_importance, cost_scores
 from gqaprune.planning.costs.training import cost_recovery_step, cost_sampling
+from gqaprune.planning.memory import read_sizes
 from gqaprune.planning.selection import budget_blocks, read_budget, select_blocks
 from gqaprune.planning.stages import (
     CURVES,
@@ -49,7 +51,12 @@ class StageCost:
 
 
 def cost_stages(
-    model: PreTrainedModel, config: PruningConfig, work: Work, recovery: RecoveryConfig, itemsize: int
+    model: PreTrainedModel,
+    config: PruningConfig,
+    work: Work,
+    recovery: RecoveryConfig,
+    itemsize: int,
+    memory: float = float("inf"),
 ) -> list[StageCost]:
     """Compute the costs of the stages of a run, in order.
 
@@ -61,13 +68,14 @@ def cost_stages(
         work: text that is read and trained on.
         recovery: settings of recovery.
         itemsize: bytes of a weight.
+        memory: bytes that the GPU has free; infinite for a CPU.
     """
     shape, text = read_shape(model.config, itemsize), work.calibration
     costs: dict[str, tuple[Cost, Text]] = {}
     kept: dict[BlockKey, int] = {}
     if config.removes_something and text.windows:
         kept = spread_evenly(model, config)
-        costs = {name: (cost, text) for name, cost in _cost_pruning(shape, model, config, text, kept).items()}
+        costs = {name: (cost, text) for name, cost in _cost_pruning(shape, model, config, text, kept, memory).items()}
     if work.sampled is not None:
         costs[SAMPLING] = cost_sampling(shape, work.sampled), work.sampled
     if work.training is not None:
@@ -85,12 +93,18 @@ def cost_stages(
 
 
 def _cost_pruning(
-    shape: ModelShape, model: PreTrainedModel, config: PruningConfig, text: Text, kept: dict[BlockKey, int]
+    shape: ModelShape,
+    model: PreTrainedModel,
+    config: PruningConfig,
+    text: Text,
+    kept: dict[BlockKey, int],
+    memory: float,
 ) -> dict[str, Cost]:
     """Compute the costs of the stages that read calibration text."""
     blocks, every = select_blocks(model, config), find_blocks(model)
     finds_outliers = config.scoring.protect_outliers and config.needs_text
-    scores = cost_scores(shape, text, blocks, config.criterion, finds_outliers)
+    room = find_watch_room(read_sizes(model.config), shape.itemsize, text, memory)
+    scores = cost_scores(shape, text, blocks, config.criterion, finds_outliers, room)
     repair, pruned = config.repair, shape.cut(kept, every)
     return {
         DENSE_PREDICTIONS: cost_predictions(shape, text, repair),

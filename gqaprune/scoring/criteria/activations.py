@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gqaprune.common.console import track
-from gqaprune.common.distributed import get_rank_and_world_size, reduce_to_largest, sum_across_ranks
+from gqaprune.common.distributed import copy_from_first_rank, reduce_to_largest, sum_across_ranks
+from gqaprune.common.precision import sum_in_double, to_double
 from gqaprune.models.architecture import Block
 from gqaprune.models.gates import freeze_parameters
 from gqaprune.models.layerwise import Stream, embed_batches, run_layer, watch_inputs
@@ -128,8 +129,8 @@ class ActivationCriterion(Criterion, Generic[T]):
                         )
                     scores[block.key] = self.rate(block, total)
         # All ranks rate the same sums. Rank 0's scores are used everywhere, so that every bit is the same.
-        rank, _ = get_rank_and_world_size()
-        scores = sum_across_ranks({key: score * (rank == 0) for key, score in scores.items()})
+        for score_U in scores.values():
+            copy_from_first_rank(score_U)
         return {block.key: scores[block.key].cpu() for block in run.blocks}
 
     def _measure_layer(self, layer: int, blocks: list[Block], streams: list[Stream]) -> dict[BlockKey, T]:
@@ -177,11 +178,11 @@ class Wanda(SumsCriterion):
 
     def measure(self, x_NC: Tensor) -> Sums:
         """Sum the squares."""
-        return {"squares_C": x_NC.square().sum(0, dtype=torch.float64)}
+        return {"squares_C": sum_in_double(x_NC.square(), 0)}
 
     def rate(self, block: Block, statistics: Sums) -> Tensor:
         """Multiply norms by column sums."""
-        weights_C = block.output.weight.float().abs().sum(0, dtype=torch.float64)
+        weights_C = sum_in_double(block.output.weight.float().abs(), 0)
         return _sum_units(block, statistics["squares_C"].sqrt() * weights_C)
 
 
@@ -194,16 +195,16 @@ class WeightedVariance(SumsCriterion):
     def measure(self, x_NC: Tensor) -> Sums:
         """Count tokens, and sum inputs and their squares."""
         return {
-            "tokens": x_NC.new_tensor(len(x_NC), dtype=torch.float64),
-            "sum_C": x_NC.sum(0, dtype=torch.float64),
-            "squares_C": x_NC.double().square().sum(0),
+            "tokens": sum_in_double(x_NC.new_tensor(len(x_NC))),
+            "sum_C": sum_in_double(x_NC, 0),
+            "squares_C": to_double(x_NC).square().sum(0),
         }
 
     def rate(self, block: Block, statistics: Sums) -> Tensor:
         """Multiply variances by squared column norms."""
         tokens, sum_C = statistics["tokens"], statistics["sum_C"]
         variance_C = (statistics["squares_C"] - sum_C.square() / tokens).clamp_min(0) / (tokens - 1).clamp_min(1)
-        weights_C = block.output.weight.float().square().sum(0, dtype=torch.float64)
+        weights_C = sum_in_double(block.output.weight.float().square(), 0)
         return _sum_units(block, variance_C * weights_C)
 
 
@@ -251,7 +252,7 @@ class BrainSurgeon(ActivationCriterion[Gram]):
         score_U = torch.zeros_like(factor_Ucc[:, 0, 0])
         for chosen in chunk_rows(units, 2 * size * block.output.out_features):  # the solver copies its input
             columns = slice(chosen.start * size, chosen.stop * size)
-            weight_UcO = block.output.weight[:, columns].double().T.reshape(-1, size, block.output.out_features)
+            weight_UcO = to_double(block.output.weight[:, columns]).T.reshape(-1, size, block.output.out_features)
             score_U[chosen] = (weight_UcO * torch.cholesky_solve(weight_UcO, factor_Ucc[chosen])).sum((1, 2))
         return 0.5 * score_U / statistics.tokens
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gqaprune.common.distributed import get_rank_and_world_size
+from gqaprune.common.precision import find_double_device, sum_in_double, to_double
 from gqaprune.models.architecture import get_layers
 from gqaprune.models.gates import Gates, compute_gate_gradients
 from gqaprune.placement.layer_store import find_store
@@ -26,7 +27,8 @@ class GateCriterion(BackwardCriterion):
     def __init__(self, run: ScoringRun, scoring: ScoringConfig) -> None:
         super().__init__(run, scoring)
         self.sums = {
-            block.key: torch.zeros(block.units, dtype=torch.float64, device=run.device) for block in run.blocks
+            block.key: torch.zeros(block.units, dtype=torch.float64, device=find_double_device(run.device))
+            for block in run.blocks
         }
 
     @property
@@ -99,7 +101,7 @@ class GateFisher(GateCriterion):
     def add_gradients(self, gradients_BU: Gates) -> None:
         """Add each sample's squared gradient."""
         for key, gradient_BU in gradients_BU.items():
-            self.sums[key] += gradient_BU.double().square().sum(0)
+            self.sums[key] += to_double(gradient_BU).square().sum(0)
 
 
 class GateTaylor(GateCriterion):
@@ -117,7 +119,7 @@ class GateTaylor(GateCriterion):
     def add_gradients(self, gradients_BU: Gates) -> None:
         """Add the micro-batch to the accumulation."""
         for key, gradient_BU in gradients_BU.items():
-            self.accumulated_U[key] += gradient_BU.double().sum(0)
+            self.accumulated_U[key] += sum_in_double(gradient_BU, 0)
 
     def end_accumulation(self) -> None:
         """Add the accumulation's absolute gradient, and start a new accumulation."""

@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gqaprune.common.precision import find_double_device, sum_in_double
 from gqaprune.models.layerwise import run_decoder
 from gqaprune.models.losses import differentiate_losses
 from gqaprune.plan import BlockKey
@@ -41,7 +42,9 @@ class GradientCriterion(BackwardCriterion):
         self.members = {block.key: find_members(block) for block in run.blocks}
         self.sums = {
             block.key: torch.zeros(
-                len(self.members[block.key]), block.units, dtype=torch.float64, device=block.output.weight.device
+                *(len(self.members[block.key]), block.units),
+                dtype=torch.float64,
+                device=find_double_device(block.output.weight.device),
             )
             for block in run.blocks
         }
@@ -115,7 +118,7 @@ class ParamFirst(GradientCriterion):
 
     def close(self, weight_UE: Tensor, total: Tensor) -> Tensor:
         """Sum absolute products."""
-        return (weight_UE * total).abs().sum(1, dtype=torch.float64)
+        return sum_in_double((weight_UE * total).abs(), 1)
 
 
 class ParamSecond(GradientCriterion):
@@ -129,7 +132,7 @@ class ParamSecond(GradientCriterion):
 
     def measure(self, weight_UE: Tensor, gradient_UE: Tensor) -> Tensor:
         """Compute the sample's contribution."""
-        return (weight_UE * gradient_UE).square().sum(1, dtype=torch.float64)
+        return sum_in_double((weight_UE * gradient_UE).square(), 1)
 
     def close(self, weight_UE: Tensor, total: Tensor) -> Tensor:
         """Return the sum."""
@@ -152,7 +155,7 @@ class ParamMix(GradientCriterion):
         """Sum absolute differences."""
         first, second = weight_UE * total
         mix_UE: Tensor = first - 0.5 * weight_UE * second
-        return mix_UE.abs().sum(1, dtype=torch.float64)
+        return sum_in_double(mix_UE.abs(), 1)
 
 
 class Vectorize(GradientCriterion):
@@ -164,7 +167,7 @@ class Vectorize(GradientCriterion):
 
     def measure(self, weight_UE: Tensor, gradient_UE: Tensor) -> Tensor:
         """Sum signed products."""
-        return (weight_UE * gradient_UE).sum(1, dtype=torch.float64)
+        return sum_in_double(weight_UE * gradient_UE, 1)
 
     def close(self, weight_UE: Tensor, total: Tensor) -> Tensor:
         """Return the absolute value of the accumulation's sum."""

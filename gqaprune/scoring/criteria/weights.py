@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gqaprune.common.precision import sum_in_double
 from gqaprune.models.architecture import Block
 from gqaprune.placement.layer_store import find_store
 from gqaprune.scoring.criteria.base import REDUCTIONS, Criterion, Scores
@@ -80,7 +81,7 @@ class MagnitudeL1(Magnitude):
 
     def measure(self, weight_UE: Tensor) -> Tensor:
         """Sum absolute values."""
-        return weight_UE.abs().sum(1, dtype=torch.float64)
+        return sum_in_double(weight_UE.abs(), 1)
 
 
 class MagnitudeL2(Magnitude):
@@ -91,7 +92,7 @@ class MagnitudeL2(Magnitude):
 
     def measure(self, weight_UE: Tensor) -> Tensor:
         """Sum squares."""
-        return weight_UE.square().sum(1, dtype=torch.float64)
+        return sum_in_double(weight_UE.square(), 1)
 
 
 class Random(Criterion):
