@@ -238,7 +238,8 @@ def measure_block_influence(model: PreTrainedModel, blocks: Sequence[Block], bat
         inputs_BTD = record_layer_inputs(model, batch_BT)
         influence = {}
         for i in _list_layers(blocks):
-            cosine_BT = functional.cosine_similarity(*map(to_double, inputs_BTD[i : i + 2]), dim=-1)
+            before_BTD, after_BTD = to_double(inputs_BTD[i]), to_double(inputs_BTD[i + 1])
+            cosine_BT = functional.cosine_similarity(before_BTD, after_BTD, dim=-1)
             influence[i] = float(1 - cosine_BT.mean())
         return _spread_over_blocks(influence, blocks)
 
