@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import gqaprune.pipeline
+import gqaprune.planning.choice
 import gqaprune.surgery.repair
 from gqaprune import PruningConfig, prune
 from gqaprune.scoring.criteria.activations import BrainSurgeon
@@ -24,8 +25,8 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
     "scores: gates": [(GateFisher, "score")],
     "scores: obs": [(BrainSurgeon, "score")],
     "scores: outliers": [(LargestOutput, "score")],
-    "scores, all": [(gqaprune.pipeline, "score_blocks")],
-    "curves": [(gqaprune.pipeline, "measure_curves")],
+    "scores, all": [(gqaprune.planning.choice, "score_blocks")],
+    "curves": [(gqaprune.planning.choice, "measure_curves")],
     "repair: refinement": [(gqaprune.surgery.repair, "refine_mlp")],
     "repair: damage of each layer": [(LayerDamageMeter, name) for name in ("run_whole", "run_repaired", "measure")],
     "cut and repair, all": [(gqaprune.pipeline, "apply_plan_with_repair")],

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gqaprune.pipeline
+import gqaprune.planning.choice
 import gqaprune.planning.counts
 import gqaprune.surgery.repair
 from gqaprune import PruningConfig
@@ -44,7 +45,7 @@ WORK = {
     "obs": (BrainSurgeon, "score"),
     "sensitivity": (gqaprune.planning.counts, "measure_sensitivity"),
     "curves": (gqaprune.planning.counts, "measure_damage_curves"),
-    "plan": (gqaprune.pipeline, "make_plan"),
+    "plan": (gqaprune.planning.choice, "make_plan"),
     "repair": (gqaprune.surgery.repair, "refit_block"),
     "refinement": (gqaprune.surgery.repair, "refine_mlp"),
     "perplexity": (gqaprune.pipeline, "measure_perplexity"),
