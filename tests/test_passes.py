@@ -64,4 +64,4 @@ def test_text_is_passed_no_more_often_than_each_stage_needs(passes: dict[str, fl
     assert passes["scores: obs"] < 0.01 and passes["scores: outliers"] == 0
     # The dense model's layers, the pruned one's, its MLPs as repaired, and Gram matrices.
     refits = passes["cut and repair, all"] - passes["repair: refinement"] - passes["repair: damage of each layer"]
-    assert 2 < refits < 2.7
+    assert 2 < refits < 2.8

@@ -32,7 +32,7 @@ def test_scores_and_repair_grow_in_proportion_to_layers_and_curves_with_their_co
     works = [count_work(replace(SIZE, layers=layers))[0] for layers in (2, 4, 6)]
     for stage in ("scores", "repair"):
         assert abs(measure_bend([each[stage] for each in works])) < OFF, stage
-    assert measure_bend([each["curves"] for each in works]) > OFF  # every cut's copy passes all layers after it
+    assert measure_bend([each["curves"] for each in works]) > OFF / 2  # every cut's copy passes all layers after it
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
