@@ -60,7 +60,7 @@ def is_word(statement: ast.stmt) -> bool:
 
 
 def probe_row(method: str, rate: float, settings: Mapping[str, Any]) -> Probe:
-    """What a method does to a tiny model; of peers and the dense model, only what loads and measures is ours."""
+    """What a method does to a tiny model; of peers and the dense model, only measuring is ours and tried."""
     return probe(None if method == DENSE or method in PEERS else settings, rate)
 
 

@@ -49,7 +49,7 @@ from gqaprune.reporting.report import Report
 from gqaprune.scoring.criteria.base import Scores
 from gqaprune.scoring.sensitivity import Importance
 from gqaprune.training.accumulation import find_round_start, go_back_to_step, validate_between_steps
-from gqaprune.training.lightning_internals import find_checkpoint, read_epoch, run_after_configuring
+from gqaprune.training.lightning_internals import find_resumed_checkpoint, read_epoch, run_after_configuring
 from gqaprune.training.resume import UNFINISHED, find_pruning_plan, read_plan
 
 
@@ -164,7 +164,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
             self._set_up_given(trainer, pl_module)
             return
         module, data = get_parts(trainer, pl_module)
-        if (checkpoint := find_checkpoint(trainer)) is not None:
+        if module.plan is None and (checkpoint := find_resumed_checkpoint(trainer)) is not None:
             take_plan(module, read_plan(Path(checkpoint)))
         if trainer.limit_train_batches != 0 and uses_own_parts(trainer, pl_module):
             check_batches(trainer, data)
@@ -197,7 +197,7 @@ class TaylorPruning(RenamedAttributes, GradientAccumulationScheduler):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ChecksSettings):
                 callback.check_settings(trainer, pl_module)
-        take_plan(module, find_pruning_plan(find_checkpoint(trainer), self.state_key))
+        take_plan(module, find_pruning_plan(find_resumed_checkpoint(trainer), self.state_key))
         with use_default_dtype(torch.float32):  # half precision calls `configure_model` with another default
             self._prune(trainer, module, data)
 

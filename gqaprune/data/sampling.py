@@ -221,8 +221,8 @@ def _draw(logits_BV: Tensor, top_p: float, generator: torch.Generator) -> Tensor
     """Draw one token per sample from the smallest set of tokens with probability `top_p` (Holtzman et al. 2020).
 
     This takes one random number per sample and a sum over the vocabulary; `torch.multinomial` draws a number for every
-    token, which takes as long as half of a small model's forward pass. Running sums in float64 over the whole
-    vocabulary would take as long as a third of it, so a piece of the vocabulary is drawn first, then a token of it.
+    token, which takes as long as half of a small model's forward pass. Running sums over the whole vocabulary are slow
+    as well, so a piece of the vocabulary is drawn first, then a token of it.
     """
     probabilities_BV = logits_BV.softmax(-1)
     if top_p < 1:

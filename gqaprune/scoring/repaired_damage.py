@@ -40,7 +40,7 @@ FITTED_TOKENS = 16_384
 JUDGED_TOKENS = 2_048
 """Held-out tokens that damage is measured on at most: each copy of them passes all layers after its block."""
 JUDGED_SHARE = 1 / 16
-"""The same as a share of all calibration tokens, so that the curves of a short text cost no more than its scores."""
+"""The same as a share of all calibration tokens, so that curves of a short text cost about as much as scores."""
 JUDGED_PIECE = 512
 """Tokens of a piece that one rank measures."""
 _LEVELS: Mapping[BlockKind, Sequence[float]] = {"attention": (0.25, 0.5), "mlp": (0.5,)}
@@ -49,7 +49,7 @@ _EXPONENTS = (1.0, 3.0)
 """Smallest and largest exponent of the power law."""
 _EXPONENT: Mapping[BlockKind, float] = {"attention": 2.0, "mlp": 1.25}
 """Exponent where damage is measured at a single number. Between a quarter and half of the channels, the MLPs of
-SmolLM2-135M have exponents of 0.98 to 1.44, 1.25 in the mean."""
+SmolLM2-135M have exponents of 0.98 to 1.44, 1.26 in the mean."""
 _NOISE = 1e-6
 """Damage below this, in nats per token, is noise."""
 

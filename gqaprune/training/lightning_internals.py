@@ -119,7 +119,7 @@ def get_train_batches(trainer: Trainer) -> Iterable[Any]:
     return cast("Iterable[Any]", loaders)
 
 
-def find_checkpoint(trainer: Trainer) -> str | Path | None:
+def find_resumed_checkpoint(trainer: Trainer) -> str | Path | None:
     """Return the checkpoint that a run resumes from, before any of it is restored; None if it starts anew.
 
     Until Lightning restores it, after `setup`, its path is only an argument of the running `Trainer._run`.
